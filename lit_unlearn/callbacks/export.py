@@ -1,0 +1,24 @@
+"""Writes what a run has trained when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+
+class SavePretrained(L.Callback):
+    """Calls ``save_pretrained`` of the module when the fit ends, on rank 0.
+
+    Args:
+        output: Folder to write; replaced if it exists.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.output = Path(output)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the trained part; a run that was interrupted writes nothing."""
+        if trainer.is_global_zero and not trainer.interrupted:
+            pl_module.eval()
+            pl_module.save_pretrained(self.output)  # type: ignore[operator]

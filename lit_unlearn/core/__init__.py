@@ -1,0 +1,1 @@
+"""The mathematics of the methods: tensors in, tensors out, no models, files or Lightning."""

@@ -1,0 +1,104 @@
+"""Which position of a target prompt stands for which position of an edit prompt, and which positions to edit.
+
+Edit and target prompts come in pairs that differ in the concept only, but the concept may have another number of
+tokens, so everything behind it is shifted:
+
+    position     0     1     2     3     4     5     6       7     8
+    edit        BOS    a   photo  of   blue   jay  flying   EOS   EOS
+    target      BOS    a   photo  of  pigeon flying EOS     EOS   EOS
+
+    edit         0     1     2     3     4     5     6       7     8
+    maps to      0     1     2     3     4     4     5       6     7
+                |------ prefix ------|-- concept -|suffix|-- EOS, padding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Positions = Literal["all", "no_bos", "content", "eot"]
+
+
+def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_id: int) -> list[int]:
+    """For every position of the edit prompt, the position of the target prompt whose key or value it should take.
+
+    The shared beginning and the shared end of the two texts map one to one. Between them lies the concept: its first
+    token maps to the target's first, its last to the target's last, those between in proportion; a concept of a
+    single token maps to the target's last, which has seen the whole target concept. Concept tokens whose target has
+    none (``a blue dog`` and ``a dog``) take the token before the gap. EOS maps to EOS, and padding to the padding as
+    far behind EOS, or to the last position where the target has fewer.
+
+    Args:
+        edit_ids: Token ids of the edit prompt, with or without BOS, EOS and padding.
+        target_ids: Token ids of the target prompt, in the same form.
+        eos_token_id: Ends the text at its first occurrence, whether the tokenizer pads with it (SD 1.x) or with
+            another id (SD 2.x). The first position never ends a text, since it may hold a BOS with the same id.
+            Without EOS the whole sequence is text.
+
+    Returns:
+        Positions in ``target_ids``, one for each of ``edit_ids``, never decreasing.
+
+    Raises:
+        ValueError: A sequence is empty.
+    """
+    edit, target = [int(token) for token in edit_ids], [int(token) for token in target_ids]
+    if not edit or not target:
+        raise ValueError(f"edit_ids has {len(edit)} and target_ids {len(target)} tokens; both need at least one.")
+    edit_end, target_end = _text_length(edit, eos_token_id), _text_length(target, eos_token_id)
+    shortest = min(edit_end, target_end)
+    prefix = 0
+    while prefix < shortest and edit[prefix] == target[prefix]:
+        prefix += 1
+    suffix = 0
+    while suffix < shortest - prefix and edit[edit_end - 1 - suffix] == target[target_end - 1 - suffix]:
+        suffix += 1
+
+    span = _spread(edit_end - suffix - prefix, target_end - suffix - prefix)
+    positions = list(range(prefix))
+    positions += [max(prefix + offset, 0) for offset in span]
+    positions += range(target_end - suffix, target_end)
+    positions += [min(target_end + offset, len(target) - 1) for offset in range(len(edit) - edit_end)]
+    return positions
+
+
+def positions_mask(ids: Sequence[int] | Tensor, eos_token_id: int, which: Positions) -> Tensor:
+    """Mask of the positions that take part in an edit. Position 0 is BOS.
+
+    Args:
+        ids: Token ids, (T,) or (B, T).
+        eos_token_id: Ends the text at its first occurrence after BOS; without it all but BOS is content.
+        which: ``all`` positions; ``no_bos``, all but BOS, which is the same in every prompt; ``content``, the text
+            between BOS and the first EOS; ``eot``, the first EOS and the padding behind it.
+
+    Returns:
+        Boolean mask of the shape of ``ids``.
+
+    Raises:
+        ValueError: Unknown ``which``.
+    """
+    if which not in get_args(Positions):
+        raise ValueError(f"which={which!r} is unknown; choose one of {', '.join(get_args(Positions))}.")
+    ids = torch.as_tensor(ids)
+    after_bos = torch.ones_like(ids, dtype=torch.bool)
+    after_bos[..., :1] = False
+    ended = ((ids == eos_token_id) & after_bos).cumsum(-1) > 0
+    return {"all": torch.ones_like(after_bos), "no_bos": after_bos, "content": after_bos & ~ended, "eot": ended}[which]
+
+
+def _text_length(ids: list[int], eos_token_id: int) -> int:
+    """Number of positions before the first EOS."""
+    return ids.index(eos_token_id, 1) if eos_token_id in ids[1:] else len(ids)
+
+
+def _spread(length: int, target_length: int) -> list[int]:
+    """Map ``length`` positions to ``target_length`` positions, ends to ends; -1 is the position before the target."""
+    if target_length == 0:
+        return [-1] * length
+    if length == 1:
+        return [target_length - 1]
+    # Integer arithmetic rounds halves up; round() would round them to even and could map neighbours unevenly.
+    return [(2 * i * (target_length - 1) + length - 1) // (2 * (length - 1)) for i in range(length)]

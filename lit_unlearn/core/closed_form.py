@@ -1,0 +1,296 @@
+"""Closed-form edits of one linear layer: null-space constrained (AlphaEdit), least squares (MEMIT) and UCE.
+
+The papers write keys and values as columns. Here rows are samples, as everywhere in PyTorch:
+
+    paper                                          here
+    W          (d_out, d_in)                       weight
+    K1         (d_in, n), inputs of W, edited      keys.mT
+    V1         (d_out, n), outputs wished for      values.mT
+    K0 K0^T    (d_in, d_in), inputs to retain      retained_moment = second_moment(keys_retain)
+    Kp Kp^T    (d_in, d_in), earlier edits         previous_moment
+    U, P       P = U U^T, P K0 = 0                 NullSpace.basis, NullSpace.projection
+    R          V1 - W K1, (d_out, n)               (values - keys @ weight.mT).mT
+    Delta      W' = W + Delta                      what the ``*_update`` functions return
+
+Statistics and solves run in float64 on the weight's device (on the CPU if the device is MPS, which has no float64);
+updates come back in the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, checked_moment, solve_positive_definite
+from lit_unlearn.core.null_space import (
+    EmptyNullSpaceError,
+    NullSpace,
+    NullSpaceRule,
+    null_space,
+    null_space_from_keys,
+)
+
+__all__ = [
+    "EmptyNullSpaceError",
+    "NullSpace",
+    "NullSpaceRule",
+    "RidgeRule",
+    "edit_report",
+    "least_squares_update",
+    "null_space",
+    "null_space_from_keys",
+    "null_space_update",
+    "ridge_map_update",
+    "second_moment",
+]
+
+RidgeRule = Literal["absolute", "mean_diagonal"]
+
+
+def second_moment(keys: Tensor) -> Tensor:
+    """K K^T in float64. Additive: the sum over batches or ranks is the moment of all their keys.
+
+    Args:
+        keys: One row per token, (n, d_in); n may be 0.
+
+    Returns:
+        Unnormalised second moment, (d_in, d_in), float64.
+    """
+    keys = checked_matrix("keys", keys, (None, None))
+    return keys.mT @ keys
+
+
+def null_space_update(
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    projection: NullSpace | Tensor,
+    ridge: float = 1.0,
+    ridge_rule: RidgeRule = "absolute",
+    previous_moment: Tensor | None = None,
+) -> Tensor:
+    """Weight change that maps ``keys`` to ``values`` without moving the retained keys (paper Sec. 4; AlphaEdit).
+
+    ``Delta = R K1^T P (K1 K1^T P + ridge I)^-1`` minimises ``||(W + D) K1 - V1||^2 + ridge ||D||^2`` over ``D = D P``.
+    It is computed by the push-through identity as ``R (K1^T P K1 + ridge I)^-1 K1^T P``, an n x n system, or in the
+    basis U, a k x k system, whichever is smaller: both are symmetric, the paper's d_in x d_in system is not.
+
+    Args:
+        weight: W, (d_out, d_in).
+        keys: K1 transposed, one row per edited token, (n, d_in).
+        values: V1 transposed, (n, d_out).
+        projection: The null space, or P itself as a symmetric projector, (d_in, d_in).
+        ridge: Weight of the size penalty. The paper uses 1, AlphaEdit 10 on language models, the authors' code 200.
+        ridge_rule: ``absolute``, or ``mean_diagonal``: ``ridge`` times the mean of the diagonal of K1^T P K1, which
+            makes it independent of the scale of the keys.
+        previous_moment: Kp Kp^T of the keys of earlier edits, (d_in, d_in), which this edit should not undo
+            (AlphaEdit): ``Delta = R K1^T P ((K1 K1^T + Kp Kp^T) P + ridge I)^-1``.
+
+    Returns:
+        Delta, (d_out, d_in), in the weight's dtype. Its rows lie in the range of P, so ``K0 @ Delta.mT`` is zero.
+
+    Raises:
+        ValueError: Shapes that do not match, values that are not finite, a ridge negative or too small to solve with.
+    """
+    weight64, keys, values = _checked_edit(weight, keys, values)
+    residual = (values - keys @ weight64.mT).mT  # (d_out, n), R
+    factor = _projection_factor(projection, keys)  # (d_in, k), U
+    reduced = keys @ factor  # (n, k), K1^T U
+    system, by_keys = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
+    solved = solve_positive_definite(system, residual if by_keys else residual @ reduced, ridge)
+    delta = solved @ reduced if by_keys else solved  # (d_out, k), Delta U
+    return (delta @ factor.mT).to(weight)
+
+
+def least_squares_update(
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    retained_moment: Tensor,
+    ridge: float = 0.0,
+    retain_weight: float = 1.0,
+) -> Tensor:
+    """Weight change of the unconstrained objective (paper Eq. 6): it trades retained outputs for edited ones.
+
+    ``Delta = R K1^T (retain_weight K0 K0^T + K1 K1^T + ridge I)^-1`` minimises
+    ``||(W + D) K1 - V1||^2 + retain_weight ||D K0||^2 + ridge ||D||^2``. MEMIT is this function with its lambda
+    (15000 on language models) as ``retain_weight`` and the mean second moment K0 K0^T / n as ``retained_moment``.
+
+    Args:
+        weight: W, (d_out, d_in).
+        keys: K1 transposed, (n, d_in).
+        values: V1 transposed, (n, d_out).
+        retained_moment: K0 K0^T, (d_in, d_in).
+        ridge: Weight of the size penalty; needed where K0 and K1 together do not span all d_in directions.
+        retain_weight: Weight of the retained keys.
+
+    Returns:
+        Delta, (d_out, d_in), in the weight's dtype.
+
+    Raises:
+        ValueError: As `null_space_update`, or a singular system.
+    """
+    return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight).to(weight)
+
+
+def ridge_map_update(
+    weight: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    preserved_keys: Tensor | None = None,
+    erase_scale: float = 1.0,
+    preserve_scale: float = 1.0,
+    lamb: float = 0.5,
+) -> Tensor:
+    """New weight of Unified Concept Editing (Gandikota et al., 2024; paper Prop. 3 and App. B plus the code's ridge).
+
+    ``W' = (lamb W + s_e sum v* c^T + s_p sum W c_p c_p^T) (lamb I + s_e sum c c^T + s_p sum c_p c_p^T)^-1``. The first
+    factor is ``W`` times the inverse of the second plus ``s_e sum (v* - W c) c^T``, so W' - W is
+    `least_squares_update` with ridge ``lamb / s_e`` and retain weight ``s_p / s_e``; call that one where the preserved
+    keys are known by their second moment. The ridge pulls towards W, not towards zero as in the paper's App. B.
+
+    Args:
+        weight: W, (d_out, d_in).
+        keys: Embeddings c of the edited concepts, (n, d_in).
+        targets: Outputs v* that they should have, usually ``guide_keys @ weight.mT``, (n, d_out).
+        preserved_keys: Embeddings c_p whose outputs should stay, (m, d_in); None for none.
+        erase_scale: s_e, positive.
+        preserve_scale: s_p.
+        lamb: Pull towards the present weight; as it grows the weight stays as it is.
+
+    Returns:
+        W', (d_out, d_in), in the weight's dtype.
+
+    Raises:
+        ValueError: As `least_squares_update`, or an ``erase_scale`` that is not positive.
+    """
+    if not (math.isfinite(erase_scale) and erase_scale > 0):
+        raise ValueError(f"erase_scale={erase_scale} must be a positive number; to erase less, raise lamb.")
+    check_nonnegative("preserve_scale", preserve_scale)
+    check_nonnegative("lamb", lamb)
+    if preserved_keys is None:
+        preserved_keys = weight.new_zeros(0, weight.shape[-1])
+    preserved_keys = checked_matrix("preserved_keys", preserved_keys, (None, weight.shape[-1]))
+    delta = _least_squares(
+        weight, keys, targets, second_moment(preserved_keys), lamb / erase_scale, preserve_scale / erase_scale
+    )
+    return (delta + weight.to(delta)).to(weight)
+
+
+def edit_report(
+    weight: Tensor,
+    delta: Tensor,
+    keys: Tensor,
+    retained_moment: Tensor,
+    null_space: NullSpace,
+    ridge: float = 1.0,
+    ridge_rule: RidgeRule = "absolute",
+    previous_moment: Tensor | None = None,
+) -> dict[str, float]:
+    """How far the promise of `null_space_update` holds: ``P K0 = 0`` and ``Delta K0 = 0`` as measured numbers.
+
+    Args:
+        weight: W before the edit, (d_out, d_in).
+        delta: The change, (d_out, d_in). Pass the difference of the stored weights to see what rounding leaks.
+        keys: K1 transposed, (n, d_in).
+        retained_moment: K0 K0^T, (d_in, d_in).
+        null_space: The one that ``delta`` was found with.
+        ridge: As passed to `null_space_update`; this and the next two enter the condition number only.
+        ridge_rule: As passed to `null_space_update`.
+        previous_moment: As passed to `null_space_update`.
+
+    Returns:
+        ``null_space_dimension``, k; ``keys_kept``, ||P K1|| / ||K1||: what the projection leaves of the edited keys;
+        ``retained_kept``, ||P K0|| / ||K0||; ``leak``, ||Delta K0|| / ||W K0||; ``relative_norm``, ||Delta|| / ||W||;
+        ``condition_number`` of the solved system. Norms are Frobenius norms. ``retained_kept`` and ``leak`` come from
+        the moment, so zero reads as anything up to about 1e-7.
+    """
+    weight = checked_matrix("weight", weight, (None, None))
+    delta = checked_matrix("delta", delta, tuple(weight.shape), weight.device)
+    keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
+    moment = checked_moment("retained_moment", retained_moment, weight.shape[1], weight.device)
+    factor = _projection_factor(null_space, keys)
+    reduced = keys @ factor
+    system, _ = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
+    spectrum = torch.linalg.eigvalsh(system)
+
+    def energy(matrix: Tensor) -> Tensor:
+        return ((matrix @ moment) * matrix).sum().clamp(min=0.0)  # ||matrix K0||^2
+
+    return {
+        "null_space_dimension": float(null_space.dimension),
+        "keys_kept": float(reduced.norm() / keys.norm()),
+        "retained_kept": float((energy(factor.mT) / moment.trace()).sqrt()),
+        "leak": float((energy(delta) / energy(weight)).sqrt()),
+        "relative_norm": float(delta.norm() / weight.norm()),
+        "condition_number": float(spectrum[-1] / spectrum[0]) if spectrum[0] > 0 else math.inf,
+    }
+
+
+def _projection_factor(projection: NullSpace | Tensor, keys: Tensor) -> Tensor:
+    """F with P = F F^T: the basis U, (d_in, k), or P itself, (d_in, d_in), since P = P P^T."""
+    d_in = keys.shape[1]
+    if isinstance(projection, NullSpace):
+        return checked_matrix("projection.basis", projection.basis, (d_in, None), keys.device)
+    matrix = checked_matrix("projection", projection, (d_in, d_in), keys.device)
+    projected = keys @ matrix
+    if (matrix - matrix.mT).abs().max() > 1e-5 or (projected @ matrix - projected).norm() > 1e-5 * keys.norm():
+        raise ValueError(
+            "projection is not an orthogonal projector (P = P^T = P P to 1e-5): pass null_space(...) itself."
+        )
+    return matrix
+
+
+def _null_space_system(
+    keys: Tensor,
+    factor: Tensor,
+    reduced: Tensor,
+    ridge: float,
+    ridge_rule: RidgeRule,
+    previous_moment: Tensor | None,
+) -> tuple[Tensor, bool]:
+    """The symmetric matrix to solve, and whether it is n x n (over keys) or k x k (over the basis)."""
+    check_nonnegative("ridge", ridge)
+    if ridge_rule not in get_args(RidgeRule):
+        raise ValueError(f"ridge_rule={ridge_rule!r} is unknown; choose one of {', '.join(get_args(RidgeRule))}.")
+    if ridge_rule == "mean_diagonal":
+        if reduced.norm() <= keys.shape[1] * torch.finfo(keys.dtype).eps * keys.norm():
+            raise ValueError(
+                "The edited keys lie in the span of the retained keys, so ridge_rule='mean_diagonal' has no scale: "
+                "take concept-sharing prompts out of the retained set, or use a larger null space."
+            )
+        ridge = ridge * float(reduced.square().sum()) / len(reduced)
+    by_keys = previous_moment is None and len(reduced) <= factor.shape[1]
+    system = reduced @ reduced.mT if by_keys else reduced.mT @ reduced
+    if previous_moment is not None:
+        previous = checked_moment("previous_moment", previous_moment, len(factor), keys.device)
+        system = system + factor.mT @ previous @ factor
+    return system + ridge * torch.eye(len(system), dtype=system.dtype, device=system.device), by_keys
+
+
+def _least_squares(
+    weight: Tensor, keys: Tensor, values: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float
+) -> Tensor:
+    """`least_squares_update` before the cast to the weight's dtype."""
+    check_nonnegative("ridge", ridge)
+    check_nonnegative("retain_weight", retain_weight)
+    weight, keys, values = _checked_edit(weight, keys, values)
+    moment = checked_moment("retained_moment", retained_moment, weight.shape[1], weight.device)
+    residual = values - keys @ weight.mT
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return solve_positive_definite(
+        retain_weight * moment + keys.mT @ keys + ridge * identity, residual.mT @ keys, ridge
+    )
+
+
+def _checked_edit(weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, keys and values in float64 on one device, after checks."""
+    weight = checked_matrix("weight", weight, (None, None))
+    d_out, d_in = weight.shape
+    keys = checked_matrix("keys", keys, (None, d_in), weight.device)
+    if len(keys) == 0:
+        raise ValueError("keys is empty: an edit needs at least one token.")
+    return weight, keys, checked_matrix("values", values, (len(keys), d_out), weight.device)

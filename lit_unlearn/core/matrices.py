@@ -1,0 +1,57 @@
+"""Checks and the solver shared by the closed forms, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def checked_moment(name: str, moment: Tensor, d_in: int | None = None, device: torch.device | None = None) -> Tensor:
+    """A finite, symmetric (d_in, d_in) matrix in float64."""
+    moment = checked_matrix(name, moment, (d_in, d_in), device)
+    if moment.shape[0] != moment.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(moment.shape)}, expected a square matrix: pass second_moment(keys).")
+    if (moment - moment.mT).abs().max() > 1e-6 * moment.abs().max():
+        raise ValueError(f"{name} is not symmetric: pass second_moment(keys) or a sum of such moments.")
+    return moment
+
+
+def checked_matrix(
+    name: str, matrix: Tensor, shape: tuple[int | None, ...], device: torch.device | None = None
+) -> Tensor:
+    """A finite matrix of the given shape (None: any size) in float64 on ``device`` (default: where it is)."""
+    if matrix.dim() != 2 or any(want not in (None, have) for want, have in zip(shape, matrix.shape, strict=True)):
+        expected = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ValueError(
+            f"{name} has shape {tuple(matrix.shape)}, expected ({expected}): rows are tokens (flatten batches), "
+            "columns the features of the layer."
+        )
+    device = matrix.device if device is None else device
+    matrix = matrix.to("cpu" if device.type == "mps" else device, torch.float64)
+    if not bool(matrix.isfinite().all()):
+        num_bad = int((~matrix.isfinite()).sum())
+        raise ValueError(
+            f"{name} holds {num_bad} values that are not finite; half precision may have overflowed before."
+        )
+    return matrix
+
+
+def check_nonnegative(name: str, value: float) -> None:
+    """Raise unless ``value`` can weigh a term of an objective."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value} must be a finite number, zero or larger.")
+
+
+def solve_positive_definite(system: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """``right @ system^-1`` for a symmetric positive definite system."""
+    factor, info = torch.linalg.cholesky_ex(system)
+    # Rounding decides whether a singular matrix fails the factorisation or leaves pivots of the size of the rounding.
+    rounding = len(system) * torch.finfo(system.dtype).eps * system.diagonal().max()
+    if int(info) != 0 or bool(factor.diagonal().min().square() <= rounding):
+        raise ValueError(
+            f"The {len(system)} x {len(system)} system is singular with ridge={ridge:g}: the keys are linearly "
+            "dependent or do not span all directions. Pass a larger ridge."
+        )
+    return torch.cholesky_solve(right.mT, factor).mT

@@ -1,0 +1,154 @@
+"""The null space of the retained keys: the input directions an edit may use (paper Sec. 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.matrices import checked_matrix, checked_moment
+
+NullSpaceRule = Literal["max", "mean", "absolute", "energy", "count"]
+
+
+class EmptyNullSpaceError(ValueError):
+    """No direction is free of retained keys under the chosen rule and threshold."""
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpace:
+    """The input directions that retained keys (almost) do not use."""
+
+    basis: Tensor
+    """U, orthonormal columns, (d_in, k), float64."""
+    eigenvalues: Tensor
+    """All eigenvalues of K0 K0^T, (d_in,), ascending, float64. The first k belong to ``basis``."""
+    cutoff: float
+    """Directions with an eigenvalue below this are in the null space, in units of ``eigenvalues``."""
+
+    @property
+    def dimension(self) -> int:
+        """Number of free directions k."""
+        return self.basis.shape[1]
+
+    @property
+    def projection(self) -> Tensor:
+        """P = U U^T, (d_in, d_in), float64."""
+        return self.basis @ self.basis.mT
+
+
+def null_space(
+    moment: Tensor, threshold: float, rule: NullSpaceRule, num_keys: int | None = None, minimum: int = 0
+) -> NullSpace:
+    """Null space of the retained keys from their second moment (paper Sec. 4: U with U^T K0 = 0, P = U U^T).
+
+    A moment squares the keys: singular values of K0 below about 1e-8 of the largest cannot be told from zero. Where
+    that matters and the keys fit in memory, use `null_space_from_keys`.
+
+    Args:
+        moment: K0 K0^T as a sum over keys, (d_in, d_in).
+        threshold: Its meaning is given by ``rule``.
+        rule: Which eigenvalues of ``moment`` count as zero.
+            ``max``: below ``threshold`` times the largest one, threshold in (0, 1].
+            ``mean``: below ``threshold`` times their mean (the authors' code: 1/90000 with ``minimum=100``).
+            ``absolute``: below ``threshold`` once the moment is divided by ``num_keys`` (AlphaEdit: 2e-2, SPEED: 1e-1).
+            ``energy``: all but the fewest leading ones that carry the fraction ``threshold`` of the trace, in (0, 1).
+            ``count``: the ``threshold`` smallest ones, an integer in [1, d_in - 1] (ACE: 300 to 400).
+        num_keys: Number of keys in ``moment``; needed by ``absolute`` only.
+        minimum: If the rule finds fewer directions, take this many of the smallest eigenvalues instead.
+
+    Raises:
+        EmptyNullSpaceError: No eigenvalue passes; the message shows the spectrum.
+        ValueError: Unknown rule, threshold out of range, or a moment that is not a finite, symmetric, positive one.
+    """
+    moment = checked_moment("moment", moment)
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+    if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs():
+        raise ValueError(
+            f"moment has the negative eigenvalue {eigenvalues[0]:.3g} (largest {eigenvalues[-1]:.3g}), so it is not a "
+            "sum over keys. When one concept's moment is subtracted from a total, keep both in float64."
+        )
+    return _select(eigenvalues.clamp(min=0.0), eigenvectors, threshold, rule, num_keys, minimum)
+
+
+def null_space_from_keys(
+    keys: Tensor, threshold: float, rule: NullSpaceRule, num_keys: int | None = None, minimum: int = 0
+) -> NullSpace:
+    """As `null_space`, from the retained keys themselves: cheaper and sharper when n < d_in.
+
+    Args:
+        keys: K0 transposed, one row per retained token, (n, d_in).
+        threshold: As in `null_space`, on the squared singular values of ``keys``.
+        rule: As in `null_space`.
+        num_keys: Defaults to n.
+        minimum: As in `null_space`.
+
+    Raises:
+        EmptyNullSpaceError: As in `null_space`.
+        ValueError: As in `null_space`.
+    """
+    keys = checked_matrix("keys", keys, (None, None))
+    num_rows, d_in = keys.shape
+    # Full V only where the keys are thin: its last d_in - n rows are the exact null space.
+    _, singular_values, directions = torch.linalg.svd(keys, full_matrices=num_rows < d_in)
+    eigenvalues = singular_values.new_zeros(d_in)
+    eigenvalues[: len(singular_values)] = singular_values.square()
+    return _select(eigenvalues.flip(0), directions.flip(0).mT, threshold, rule, num_keys or num_rows, minimum)
+
+
+def _select(
+    eigenvalues: Tensor,
+    eigenvectors: Tensor,
+    threshold: float,
+    rule: NullSpaceRule,
+    num_keys: int | None,
+    minimum: int,
+) -> NullSpace:
+    """Choose the null space from an ascending spectrum, (d_in,), and its eigenvectors in columns, (d_in, d_in)."""
+    d_in, largest, mean = len(eigenvalues), float(eigenvalues[-1]), float(eigenvalues.mean())
+    if rule not in get_args(NullSpaceRule):
+        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(get_args(NullSpaceRule))}.")
+    if not 0 <= minimum < d_in:
+        raise ValueError(f"minimum={minimum} must lie in [0, {d_in - 1}] for a layer with {d_in} inputs.")
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold={threshold} must be a finite number.")
+    if largest <= 0:
+        raise ValueError("The retained keys are all zero or there are none: pass at least one retained prompt.")
+    if rule == "count":
+        if threshold != int(threshold) or not 1 <= threshold < d_in:
+            raise ValueError(f"threshold={threshold} must be an integer in [1, {d_in - 1}] for rule='count'.")
+        dimension = int(threshold)
+        cutoff = float(eigenvalues[dimension])
+    elif rule == "energy":
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold={threshold} must lie strictly between 0 and 1 for rule='energy'.")
+        carried = eigenvalues.flip(0).cumsum(0)
+        dimension = d_in - 1 - int((carried < threshold * carried[-1]).sum())
+        cutoff = float(eigenvalues[dimension])
+    else:
+        if threshold <= 0 or (rule == "max" and threshold > 1):
+            raise ValueError(f"threshold={threshold} must be positive for rule={rule!r} (and at most 1 for 'max').")
+        if rule == "absolute" and (num_keys is None or num_keys < 1):
+            raise ValueError("rule='absolute' is a threshold on the mean over keys: pass num_keys.")
+        cutoff = threshold * {"max": largest, "mean": mean, "absolute": float(num_keys or 0)}[rule]
+        dimension = int((eigenvalues < cutoff).sum())
+    if dimension < minimum:
+        dimension = minimum
+        cutoff = float(eigenvalues[dimension])
+    if dimension == 0:
+        levels = (0.0, 0.01, 0.1, 0.5, 0.9)
+        quantiles = torch.quantile(eigenvalues, eigenvalues.new_tensor(levels)).tolist()
+        spectrum = "; ".join(
+            f"{100 * level:g}%: {value / largest:.2e} of max, {value / mean:.2e} of mean"
+            for level, value in zip(levels, quantiles, strict=True)
+        )
+        raise EmptyNullSpaceError(
+            f"The null space is empty: rule={rule!r} with threshold={threshold:g} asks for eigenvalues below "
+            f"{cutoff:.3g}, but the smallest of {d_in} is {float(eigenvalues[0]):.3g}. "
+            f"Quantiles of the spectrum: {spectrum}. "
+            "Raise the threshold (lower it for rule='energy'), set minimum, or retain fewer prompts."
+        )
+    return NullSpace(eigenvectors[:, :dimension].contiguous(), eigenvalues, cutoff)

@@ -1,0 +1,1 @@
+"""Concept sets (YAML, package data) and what turns them into batches of prompts."""

@@ -1,0 +1,253 @@
+"""Forget and retain scores, their harmonic mean, and how sure a share of so many pictures is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.prints import rank_zero_warn
+
+NOT_JUDGED = -2
+FAILED = -1
+"""States of a picture. Failed is the greater, so that one replica's failure outlives the others' ``NOT_JUDGED`` when
+replicas are merged by their maximum; a verdict (0 or 1) outlives both."""
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """Return ``2ab / (a + b)``, 0 if both are 0, nan if either is nan.
+
+    Raises:
+        ValueError: A negative score.
+    """
+    if a < 0 or b < 0:
+        raise ValueError(f"harmonic_mean({a}, {b}): scores cannot be negative.")
+    return 0.0 if a == b == 0 else 2 * a * b / (a + b)
+
+
+def both_harmonic_means(forget: Sequence[float], retain: Sequence[float]) -> tuple[float, float]:
+    """Return the two harmonic means that are in use for scores of several concepts.
+
+    They differ: a concept that was not forgotten at all pulls the second to the ground, the first hardly.
+
+    Args:
+        forget: Forget score per concept.
+        retain: Retain score per concept, in the same order.
+
+    Returns:
+        The harmonic mean of the average scores (the paper's Table 5), and the average of the concepts' harmonic means.
+
+    Raises:
+        ValueError: No concept, or not one retain score per forget score.
+    """
+    if len(forget) != len(retain) or not forget:
+        raise ValueError(f"{len(forget)} forget and {len(retain)} retain scores: give one of each per concept.")
+    of_averages = harmonic_mean(fmean(forget), fmean(retain))
+    return of_averages, fmean(harmonic_mean(f, r) for f, r in zip(forget, retain, strict=True))
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a share (Wilson 1927): stays in [0, 1] and has a width at 0 and at 1.
+
+    Trials count as independent, so for pictures of few prompts it is the least uncertainty there is.
+
+    Args:
+        successes: Trials that succeeded.
+        trials: All trials; 0 gives (0, 1), nothing being known.
+        confidence: Probability that such an interval holds the true share.
+
+    Returns:
+        Lower and upper bound.
+
+    Raises:
+        ValueError: More successes than trials, negative numbers, a confidence outside (0, 1).
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials: expected 0 <= successes <= trials.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1, e.g. 0.95.")
+    if trials == 0:
+        return 0.0, 1.0
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    share = successes / trials
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+    # Exact at the ends, where rounding would leave 1e-17 or 1 - 1e-16.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return low, high
+
+
+class ForgetRetain(Metric):
+    """Forget and retain score of an edit: shares of pictures without the edited and with the other concepts.
+
+    Each picture has its own place in the state, found by concept, prompt and number. A picture that is judged twice
+    counts once, so the pictures that a distributed sampler repeats to fill its last batch do no harm, and order and
+    batch size do not matter. (Two different verdicts on one picture count as yes.) A picture that the judge could not
+    tell is missing: it is in no share, neither as forgotten nor as retained.
+
+    Call ``update`` rather than the metric itself, which would also compute the scores of each batch.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    verdicts: Tensor
+
+    def __init__(
+        self,
+        concepts: Sequence[str],
+        edited: Sequence[str],
+        images_per_concept: int,
+        num_direct: int,
+        images_per_prompt: int = 1,
+        confidence: float = 0.95,
+        **kwargs: Any,
+    ) -> None:
+        """Make the metric of one edit.
+
+        Args:
+            concepts: All concepts of the set, in the order of ``concept_index``.
+            edited: The concepts that were edited; none for an unedited model, whose forget score is then nan.
+            images_per_concept: Pictures of each concept, over all its prompts.
+            num_direct: How many of a concept's prompts are direct; they come first, indirect ones follow.
+            images_per_prompt: Pictures (seeds) of each prompt.
+            confidence: Of the intervals.
+            **kwargs: Passed on to ``torchmetrics.Metric``.
+
+        Raises:
+            ValueError: Numbers that do not fit together, an unknown edited concept, or a concept given twice.
+        """
+        super().__init__(**kwargs)
+        self.concepts, self.edited = tuple(concepts), tuple(edited)
+        for field, names in (("concepts", self.concepts), ("edited", self.edited)):
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{field} holds {repeated[0]!r} more than once.")
+        if not self.concepts:
+            raise ValueError("concepts is empty; there is nothing to score.")
+        if unknown := [name for name in self.edited if name not in self.concepts]:
+            raise ValueError(f"edited concept {unknown[0]!r} is none of the concepts: {', '.join(self.concepts)}.")
+        if images_per_prompt < 1 or images_per_concept < 1 or images_per_concept % images_per_prompt:
+            raise ValueError(
+                f"images_per_concept={images_per_concept} must be a positive multiple of "
+                f"images_per_prompt={images_per_prompt}."
+            )
+        self.images_per_concept = images_per_concept
+        self.images_per_prompt = images_per_prompt
+        self.num_prompts = images_per_concept // images_per_prompt
+        self.num_direct = num_direct
+        self.confidence = confidence
+        if not 0 <= num_direct <= self.num_prompts:
+            raise ValueError(f"num_direct={num_direct} must lie between 0 and the {self.num_prompts} prompts.")
+        shape = (len(self.concepts), self.num_prompts, images_per_prompt)
+        self.add_state(
+            "verdicts", default=torch.full(shape, NOT_JUDGED, dtype=torch.int8), dist_reduce_fx="max", persistent=False
+        )
+
+    def update(
+        self,
+        probability: Tensor,
+        concept_index: Tensor | Sequence[int],
+        prompt_index: Tensor | Sequence[int],
+        image_index: Tensor | Sequence[int],
+    ) -> None:
+        """Enter the judge's answers on B pictures.
+
+        Args:
+            probability: That the picture shows the concept it was asked for, (B,), in [0, 1]; at least 0.5 is yes,
+                nan a failure of the judge.
+            concept_index: Place in ``concepts`` of the concept whose prompt made the picture, (B,).
+            prompt_index: Number of the prompt, (B,), direct prompts first.
+            image_index: Number of the picture among those of its prompt, (B,).
+
+        Raises:
+            ValueError: Lengths differ, an index or a probability is out of range.
+        """
+        device = self.verdicts.device
+        probability = probability.detach().to(device)
+        indices = [torch.as_tensor(i, device=device).long() for i in (concept_index, prompt_index, image_index)]
+        if probability.ndim != 1 or any(index.shape != probability.shape for index in indices):
+            shapes = ", ".join(str(tuple(t.shape)) for t in (probability, *indices))
+            raise ValueError(
+                f"probability, concept_index, prompt_index, image_index have shapes {shapes}; expected four times (B,)."
+            )
+        fields = ("concept_index", "prompt_index", "image_index")
+        for field, index, size in zip(fields, indices, self.verdicts.shape, strict=True):
+            if len(wrong := index[(index < 0) | (index >= size)]):
+                raise ValueError(f"{field} {wrong[0].item()} is out of range: there are {size}, counted from 0.")
+        if len(wrong := probability[(probability < 0) | (probability > 1)]):
+            raise ValueError(f"probability {wrong[0].item():.4g} is outside [0, 1].")
+        verdict = (probability >= 0.5).to(torch.int8).masked_fill(probability.isnan(), FAILED)
+        concept, prompt, image = indices
+        place = (concept * self.num_prompts + prompt) * self.images_per_prompt + image
+        merged = self.verdicts.flatten().scatter_reduce(0, place, verdict, "amax")
+        self.verdicts = merged.view_as(self.verdicts)
+
+    def compute(self) -> dict[str, Any]:
+        """Return the scores as plain numbers, nan where no picture was judged.
+
+        Returns:
+            ``forget``: share of the edited concepts' judged pictures without their concept; ``retain``: share of the
+            other concepts' judged pictures with theirs; ``harmonic_mean`` of the two; ``forget_direct``,
+            ``forget_indirect``, ``retain_direct``, ``retain_indirect``: the same over some prompts only;
+            ``intervals``: (low, high) for each of these but that of the harmonic mean, which is the range of harmonic
+            means within a joint region of the same confidence (each score at half the doubt: Bonferroni);
+            ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``;
+            ``missing``: all pictures without verdict, ``failed``: those of them that the judge could not tell.
+        """
+        verdicts = self.verdicts.cpu()
+        is_edited = torch.tensor([name in self.edited for name in self.concepts])
+        self._warn_of_unjudged(verdicts)
+        scores: dict[str, Any] = {}
+        intervals: dict[str, tuple[float, float]] = {}
+        prompts = {"": slice(None), "_direct": slice(self.num_direct), "_indirect": slice(self.num_direct, None)}
+        for suffix, part in prompts.items():
+            forgotten, edited = _count(verdicts[is_edited, part], verdict=0)
+            retained, others = _count(verdicts[~is_edited, part], verdict=1)
+            for name, successes, trials in (("forget", forgotten, edited), ("retain", retained, others)):
+                scores[name + suffix] = successes / trials if trials else math.nan
+                intervals[name + suffix] = wilson_interval(successes, trials, self.confidence)
+            if not suffix:
+                scores["harmonic_mean"] = harmonic_mean(scores["forget"], scores["retain"])
+                joint = (1 + self.confidence) / 2
+                bounds = [wilson_interval(*counts, joint) for counts in ((forgotten, edited), (retained, others))]
+                low, high = (harmonic_mean(forget, retain) for forget, retain in zip(*bounds, strict=True))
+                intervals["harmonic_mean"] = (low, high)
+        per_concept = {}
+        for name, row in zip(self.concepts, verdicts, strict=True):
+            shown, n = _count(row, verdict=1)
+            per_concept[name] = {
+                "share_with_concept": shown / n if n else math.nan,
+                "n": n,
+                "missing": row.numel() - n,
+                "failed": int((row == FAILED).sum()),
+                "edited": name in self.edited,
+            }
+        return {
+            **scores,
+            "intervals": intervals,
+            "per_concept": per_concept,
+            "missing": sum(concept["missing"] for concept in per_concept.values()),
+            "failed": sum(concept["failed"] for concept in per_concept.values()),
+        }
+
+    def _warn_of_unjudged(self, verdicts: Tensor) -> None:
+        judged = (verdicts >= 0).flatten(1).any(dim=1).tolist()
+        unjudged = [name for name, some in zip(self.concepts, judged, strict=True) if not some]
+        if unjudged:
+            failed = int((verdicts == FAILED).sum())
+            rank_zero_warn(
+                f"No picture was judged of {len(unjudged)} of {len(self.concepts)} concepts ({', '.join(unjudged)}): "
+                f"they are in no score. The judge failed on {failed} pictures; the others were never shown to it "
+                "(limit_test_batches, or a set of prompts that leaves concepts out?)."
+            )
+
+
+def _count(verdicts: Tensor, verdict: int) -> tuple[int, int]:
+    """Return how many pictures have this verdict, and how many have any."""
+    return int((verdicts == verdict).sum()), int((verdicts >= 0).sum())

@@ -1,0 +1,19 @@
+"""The figures of the paper's Tables 1 to 5, to stand beside ours."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+
+def load_paper_tables() -> dict[str, Any]:
+    """Return the paper's scores.
+
+    Returns:
+        ``unedited``, ``uce``, ``esd``, ``null_space`` (the paper's method): concept or ``"Average"`` -> ``forget`` and
+        ``retain``; and ``harmonic_mean`` (Table 5): one number for each of these four. As printed: averages are
+        rounded, and ESD's scores are of another number of pictures than the others'.
+    """
+    table = resources.files("lit_unlearn.evaluation").joinpath("paper_tables.json")
+    return json.loads(table.read_text(encoding="utf-8"))

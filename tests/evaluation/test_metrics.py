@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from lit_unlearn.evaluation.metrics import (
+    FAILED,
+    NOT_JUDGED,
+    ForgetRetain,
+    both_harmonic_means,
+    harmonic_mean,
+    wilson_interval,
+)
+
+CONCEPTS = ["apple", "dog", "owl", "rain"]
+NUM_PROMPTS, IMAGES_PER_PROMPT, NUM_DIRECT = 5, 2, 3
+NAN = math.nan
+
+Slot = tuple[int, int, int]
+
+
+def new_metric(edited: list[str] | None = None, **kwargs: Any) -> ForgetRetain:
+    edited = ["dog"] if edited is None else edited
+    return ForgetRetain(
+        CONCEPTS, edited, NUM_PROMPTS * IMAGES_PER_PROMPT, NUM_DIRECT, images_per_prompt=IMAGES_PER_PROMPT, **kwargs
+    )
+
+
+def random_answers(seed: int = 0, failures: float = 0.1) -> dict[Slot, float]:
+    """Return a probability for every picture, some nan."""
+    rng = random.Random(seed)
+    slots = itertools.product(range(len(CONCEPTS)), range(NUM_PROMPTS), range(IMAGES_PER_PROMPT))
+    return {slot: NAN if rng.random() < failures else rng.random() for slot in slots}
+
+
+def enter(metric: ForgetRetain, answers: list[tuple[Slot, float]], batch_size: int = 7) -> ForgetRetain:
+    for start in range(0, len(answers), batch_size):
+        batch = answers[start : start + batch_size]
+        concepts, prompts, images = (torch.tensor([slot[k] for slot, _ in batch]) for k in range(3))
+        metric.update(torch.tensor([probability for _, probability in batch]), concepts, prompts, images)
+    return metric
+
+
+def share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits) if hits else NAN
+
+
+def brute_force(answers: dict[Slot, float], edited: list[str]) -> dict[str, float]:
+    """Return the scores by going through the pictures one by one."""
+    result = {}
+    for suffix, prompts in (
+        ("", range(NUM_PROMPTS)),
+        ("_direct", range(NUM_DIRECT)),
+        ("_indirect", range(NUM_DIRECT, NUM_PROMPTS)),
+    ):
+        judged = [(CONCEPTS[c], p >= 0.5) for (c, k, _), p in answers.items() if k in prompts and not math.isnan(p)]
+        result["forget" + suffix] = share([not yes for name, yes in judged if name in edited])
+        result["retain" + suffix] = share([yes for name, yes in judged if name not in edited])
+    result["harmonic_mean"] = 2 / (1 / result["forget"] + 1 / result["retain"])
+    return result
+
+
+# harmonic means
+
+
+def test_harmonic_mean() -> None:
+    assert harmonic_mean(0.5, 0.5) == 0.5
+    assert harmonic_mean(0.25, 0.75) == pytest.approx(2 / (1 / 0.25 + 1 / 0.75))
+    assert harmonic_mean(0, 0) == 0
+    assert harmonic_mean(0, 1) == 0
+    assert math.isnan(harmonic_mean(NAN, 1))
+    with pytest.raises(ValueError, match="negative"):
+        harmonic_mean(-0.1, 0.5)
+
+
+def test_both_harmonic_means_differ_when_one_concept_was_not_forgotten() -> None:
+    of_averages, average = both_harmonic_means([0.0, 1.0], [1.0, 1.0])
+    assert of_averages == pytest.approx(2 * 0.5 / 1.5)
+    assert average == 0.5
+    with pytest.raises(ValueError, match="1 forget and 2 retain"):
+        both_harmonic_means([0.5], [0.5, 0.5])
+    with pytest.raises(ValueError, match="0 forget"):
+        both_harmonic_means([], [])
+
+
+# Wilson interval
+
+
+def test_wilson_interval_solves_its_equation() -> None:
+    # Its bounds are the shares p at which |successes/trials - p| is z standard errors of p itself.
+    z = 1.959963984540054
+    for successes, trials in ((1, 10), (5, 10), (19, 20), (137, 400)):
+        for bound in wilson_interval(successes, trials):
+            deviation = abs(successes / trials - bound)
+            assert deviation == pytest.approx(z * math.sqrt(bound * (1 - bound) / trials), abs=1e-12)
+
+
+def test_wilson_interval_known_values() -> None:
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)  # z^2 / (n + z^2)
+    assert wilson_interval(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert wilson_interval(50, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_interval_covers_as_often_as_it_says() -> None:
+    trials = 40
+    for true_share in (0.1, 0.5, 0.9):
+        binomial = [math.comb(trials, k) * true_share**k * (1 - true_share) ** (trials - k) for k in range(trials + 1)]
+        covered = 0.0
+        for k, probability in enumerate(binomial):
+            low, high = wilson_interval(k, trials)
+            covered += probability * (low <= true_share <= high)
+        assert 0.92 < covered < 0.98  # counts are whole numbers, so never exactly 0.95
+
+
+@pytest.mark.parametrize("arguments", [(3, 2), (-1, 2), (1, 2, 1.0), (1, 2, 0.0)])
+def test_wilson_interval_refuses(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected|confidence"):
+        wilson_interval(*arguments)
+
+
+# ForgetRetain
+
+
+@pytest.mark.parametrize("edited", [["dog"], ["apple", "rain"]])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scores_equal_brute_force(edited: list[str], seed: int) -> None:
+    answers = random_answers(seed)
+    result = enter(new_metric(edited), list(answers.items())).compute()
+    for name, value in brute_force(answers, edited).items():
+        assert result[name] == pytest.approx(value, abs=1e-12), name
+    for index, name in enumerate(CONCEPTS):
+        own = [p for (c, _, _), p in answers.items() if c == index]
+        judged = [p >= 0.5 for p in own if not math.isnan(p)]
+        concept = result["per_concept"][name]
+        assert concept["share_with_concept"] == pytest.approx(share(judged), abs=1e-12)
+        assert concept["n"] == len(judged)
+        assert concept["missing"] == concept["failed"] == len(own) - len(judged)
+        assert concept["edited"] == (name in edited)
+    assert result["failed"] == result["missing"] == sum(math.isnan(p) for p in answers.values()) > 0
+
+
+def test_a_half_is_yes() -> None:
+    metric = new_metric()
+    metric.update(torch.tensor([0.5, 0.4999]), [0, 0], [0, 0], [0, 1])
+    assert metric.verdicts[0, 0].tolist() == [1, 0]
+
+
+def test_order_and_batch_size_do_not_matter() -> None:
+    answers = list(random_answers().items())
+    expected = enter(new_metric(), answers, batch_size=len(answers)).compute()
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(answers, len(answers))
+        assert enter(new_metric(), shuffled, batch_size=1 + seed).compute() == expected
+
+
+def test_a_picture_that_comes_twice_counts_once() -> None:
+    answers = list(random_answers().items())
+    expected = enter(new_metric(), answers).compute()
+    repeated = enter(new_metric(), answers + answers[:9], batch_size=len(answers) + 9).compute()
+    assert repeated == expected
+    # An average over entries would have been another.
+    verdicts = [p >= 0.5 for (c, _, _), p in answers + answers[:9] if c != 1 and not math.isnan(p)]
+    assert share(verdicts) != pytest.approx(expected["retain"], abs=1e-6)
+
+
+def test_a_verdict_outlives_a_failure_and_yes_outlives_no_in_either_order() -> None:
+    for answers, kept in (([NAN, 0.0], 0), ([NAN, 1.0], 1), ([0.0, 1.0], 1)):
+        for order in (answers, answers[::-1]):
+            metric = new_metric()
+            for probability in order:
+                metric.update(torch.tensor([probability]), [2], [1], [0])
+            assert metric.verdicts[2, 1, 0] == kept
+
+
+def test_replicas_merged_by_their_maximum_equal_one() -> None:
+    answers = list(random_answers(seed=3, failures=0.3).items())
+    whole = enter(new_metric(), answers)
+    # As a distributed sampler does: every second picture each, and a repeated one to fill up.
+    first, second = enter(new_metric(), answers[::2] + answers[1:2]), enter(new_metric(), answers[1::2] + answers[:1])
+    first.merge_state(second)
+    torch.testing.assert_close(first.verdicts, whole.verdicts)
+    assert first.compute() == whole.compute()
+    assert whole.compute()["failed"] > 0  # a failure that one replica saw is not lost in the merge
+    assert FAILED > NOT_JUDGED
+
+
+def _rank(rank: int, folder: str, answers: list[tuple[Slot, float]]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    metric = enter(new_metric(), answers[rank::2] + answers[:1])
+    torch.save(metric.compute(), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    answers = list(random_answers(seed=4, failures=0.3).items())
+    mp.spawn(_rank, args=(str(tmp_path), answers), nprocs=2)
+    expected = enter(new_metric(), answers).compute()
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank{rank}.pt") == expected
+
+
+def test_intervals_are_wilson_s_and_hold_the_score() -> None:
+    answers = random_answers(failures=0)
+    result = enter(new_metric(confidence=0.9), list(answers.items())).compute()
+    n = NUM_PROMPTS * IMAGES_PER_PROMPT
+    assert result["intervals"]["forget"] == wilson_interval(round(result["forget"] * n), n, 0.9)
+    assert result["intervals"]["retain"] == wilson_interval(round(result["retain"] * 3 * n), 3 * n, 0.9)
+    for name, (low, high) in result["intervals"].items():
+        assert 0 <= low <= result[name] <= high <= 1
+
+
+def test_what_was_never_judged_is_missing_and_said() -> None:
+    metric = new_metric()
+    metric.update(torch.tensor([0.1, NAN, 0.9]), [1, 1, 0], [0, 0, 4], [0, 1, 0])
+    with pytest.warns(UserWarning, match=r"2 of 4 concepts \(owl, rain\).*failed on 1"):
+        result = metric.compute()
+    assert (result["forget"], result["retain"]) == (1.0, 1.0)
+    assert math.isnan(result["forget_indirect"])
+    assert math.isnan(result["per_concept"]["owl"]["share_with_concept"])
+    assert result["per_concept"]["dog"] == {
+        "share_with_concept": 0.0,
+        "n": 1,
+        "missing": 9,
+        "failed": 1,
+        "edited": True,
+    }
+    assert (result["missing"], result["failed"]) == (38, 1)
+
+
+def test_a_judge_that_always_fails_forgets_nothing() -> None:
+    answers = [(slot, NAN) for slot in random_answers()]
+    metric = enter(new_metric(), answers)
+    with pytest.warns(UserWarning, match="No picture was judged of 4 of 4"):
+        result = metric.compute()
+    assert math.isnan(result["forget"])
+    assert math.isnan(result["harmonic_mean"])
+    assert result["intervals"]["forget"] == (0.0, 1.0)
+
+
+def test_an_unedited_model_has_no_forget_score_but_shares() -> None:
+    answers = random_answers(failures=0)
+    result = enter(new_metric(edited=[]), list(answers.items())).compute()
+    assert math.isnan(result["forget"])
+    assert result["retain"] == pytest.approx(share([p >= 0.5 for p in answers.values()]))
+
+
+def test_reset_forgets_and_copies_are_apart() -> None:
+    metric = enter(new_metric(), list(random_answers().items()))
+    other = copy.deepcopy(metric)
+    metric.reset()
+    assert (metric.verdicts == NOT_JUDGED).all()
+    assert not (other.verdicts == NOT_JUDGED).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"edited": ["wolf"]}, "'wolf' is none of the concepts: apple, dog"),
+        ({"edited": ["dog", "dog"]}, "edited holds 'dog' more than once"),
+        ({"concepts": ["dog", "dog"]}, "concepts holds 'dog' more than once"),
+        ({"concepts": [], "edited": []}, "concepts is empty"),
+        ({"images_per_concept": 9}, "images_per_concept=9 must be a positive multiple of images_per_prompt=2"),
+        ({"images_per_concept": 0}, "images_per_concept=0"),
+        ({"num_direct": 6}, "num_direct=6 must lie between 0 and the 5 prompts"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    good = {
+        "concepts": CONCEPTS,
+        "edited": ["dog"],
+        "images_per_concept": 10,
+        "num_direct": NUM_DIRECT,
+        "images_per_prompt": 2,
+    }
+    ForgetRetain(**good)
+    with pytest.raises(ValueError, match=message):
+        ForgetRetain(**{**good, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (([0.1], [4], [0], [0]), "concept_index 4 is out of range: there are 4"),
+        (([0.1], [0], [-1], [0]), "prompt_index -1 is out of range: there are 5"),
+        (([0.1], [0], [0], [2]), "image_index 2 is out of range: there are 2"),
+        (([1.1], [0], [0], [0]), r"probability 1.1 is outside \[0, 1\]"),
+        (([0.1, 0.2], [0], [0], [0]), r"shapes \(2,\), \(1,\)"),
+    ],
+)
+def test_bad_entries_are_named_and_change_nothing(entry: tuple[list[Any], ...], message: str) -> None:
+    metric = new_metric()
+    with pytest.raises(ValueError, match=message):
+        metric.update(torch.tensor(entry[0]), *entry[1:])
+    assert (metric.verdicts == NOT_JUDGED).all()

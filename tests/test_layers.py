@@ -1,0 +1,123 @@
+"""Imports point one way, from a layer to those on its left, and heavy libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lit_unlearn"
+
+LAYERS: dict[str, set[str]] = {
+    "core": set(),
+    "diffusion": {"core"},
+    "data": {"core", "diffusion"},
+    "evaluation": {"core", "diffusion"},
+    "emoji": {"core", "diffusion", "evaluation"},
+    "methods": {"core", "diffusion", "data", "evaluation"},
+    "callbacks": {"core", "diffusion", "data", "evaluation", "methods"},
+}
+"""What each sub-package may import besides itself. Modules at the top (``cli``) may import all of them."""
+
+NEVER = {
+    "pytorch_lightning": "a second class tree beside lightning.pytorch, whose classes are not the same",
+    "torchvision": "not a dependency",
+}
+PIPELINE_LIBRARIES = {"diffusers", "transformers"}
+PIPELINE_LAYERS = {"diffusion", "emoji"}
+
+
+def imported_names(source: str, package: str) -> set[str]:
+    """Dotted names of everything ``source`` imports, wherever in it, relative imports resolved against ``package``."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer_of(path: Path) -> str | None:
+    """Sub-package a file belongs to; none for the modules at the top."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def violations(layer: str | None, names: set[str]) -> list[str]:
+    """Which of the imported names a file of the layer must not import, with the reason."""
+    found = []
+    for name in sorted(names):
+        library, *rest = name.split(".")
+        if library in NEVER:
+            found.append(f"{name}: {NEVER[library]}")
+        elif library in PIPELINE_LIBRARIES and layer not in PIPELINE_LAYERS:
+            found.append(f"{name}: only {sorted(PIPELINE_LAYERS)} import {library}")
+        elif layer == "core" and library not in {"torch", "lit_unlearn", *sys.stdlib_module_names}:
+            found.append(f"{name}: core imports torch and the standard library only")
+        elif library == "lit_unlearn" and layer is not None and rest:
+            at_the_top = rest[0] not in LAYERS and (PACKAGE / f"{rest[0]}.py").is_file()
+            if at_the_top or (rest[0] in LAYERS and rest[0] not in LAYERS[layer] | {layer}):
+                found.append(f"{name}: {layer} imports only from {sorted(LAYERS[layer]) or 'itself'}")
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_subpackage_has_its_place() -> None:
+    assert {layer_of(path) for path in FILES} - {None} <= set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    assert violations(layer_of(path), imported_names(path.read_text(encoding="utf-8"), package)) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "source", "allowed"),
+    [
+        ("core", "import math, torch.nn.functional as F", True),
+        ("core", "import numpy", False),
+        ("core", "from lit_unlearn.diffusion import hooks", False),
+        ("core", "def later():\n    from ..diffusion import hooks", False),
+        ("core", "from . import alignment", True),
+        ("data", "from lit_unlearn import evaluation", False),
+        ("data", "from lit_unlearn import __version__", True),
+        ("methods", "from lit_unlearn.data.concepts import Concept", True),
+        ("methods", "from lit_unlearn.callbacks.export import export", False),
+        ("methods", "import diffusers", False),
+        ("methods", "import pytorch_lightning as pl", False),
+        ("emoji", "from transformers import CLIPTextModel", True),
+        ("emoji", "from lit_unlearn.methods import base", False),
+        ("callbacks", "from lit_unlearn.__main__ import main", False),
+        (None, "from lit_unlearn.callbacks import export", True),
+        (None, "from torchvision import transforms", False),
+    ],
+)
+def test_a_violation_is_seen(layer: str | None, source: str, allowed: bool) -> None:
+    package = f"lit_unlearn.{layer}" if layer else "lit_unlearn"
+    assert (violations(layer, imported_names(source, package)) == []) is allowed
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_what_is_never_imported(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        libraries = {name.split(".")[0] for name in imported_names(path.read_text(encoding="utf-8"), folder)}
+        assert not libraries & set(NEVER), path
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = {"torch", "lightning", "diffusers", "transformers", "numpy"}
+    code = f"import sys, lit_unlearn; print(sorted(set(sys.modules) & {heavy!r}), lit_unlearn.__version__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, version = result.stdout.split()
+    assert loaded == "[]"
+    assert version[0].isdigit()
