@@ -1,7 +1,7 @@
 """The sprite sheet of emoji-sd, rendered from the icon sets of three artists.
 
-``sprites.png`` (committed) holds one 96 by 96 RGBA tile per subject (column) and artist (row), so that neither npm nor a
-rasteriser is needed to draw or to train. It was made with::
+``sprites.png`` (committed) holds one 96 by 96 RGBA tile per subject (column) and artist (row), so that neither npm nor
+a rasteriser is needed to draw or to train. It was made with::
 
     npm pack @iconify-json/noto @iconify-json/fluent-emoji @iconify-json/fluent-emoji-high-contrast
     tar xzf ...                          # each into a folder of its own
@@ -49,7 +49,7 @@ SHEET = Path(__file__).with_name("sprites.png")
 
 
 def render_sheet(icon_sets: list[Path], output: Path = SHEET) -> None:
-    """Rasterise the icons of ``icon_sets`` (one ``icons.json`` per artist, in the order of ``ARTISTS``) into ``output``."""
+    """Rasterise the icons of ``icon_sets`` (an ``icons.json`` per artist, as in ``ARTISTS``) into ``output``."""
     import resvg_py
 
     sheet = Image.new("RGBA", (TILE * len(SUBJECTS), TILE * len(ARTISTS)))

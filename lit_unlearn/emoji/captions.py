@@ -1,7 +1,7 @@
-"""Captions of drawings: direct ("a glossy dog at sunset") and indirect ("the pet that barks and fetches as the day ends").
+"""Captions of drawings: direct ("a glossy dog at sunset") and indirect ("the pet that barks and fetches").
 
-The phrases are data (``phrases.yaml``); this module only puts them together. A caption always names a subject; style and
-scene may go unsaid. Direct and indirect phrases are mixed freely, so that an indirect prompt means something to the model.
+The phrases are data (``phrases.yaml``); this module only puts them together. A caption always has a subject; style and
+scene may go unsaid. Direct and indirect phrases are mixed freely, so that an indirect prompt means something.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SPLITS = ("train", "validation")
 class DrawingDataset(Dataset[dict[str, Any]]):
     """``size`` drawings, reproducible by index; the two splits never share a seed.
 
-    Items: ``images`` (3, 64, 64) float in [-1, 1]; ``labels`` (3,) int64, indices of subject, style and scene;
+    Items: ``images`` (3, 48, 48) float in [-1, 1]; ``labels`` (3,) int64, indices of subject, style and scene;
     ``captions`` a string.
     """
 
@@ -50,7 +50,9 @@ class Drawings(L.LightningDataModule):
         seed: Seed of the drawings.
     """
 
-    def __init__(self, batch_size: int = 64, steps_per_epoch: int = 250, num_validation: int = 1280, seed: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 64, steps_per_epoch: int = 250, num_validation: int = 1280, seed: int = 0
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.batch_size = batch_size

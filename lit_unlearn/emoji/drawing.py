@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lit_unlearn.emoji.artwork import SUBJECTS, load_sprites
 
-RESOLUTION = 64
-SIZES = (44, 48)
-JITTER = 3
+RESOLUTION = 48
+SIZES = (33, 36)
+JITTER = 2
 VARIANTS = 6
-BLOCK = 4
+BLOCK = 3
 """Side of a block of the pixel-art style, in pixels."""
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ class Drawing:
         return cls(*(int(rng.integers(len(values))) for values in ATTRIBUTES.values()))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a picture, (64, 64, 3), uint8 RGB; place, size and variant of the scene come from ``rng``."""
+        """Return a picture, (48, 48, 3), uint8 RGB; place, size and variant of the scene come from ``rng``."""
         scene = scenes()[self.scene][int(rng.integers(VARIANTS))]
         size = int(rng.integers(len(SIZES)))
         ink = 1 if ATTRIBUTES["scene"][self.scene] in DARK_SCENES else 0
@@ -96,7 +96,7 @@ def _scale(tile: np.ndarray, side: int, blocks: bool) -> np.ndarray:
 
 @cache
 def scenes() -> list[np.ndarray]:
-    """Backgrounds in [0, 1], one array (6 variants, 64, 64, 3) per scene; always the same ones."""
+    """Backgrounds in [0, 1], one array (6 variants, 48, 48, 3) per scene; always the same ones."""
     painters = (_plain, _sunset, _rain, _aurora, _neon)
     return [
         np.stack([painter(np.random.default_rng(1000 * index + variant)) for variant in range(VARIANTS)])
@@ -112,7 +112,7 @@ def _gradient(*stops: tuple[float, tuple[int, int, int]]) -> np.ndarray:
 
 
 def _paint(background: np.ndarray) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    # Shapes are drawn four times as large and averaged down, for soft edges.
+    # Shapes are drawn at 256 pixels and averaged down, for soft edges.
     image = Image.fromarray((background * 255).round().astype(np.uint8)).resize((256, 256), Image.Resampling.BILINEAR)
     return image, ImageDraw.Draw(image)
 
@@ -128,7 +128,9 @@ def _plain(rng: np.random.Generator) -> np.ndarray:
 
 def _sunset(rng: np.random.Generator) -> np.ndarray:
     shift = float(rng.uniform(-0.08, 0.08))
-    sky = _gradient((0, (94, 36, 112)), (0.4 + shift, (226, 74, 66)), (0.72 + shift, (255, 176, 64)), (0.8, (255, 214, 120)))
+    sky = _gradient(
+        (0, (94, 36, 112)), (0.4 + shift, (226, 74, 66)), (0.72 + shift, (255, 176, 64)), (0.8, (255, 214, 120))
+    )
     image, pen = _paint(sky)
     x, radius = int(rng.integers(40, 216)), int(rng.integers(26, 36))
     pen.ellipse((x - radius, 190 - radius, x + radius, 190 + radius), fill=(255, 240, 180))

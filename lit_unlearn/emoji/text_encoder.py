@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -21,17 +22,21 @@ MAX_LENGTH = 32
 
 
 def train_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding in CLIP's form in which each word of the captions is one token; other words fall to letters."""
+    """Byte-pair encoding in CLIP's form: each word of the captions is one token, other words fall to pieces."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000, end_of_word_suffix="</w>", initial_alphabet=list(letters), show_progress=False, min_frequency=1
+        vocab_size=10_000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=list(letters),
+        show_progress=False,
+        min_frequency=1,
     )
     bpe.train_from_iterator(vocabulary(), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH
     )
@@ -94,7 +99,7 @@ class TextEncoderTraining(L.LightningModule):
             accuracy = (logits[name].argmax(dim=-1) == batch["labels"][:, i]).float().mean()
             self.log(f"validation/{name}", accuracy, prog_bar=True, batch_size=len(batch["labels"]))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW under a one-cycle schedule over the whole run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, int(self.trainer.estimated_stepping_batches))

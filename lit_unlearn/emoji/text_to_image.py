@@ -1,12 +1,11 @@
 """Trains the UNet of emoji-sd on latents of drawings and states of their captions, and writes the whole pipeline.
 
-Autoencoder and text encoder are frozen, so their outputs are computed once and kept in memory; a step is the UNet alone.
+Autoencoder and text encoder are frozen, so their outputs are computed once and kept in memory; a step is the UNet's.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -19,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -40,10 +40,10 @@ NOISE_SCHEDULE = {
 class CaptionedLatents(Dataset[dict[str, Tensor]]):
     """Pairs of a drawing's latent and a true caption's states; drawings and captions are paired anew at each access.
 
-    Items: ``latents`` (C, 8, 8), unit variance; ``encoder_hidden_states`` (32, D).
+    Items: ``latents`` (C, 12, 12), unit variance; ``encoder_hidden_states`` (32, D).
 
     Args:
-        latents: Latents per combination of attributes, (combinations, drawings, C, 8, 8), float16.
+        latents: Latents per combination of attributes, (combinations, drawings, C, 12, 12), float16.
         states: Caption states per combination, (combinations, captions, 32, D), float16.
         unconditional: States of the empty prompt, (32, D).
         unconditional_share: How often the caption is the empty prompt (for classifier-free guidance).
@@ -145,7 +145,8 @@ class TextToImageTraining(L.LightningModule):
 
     Args:
         model: Folder that holds ``vae``, ``text_encoder`` and ``tokenizer``; the sample grid needs them.
-        block_out_channels: Channels per resolution of the UNet, 8 by 8 first.
+        block_out_channels: Channels per resolution of the UNet, 12 by 12 first.
+        attention: Which resolutions attend to the caption.
         num_heads: Attention heads.
         lr: Peak learning rate of AdamW, after a warm-up of 2 % and before a cosine decay to zero.
         guidance_scale: Strength of classifier-free guidance in the sample grid.
@@ -155,6 +156,7 @@ class TextToImageTraining(L.LightningModule):
         self,
         model: str = "checkpoints/emoji-sd",
         block_out_channels: tuple[int, ...] = (64, 128),
+        attention: tuple[bool, ...] = (False, True),
         num_heads: int = 4,
         lr: float = 1.5e-3,
         guidance_scale: float = 4.0,
@@ -164,15 +166,14 @@ class TextToImageTraining(L.LightningModule):
         self.model, self.lr, self.guidance_scale = Path(model), lr, guidance_scale
         vae_config = AutoencoderKL.load_config(self.model / "vae")
         text_config = CLIPTextModel.config_class.from_pretrained(self.model / "text_encoder")
-        levels = len(block_out_channels)
         self.unet = UNet2DConditionModel(
             sample_size=RESOLUTION // 2 ** (len(vae_config["block_out_channels"]) - 1),
             in_channels=vae_config["latent_channels"],
             out_channels=vae_config["latent_channels"],
             block_out_channels=tuple(block_out_channels),
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",) * levels,
-            up_block_types=("CrossAttnUpBlock2D",) * levels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
             cross_attention_dim=text_config.hidden_size,
             attention_head_dim=num_heads,  # diffusers reads this as the number of heads
             norm_num_groups=16,
@@ -203,7 +204,7 @@ class TextToImageTraining(L.LightningModule):
         row = torch.cat(list(pictures.float().cpu()), dim=2)
         self.logger.experiment.add_image(f"samples/{batch_idx}", row, self.global_step)  # type: ignore[union-attr]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine decay."""
         optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.lr, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

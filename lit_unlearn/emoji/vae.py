@@ -1,4 +1,4 @@
-"""Trains the autoencoder of emoji-sd: 64 by 64 pixels to 8 by 8 latents of 16 channels and back."""
+"""Trains the autoencoder of emoji-sd: 48 by 48 pixels to 12 by 12 latents of 6 channels and back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lit_unlearn.emoji.data import DrawingDataset
@@ -19,7 +20,7 @@ class VAETraining(L.LightningModule):
     """Trains ``AutoencoderKL`` on drawings: absolute plus squared error, a little KL to keep the latents smooth.
 
     Args:
-        block_out_channels: Channels per resolution, 64 pixels first; each but the last halves the picture.
+        block_out_channels: Channels per resolution, 48 pixels first; each but the last halves the picture.
         latent_channels: Channels of a latent.
         kl_weight: Weight of the KL term, per latent number, against the error per pixel value.
         lr: Peak learning rate of AdamW (one-cycle schedule).
@@ -27,8 +28,8 @@ class VAETraining(L.LightningModule):
 
     def __init__(
         self,
-        block_out_channels: tuple[int, ...] = (16, 24, 64, 128),
-        latent_channels: int = 16,
+        block_out_channels: tuple[int, ...] = (16, 32, 64),
+        latent_channels: int = 6,
         kl_weight: float = 2e-4,
         lr: float = 2e-3,
     ) -> None:
@@ -42,7 +43,7 @@ class VAETraining(L.LightningModule):
             up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=1,
             latent_channels=latent_channels,
-            norm_num_groups=8,
+            norm_num_groups=4,
             sample_size=RESOLUTION,
             mid_block_add_attention=False,
         ).to(memory_format=torch.channels_last)  # float32 convolutions are several times slower otherwise on a CPU
@@ -69,11 +70,11 @@ class VAETraining(L.LightningModule):
             self.logger.experiment.add_image("validation/drawings_above_reconstructions", grid, self.global_step)  # type: ignore[union-attr]
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Decode the mean latent of ``images`` (B, 3, 64, 64) in [-1, 1]."""
+        """Decode the mean latent of ``images`` (B, 3, 48, 48) in [-1, 1]."""
         latents = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
         return self.vae.decode(latents).sample.float()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW under a one-cycle schedule over the whole run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

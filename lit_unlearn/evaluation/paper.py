@@ -13,7 +13,7 @@ def load_paper_tables() -> dict[str, Any]:
     Returns:
         ``unedited``, ``uce``, ``esd``, ``null_space`` (the paper's method): concept or ``"Average"`` -> ``forget`` and
         ``retain``; and ``harmonic_mean`` (Table 5): one number for each of these four. As printed: averages are
-        rounded, and ESD's scores are of another number of pictures than the others'.
+        rounded, and most of ESD's forget scores are multiples of 1/24, where the others' are multiples of 1/20.
     """
     table = resources.files("lit_unlearn.evaluation").joinpath("paper_tables.json")
     return json.loads(table.read_text(encoding="utf-8"))

@@ -46,12 +46,8 @@ def test_scores_are_the_metric_s() -> None:
     assert scores.harmonic_mean == pytest.approx(2 * 0.75 / 1.75)
     assert scores.direct == Part(1.0, 1.0)
     assert scores.indirect == Part(1.0, 0.5)
-    assert scores.per_concept["dog"].share_with_concept == 0.0
-    assert (scores.per_concept["dog"].n, scores.per_concept["dog"].missing, scores.per_concept["dog"].failed) == (
-        3,
-        1,
-        1,
-    )
+    dog = scores.per_concept["dog"]
+    assert (dog.share_with_concept, dog.n, dog.missing, dog.failed, dog.edited) == (0.0, 3, 1, 1, True)
     assert scores.before is not None
     assert scores.before.forget == 0.0
     assert scores.intervals["forget"][0] < 1.0 == scores.intervals["forget"][1]
@@ -128,7 +124,7 @@ def test_a_failed_write_leaves_the_old_scores(tmp_path: Path, monkeypatch: pytes
     example(seed=1).save(path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="scores.json: No space left"):
+        with pytest.raises(OSError, match=r"scores.json: No space left"):
             example(seed=2).save(path)
     with pytest.raises(TypeError):
         example(edit={"set": {1}}).save(path)

@@ -1,0 +1,175 @@
+"""Applies a closed-form edit at the end of each epoch of ``ValueRefinement``: one epoch, one layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lit_unlearn.core.closed_form import (
+    NullSpace,
+    NullSpaceRule,
+    RidgeRule,
+    edit_report,
+    least_squares_update,
+    null_space,
+    null_space_update,
+)
+from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.methods.value_refinement import ENCODE_BATCH, LayerState, ValueRefinement
+
+
+class ClosedFormEdit(L.Callback):
+    """Base of the closed-form edits: solve for ``delta``, share it among processes, write it, report it.
+
+    Stands before callbacks that look at the edited model: callbacks run in the order of the recipe.
+    """
+
+    def prepare(self, module: ValueRefinement) -> None:
+        """Compute what serves all edits from ``module.moments``."""
+
+    @abstractmethod
+    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
+        """Change of the weight (d_out, d_in), float64, for ``keys`` K1 (m, d_in) and ``values`` V1 (m, d_out)."""
+
+    @abstractmethod
+    def describe(
+        self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
+    ) -> dict[str, float]:
+        """What to report of an edit; ``weight`` is the one before it."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, ValueRefinement):
+            raise ValueError(
+                f"{type(self).__name__} writes what ValueRefinement has refined, but the module is "
+                f"{type(pl_module).__name__}: take it out of trainer.callbacks."
+            )
+
+    @override
+    @torch.no_grad()
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not on_fit_start, where the module's own comes after the callbacks': its moments are there only now.
+        assert isinstance(pl_module, ValueRefinement)
+        self.ids = tokenize(pl_module.components.tokenizer, pl_module.retain_prompts)
+        with pl_module.pretrained.restored():
+            self.retained_states = self._encode(pl_module)
+        self.prepare(pl_module)
+        if pl_module.progress["applied"] < pl_module.current_epoch:
+            # Resumed from between a layer's last step and its edit: Lightning does not end that epoch again.
+            self.edit(trainer, pl_module, pl_module.progress["applied"])
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ValueRefinement)
+        self.edit(trainer, pl_module, pl_module.current_epoch)
+
+    @torch.no_grad()
+    def edit(self, trainer: L.Trainer, pl_module: ValueRefinement, epoch: int) -> None:
+        """Write V1 into the layer of ``epoch``."""
+        state = pl_module.state or pl_module.prepare_layer(epoch)
+        mask = pl_module.mask
+        keys = state.keys[mask].double()
+        values = pl_module.values[..., : state.layer.out_features][mask].double()
+        weight = state.layer.weight.detach().double().clone()
+        delta = self.solve(pl_module, state, keys, values)
+        # One process decides, since solvers may differ in the last bit. The broadcast pickles, so it goes by the CPU.
+        delta = trainer.strategy.broadcast(delta.cpu()).to(weight)
+        state.layer.weight.copy_(weight + delta)
+        report = self.describe(pl_module, state, keys, state.layer.weight.double() - weight, weight)
+        round_number = epoch // len(pl_module.edited_names) + 1
+        pl_module.report.setdefault("layers", {})[state.name] = {"round": round_number, **report}
+        pl_module.log_dict({f"edit/{name}": value for name, value in report.items()}, rank_zero_only=True)
+        pl_module.state = None
+        pl_module.progress["applied"] = epoch + 1
+
+    @override
+    @torch.no_grad()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ValueRefinement)
+        drift = (self._encode(pl_module) - self.retained_states).norm() / self.retained_states.norm()
+        pl_module.report["retained_state_drift"] = float(drift)
+        pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()
+
+    def _encode(self, module: ValueRefinement) -> Tensor:
+        return torch.cat([encode(module.text_encoder, part) for part in self.ids.split(ENCODE_BATCH)]).float()
+
+
+class NullSpaceEdit(ClosedFormEdit):
+    """Edits within the null space of the retained keys (paper, Sec. 4): ``Δ = R K1ᵀ P (K1 K1ᵀ P + ridge I)⁻¹``.
+
+    Args:
+        threshold: Eigenvalues of ``K0 K0ᵀ`` below it span the null space; see ``rule``.
+        rule: What the threshold is relative to: ``mean`` or ``max`` eigenvalue, ``absolute`` (on the mean second
+            moment), ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
+        minimum: Take at least so many directions, the smallest.
+        ridge: Weight of the penalty on the size of the edit; the paper uses 1, the authors' code 200.
+        ridge_rule: ``absolute``, or ``mean_diagonal``: relative to the mean diagonal of ``K1ᵀ P K1``.
+
+    Raises:
+        EmptyNullSpaceError: No eigenvalue is below the threshold.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 1e-2,
+        rule: NullSpaceRule = "mean",
+        minimum: int = 0,
+        ridge: float = 1.0,
+        ridge_rule: RidgeRule = "absolute",
+    ) -> None:
+        self.threshold, self.rule, self.minimum = threshold, rule, minimum
+        self.ridge, self.ridge_rule = ridge, ridge_rule
+        self.null_spaces: dict[str, NullSpace] = {}
+
+    @override
+    def prepare(self, module: ValueRefinement) -> None:
+        # K0 is what the unedited model sees; an edit within the null space does not change it, so P serves all rounds.
+        self.null_spaces = {
+            name: null_space(moment, self.threshold, self.rule, count, self.minimum)
+            for name, (moment, count) in module.moments.items()
+        }
+        module.report["spectrum"] = {
+            name: [float(value) for value in space.eigenvalues] for name, space in self.null_spaces.items()
+        }
+
+    @override
+    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
+        weight = state.layer.weight.detach().double()
+        return null_space_update(weight, keys, values, self.null_spaces[state.name], self.ridge, self.ridge_rule)
+
+    @override
+    def describe(
+        self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
+    ) -> dict[str, float]:
+        moment, _ = module.moments[state.name]
+        return edit_report(weight, delta, keys, moment, self.null_spaces[state.name], self.ridge, self.ridge_rule)
+
+
+class LeastSquaresEdit(ClosedFormEdit):
+    """Edits by least squares over retained and edited keys, no projector (paper, Eq. 6; with ``retain_weight``, MEMIT).
+
+    Args:
+        ridge: Weight of the penalty on the size of the edit.
+        retain_weight: Weight of the retained keys' second moment.
+    """
+
+    def __init__(self, ridge: float = 1e-2, retain_weight: float = 1.0) -> None:
+        self.ridge, self.retain_weight = ridge, retain_weight
+
+    @override
+    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
+        moment, _ = module.moments[state.name]
+        weight = state.layer.weight.detach().double()
+        return least_squares_update(weight, keys, values, moment, self.ridge, self.retain_weight)
+
+    @override
+    def describe(
+        self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
+    ) -> dict[str, float]:
+        moment, _ = module.moments[state.name]
+        leak = ((delta @ moment) * delta).sum().clamp_min(0).sqrt() / ((weight @ moment) * weight).sum().sqrt()
+        return {"leak": float(leak), "relative_norm": float(delta.norm() / weight.norm())}

@@ -1,0 +1,261 @@
+"""Scores, tables and picture grids of a ``test``, and the pictures of the unedited model, which are made only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from torch import Tensor
+from typing_extensions import override
+
+from lit_unlearn.data.prompts import PictureItem
+from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.evaluation.pictures import before_after_grid, image_grid, save_png, to_pil
+from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
+from lit_unlearn.evaluation.tables import scores_table
+from lit_unlearn.methods.base import ConceptEditor
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run keeps what it makes: the logger's version folder, or the default root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class UneditedPictures(L.Callback):
+    """Keeps the pictures of the unedited model on disk, so that comparing many edits makes them once.
+
+    They lie in ``folder`` under a key of everything that determines them: base weights, sampler, steps and guidance.
+
+    Args:
+        folder: Where to keep them.
+    """
+
+    def __init__(self, folder: str = "logs/unedited") -> None:
+        self.folder = Path(folder)
+        self._key: str | None = None
+
+    def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
+        """Pictures (B, 3, H, W), uint8, of ``batch``: read if they are there, else generated and kept."""
+        if self._key is None:
+            self._key = self._make_key(module)
+        paths = [self._path(item) for item in batch]
+        pictures = [self._read(path) for path in paths]
+        missing = [place for place, picture in enumerate(pictures) if picture is None]
+        if missing:
+            with module.pretrained.restored():
+                made = module.generate([batch[i].prompt for i in missing], [batch[i].seed for i in missing])
+            for place, picture in zip(missing, made, strict=True):
+                paths[place].parent.mkdir(parents=True, exist_ok=True)
+                save_png(paths[place], to_pil(picture.float() / 255))
+                pictures[place] = picture
+        return torch.stack([picture for picture in pictures if picture is not None])
+
+    def _make_key(self, module: ConceptEditor) -> str:
+        with module.pretrained.restored():
+            weights = fingerprint(module.components.named_parameters())
+        settings = {
+            "weights": weights,
+            "scheduler": {
+                k: str(v) for k, v in module.components.scheduler.config.items() if not k.startswith("_diffusers")
+            },
+            "num_inference_steps": module.num_inference_steps,
+            "guidance_scale": module.guidance_scale,
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _path(self, item: PictureItem) -> Path:
+        name = hashlib.sha256(f"{item.seed} {item.prompt}".encode()).hexdigest()[:24]
+        assert self._key is not None
+        return self.folder / self._key / f"{name}.png"
+
+    @staticmethod
+    def _read(path: Path) -> Tensor | None:
+        if not path.is_file():
+            return None
+        try:
+            with Image.open(path) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        except (UnidentifiedImageError, OSError):
+            rank_zero_info(f"{path} is no readable picture: it is made anew.")
+            return None
+
+
+class EvaluationReport(L.Callback):
+    """Writes what a ``test`` found: ``scores.json``, ``grid.png``, a table on the terminal, TensorBoard.
+
+    Args:
+        columns: Pictures in a row of the grid.
+        others: Pictures of other concepts in the grid, beside those of the edited ones.
+    """
+
+    def __init__(self, columns: int = 10, others: int = 10) -> None:
+        self.columns, self.others = columns, others
+        self._shown: list[tuple[PictureItem, Tensor, Tensor]] = []
+        self._drift: list[Tensor] = []
+
+    @override
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._shown, self._drift = [], []
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: list[PictureItem],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, ConceptEditor)
+        names = list(pl_module.concepts.concepts)
+        edited = {concept.name for concept in pl_module.edited}
+        for item, before, after in zip(batch, outputs["before"], outputs["after"], strict=True):
+            is_edited = names[item.concept_index] in edited
+            if not is_edited:
+                self._drift.append((after.float() - before.float()).square().mean().sqrt() / 255)
+            # The grid shows every prompt of the edited concepts and the first prompt of some others, once.
+            if item.image_index == 0 and (is_edited or item.prompt_index == 0):
+                self._shown.append((item, before, after))
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ConceptEditor)
+        before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
+        drift = self._mean_drift(trainer)
+        if not trainer.is_global_zero:
+            return
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = self._scores(trainer, pl_module, before, after, drift)
+        scores.save(folder / "scores.json")
+        grid = self._grid(pl_module)
+        save_png(folder / "grid.png", grid)
+        for name in ("forget", "retain", "harmonic_mean", "forget_direct", "forget_indirect"):
+            pl_module.log(f"test/{name}", after[name], rank_zero_only=True)
+            pl_module.log(f"test/before/{name}", before[name], rank_zero_only=True)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_image("test/before_above_after", np.asarray(grid), 0, dataformats="HWC")
+        Console().print(scores_table(scores.before, scores))
+        rank_zero_info(f"Scores: {folder / 'scores.json'}\nPictures: {folder / 'grid.png'}")
+
+    def _mean_drift(self, trainer: L.Trainer) -> dict[str, float]:
+        # Summed rather than averaged per rank, since ranks may hold different numbers of pictures.
+        total = torch.tensor([float(sum(self._drift, torch.tensor(0.0))), len(self._drift)], dtype=torch.float64)
+        total = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+        return {"rmse": float(total[0] / total[1]), "pictures": int(total[1])} if total[1] else {}
+
+    def _scores(
+        self,
+        trainer: L.Trainer,
+        module: ConceptEditor,
+        before: dict[str, Any],
+        after: dict[str, Any],
+        drift: dict[str, float],
+    ) -> Scores:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        cost = module.current_cost()
+        return Scores.from_metric(
+            after,
+            method=method_name(trainer, module),
+            backbone=Source(module.model_id, module.base_fingerprint),
+            concepts=Source(module.concepts.name, module.concepts.sha256),
+            edited=[concept.name for concept in module.edited],
+            judge=module.judge.name,
+            images_per_concept=module.after.images_per_concept,
+            seed=data.seed,
+            before=Measurement.from_metric(before),
+            cost=Cost(float(cost["seconds"]), int(cost["unet_forwards"]), int(cost["peak_memory_bytes"]) or None),
+            edit=module.report,
+            drift=drift or None,
+        )
+
+    def _grid(self, module: ConceptEditor) -> Image.Image:
+        names = list(module.concepts.concepts)
+        edited = {concept.name for concept in module.edited}
+        first = [shown for shown in self._shown if names[shown[0].concept_index] in edited]
+        rest = [shown for shown in self._shown if names[shown[0].concept_index] not in edited][: self.others]
+        chosen = first + rest
+        stack = [torch.stack([shown[i] for shown in chosen]).float() / 255 for i in (1, 2)]  # type: ignore[misc]
+        return before_after_grid(
+            stack[0], stack[1], [shown[0].prompt for shown in chosen], columns=min(self.columns, len(chosen))
+        )
+
+
+def method_name(trainer: L.Trainer, module: ConceptEditor) -> str:
+    """The recipe's name of the method: the first part of the logger's name, else the class."""
+    name = getattr(trainer.logger, "name", None)
+    return str(name).split("/")[0] if name and "lightning_logs" not in str(name) else type(module).__name__
+
+
+class EvaluationGrid(L.Callback):
+    """Shows pictures in TensorBoard while a ``fit`` runs: before it, after every ``every_n_epochs``, and at its end.
+
+    Stands after the callback that edits, so that it shows the edited model.
+
+    Args:
+        every_n_epochs: 0 shows only the beginning and the end.
+        prompts: Prompts to show; null takes the first two direct and indirect ones of the edited concepts, and the
+            first prompt of four other concepts.
+        seed: Seed of each picture.
+    """
+
+    def __init__(self, every_n_epochs: int = 0, prompts: list[str] | None = None, seed: int = 0) -> None:
+        self.every_n_epochs, self.prompts, self.seed = every_n_epochs, prompts, seed
+        self._before: Tensor | None = None
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ConceptEditor)
+        if not trainer.is_global_zero:
+            return
+        if self.prompts is None:
+            edited = pl_module.edited
+            others = [concept for concept in pl_module.concepts.concepts.values() if concept not in edited]
+            self.prompts = [p for concept in edited for p in (*concept.direct[:2], *concept.indirect[:2])]
+            self.prompts += [concept.direct[0] for concept in others[:: max(1, len(others) // 4)][:4]]
+        with pl_module.pretrained.restored():
+            self._before = self._pictures(pl_module)
+        self._show(trainer, self._before, self._before)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ConceptEditor)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if trainer.is_global_zero and (last or due) and self._before is not None:
+            self._show(trainer, self._before, self._pictures(pl_module))
+
+    def _pictures(self, module: ConceptEditor) -> Tensor:
+        assert self.prompts is not None
+        with _uncounted(module):
+            return module.generate(self.prompts, [self.seed + i for i in range(len(self.prompts))]).float() / 255
+
+    def _show(self, trainer: L.Trainer, before: Tensor, after: Tensor) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger):
+            assert self.prompts is not None
+            grid = image_grid([before, after], row_labels=["before", "after"], column_labels=self.prompts, scale=2)
+            trainer.logger.experiment.add_image(
+                "fit/before_above_after", np.asarray(grid), trainer.global_step, dataformats="HWC"
+            )
+
+
+@contextmanager
+def _uncounted(module: ConceptEditor) -> Iterator[None]:
+    """Looking at pictures is no part of what an edit costs: forwards inside the block are not counted."""
+    count = module.forwards.count
+    try:
+        yield
+    finally:
+        module.forwards.count = count

@@ -1,0 +1,176 @@
+"""Prompts as batches: pairs of edit and target prompts for ``fit``, one item per picture for ``validate`` and ``test``.
+
+Samplers are our own, so that results do not depend on the number of processes: every rank takes its share of each
+global batch in the order that a single process would have used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+
+
+@dataclass(frozen=True)
+class PictureItem:
+    """One picture to generate and judge; its seed is its own."""
+
+    prompt: str
+    question: str
+    concept_index: int
+    prompt_index: int
+    image_index: int
+    seed: int
+
+
+def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Concept]:
+    """The concepts that ``concept`` names, checked.
+
+    Raises:
+        ValueError: A name is unknown or given twice, or there is none.
+    """
+    names = [concept] if isinstance(concept, str) else list(concept)
+    edited = [concepts.get(name) for name in names]
+    if not edited:
+        raise ValueError("concept=[] edits nothing: name at least one concept.")
+    if len({item.name for item in edited}) < len(edited):
+        raise ValueError(f"concept={names} names a concept twice.")
+    return edited
+
+
+class Pictures(Dataset[PictureItem]):
+    """Every (concept, prompt, image) of a concept set, in that order.
+
+    Args:
+        concepts: The concept set.
+        images_per_prompt: Pictures of each prompt.
+        seed: Picture ``i`` of prompt ``p`` (counted over the set) has the seed ``seed + 100_000 * i + p``.
+        prompts_per_kind: Take only the first so many direct and indirect prompts of each concept.
+    """
+
+    def __init__(
+        self, concepts: ConceptSet, images_per_prompt: int, seed: int, prompts_per_kind: int | None = None
+    ) -> None:
+        self.items: list[PictureItem] = []
+        number = 0
+        for concept_index, concept in enumerate(concepts.concepts.values()):
+            for kind, prompts in enumerate((concept.direct, concept.indirect)):
+                for place, prompt in enumerate(prompts):
+                    number += 1
+                    if prompts_per_kind is not None and place >= prompts_per_kind:
+                        continue
+                    prompt_index = place + kind * len(concept.direct)
+                    self.items += [
+                        PictureItem(
+                            prompt, concept.question, concept_index, prompt_index, i, seed + 100_000 * i + number - 1
+                        )
+                        for i in range(images_per_prompt)
+                    ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> PictureItem:
+        return self.items[index]
+
+
+class RankSampler(Sampler[int]):
+    """Indices ``rank, rank + world_size, ...`` of ``order``: none is repeated, so the last rank may have one less."""
+
+    def __init__(self, order: list[int], rank: int, world_size: int) -> None:
+        self.indices = order[rank::world_size]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ConceptPrompts(L.LightningDataModule):
+    """Prompts of a concept set.
+
+    ``fit`` yields batches of numbers (B,), each ``slot * num_pairs + pair``: the pair of edit and target prompt, and its
+    place in the global batch, which tells repetitions apart. ``validate`` and ``test`` yield lists of ``PictureItem``.
+
+    Args:
+        concept: Name or names of the concepts to edit; set with ``--concept``.
+        concept_set: Name of a shipped concept set (``emoji20``) or path of a YAML file.
+        batch_size: Prompt pairs in a training step, over all processes; null takes every pair once. If it exceeds the
+            number of pairs, pairs are repeated.
+        steps: Training steps per epoch (the null-space edit: steps of V1 per layer and round).
+        images_per_prompt: Pictures of each evaluation prompt in ``test``.
+        eval_batch_size: Pictures generated at once.
+        seed: Seed of the evaluation pictures and of the order of the prompt pairs.
+    """
+
+    def __init__(
+        self,
+        concept: str | list[str],
+        concept_set: str = "emoji20",
+        batch_size: int | None = None,
+        steps: int = 12,
+        images_per_prompt: int = 2,
+        eval_batch_size: int = 40,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for field, value in {
+            "steps": steps,
+            "images_per_prompt": images_per_prompt,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"data.{field}={value} must be at least 1.")
+        self.save_hyperparameters()
+        self.concepts = load_concept_set(concept_set)
+        self.edited = edited_concepts(concept, self.concepts)
+        self.num_pairs = sum(len(item.edit_prompts) for item in self.edited)
+        self.batch_size = batch_size
+        self.steps, self.seed = steps, seed
+        self.images_per_prompt, self.eval_batch_size = images_per_prompt, eval_batch_size
+
+    def _share(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """Indices of prompt pairs: each step takes ``batch_size`` of them, in turn, in a shuffled order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rank, world_size = self._share()
+        # A method may edit with other pairs than those of the concept set.
+        num_pairs = getattr(self.trainer and self.trainer.lightning_module, "num_pairs", self.num_pairs)
+        batch_size = self.batch_size or num_pairs
+        if batch_size < world_size:
+            raise ValueError(f"data.batch_size={batch_size} is less than the {world_size} processes: raise it.")
+        order: list[int] = []
+        while len(order) < self.steps * batch_size:
+            order += torch.randperm(num_pairs, generator=generator).tolist()
+        batches = [
+            [slot * num_pairs + order[step * batch_size + slot] for slot in range(batch_size)]
+            for step in range(self.steps)
+        ]
+        shares = [batch[rank::world_size] for batch in batches]
+        return DataLoader(range(batch_size * num_pairs), batch_sampler=shares)  # type: ignore[arg-type]
+
+    def _pictures(self, dataset: Pictures) -> DataLoader[Any]:
+        sampler = RankSampler(list(range(len(dataset))), *self._share())
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=list)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The first direct and the first indirect prompt of each concept, one picture each."""
+        return self._pictures(Pictures(self.concepts, 1, self.seed, prompts_per_kind=1))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every evaluation prompt of every concept."""
+        return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """As ``test_dataloader``."""
+        return self.test_dataloader()

@@ -1,0 +1,171 @@
+"""A Stable-Diffusion-like pipeline taken apart, and where it comes from.
+
+Data flow: a model name (a folder in the diffusers layout, the name of the embedded model, or a hub id) is resolved and
+checked by ``check_model`` without loading weights; ``load_components`` then builds the parts, frozen.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+EMBEDDED = "emoji-sd"
+"""Name of the model that ships with the project."""
+
+
+@dataclass
+class DiffusionComponents:
+    """The parts of a text-to-image pipeline; all parameters are frozen when loaded.
+
+    Attributes:
+        tokenizer: Turns prompts into ``input_ids``.
+        text_encoder: ``input_ids`` (B, L) to ``encoder_hidden_states`` (B, L, D).
+        unet: Noise prediction (B, C, H, W) from latents, timesteps and ``encoder_hidden_states``.
+        vae: Latents (B, C, H, W) to pictures (B, 3, 8H, 8W) and back.
+        scheduler: The sampler's configuration; every sampling takes a fresh copy.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: SchedulerMixin
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts that hold weights, by name."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every weight by its full name, such as ``unet.mid_block.attentions.0...attn2.to_k.weight``."""
+        return {f"{part}.{name}": p for part, module in self.modules().items() for name, p in module.named_parameters()}
+
+
+def resolve_model(model: str) -> Path | str:
+    """Return the folder that ``model`` stands for, or ``model`` itself if it is a hub id.
+
+    A folder as given comes first; ``emoji-sd`` is then looked up in ``checkpoints/`` and in the installed package.
+
+    Raises:
+        ValueError: ``model`` is neither a folder nor shaped like a hub id.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if model in (EMBEDDED, f"checkpoints/{EMBEDDED}"):
+        package = Path(str(files("lit_unlearn")))
+        for folder in (Path("checkpoints"), package / "checkpoints", package.parent / "checkpoints"):
+            if (folder / EMBEDDED).is_dir():
+                return folder / EMBEDDED
+    if model.count("/") == 1 and not model.startswith((".", "/", "~", "checkpoints/", "logs/")):
+        return model
+    raise ValueError(
+        f"model={model!r} is no folder and no hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}."
+    )
+
+
+def check_model(model: str) -> dict[str, list[str]]:
+    """Check a model folder without loading its weights.
+
+    Args:
+        model: As for ``resolve_model``. A hub id cannot be checked before it is downloaded: the answer is then empty.
+
+    Returns:
+        Names of the parameters by part (``text_encoder``, ``unet``), read from the headers of the weight files.
+
+    Raises:
+        ValueError: A part or a file is missing, or a weight file is corrupt.
+    """
+    path = resolve_model(model)
+    if isinstance(path, str):
+        return {}
+    for part in ("model_index.json", *PARTS):
+        if not (path / part).exists():
+            raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
+    names: dict[str, list[str]] = {}
+    for part in ("text_encoder", "unet"):
+        weights = sorted((path / part).glob("*.safetensors"))
+        if not weights:
+            raise ValueError(f"model={model!r} has no *.safetensors in {part}/: convert it with save_pretrained first.")
+        names[part] = []
+        for file in weights:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    names[part] += [name.removeprefix("text_model.") for name in tensors.keys()]  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(f"model={model!r}: {file} is corrupt ({error}): copy it again.") from error
+    return names
+
+
+def load_components(model: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> DiffusionComponents:
+    """Load the parts of ``model``, frozen and in evaluation mode.
+
+    Args:
+        model: A diffusers folder, ``emoji-sd``, or a hub id (``CompVis/stable-diffusion-v1-4``).
+        dtype: Type of the weights.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: As ``check_model``; or the pipeline is of another architecture.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    path = resolve_model(model)
+    if isinstance(path, Path):
+        check_model(model)
+        index = json.loads((path / "model_index.json").read_text())
+        encoder = (index.get("text_encoder") or [None, None])[1]
+        if encoder != "CLIPTextModel" or "text_encoder_2" in index:
+            raise ValueError(
+                f"model={model!r} has the text encoder {encoder!r}: only pipelines with a single CLIPTextModel "
+                "(Stable Diffusion 1.x and 2.x) can be edited."
+            )
+    options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
+    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=dtype, **options)
+    components = DiffusionComponents(
+        tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
+        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **options),
+        unet=unet,
+        vae=AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype, **options),
+        scheduler=_load_scheduler(path, options),
+    )
+    for module in components.modules().values():
+        module.eval().requires_grad_(False)
+    components.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    components.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return components
+
+
+def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin:
+    import diffusers
+
+    config = diffusers.DDPMScheduler.load_config(path, subfolder="scheduler", **options)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def save_pipeline(components: DiffusionComponents, output: str | Path) -> None:
+    """Write ``components`` as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline(
+        vae=components.vae,
+        text_encoder=components.text_encoder,
+        tokenizer=components.tokenizer,
+        unet=components.unet,
+        scheduler=components.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(output)

@@ -1,0 +1,44 @@
+"""Reading and replacing what passes through linear layers; hooks remove themselves when their block ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def capture_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the input of each layer at its latest call, detached: keys K, (B, L, d_in), by the names of ``layers``."""
+    captured: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def record(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                captured[name] = args[0].detach()
+
+            stack.callback(layer.register_forward_pre_hook(record).remove)
+        yield captured
+
+
+@contextmanager
+def replace_output(layer: nn.Linear, values: Tensor, mask: Tensor) -> Iterator[None]:
+    """Put ``values`` plus the layer's bias in place of the layer's output where ``mask`` is true.
+
+    Args:
+        layer: A linear layer that is called with (B, L, d_in).
+        values: V without the bias, (B, L, d_out); gradients flow into it.
+        mask: (B, L) bool.
+    """
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        replacement = values if layer.bias is None else values + layer.bias
+        return torch.where(mask.unsqueeze(-1), replacement.to(output.dtype), output)
+
+    handle = layer.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

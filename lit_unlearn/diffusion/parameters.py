@@ -1,0 +1,117 @@
+"""Which weights are edited (groups and patterns) and what they were before (the frozen reference)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+GROUPS: dict[str, str] = {
+    "xattn": r"^unet\..*attn2\.",
+    "xattn-kv": r"^unet\..*attn2\.to_[kv]\.",
+    "noxattn": r"^unet\.(?!.*attn2\.)",
+    "selfattn": r"^unet\..*attn1\.",
+    "full": r"^unet\.",
+    "text-fc1": r"^text_encoder\..*mlp\.fc1\.weight$",
+    "text-fc2": r"^text_encoder\..*mlp\.fc2\.weight$",
+}
+"""Weight groups by the names of the field, as regular expressions over full parameter names."""
+
+
+def match_parameters(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that the group or regular expression ``pattern`` selects, in order.
+
+    Args:
+        pattern: A key of ``GROUPS``, or a regular expression that is searched in names such as
+            ``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight``.
+        names: Full parameter names.
+
+    Raises:
+        ValueError: The expression is invalid or selects nothing.
+    """
+    names = list(names)
+    try:
+        expression = re.compile(GROUPS.get(pattern, pattern))
+    except re.error as error:
+        raise ValueError(f"edited_parameters={pattern!r} is no regular expression ({error}).") from error
+    selected = [name for name in names if expression.search(name)]
+    if not selected:
+        close = get_close_matches(pattern, GROUPS, n=1) or [name for name in names if name.endswith("weight")][:1]
+        raise ValueError(
+            f"edited_parameters={pattern!r} selects no parameter: give a group ({', '.join(GROUPS)}) or a pattern that "
+            f"is found in names such as {(close or ['?'])[0]!r}."
+        )
+    return selected
+
+
+def layer_index(name: str) -> int:
+    """Number of the transformer layer that the parameter ``name`` belongs to, counted from 0.
+
+    Raises:
+        ValueError: The name has no layer number.
+    """
+    match = re.search(r"layers\.(\d+)\.", name)
+    if match is None:
+        raise ValueError(f"The parameter {name!r} belongs to no numbered layer of the text encoder.")
+    return int(match[1])
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values; equal for equal weights whatever their device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class PretrainedValues:
+    """Pretrained values of the edited parameters; all other weights are shared with the live modules.
+
+    For Stable Diffusion 1.4 this keeps 44 M numbers for ``xattn`` and 26 M for ``text-fc2``, never a second model. The
+    values stand outside of registered buffers, which DDP would broadcast at every forward.
+
+    Args:
+        parameters: The edited parameters by full name, before the first edit.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def __call__(self, part: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call ``module`` (the part ``unet`` or ``text_encoder``) with the pretrained values, without gradients."""
+        values = {
+            name.removeprefix(f"{part}."): value for name, value in self.values.items() if name.startswith(f"{part}.")
+        }
+        with torch.no_grad():
+            return functional_call(module, {k: v.to(module.device) for k, v in values.items()}, args, kwargs)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the pretrained values into the live modules for the length of a block; not for use under autograd."""
+        edited = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._write(self.values)
+        try:
+            yield
+        finally:
+            self._write(edited)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def change_ratio(self) -> float:
+        """Weight-change ratio: Frobenius norm of all changes over that of the pretrained values."""
+        change = sum((p.detach().double() - self.values[n].double()).square().sum() for n, p in self.parameters.items())
+        size = sum(value.double().square().sum() for value in self.values.values())
+        return float((change / size).sqrt())

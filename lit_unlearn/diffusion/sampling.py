@@ -1,0 +1,90 @@
+"""From ``encoder_hidden_states`` to latents to pictures; a seed belongs to a picture, never to a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+
+
+def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def sample_latents(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    encoder_hidden_states: Tensor,
+    unconditional: Tensor,
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Denoise with classifier-free guidance (Ho and Salimans, 2022).
+
+    Args:
+        unet: Noise or velocity prediction, as the scheduler expects.
+        scheduler: Its configuration is used, its state is not.
+        encoder_hidden_states: States of the prompts, (B, L, D).
+        unconditional: States of the empty prompt, (1, L, D) or (B, L, D).
+        noise: Where the chains start, standard normal, (B, C, H, W).
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: 1 means no guidance (and half the UNet forwards).
+
+    Returns:
+        Latents (B, C, H, W).
+    """
+    scheduler = scheduler.__class__.from_config(scheduler.config)
+    scheduler.set_timesteps(num_inference_steps, device=unet.device)
+    latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+    states = encoder_hidden_states
+    guided = guidance_scale != 1
+    if guided:
+        states = torch.cat([unconditional.expand_as(states), states])
+    for timestep in scheduler.timesteps:
+        model_input = torch.cat([latents] * 2) if guided else latents
+        model_input = scheduler.scale_model_input(model_input, timestep)
+        noise_pred = unet(model_input, timestep, encoder_hidden_states=states).sample
+        if guided:
+            noise_uncond, noise_text = noise_pred.chunk(2)
+            noise_pred = noise_uncond + guidance_scale * (noise_text - noise_uncond)
+        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+    return latents
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W)."""
+    pictures = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+    return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+class ForwardCount:
+    """Counts the single pictures that have passed through a UNet; ``count`` is what a batch of one would cost."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Add the batch size of ``args``; called by the module as a forward pre-hook."""
+        self.count += len(args[0])
+
+
+@contextmanager
+def count_forwards(unet: nn.Module, counter: ForwardCount | None = None) -> Iterator[ForwardCount]:
+    """Count the forwards of ``unet`` inside a ``with`` block; read ``count`` of what it yields."""
+    counter = counter or ForwardCount()
+    handle = unet.register_forward_pre_hook(counter)
+    try:
+        yield counter
+    finally:
+        handle.remove()

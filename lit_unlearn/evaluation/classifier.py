@@ -1,0 +1,110 @@
+"""A judge that is a small classifier: one head per attribute of a picture, each question asked of one head.
+
+The judge of the embedded model is of this kind. What the heads are and which questions they answer is in its
+``config.json``, so the class knows nothing of emoji.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class AttributeClassifier(nn.Module):
+    """Convolutional network with a linear head for each attribute.
+
+    Args:
+        attributes: Values of each attribute.
+        width: Channels of the first of four stages; the others have 2, 4 and 4 times as many. Each halves the picture.
+    """
+
+    def __init__(self, attributes: Mapping[str, Sequence[str]], width: int = 32) -> None:
+        super().__init__()
+        self.attributes = {name: tuple(values) for name, values in attributes.items()}
+        widths = [3, width, 2 * width, 4 * width, 4 * width]
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inside, outside, 3, stride=2, padding=1),
+                nn.GroupNorm(8, outside),
+                nn.SiLU(),
+                nn.Conv2d(outside, outside, 3, padding=1),
+                nn.GroupNorm(8, outside),
+                nn.SiLU(),
+            )
+            for inside, outside in pairwise(widths)
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(2 * widths[-1], len(values)) for name, values in self.attributes.items()}
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Mean and maximum over positions of the last stage, (B, 8 * width), of ``images`` (B, 3, H, W) in [-1, 1]."""
+        hidden = images
+        for stage in self.stages:
+            hidden = stage(hidden)
+        return torch.cat([hidden.mean(dim=(2, 3)), hidden.amax(dim=(2, 3))], dim=1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits (B, number of values) per attribute, of ``images`` (B, 3, H, W) in [-1, 1]."""
+        features = self.features(images)
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+class ClassifierJudge:
+    """Answers questions with an ``AttributeClassifier``; see ``Judge``.
+
+    Args:
+        path: Folder with ``model.safetensors`` and ``config.json`` (``name``, ``width``, ``attributes``, and
+            ``questions``: question to attribute and value).
+        device: Where the classifier runs.
+
+    Raises:
+        ValueError: The folder lacks a file or one is corrupt; or (when called) a question is not in ``config.json``.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        self.path = Path(path)
+        for name in ("config.json", "model.safetensors"):
+            if not (self.path / name).is_file():
+                raise ValueError(f"judge={str(path)!r} has no {name}: give a folder made by emoji/judge.yaml.")
+        try:
+            config = json.loads((self.path / "config.json").read_text())
+            weights = load_file(self.path / "model.safetensors")
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"judge={str(path)!r} cannot be read ({error}): copy it again.") from error
+        self.name = str(config["name"])
+        self.questions = {key: (attribute, value) for key, (attribute, value) in config["questions"].items()}
+        self.classifier = AttributeClassifier(config["attributes"], config["width"])
+        self.classifier.load_state_dict(weights)
+        self.classifier.eval().to(device)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each."""
+        unknown = sorted(set(questions) - set(self.questions))
+        if unknown:
+            raise ValueError(
+                f"The judge {self.name!r} cannot answer {unknown[0]!r}: its config.json lists the questions."
+            )
+        probabilities = {
+            attribute: logits.float().softmax(dim=-1).cpu()
+            for attribute, logits in self.classifier(images.to(self.device) * 2 - 1).items()
+        }
+        answers = []
+        for row, question in enumerate(questions):
+            attribute, value = self.questions[question]
+            answers.append(probabilities[attribute][row, self.classifier.attributes[attribute].index(value)])
+        return torch.stack(answers)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, 8 * width) of ``images`` (B, 3, H, W) in [0, 1], for distances between pictures."""
+        return self.classifier.features(images.to(self.device) * 2 - 1).cpu()

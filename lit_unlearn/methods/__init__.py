@@ -1,0 +1,1 @@
+"""LightningModules: one file per method, its loss and nothing else."""

@@ -1,0 +1,260 @@
+"""What every method shares: the pipeline's parts, the edited weights and their pretrained values, test by pictures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
+from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.sampling import ForwardCount, decode_latents, initial_noise, sample_latents
+from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.evaluation.judges import Judge, judge_questions
+from lit_unlearn.evaluation.metrics import ForgetRetain
+from lit_unlearn.evaluation.pictures import to_uint8
+
+CHECKPOINT_KEY = "lit_unlearn"
+"""Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
+
+
+class ConceptEditor(L.LightningModule):
+    """Base of all methods.
+
+    A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
+
+    Args:
+        concept: Name or names of the concepts to edit; set with ``--concept``.
+        model: Folder of a pipeline in the diffusers layout, ``emoji-sd`` (the embedded model), or a hub id.
+        revision: Branch, tag or commit, if ``model`` is a hub id.
+        dtype: Type of the frozen weights: ``float32``, ``bfloat16`` or ``float16``. Edited weights have it too.
+        concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
+        edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
+        judge: ``emoji`` (beside the embedded model), or a folder with a judge.
+        num_inference_steps: Denoising steps of every picture.
+        guidance_scale: Strength of classifier-free guidance of every picture.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        concept: str | list[str],
+        model: str = "emoji-sd",
+        revision: str | None = None,
+        dtype: str = "float32",
+        concept_set: str = "emoji20",
+        edited_parameters: str = "xattn",
+        judge: str = "emoji",
+        num_inference_steps: int = 15,
+        guidance_scale: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = False  # a checkpoint holds the edited weights only
+        self.model_id, self.revision, self.judge_path = model, revision, judge
+        self.concepts = load_concept_set(concept_set)
+        self.edited = edited_concepts(concept, self.concepts)
+        self.edited_parameters = edited_parameters
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        if num_inference_steps < 1:
+            raise ValueError(f"model.num_inference_steps={num_inference_steps} must be at least 1.")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
+        self.weights_dtype: torch.dtype = getattr(torch, dtype)
+        names = [f"{part}.{name}" for part, found in check_model(model).items() for name in found]
+        if names:
+            self.select(names)
+        self.forwards = ForwardCount()
+        self.cost = {"seconds": 0.0, "unet_forwards": 0, "peak_memory_bytes": 0}
+        self.report: dict[str, Any] = {}
+        self._loaded_cost = dict(self.cost)
+        self._started: float | None = None
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Names of the edited parameters among ``names``; methods narrow it."""
+        return match_parameters(self.edited_parameters, names)
+
+    # --- set-up and checkpoints
+
+    def configure_model(self) -> None:
+        """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
+        if hasattr(self, "components"):
+            return
+        self.components: DiffusionComponents = load_components(self.model_id, self.weights_dtype, self.revision)
+        self.text_encoder, self.unet, self.vae = (
+            self.components.text_encoder,
+            self.components.unet,
+            self.components.vae,
+        )
+        parameters = self.components.named_parameters()
+        self.edited_names = self.select(list(parameters))
+        self.pretrained = PretrainedValues({name: parameters[name] for name in self.edited_names})
+        self.base_fingerprint = fingerprint(self.pretrained.values)
+        self.unet.register_forward_pre_hook(self.forwards)
+
+    def train(self, mode: bool = True) -> ConceptEditor:
+        """Keep the pipeline in evaluation mode whatever Lightning asks: there is no dropout to train with."""
+        return super().train(False)
+
+    def own_state(self) -> list[str]:
+        """Names in ``state_dict`` that a checkpoint keeps besides the edited weights."""
+        return []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the edited weights only and say what they are."""
+        kept = {*self.edited_names, *self.own_state()}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        checkpoint[CHECKPOINT_KEY] = {
+            "method": type(self).__name__,
+            "concepts": [concept.name for concept in self.edited],
+            "model": self.model_id,
+            "edited_names": self.edited_names,
+            "base_fingerprint": self.base_fingerprint,
+            "cost": self.current_cost(),
+            "report": self.report,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another concept, base model or set of weights.
+
+        Raises:
+            ValueError: What differs.
+        """
+        ours = checkpoint.get(CHECKPOINT_KEY)
+        if ours is None:
+            raise ValueError("The checkpoint was not made by lit-unlearn: it has no provenance.")
+        concepts = [concept.name for concept in self.edited]
+        if ours["concepts"] != concepts:
+            raise ValueError(
+                f"The checkpoint edits {', '.join(ours['concepts'])}, but concept={', '.join(concepts)}: "
+                f"pass --concept {ours['concepts'][0]!r}."
+            )
+        if ours["edited_names"] != self.edited_names or ours["base_fingerprint"] != self.base_fingerprint:
+            raise ValueError(
+                f"The checkpoint was made from another base model ({ours['model']}) than model={self.model_id!r}: "
+                "its edited weights do not fit."
+            )
+        self._loaded_cost = dict(ours["cost"])
+        self.report = ours["report"]
+
+    # --- cost
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def current_cost(self) -> dict[str, float | int]:
+        """Seconds and UNet forwards of the fit so far, with earlier parts of a resumed run; peak memory in bytes."""
+        if self._started is None:
+            return self._loaded_cost
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            # Kilobytes on Linux, bytes on macOS.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "seconds": self._loaded_cost["seconds"] + time.perf_counter() - self._started,
+            "unet_forwards": self._loaded_cost["unet_forwards"] + self.forwards.count,
+            "peak_memory_bytes": max(self._loaded_cost["peak_memory_bytes"], peak),
+        }
+
+    # --- pictures
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
+        tokenizer, scheduler = self.components.tokenizer, self.components.scheduler
+        latents = sample_latents(
+            self.unet,
+            scheduler,
+            encode_prompts(tokenizer, self.text_encoder, prompts),
+            encode_prompts(tokenizer, self.text_encoder, [""]),
+            initial_noise(self.unet, seeds),
+            self.num_inference_steps,
+            self.guidance_scale,
+        )
+        return to_uint8(decode_latents(self.vae, latents))
+
+    def load_judge(self) -> Judge:
+        """The judge that ``judge`` names."""
+        if self.judge_path != "emoji":
+            return ClassifierJudge(self.judge_path)
+        return ClassifierJudge(Path(resolve_model("emoji-sd")) / "judge")
+
+    def on_test_start(self) -> None:
+        """Make judge and metrics."""
+        self.judge = self.load_judge()
+        self.before, self.after = self.metric(), self.metric()
+
+    def metric(self) -> ForgetRetain:
+        """An empty metric for the evaluation pictures of the data module."""
+        counts = self.concepts.counts
+        images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
+        return ForgetRetain(
+            list(self.concepts.concepts),
+            [concept.name for concept in self.edited],
+            images_per_concept=(counts.direct + counts.indirect) * images_per_prompt,
+            num_direct=counts.direct,
+            images_per_prompt=images_per_prompt,
+        )
+
+    def test_step(self, batch: list[PictureItem], batch_idx: int) -> dict[str, Tensor]:
+        """Generate, judge and score a batch with the pretrained and with the edited weights, from the same seeds.
+
+        Returns:
+            ``before`` and ``after``: pictures (B, 3, H, W), uint8.
+        """
+        prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
+        after = self.generate(prompts, seeds)
+        before = self.unedited_pictures(batch)
+        self.score(self.before, before, batch)
+        self.score(self.after, after, batch)
+        return {"before": before, "after": after}
+
+    def unedited_pictures(self, batch: list[PictureItem]) -> Tensor:
+        """Pictures of ``batch`` by the pretrained weights; a callback may know them already (``UneditedPictures``)."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "unedited_pictures"):
+                return callback.unedited_pictures(self, batch)
+        with self.pretrained.restored():
+            return self.generate([item.prompt for item in batch], [item.seed for item in batch])
+
+    def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
+        """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
+        answers = judge_questions(self.judge, pictures.float() / 255, [item.question for item in batch])
+        metric.update(
+            answers,
+            [item.concept_index for item in batch],
+            [item.prompt_index for item in batch],
+            [item.image_index for item in batch],
+        )
+
+    def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
+        """Pictures (B, 3, H, W), uint8, of the edited model."""
+        return self.generate([item.prompt for item in batch], [item.seed for item in batch])
+
+
+def linear_layer(components: DiffusionComponents, weight_name: str) -> nn.Linear:
+    """The linear layer whose weight has the full name ``weight_name``.
+
+    Raises:
+        ValueError: The parameter is not the weight of a linear layer.
+    """
+    part, _, path = weight_name.partition(".")
+    layer = components.modules()[part].get_submodule(path.rsplit(".", 1)[0])
+    if not isinstance(layer, nn.Linear) or not weight_name.endswith(".weight"):
+        raise ValueError(f"edited_parameters selects {weight_name}, which is not the weight of a linear layer.")
+    return layer

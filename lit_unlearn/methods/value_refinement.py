@@ -1,0 +1,309 @@
+"""UNet-guided refinement of V1 (Algorithm 1 of the paper): the values that a closed-form edit writes into a layer.
+
+Data flow: one epoch is one (round, layer). At its start the module gathers, from the model as it is then, the layer's
+inputs at the edit prompts (K1), and sets ``values`` (V1) to ``W K1``. During the epoch V1 stands in for the layer's
+output while the rest of the text encoder and the UNet run, and descends the error between the UNet's noise prediction
+and that for the target prompts with the pretrained text encoder. At its end a ``ClosedFormEdit`` callback writes V1
+into the weight. The second moment of the retained prompts' inputs (K0) is gathered once, before the first edit.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lit_unlearn.core.alignment import align_tokens, positions_mask
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
+from lit_unlearn.diffusion.parameters import layer_index
+from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
+from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
+
+ENCODE_BATCH = 64
+
+
+@dataclass
+class LayerState:
+    """What an edit of one layer needs; rows are samples.
+
+    Attributes:
+        name: Full name of the weight.
+        layer: The linear layer, W (d_out, d_in).
+        keys: K1, inputs at the edit prompts, (n, L, d_in).
+        initial: W K1, (n, L, d_out), where V1 starts.
+    """
+
+    name: str
+    layer: nn.Linear
+    keys: Tensor
+    initial: Tensor
+
+
+class ValueRefinement(ConceptEditor):
+    """Finds V1 for one text-encoder layer after the other; a ``ClosedFormEdit`` callback applies the edits.
+
+    Args:
+        rounds: How often every layer is edited; the paper edits each layer ten times and finds one reasonable.
+        first_layer: Text layers before this one (counted from 0) are left alone; the paper edits all but the first.
+        last_layer: Text layers after this one are left alone; null edits up to the last.
+        positions: Token positions that are edited: ``all``, ``no_bos``, ``content`` or ``eot`` (the end-of-text token
+            and the padding after it).
+        values: ``refined`` (Algorithm 1), or ``target`` (V1 = W K1*, the paper's direct choice, no descent).
+        pairs: What is edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or ``names``
+            (the bare name of the concept and that of its target, as in the authors' code).
+        pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
+        min_timestep: Least timestep at which the UNet compares.
+        max_timestep: Greatest timestep, exclusive.
+        latents_per_prompt: Pictures of each edit prompt by the unedited model, on which the UNet compares.
+        seed: Seed of those pictures, of timesteps and of noise.
+        optimizer: Optimizer of V1, reset for each layer.
+        edited_parameters: Group or pattern; narrowed by ``first_layer`` and ``last_layer``.
+        **kwargs: See ``ConceptEditor``.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 1,
+        first_layer: int = 1,
+        last_layer: int | None = None,
+        positions: Literal["all", "no_bos", "content", "eot"] = "all",
+        values: Literal["refined", "target"] = "refined",
+        pairs: Literal["prompts", "names"] = "prompts",
+        pull: float = 0.0,
+        min_timestep: int = 50,
+        max_timestep: int = 1000,
+        latents_per_prompt: int = 1,
+        seed: int = 0,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        edited_parameters: str = "text-fc2",
+        **kwargs: object,
+    ) -> None:
+        self.first_layer, self.last_layer = first_layer, last_layer
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        for field, value in {"rounds": rounds, "latents_per_prompt": latents_per_prompt}.items():
+            if value < 1:
+                raise ValueError(f"model.{field}={value} must be at least 1.")
+        if not 0 <= min_timestep < max_timestep <= 1000:
+            raise ValueError(
+                f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
+            )
+        self.rounds, self.positions, self.value_choice, self.pull = rounds, positions, values, pull
+        self.min_timestep, self.max_timestep = min_timestep, max_timestep
+        self.latents_per_prompt, self.seed, self.optimizer = latents_per_prompt, seed, optimizer
+        if pairs == "prompts":
+            self.edit_prompts = [prompt for concept in self.edited for prompt in concept.edit_prompts]
+            self.target_prompts = [prompt for concept in self.edited for prompt in concept.target_prompts]
+        else:
+            self.edit_prompts = [concept.names[0] for concept in self.edited]
+            self.target_prompts = [concept.target for concept in self.edited]
+        self.num_pairs = len(self.edit_prompts)
+        self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited])
+        if not self.retain_prompts:
+            raise ValueError(
+                f"concept={', '.join(concept.name for concept in self.edited)} leaves no prompt of {self.concepts.name} "
+                "to retain: edit fewer concepts at once."
+            )
+        self.state: LayerState | None = None
+        self.progress = {"prepared": -1, "applied": 0}  # the epoch that V1 belongs to; how many edits are written
+        self.moments: dict[str, tuple[Tensor, int]] = {}
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
+
+        Raises:
+            ValueError: Nothing is left, or a weight outside of the text encoder is selected.
+        """
+        selected = super().select(names)
+        for name in selected:
+            if not name.startswith("text_encoder.") or not re.search(r"layers\.\d+\..*weight$", name):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}: only weights of text layers."
+                )
+        last = self.last_layer if self.last_layer is not None else max(map(layer_index, selected))
+        kept = [name for name in selected if self.first_layer <= layer_index(name) <= last]
+        if not kept:
+            layers = sorted({layer_index(name) for name in selected})
+            raise ValueError(
+                f"model.first_layer={self.first_layer} and last_layer={self.last_layer} leave no layer to edit: "
+                f"the pattern {self.edited_parameters!r} selects the layers {layers[0]} to {layers[-1]}."
+            )
+        return sorted(kept, key=layer_index)
+
+    # --- set-up
+
+    def configure_model(self) -> None:
+        """Load the pipeline and make room for V1."""
+        if hasattr(self, "components"):
+            return
+        super().configure_model()
+        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        d_out = max(layer.out_features for layer in self.layers.values())
+        length = self.components.tokenizer.model_max_length
+        self.values = nn.Parameter(torch.zeros(len(self.edit_prompts), length, d_out))
+
+    def own_state(self) -> list[str]:
+        """V1, so that a run resumes in the middle of a layer."""
+        return ["values"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say how far the edit has come, which Lightning's count of epochs does not when a layer has just ended."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["progress"] = dict(self.progress)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint and take up its progress."""
+        super().on_load_checkpoint(checkpoint)
+        self.progress = dict(checkpoint[CHECKPOINT_KEY]["progress"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer of V1 alone."""
+        return self.optimizer([self.values])
+
+    def on_fit_start(self) -> None:
+        """Set the length of the run and compute what the frozen model must provide."""
+        super().on_fit_start()
+        self.trainer.fit_loop.max_epochs = self.rounds * len(self.layers)
+        tokenizer = self.components.tokenizer
+        eos = tokenizer.eos_token_id
+        self.edit_ids = tokenize(tokenizer, self.edit_prompts)
+        target_ids = tokenize(tokenizer, self.target_prompts)
+        self.mask = positions_mask(self.edit_ids, eos, self.positions).to(self.device)
+        self.alignment = torch.tensor(
+            [align_tokens(e, t, eos) for e, t in zip(self.edit_ids.tolist(), target_ids.tolist(), strict=True)]
+        )
+        self.target_ids = target_ids
+        with self.pretrained.restored(), torch.no_grad():
+            self.gather_moments()
+            self.goal_states = encode(self.text_encoder, target_ids)
+            if self.value_choice == "refined":
+                self.latents = self.edit_latents()
+
+    def gather_moments(self) -> None:
+        """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
+        ids = tokenize(self.components.tokenizer, self.retain_prompts)
+        sums: dict[str, tuple[Tensor, int]] = {}
+        for part in ids.split(ENCODE_BATCH):
+            with capture_inputs(self.layers) as captured:
+                encode(self.text_encoder, part)
+            for name, keys in captured.items():
+                rows = keys.flatten(0, 1)
+                moment, count = sums.get(name, (torch.zeros((), dtype=torch.float64, device=rows.device), 0))
+                sums[name] = (moment + second_moment(rows), count + len(rows))
+        self.moments = sums
+
+    def edit_latents(self) -> Tensor:
+        """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
+        states, empty = (
+            encode(self.text_encoder, self.edit_ids),
+            encode(self.text_encoder, tokenize(self.components.tokenizer, [""])),
+        )
+        latents = []
+        for number in range(self.latents_per_prompt):
+            seeds = [self.seed + 100_000 * number + place for place in range(len(states))]
+            latents.append(
+                sample_latents(
+                    self.unet,
+                    self.components.scheduler,
+                    states,
+                    empty,
+                    initial_noise(self.unet, seeds),
+                    self.num_inference_steps,
+                    self.guidance_scale,
+                )
+            )
+        return torch.stack(latents)
+
+    # --- one (round, layer)
+
+    def on_train_epoch_start(self) -> None:
+        """Gather K1 of the epoch's layer and start V1 (anew, with a fresh optimizer)."""
+        state = self.prepare_layer(self.current_epoch)
+        start = state.initial if self.value_choice == "refined" else self.target_values(state)
+        with torch.no_grad():
+            self.values.zero_()
+            self.values[..., : start.shape[-1]] = start
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        self.progress["prepared"] = self.current_epoch
+
+    @torch.no_grad()
+    def prepare_layer(self, epoch: int) -> LayerState:
+        """Gather the inputs of the layer of ``epoch`` at the edit prompts, from the model as it is now."""
+        name = self.edited_names[epoch % len(self.edited_names)]
+        keys = self.capture_keys(name, self.edit_ids)
+        weight = self.layers[name].weight.float()
+        self.state = LayerState(name, self.layers[name], keys, keys @ weight.mT)
+        return self.state
+
+    def capture_keys(self, name: str, input_ids: Tensor) -> Tensor:
+        """Inputs (n, L, d_in), float32, of the layer ``name`` for ``input_ids`` (n, L)."""
+        parts = []
+        for part in input_ids.split(ENCODE_BATCH):
+            with capture_inputs({name: self.layers[name]}) as captured:
+                encode(self.text_encoder, part)
+            parts.append(captured[name].float())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def target_values(self, state: LayerState) -> Tensor:
+        """V1* = W K1* (n, L, d_out), each edit position taking the value of the target position it is aligned with."""
+        keys = self.capture_keys(state.name, self.target_ids)
+        aligned = keys.gather(1, self.alignment.to(keys.device).unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
+        return aligned @ state.layer.weight.float().mT
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Algorithm 1, line 3: error between the predictions for V1 and for the target prompts.
+
+        Args:
+            batch: Indices of prompt pairs, (B,).
+            batch_idx: Number of the step within the layer.
+        """
+        if self.progress["prepared"] != self.current_epoch:  # resumed between two layers: Lightning skips the hook
+            self.on_train_epoch_start()
+        state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
+        values = self.values[batch, :, : state.layer.out_features]
+        if self.value_choice == "target":
+            return values.sum() * 0  # V1 stays as it is
+        latents, noise, timesteps = self.noise(batch, batch_idx)
+        noisy = self.add_noise(latents, noise, timesteps)
+        with replace_output(state.layer, values, self.mask[pairs]):
+            states = encode(self.text_encoder, self.edit_ids[pairs.cpu()])
+        with torch.no_grad():
+            goal = self.unet(noisy, timesteps, self.goal_states[pairs]).sample
+        error = F.mse_loss(self.unet(noisy, timesteps, states).sample.float(), goal.float())
+        distance = (values - state.initial[pairs]).square()[self.mask[pairs]].mean()
+        self.log_dict(
+            {"train/error": error, "train/distance": distance}, prog_bar=True, batch_size=len(batch), sync_dist=True
+        )
+        return error + self.pull * distance
+
+    def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.
+
+        They depend on seed, layer, step and item alone, so any number of processes descends the same loss.
+        """
+        latents, noise, timesteps = [], [], []
+        for item in batch.tolist():
+            pair = item % self.num_pairs
+            key = f"{self.seed} {self.current_epoch} {batch_idx} {item}".encode()
+            generator = torch.Generator().manual_seed(zlib.crc32(key))
+            timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
+            number = int(torch.randint(len(self.latents), (), generator=generator))
+            latents.append(self.latents[number, pair])
+            noise.append(torch.randn(self.latents.shape[2:], generator=generator))
+        clean = torch.stack(latents)
+        return clean, torch.stack(noise).to(clean), torch.stack(timesteps).to(self.device)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t (B, C, H, W) by the scheduler's forward process."""
+        alphas_cumprod = self.components.scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise
