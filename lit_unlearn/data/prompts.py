@@ -96,7 +96,7 @@ class RankSampler(Sampler[int]):
 class ConceptPrompts(L.LightningDataModule):
     """Prompts of a concept set.
 
-    ``fit`` yields batches of numbers (B,), each ``slot * num_pairs + pair``: the pair of edit and target prompt, and its
+    ``fit`` yields batches of numbers (B,), each ``slot * num_pairs + pair``: a pair of edit and target prompt, and its
     place in the global batch, which tells repetitions apart. ``validate`` and ``test`` yield lists of ``PictureItem``.
 
     Args:

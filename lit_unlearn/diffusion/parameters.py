@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,11 +90,14 @@ class PretrainedValues:
 
     def __call__(self, part: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call ``module`` (the part ``unet`` or ``text_encoder``) with the pretrained values, without gradients."""
+        prefix = f"{part}."
         values = {
-            name.removeprefix(f"{part}."): value for name, value in self.values.items() if name.startswith(f"{part}.")
+            name.removeprefix(prefix): value.to(self.parameters[name].device)
+            for name, value in self.values.items()
+            if name.startswith(prefix)
         }
         with torch.no_grad():
-            return functional_call(module, {k: v.to(module.device) for k, v in values.items()}, args, kwargs)
+            return functional_call(module, values, args, kwargs)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -112,6 +116,7 @@ class PretrainedValues:
 
     def change_ratio(self) -> float:
         """Weight-change ratio: Frobenius norm of all changes over that of the pretrained values."""
-        change = sum((p.detach().double() - self.values[n].double()).square().sum() for n, p in self.parameters.items())
-        size = sum(value.double().square().sum() for value in self.values.values())
-        return float((change / size).sqrt())
+        pairs = [(self.parameters[name].detach().cpu().double(), v.cpu().double()) for name, v in self.values.items()]
+        change = math.fsum(float((edited - value).square().sum()) for edited, value in pairs)
+        size = math.fsum(float(value.square().sum()) for _, value in pairs)
+        return math.sqrt(change / size)

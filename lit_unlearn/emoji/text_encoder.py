@@ -38,7 +38,9 @@ def train_tokenizer() -> CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=MAX_LENGTH,
     )
 
 

@@ -6,6 +6,7 @@ Autoencoder and text encoder are frozen, so their outputs are computed once and 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,12 +22,12 @@ from diffusers import (
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, RESOLUTION, Drawing
 
-NOISE_SCHEDULE = {
+NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -165,7 +166,7 @@ class TextToImageTraining(L.LightningModule):
         self.save_hyperparameters()
         self.model, self.lr, self.guidance_scale = Path(model), lr, guidance_scale
         vae_config = AutoencoderKL.load_config(self.model / "vae")
-        text_config = CLIPTextModel.config_class.from_pretrained(self.model / "text_encoder")
+        text_config = CLIPTextConfig.from_pretrained(self.model / "text_encoder")
         self.unet = UNet2DConditionModel(
             sample_size=RESOLUTION // 2 ** (len(vae_config["block_out_channels"]) - 1),
             in_channels=vae_config["latent_channels"],

@@ -109,8 +109,8 @@ class ValueRefinement(ConceptEditor):
         self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited])
         if not self.retain_prompts:
             raise ValueError(
-                f"concept={', '.join(concept.name for concept in self.edited)} leaves no prompt of {self.concepts.name} "
-                "to retain: edit fewer concepts at once."
+                f"concept={', '.join(concept.name for concept in self.edited)} leaves no prompt of "
+                f"{self.concepts.name} to retain: edit fewer concepts at once."
             )
         self.state: LayerState | None = None
         self.progress = {"prepared": -1, "applied": 0}  # the epoch that V1 belongs to; how many edits are written
@@ -264,13 +264,14 @@ class ValueRefinement(ConceptEditor):
         """Algorithm 1, line 3: error between the predictions for V1 and for the target prompts.
 
         Args:
-            batch: Indices of prompt pairs, (B,).
+            batch: Prompt pairs, numbered as ``ConceptPrompts`` does, (B,).
             batch_idx: Number of the step within the layer.
         """
         if self.progress["prepared"] != self.current_epoch:  # resumed between two layers: Lightning skips the hook
             self.on_train_epoch_start()
         state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
-        values = self.values[batch, :, : state.layer.out_features]
+        pairs = batch % self.num_pairs
+        values = self.values[pairs, :, : state.layer.out_features]
         if self.value_choice == "target":
             return values.sum() * 0  # V1 stays as it is
         latents, noise, timesteps = self.noise(batch, batch_idx)
