@@ -16,12 +16,25 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lit_unlearn.diffusion.components import DiffusionComponents, load_components
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 
+NOT_OURS = (
+    # NumPy's of what diffusers' schedulers do with tensors
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    # Lightning's, where we mean it: the pipeline stays in evaluation mode while it is edited
+    "ignore:Found .* module.s. in eval mode at the start of training",
+)
+"""Warnings of the libraries that do not fail a test."""
+
 NUM_TEXT_LAYERS = 3
 HIDDEN, INTERMEDIATE = 32, 128
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for line in NOT_OURS:
+        config.addinivalue_line("filterwarnings", line)
+
+
 def build_pipeline(output: Path, hidden_act: str, prediction_type: str, pad_token: str | None = None) -> Path:
-    """Write a pipeline with random weights (always the same ones) into ``output``: 8 by 8 latents, 16 by 16 pictures."""
+    """Write a pipeline with random weights, always the same ones, into ``output``: latents of 8, pictures of 16 pixels."""
     tokenizer = train_tokenizer()
     if pad_token is not None:
         tokenizer.pad_token = pad_token
@@ -70,7 +83,11 @@ def build_pipeline(output: Path, hidden_act: str, prediction_type: str, pad_toke
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,

@@ -82,7 +82,7 @@ def check_model(model: str) -> dict[str, list[str]]:
         model: As for ``resolve_model``. A hub id cannot be checked before it is downloaded: the answer is then empty.
 
     Returns:
-        Names of the parameters by part (``text_encoder``, ``unet``), read from the headers of the weight files.
+        Names of the parameters of ``text_encoder``, ``unet`` and ``vae``, read from the headers of the weight files.
 
     Raises:
         ValueError: A part or a file is missing, or a weight file is corrupt.
@@ -94,7 +94,7 @@ def check_model(model: str) -> dict[str, list[str]]:
         if not (path / part).exists():
             raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
     names: dict[str, list[str]] = {}
-    for part in ("text_encoder", "unet"):
+    for part in ("text_encoder", "unet", "vae"):
         weights = sorted((path / part).glob("*.safetensors"))
         if not weights:
             raise ValueError(f"model={model!r} has no *.safetensors in {part}/: convert it with save_pretrained first.")

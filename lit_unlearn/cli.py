@@ -1,0 +1,168 @@
+"""The command line. Help and version come before any heavy import, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from lit_unlearn import __version__
+from lit_unlearn.errors import UserError, closest, essence
+from lit_unlearn.recipes import recipe_names, resolve_recipes
+
+TRAINER_COMMANDS = {
+    "fit": "find and apply an edit, or train a part of the embedded model",
+    "validate": "draw a few pictures with a run's edited weights",
+    "test": "score a run: pictures before and after, judged",
+    "predict": "draw the evaluation pictures with a run's edited weights",
+}
+OTHER_COMMANDS = {
+    "generate": "draw pictures of prompts, with or without an edit",
+    "export": "write an edited pipeline for diffusers, or its changed weights",
+    "demo": "remove a concept from the embedded model, score and export it",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that leaves it to ``main`` to report errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ``UserError``."""
+        raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0; 2 for a mistake of the user's or an output that cannot be written; 130 if interrupted. Errors
+        within a training are raised.
+    """
+    try:
+        return _run(list(sys.argv[1:] if args is None else args))
+    except UserError as error:
+        message = essence(error)
+    except KeyboardInterrupt:
+        print("\nlit-unlearn: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        # Without a number it is what libraries say of a model that they cannot fetch.
+        if error.errno is not None and error.errno not in WRITE_ERRORS:
+            raise
+        message = essence(error)
+    except SystemExit as error:  # --help, --print_config
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    print(f"lit-unlearn: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"lit-unlearn {__version__}")
+        return 0
+    command, *rest = args
+    commands = {**TRAINER_COMMANDS, **OTHER_COMMANDS}
+    if command not in commands:
+        raise UserError(f"There is no command {command!r}{closest(command, commands) or f' ({", ".join(commands)})'}.")
+    # Imports of transformers and diffusers that a terminal needs no advice on.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if command in TRAINER_COMMANDS:
+        resolved = resolve_recipes(args)
+        from lit_unlearn import training
+
+        training.run(resolved)
+        return 0
+    options = PARSERS[command]().parse_args(rest)
+    from lit_unlearn import commands as run
+
+    getattr(run, command)(options)
+    return 0
+
+
+def overview() -> str:
+    """Return what ``lit-unlearn --help`` prints."""
+    lines = [f"  {name:10}{text}" for name, text in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items()]
+    return "\n".join(
+        [
+            "usage: lit-unlearn COMMAND [options]",
+            "",
+            "Removes concepts from text-to-image diffusion models.",
+            "",
+            *lines,
+            "",
+            "  lit-unlearn demo --concept dog",
+            "  lit-unlearn fit --config null_space.yaml --concept dog",
+            "  lit-unlearn test --config null_space.yaml --concept dog",
+            "  lit-unlearn COMMAND --help, --version",
+            "",
+            "Recipes, by name from ./configs or the package, several --config override one another:",
+            *(f"  {name}" for name in recipe_names()),
+        ]
+    )
+
+
+def _parser(command: str) -> Parser:
+    return Parser(
+        prog=f"lit-unlearn {command}", description=f"{OTHER_COMMANDS[command].capitalize()}.", allow_abbrev=False
+    )
+
+
+def _add_model_options(parser: Parser, default: str) -> None:
+    parser.add_argument("--model", help=f"diffusers folder, emoji-sd (embedded), or hub id; default: {default}")
+    parser.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
+
+
+def generate_parser() -> Parser:
+    """Options of ``generate``."""
+    parser = _parser("generate")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one prompt for a picture, several for a grid")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--ckpt_path", help="edit to apply: a run's checkpoint or a delta; default: none")
+    _add_model_options(parser, "the one that was edited, or emoji-sd")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt; default: 0")
+    parser.add_argument("--num", type=int, default=1, help="pictures of each prompt; default: 1")
+    parser.add_argument("--num_inference_steps", type=int, help="denoising steps; default: as in the run, or 15")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; default: as in the run, or 4")
+    parser.add_argument("--scale", type=int, help="enlargement; default: to at least 256 pixels")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def export_parser() -> Parser:
+    """Options of ``export``."""
+    parser = _parser("export")
+    parser.add_argument("--ckpt_path", required=True, help="a run's checkpoint, or a delta")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--delta",
+        action="store_true",
+        help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
+    _add_model_options(parser, "the one that was edited")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser
+
+
+def demo_parser() -> Parser:
+    """Options of ``demo``."""
+    parser = _parser("demo")
+    parser.add_argument("--concept", default="dog", help="concept to remove; default: dog")
+    parser.add_argument("--config", default="null_space.yaml", help="recipe; default: null_space.yaml")
+    return parser
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {"generate": generate_parser, "export": export_parser, "demo": demo_parser}

@@ -1,0 +1,186 @@
+"""What the command line offers beside the trainer: ``generate``, ``export`` and ``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lit_unlearn.checkpoint import Edit, load_edited, read_edit
+from lit_unlearn.diffusion.components import DiffusionComponents, check_model
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from lit_unlearn.errors import plain_warnings, user_errors
+from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
+from lit_unlearn.export import check_output, export_delta, export_pipeline, provenance
+from lit_unlearn.recipes import find_recipe
+
+BATCH_SIZE = 8
+MIN_SIDE = 256
+"""Smaller pictures are enlarged to at least so many pixels."""
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Draw pictures of prompts and write them as one PNG.
+
+    Raises:
+        UserError: An option, the checkpoint or the model is wrong.
+    """
+    output = Path(options.output)
+    with user_errors():
+        if output.suffix.lower() != ".png":
+            raise ValueError(f"output={output} must end in .png.")
+        if output.is_dir() or (output.exists() and not options.overwrite):
+            raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
+        for field in ("num", "num_inference_steps", "scale"):
+            value = getattr(options, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field}={value} must be at least 1.")
+        edit = read_edit(options.ckpt_path) if options.ckpt_path else None
+        model = _checked_model(options.model, edit)
+        components = load_edited(model, edit, _revision(options.revision, edit))
+    hyper_parameters = edit.hyper_parameters if edit else {}
+    steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
+    guidance_scale = options.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = hyper_parameters.get("guidance_scale", 4.0)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for module in components.modules().values():
+        module.to(device)
+    seeds = list(range(options.seed, options.seed + options.num))
+    with plain_warnings():
+        pictures = draw(components, options.prompts, seeds, steps, guidance_scale)
+    scale = options.scale or -(-MIN_SIDE // min(pictures.shape[-2:]))
+    if len(pictures) == 1:
+        image = to_pil(pictures[0])
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    else:
+        rows = list(pictures.split(len(seeds)))
+        image = image_grid(rows, options.prompts, [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else (), scale)
+    save_png(output, image)
+    what = f"edited ({', '.join(edit.concepts)})" if edit else "not edited"
+    print(f"{output}: {model}, {what}, {steps} steps, guidance {guidance_scale:g}, seeds {seeds[0]} to {seeds[-1]}")
+
+
+def draw(
+    components: DiffusionComponents,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Pictures (prompts * seeds, 3, H, W) in [0, 1], each prompt with every seed, under a progress bar."""
+    unet, text_encoder, tokenizer = components.unet, components.text_encoder, components.tokenizer
+    with torch.no_grad():
+        states = encode_prompts(tokenizer, text_encoder, prompts)
+        empty = encode_prompts(tokenizer, text_encoder, [""])
+    states = states.repeat_interleave(len(seeds), dim=0)
+    noise = initial_noise(unet, list(seeds) * len(prompts))
+    pictures: list[Tensor] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Drawing", total=num_inference_steps * -(-len(noise) // BATCH_SIZE))
+        handle = unet.register_forward_hook(lambda *_: progress.advance(task))
+        for batch, start in zip(states.split(BATCH_SIZE), noise.split(BATCH_SIZE), strict=True):
+            latents = sample_latents(
+                unet, components.scheduler, batch, empty, start, num_inference_steps, guidance_scale
+            )
+            pictures.append(decode_latents(components.vae, latents))
+        handle.remove()
+    return torch.cat(pictures)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write an edited pipeline as a diffusers folder, or its changed weights as safetensors.
+
+    Raises:
+        UserError: An option, the checkpoint or the model is wrong.
+        OSError: The output cannot be written.
+    """
+    output = Path(options.output)
+    if options.delta and output.suffix != ".safetensors":
+        output = output / "delta.safetensors"
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with user_errors():
+        check_output(output, options.overwrite)
+        edit = read_edit(options.ckpt_path)
+        model = _checked_model(options.model, edit)
+        facts = provenance(edit, model)
+        if options.delta:
+            export_delta(edit, facts, output, dtype)
+        else:
+            export_pipeline(edit, facts, model, output, dtype, _revision(options.revision, edit))
+    print(f"{output}: {model} without {', '.join(edit.concepts)}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Edit, test and export, as a person would by three commands, and say what came of it.
+
+    Raises:
+        UserError: The recipe or the concept is wrong.
+        OSError: Something cannot be written.
+    """
+    from lit_unlearn import training
+
+    started = time.monotonic()
+    recipe = ["--config", options.config, "--concept", options.concept]
+    found = ["--config", str(find_recipe(options.config)), "--concept", options.concept]
+    _say("fit", *recipe)
+    fit = training.run(["fit", *found])
+    folder = Path(fit.trainer.log_dir or "")
+    ckpt_path = str(folder / "checkpoints" / "last.ckpt")
+    _say("test", *recipe, "--ckpt_path", ckpt_path)
+    training.run(["test", *found, "--ckpt_path", ckpt_path])
+    output = str(folder / "pipeline")
+    _say("export", "--ckpt_path", ckpt_path, "--output", output)
+    no_options = {"delta": False, "dtype": None, "model": None, "revision": None, "overwrite": False}
+    export(argparse.Namespace(ckpt_path=ckpt_path, output=output, **no_options))
+
+    where = {
+        "pictures before and after": folder / "grid.png",
+        "scores": folder / "scores.json",
+        "edited pipeline, for diffusers": output,
+        "everything else of the run": folder,
+    }
+    print(f"\nDone in {time.monotonic() - started:.0f} s.")
+    for what, path in where.items():
+        if Path(path).exists():
+            print(f"  {what + ':':32}{path}")
+    print(f"  {'curves and pictures:':32}tensorboard --logdir {folder.parents[len(Path(fit.run_name).parts) - 1]}")
+    prompt = fit.edited[0].direct[0]
+    print("\nTry next:")
+    print(f"  {_command('generate', prompt, '--ckpt_path', ckpt_path, '--output', 'edited.png')}")
+    print(f"  {_command('generate', prompt, '--output', 'unedited.png')}")
+    other = next(name for name in fit.concept_names if name not in {concept.name for concept in fit.edited})
+    print(f"  {_command('demo', '--concept', other)}")
+
+
+def _command(*args: str) -> str:
+    return shlex.join(["lit-unlearn", *args])
+
+
+def _say(*args: str) -> None:
+    print(f"\n$ {_command(*args)}", flush=True)
+
+
+def _checked_model(model: str | None, edit: Edit | None) -> str:
+    """The model to load, checked: the given one, else the one that was edited, else the embedded one."""
+    if edit is None:
+        model = model or "emoji-sd"
+        check_model(model)
+        return model
+    model = model or edit.model
+    edit.check_base(model)
+    return model
+
+
+def _revision(revision: str | None, edit: Edit | None) -> str | None:
+    return revision or (edit.hyper_parameters.get("revision") if edit else None)

@@ -1,0 +1,316 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI, with one folder for everything of a run."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import pkgutil
+import re
+import shutil
+import signal
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lit_unlearn import callbacks, data, emoji, methods
+from lit_unlearn.checkpoint import load_checkpoint, newest_checkpoint, read_edit, run_folder
+from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.data.concepts import Concept, load_concept_set
+from lit_unlearn.data.prompts import edited_concepts
+from lit_unlearn.errors import UserError, essence, parse_error, user_errors
+from lit_unlearn.methods.base import ConceptEditor
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "logs",
+    "use_distributed_sampler": False,  # the data modules share out the work themselves
+    "log_every_n_steps": 5,
+    "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
+}
+FROM_COMMAND_LINE = {
+    "concept",
+    "concept_set",
+    "model",
+    "revision",
+    "judge",
+    "num_inference_steps",
+    "guidance_scale",
+}
+"""Arguments of a model that say what is looked at and how. All others say what was edited; a checkpoint decides them."""
+
+IGNORED_WARNINGS = (
+    r".*isinstance.treespec, LeafSpec.. is deprecated",
+    ".*does not have many workers",
+    "The number of training batches",
+    "The `srun` command is available on your system but is not used",
+    "GPU available but not used",
+    "Checkpoint directory .* exists and is not empty",
+    "`max_epochs` was not set",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+)
+IGNORED_INFO = ("💡 Tip", "TPU available", "HPU available", "\nDetected KeyboardInterrupt", "`Trainer.fit` stopped")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration into the run's folder: ``config.yaml`` of a fit, ``config_test.yaml`` of a test."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            self.config_filename = f"config_{stage}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class UnlearnCLI(LightningCLI):
+    """Runs a recipe.
+
+    Args:
+        args: Command line: a sub-command of the trainer and its options.
+
+    Raises:
+        UserError: Something is wrong with the recipe, its values or the checkpoint; nothing was loaded or written.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.run_folder: Path | None = None
+        parser_kwargs: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},  # a requeued job returns to its folder
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in self.subcommands()}},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # a method knows what it trains
+            args=list(args),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- command line
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--concept",
+            type=str | list[str] | None,
+            default=None,
+            help="Name of the concept to edit, or several: '[dog, cat]'.",
+        )
+        parser.add_argument(
+            "--method", type=str | None, default=None, help="Name of the recipe in logs/METHOD/CONCEPT/version_N."
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Whether a test may replace the scores that its run has."
+        )
+        parser.link_arguments("concept", "model.init_args.concept")
+        parser.link_arguments("concept", "data.init_args.concept")
+        parser.link_arguments("model.init_args.concept_set", "data.init_args.concept_set")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(self._parse_error(str(error), args[0])) from error
+
+    def _parse_error(self, message: str, subcommand: str) -> str:
+        keys = [action.dest for action in self._parser(subcommand)._actions]
+        return parse_error(message, known_classes(), keys)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint and take the arguments of the edit from it, before anything is built.
+
+        Lightning takes all arguments of the model from it, so that ``--model.init_args.model`` would have no effect.
+        """
+        subcommand = self.config.subcommand
+        config = self.config[subcommand]
+        arguments = config.model.init_args
+        if not issubclass(_class(config.model.class_path), ConceptEditor):
+            if config.ckpt_path not in (None, "best", "last", "hpc"):
+                with user_errors():
+                    load_checkpoint(config.ckpt_path)
+                super()._parse_ckpt_path()
+            return
+        if arguments.concept is None:
+            raise UserError(f"{subcommand}: name the concept to edit, e.g. --concept dog.")
+        with user_errors():
+            concepts = [c.name for c in edited_concepts(arguments.concept, load_concept_set(arguments.concept_set))]
+            if config.ckpt_path == "last" or (config.ckpt_path is None and subcommand != "fit"):
+                config.ckpt_path = str(self._newest_checkpoint(concepts))
+            if config.ckpt_path is None:
+                return
+            edit = read_edit(config.ckpt_path)
+            if edit.concepts != concepts:
+                raise UserError(
+                    f"{edit.path} edits {', '.join(edit.concepts)}, but concept is {', '.join(concepts)}: "
+                    f"pass --concept {edit.concepts[0] if len(edit.concepts) == 1 else edit.concepts!r}."
+                )
+            if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
+                raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
+            edit.check_base(arguments.model)
+        kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
+        model = {"class_path": config.model.class_path, "init_args": kept}
+        try:
+            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+        except ArgumentError as error:
+            raise UserError(
+                f"{edit.path} was made by another version: {self._parse_error(str(error), subcommand)}"
+            ) from error
+
+    def _newest_checkpoint(self, concepts: Sequence[str]) -> Path:
+        config = self.config[self.config.subcommand]
+        folder = Path(config.trainer.default_root_dir, self._run_name(concepts))
+        path = newest_checkpoint(folder)
+        if path is None:
+            raise UserError(
+                f"{self.config.subcommand} needs a run, and {folder} has none: run `lit-unlearn fit` first, "
+                "or give another run's file with --ckpt_path."
+            )
+        print(f"The newest run of {', '.join(concepts)}: {path}")
+        return path
+
+    @property
+    def edited(self) -> list[Concept]:
+        """The concepts that the recipe edits; none if it trains a part of a model."""
+        return getattr(self.model, "edited", [])
+
+    @property
+    def concept_names(self) -> list[str]:
+        """Names of all concepts of the concept set, if the recipe has one."""
+        return list(self.model.concepts.concepts) if isinstance(self.model, ConceptEditor) else []
+
+    @property
+    def run_name(self) -> str:
+        """``METHOD/CONCEPT``: where the runs of this recipe lie below ``default_root_dir``."""
+        return self._run_name([concept.name for concept in self.edited])
+
+    def _run_name(self, concepts: Sequence[str]) -> str:
+        config = self.config[self.config.subcommand]
+        class_name = config.model.class_path.rpartition(".")[2]
+        method = config.method or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
+        return "/".join([method, run_label(concepts)] if concepts else [method])
+
+    # ------------------------------------------------------------------------------------------------ folder of the run
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.ckpt_path and config.trainer.logger in (None, True):
+            self.run_folder = run_folder(config.ckpt_path)
+        if self.subcommand == "test" and self.run_folder is not None and not config.overwrite:
+            scores = self.run_folder / "scores.json"
+            if scores.exists():
+                raise UserError(f"{scores} exists: pass --overwrite to test this run again.")
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            with user_errors():
+                super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise UserError(essence(error)) from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        name = self.run_name
+        root = Path(config["default_root_dir"])
+        if config["logger"] in (None, True):
+            if self.run_folder is not None:
+                kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
+            else:
+                kwargs["logger"] = TensorBoardLogger(root, name=name)
+        # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
+        kwargs["default_root_dir"] = root / name
+        given = config["callbacks"] or []
+        given = list(given) if isinstance(given, list) else [given]
+        if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+            # At the end of an epoch, after the edit; validation comes before it.
+            last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+            kwargs["callbacks"] = [*given, last]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Run the fit; one that has nothing to edit leaves nothing behind."""
+        folder = Path(self.trainer.log_dir or "")
+        is_new = not folder.exists()
+        try:
+            self.trainer.fit(**kwargs)
+        except EmptyNullSpaceError as error:
+            if is_new and self.trainer.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(essence(error)) from error
+
+
+def run_label(concepts: Sequence[str]) -> str:
+    """Name of a folder for runs that edit ``concepts``: ``soccer_ball``, ``dog+cat``, ``dog+18_others``."""
+    names = [re.sub(r"[^\w.-]+", "_", name) for name in concepts]
+    label = "+".join(names)
+    return label if len(label) <= 100 else f"{names[0]}+{len(names) - 1}_others"
+
+
+def known_classes() -> dict[str, type]:
+    """Classes that a recipe may name without their module, by name."""
+    found: dict[str, type] = {}
+    bases: list[type] = [L.LightningModule, L.LightningDataModule, Callback, Logger]
+    while bases:
+        cls = bases.pop()
+        bases += cls.__subclasses__()
+        if not inspect.isabstract(cls):
+            found[cls.__name__] = cls
+    return found
+
+
+def import_classes() -> None:
+    """Import what recipes may name: a short name resolves only to a class that has been imported."""
+    for package in (methods, callbacks, data, emoji):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def _class(class_path: str) -> type:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(IGNORED_INFO)
+
+
+def run(args: Sequence[str]) -> UnlearnCLI:
+    """Run a sub-command of the trainer.
+
+    Args:
+        args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; recipes as paths.
+
+    Returns:
+        The command line, with ``trainer``, ``model`` and ``datamodule`` as they are afterwards.
+
+    Raises:
+        UserError: Something is wrong with the recipe, its values or the checkpoint.
+        KeyboardInterrupt: Also if Lightning has shut down in its own way.
+    """
+    import_classes()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.call"):
+        logging.getLogger(name).addFilter(_is_worth_saying)
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    try:
+        return UnlearnCLI(args)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
+            raise KeyboardInterrupt from error
+        raise
