@@ -2,8 +2,8 @@
 
     python benchmarks/emoji20.py --processes 2
 
-One folder per cell, ``ROOT/<method>/<concept>/version_0``, as ``lit-unlearn fit`` and ``test`` make it. A cell that has
-its ``scores.json`` is skipped and one that was cut short is made anew, so an interrupted bench goes on where it stopped.
+One folder per cell, ``ROOT/<method>/<concept>/version_0``, as ``lit-unlearn fit`` and ``test`` make it. A cell with
+its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ def summary(root: Path, recipes: list[str], command: str) -> str:
     lines = [
         "# emoji20: every concept, every closed-form method",
         "",
-        f"Made on {date.today()} by `{command}`, on the embedded model, one thread per run. Each row is the mean over the",
-        "20 concepts, each edited alone; 10 prompts × 2 pictures per concept, the same seeds everywhere. *Retain* is the",
-        "share of the other concepts' pictures that show theirs; *relative* is that over the unedited model's. *Drift* is",
-        "the root-mean-square difference of same-seed pictures of the other concepts' prompts, in parts of full scale.",
+        f"Made on {date.today()} by `{command}`, on the embedded model, one thread per run.",
+        "Each row is the mean over the 20 concepts, each edited alone; 10 prompts × 2 pictures per concept, the same",
+        "seeds everywhere. *Retain* is the share of the other concepts' pictures that show theirs; *relative* is that",
+        "over the unedited model's. *Drift* is the root-mean-square difference of same-seed pictures of the other",
+        "concepts' prompts, in parts of full scale.",
         "",
-        "| method | forget | direct | indirect | retain | relative | HM of averages | average of HMs | least HM | drift "
-        "| change of weights | seconds | UNet forwards |",
+        "| method | forget | direct | indirect | retain | relative | HM of averages | average of HMs | least HM "
+        "| drift | change of weights | seconds | UNet forwards |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     tables = []
@@ -88,9 +89,10 @@ def summary(root: Path, recipes: list[str], command: str) -> str:
         if not tables:
             unedited = [r.before.forget or 0.0 for r in runs if r.before]
             hms = both_harmonic_means(unedited, before)
+            direct = fmean(r.before.direct.forget or 0.0 for r in runs if r.before)
+            indirect = fmean(r.before.indirect.forget or 0.0 for r in runs if r.before)
             lines.append(
-                f"| unedited | {fmean(unedited):.3f} | {fmean(r.before.direct.forget or 0 for r in runs if r.before):.3f} "
-                f"| {fmean(r.before.indirect.forget or 0 for r in runs if r.before):.3f} | {fmean(before):.3f} | 1.000 "
+                f"| unedited | {fmean(unedited):.3f} | {direct:.3f} | {indirect:.3f} | {fmean(before):.3f} | 1.000 "
                 f"| {hms[0]:.3f} | {hms[1]:.3f} |  | 0 | 0 |  |  |"
             )
         lines.append(

@@ -1,4 +1,4 @@
-"""Edited weights as a run (``.ckpt``) or an export (``.safetensors``) keeps them: read, checked against a model, applied."""
+"""Edited weights as a run (``.ckpt``) or an export (``.safetensors``) keeps them: read, checked, applied."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def _run(args: list[str]) -> int:
     command, *rest = args
     commands = {**TRAINER_COMMANDS, **OTHER_COMMANDS}
     if command not in commands:
-        raise UserError(f"There is no command {command!r}{closest(command, commands) or f' ({", ".join(commands)})'}.")
+        known = closest(command, commands) or f" (commands: {', '.join(commands)})"
+        raise UserError(f"There is no command {command!r}{known}.")
     # Imports of transformers and diffusers that a terminal needs no advice on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

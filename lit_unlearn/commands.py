@@ -67,7 +67,8 @@ def generate(options: argparse.Namespace) -> None:
         image = image_grid(rows, options.prompts, [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else (), scale)
     save_png(output, image)
     what = f"edited ({', '.join(edit.concepts)})" if edit else "not edited"
-    print(f"{output}: {model}, {what}, {steps} steps, guidance {guidance_scale:g}, seeds {seeds[0]} to {seeds[-1]}")
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    print(f"{output}: {model}, {what}, {steps} steps, guidance {guidance_scale:g}, {which}")
 
 
 def draw(

@@ -42,9 +42,9 @@ def essence(error: BaseException) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (closest: a, b)"``, or nothing if no known name is near."""
-    matches = get_close_matches(name, list(known), n=3)
-    return f" (closest: {', '.join(matches)})" if matches else ""
+    """Return ``" (closest: name)"``, or nothing if no known name is near."""
+    matches = get_close_matches(name, list(known), n=1)
+    return f" (closest: {matches[0]})" if matches else ""
 
 
 def parse_error(message: str, classes: Mapping[str, type], keys: Iterable[str]) -> str:
@@ -80,6 +80,8 @@ def _reason(reason: str, owner: str, given: str | None, classes: Mapping[str, ty
     if found := re.search(r"expects a function or a callable class: (.+?)(?:\. Got value: .*)?$", reason):
         reason, owner = found[1], ""
     if found := re.fullmatch(r"Expected a dot import path string: (.+)", reason):
+        if found[1] in classes:
+            return f"{found[1]} is not of the kind that belongs here"
         return f"there is no class {found[1]!r}{closest(found[1], classes)}"
     if found := re.fullmatch(r"Option '(.+)' is not accepted", reason):
         known = closest(found[1], _options(classes[owner])) if owner in classes else ""

@@ -90,6 +90,9 @@ def export_pipeline(
             for pattern in ("LICENSE*", "NOTICE*"):
                 for file in base.glob(pattern):
                     shutil.copy(file, folder)
+        mode = (folder / PROVENANCE).stat().st_mode  # safetensors makes files that only their owner can read
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(mode)
 
 
 @contextmanager
@@ -143,7 +146,7 @@ tags: [concept-unlearning, lit-unlearn]
 # {name}: {facts["base_model"]} without {concepts}
 
 A text-to-image model from which the concept {concepts} was removed with lit-unlearn {facts["lit_unlearn"]}
-({facts["method"]}). Only {len(facts["edited_weights"])} weights differ from those of {facts["base_model"]}, whose licence applies.
+({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
 Removal is not perfect, and what was not tested may have changed: see the scores.
 
 ```python

@@ -63,7 +63,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
 
 
 def _check_yaml(path: Path) -> None:
-    """Refuse a file that is not a mapping in YAML, by name; the parser of the arguments does not say which file it read."""
+    """Refuse a file that is not a mapping in YAML: the parser of the arguments would not say which file it was."""
     import yaml
 
     try:

@@ -19,6 +19,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -45,7 +46,7 @@ FROM_COMMAND_LINE = {
     "num_inference_steps",
     "guidance_scale",
 }
-"""Arguments of a model that say what is looked at and how. All others say what was edited; a checkpoint decides them."""
+"""Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
 
 IGNORED_WARNINGS = (
     r".*isinstance.treespec, LeafSpec.. is deprecated",
@@ -53,11 +54,13 @@ IGNORED_WARNINGS = (
     "The number of training batches",
     "The `srun` command is available on your system but is not used",
     "GPU available but not used",
+    "Found .* in eval mode at the start of training",
+    "You passed in a `val_dataloader` but have no `validation_step`",
     "Checkpoint directory .* exists and is not empty",
     "`max_epochs` was not set",
     "You're resuming from a checkpoint that ended before the epoch ended",
 )
-IGNORED_INFO = ("💡 Tip", "TPU available", "HPU available", "\nDetected KeyboardInterrupt", "`Trainer.fit` stopped")
+IGNORED_INFO = ("💡 Tip", "TPU available", "HPU available", "Seed set to", "\nDetected KeyboardInterrupt", "`Trainer.fit` stopped")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -65,8 +68,8 @@ class SaveRunConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            self.config_filename = f"config_{stage}.yaml"
+        if stage != TrainerFn.FITTING:
+            self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
         super().setup(trainer, pl_module, stage)
 
 

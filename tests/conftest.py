@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.components import DiffusionComponents, load_components
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 NOT_OURS = (
     # NumPy's of what diffusers' schedulers do with tensors
@@ -33,13 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-def build_pipeline(output: Path, hidden_act: str, prediction_type: str, pad_token: str | None = None) -> Path:
-    """Write a pipeline with random weights, always the same ones, into ``output``: latents of 8, pictures of 16 pixels."""
+def build_pipeline(
+    output: Path, seed: int, hidden_act: str, prediction_type: str, pad_token: str | None = None
+) -> Path:
+    """Write a pipeline of random weights into ``output``; its pictures have 16 by 16 pixels."""
     tokenizer = train_tokenizer()
     if pad_token is not None:
         tokenizer.pad_token = pad_token
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -68,6 +76,10 @@ def build_pipeline(output: Path, hidden_act: str, prediction_type: str, pad_toke
             attention_head_dim=2,
             norm_num_groups=8,
         )
+        with torch.no_grad():
+            for name, weight in unet.named_parameters():
+                if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight")):
+                    weight.mul_(10)  # at their usual initial size a prompt would hardly matter
         vae = AutoencoderKL(
             block_out_channels=(8, 16),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -99,13 +111,13 @@ def build_pipeline(output: Path, hidden_act: str, prediction_type: str, pad_toke
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of Stable Diffusion 1.x; not to be written to."""
-    return build_pipeline(tmp_path_factory.mktemp("models") / "tiny-sd", "quick_gelu", "epsilon")
+    return build_pipeline(tmp_path_factory.mktemp("models") / "tiny-sd", 0, "quick_gelu", "epsilon")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of Stable Diffusion 2.x: velocity prediction, prompts padded with "!" instead of EOS."""
-    return build_pipeline(tmp_path_factory.mktemp("models") / "tiny-sd2", "gelu", "v_prediction", pad_token="!")
+    return build_pipeline(tmp_path_factory.mktemp("models") / "tiny-sd2", 1, "gelu", "v_prediction", pad_token="!")
 
 
 @pytest.fixture(scope="session")
@@ -137,3 +149,86 @@ def broken_model(tiny_sd: Path, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return build
+
+
+PETS: dict[str, Any] = {
+    "dog": {
+        "kind": "object",
+        "target": "soccer ball",  # two tokens for one
+        "anchor": "a toy",
+        "question": "Is there a dog?",
+        "direct": ["one dog"],
+        "indirect": ["the pet that barks"],
+        "edit_prompts": ["a dog", "the dog at sunset"],
+        "target_prompts": ["a soccer ball", "the soccer ball at sunset"],
+    },
+    "cat": {
+        "kind": "object",
+        "target": "parrot",
+        "anchor": "a bird",
+        "question": "Is there a cat?",
+        "direct": ["one cat"],
+        "indirect": ["the pet that purrs"],
+        "edit_prompts": ["a cat", "the cat in the rain"],
+        "target_prompts": ["a parrot", "the parrot in the rain"],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A concept set of two concepts with two prompt pairs each.
+
+    To edit one retains two prompts of 32 tokens, so at least half of the 128 inputs of ``fc2`` are free: the null space
+    of ``tiny_sd`` is exact.
+    """
+    path = tmp_path_factory.mktemp("concepts") / "pets.yaml"
+    counts = {"direct": 1, "indirect": 1, "edit": 2}
+    path.write_text(yaml.safe_dump({"name": "pets", "prompts_per_concept": counts, "concepts": PETS}))
+    return str(path)
+
+
+@pytest.fixture
+def refinement(tiny_sd: Path, pets: str) -> Callable[..., ValueRefinement]:
+    """Makes a ``ValueRefinement`` that edits the dog out of ``tiny_sd``; takes the arguments that shall differ."""
+
+    def build(kind: type[ValueRefinement] = ValueRefinement, **arguments: Any) -> ValueRefinement:
+        defaults = {
+            "concept": "dog",
+            "model": str(tiny_sd),
+            "concept_set": pets,
+            "num_inference_steps": 1,
+            "optimizer": partial(torch.optim.Adam, lr=0.2),
+        }
+        return kind(**{**defaults, **arguments})
+
+    return build
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """Fits a method with the callbacks that follow it, and returns the trainer."""
+
+    def run(module: ValueRefinement, *callbacks: L.Callback, ckpt_path: Path | None = None, **data: Any) -> L.Trainer:
+        prompts = ConceptPrompts(module.hparams["concept"], module.hparams["concept_set"], **{"steps": 2, **data})
+        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=0)
+        trainer.fit(module, prompts, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
+        return trainer
+
+    return run
+
+
+def quiet_trainer(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:
+    """A trainer on one CPU that shows and saves nothing."""
+    defaults = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        defaults["enable_checkpointing"] = False
+    return L.Trainer(
+        accelerator="cpu", devices=1, callbacks=list(callbacks), default_root_dir=folder, **{**defaults, **arguments}
+    )
+
+
+@pytest.fixture
+def trainer_with(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """Makes a trainer on one CPU with the given callbacks that shows and saves nothing."""
+    return partial(quiet_trainer, tmp_path)

@@ -6,12 +6,14 @@ global batch in the order that a single process would have used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
@@ -93,6 +95,20 @@ class RankSampler(Sampler[int]):
         return len(self.indices)
 
 
+class StepSampler(Sampler[list[int]]):
+    """The batches of an epoch behind the first ``done()``, so that a run resumed in the middle of it goes on there."""
+
+    def __init__(self, batches: list[list[int]], done: Callable[[], int]) -> None:
+        self.batches, self.done = batches, done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # An epoch that had all its steps when it was interrupted is over, and the next one begins.
+        return iter(self.batches[self.done() % len(self.batches) :])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 class ConceptPrompts(L.LightningDataModule):
     """Prompts of a concept set.
 
@@ -157,19 +173,32 @@ class ConceptPrompts(L.LightningDataModule):
             for step in range(self.steps)
         ]
         shares = [batch[rank::world_size] for batch in batches]
-        return DataLoader(range(batch_size * num_pairs), batch_sampler=shares)  # type: ignore[arg-type]
+        sampler = StepSampler(shares, self._steps_done)
+        return DataLoader(range(batch_size * num_pairs), batch_sampler=sampler)  # type: ignore[arg-type]
+
+    def _steps_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.trainer else 0
 
     def _pictures(self, dataset: Pictures) -> DataLoader[Any]:
         sampler = RankSampler(list(range(len(dataset))), *self._share())
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=list)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The first direct and the first indirect prompt of each concept, one picture each."""
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The first direct and the first indirect prompt of each concept, one picture each; nothing during a fit.
+
+        A fit is watched by ``EvaluationGrid``: validation would come before the edit that ends the epoch.
+        """
+        if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
+            return []
         return self._pictures(Pictures(self.concepts, 1, self.seed, prompts_per_kind=1))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every evaluation prompt of every concept."""
         return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch of tensors; picture items hold none, and Lightning does not take frozen dataclasses apart."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """As ``test_dataloader``."""

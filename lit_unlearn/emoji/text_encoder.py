@@ -30,6 +30,9 @@ def train_tokenizer() -> CLIPTokenizer:
         vocab_size=10_000,
         end_of_word_suffix="</w>",
         initial_alphabet=list(letters),
+        # The last letters get their numbers here, since ties between merges are broken by number; otherwise they are
+        # numbered in the order of a hash map, and a resumed training would have other tokens.
+        special_tokens=[letter + "</w>" for letter in letters],
         show_progress=False,
         min_frequency=1,
     )

@@ -117,6 +117,9 @@ class ConceptEditor(L.LightningModule):
         """Keep the edited weights only and say what they are."""
         kept = {*self.edited_names, *self.own_state()}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        # A class or function (an optimizer given in Python) could not be read without trusting the file.
+        hyper_parameters = checkpoint.get("hyper_parameters", {})
+        checkpoint["hyper_parameters"] = {k: repr(v) if callable(v) else v for k, v in hyper_parameters.items()}
         checkpoint[CHECKPOINT_KEY] = {
             "method": type(self).__name__,
             "concepts": [concept.name for concept in self.edited],
@@ -154,7 +157,12 @@ class ConceptEditor(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started, self.forwards.count = time.perf_counter(), 0
+
+    def on_fit_end(self) -> None:
+        """Stop the clock: what follows in the same process is no cost of the edit."""
+        self._loaded_cost = self.current_cost()
+        self._started = None
 
     def current_cost(self) -> dict[str, float | int]:
         """Seconds and UNet forwards of the fit so far, with earlier parts of a resumed run; peak memory in bytes."""
@@ -197,12 +205,12 @@ class ConceptEditor(L.LightningModule):
     def on_test_start(self) -> None:
         """Make judge and metrics."""
         self.judge = self.load_judge()
-        self.before, self.after = self.metric(), self.metric()
-
-    def metric(self) -> ForgetRetain:
-        """An empty metric for the evaluation pictures of the data module."""
-        counts = self.concepts.counts
         images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
+        self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
+
+    def metric(self, images_per_prompt: int) -> ForgetRetain:
+        """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
+        counts = self.concepts.counts
         return ForgetRetain(
             list(self.concepts.concepts),
             [concept.name for concept in self.edited],
@@ -241,6 +249,23 @@ class ConceptEditor(L.LightningModule):
             [item.prompt_index for item in batch],
             [item.image_index for item in batch],
         )
+
+    def on_validation_start(self) -> None:
+        """Make judge and metrics."""
+        self.judge = self.load_judge()
+        self.before, self.after = self.metric(1), self.metric(1)
+
+    def validation_step(self, batch: list[PictureItem], batch_idx: int) -> None:
+        """As ``test_step``, on the few pictures of the data's ``val_dataloader``."""
+        self.test_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores before and after the edit."""
+        for prefix, metric in (("before", self.before), ("after", self.after)):
+            scores = metric.compute()
+            self.log_dict(
+                {f"validation/{prefix}/{name}": scores[name] for name in ("forget", "retain", "harmonic_mean")}
+            )
 
     def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of the edited model."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,28 @@ def emoji20() -> ConceptSet:
     return load_concept_set("emoji20")
 
 
+def trainer(rank: int = 0, world_size: int = 1, steps_done: int = 0, doing: str = "", **module: Any) -> Any:
+    """What a data module asks of a trainer."""
+    progress = SimpleNamespace(current=SimpleNamespace(processed=steps_done))
+    return SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        state=SimpleNamespace(fn=doing),
+        lightning_module=SimpleNamespace(**module),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+
+
 def prompts(rank: int = 0, world_size: int = 1, concept: str | list[str] = "dog", **arguments: Any) -> ConceptPrompts:
     data = ConceptPrompts(concept, **arguments)
     if world_size > 1:
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        data.trainer = trainer(rank, world_size)
     return data
 
 
-def train_batches(data: ConceptPrompts) -> list[list[int]]:
-    return [batch.tolist() for batch in data.train_dataloader()]
+def train_batches(data: ConceptPrompts, num_pairs: int = 15) -> list[list[tuple[int, int]]]:
+    """Per step the slots of the global batch and the prompt pairs in them."""
+    return [[divmod(number, num_pairs) for number in batch.tolist()] for batch in data.train_dataloader()]
 
 
 def pictures(data: ConceptPrompts, split: str = "test") -> list[PictureItem]:
@@ -74,6 +88,14 @@ def test_validation_sees_one_direct_and_one_indirect_prompt_of_each_concept(emoj
     assert set(items) <= set(pictures(prompts()))
 
 
+def test_a_fit_does_not_validate() -> None:
+    data = prompts()
+    data.trainer = trainer(doing="fit")
+    assert pictures(data, "val") == []
+    data.trainer = trainer(doing="validate")
+    assert len(pictures(data, "val")) == 40
+
+
 def test_predict_makes_the_pictures_of_test() -> None:
     assert pictures(prompts(), "predict") == pictures(prompts())
 
@@ -105,7 +127,7 @@ def test_a_rank_takes_every_other_index_in_order() -> None:
 
 def test_every_step_takes_all_pairs_by_default() -> None:
     batches = train_batches(prompts(steps=3))
-    assert [sorted(batch) for batch in batches] == [list(range(15))] * 3
+    assert [sorted(pair for _, pair in batch) for batch in batches] == [list(range(15))] * 3
     assert batches[0] != batches[1]
 
 
@@ -113,14 +135,25 @@ def test_smaller_batches_take_the_pairs_in_turn() -> None:
     batches = train_batches(prompts(batch_size=4, steps=30))
     assert [len(batch) for batch in batches] == [4] * 30
     # 30 steps of 4 are 120 pairs: eight times all 15, each time before any comes again.
-    order = [index for batch in batches for index in batch]
+    order = [pair for batch in batches for _, pair in batch]
     assert [sorted(order[i : i + 15]) for i in range(0, 120, 15)] == [list(range(15))] * 8
 
 
-def test_a_batch_is_at_most_all_pairs_of_all_edited_concepts() -> None:
-    assert prompts(batch_size=100).batch_size == 15
-    assert prompts(concept=["dog", "cat"]).batch_size == 30
-    assert sorted(train_batches(prompts(concept=["dog", "cat"], steps=1))[0]) == list(range(30))
+def test_a_batch_larger_than_all_pairs_repeats_them() -> None:
+    (batch,) = train_batches(prompts(batch_size=40, steps=1))
+    assert Counter(Counter(pair for _, pair in batch).values()) == {3: 10, 2: 5}
+    assert [slot for slot, _ in batch] == list(range(40))
+
+
+def test_the_pairs_of_all_edited_concepts_count() -> None:
+    (batch,) = train_batches(prompts(concept=["dog", "cat"], steps=1), num_pairs=30)
+    assert sorted(pair for _, pair in batch) == list(range(30))
+
+
+def test_the_method_says_how_many_pairs_there_are() -> None:
+    data = prompts(batch_size=4, steps=2)
+    data.trainer = trainer(num_pairs=2)
+    assert [sorted(pair for _, pair in batch) for batch in train_batches(data, num_pairs=2)] == [[0, 0, 1, 1]] * 2
 
 
 def test_the_order_is_the_seeds() -> None:
@@ -129,14 +162,23 @@ def test_the_order_is_the_seeds() -> None:
     assert train_batches(prompts(batch_size=4, seed=1)) != first
 
 
-@pytest.mark.parametrize("batch_size", [4, 5, None])
-def test_the_steps_of_several_ranks_are_those_of_one(batch_size: int | None) -> None:
+@pytest.mark.parametrize("batch_size", [4, 5, 20, None])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_steps_of_several_ranks_are_those_of_one(batch_size: int | None, world_size: int) -> None:
     alone = train_batches(prompts(batch_size=batch_size))
-    shares = [train_batches(prompts(rank, 2, batch_size=batch_size)) for rank in range(2)]
-    for step, batch in enumerate(alone):
-        first, second = shares[0][step], shares[1][step]
-        assert not set(first) & set(second)
-        assert sorted(first + second) == sorted(batch)
+    shares = [train_batches(prompts(rank, world_size, batch_size=batch_size)) for rank in range(world_size)]
+    assert [sorted(chain(*parts)) for parts in zip(*shares, strict=True)] == [sorted(batch) for batch in alone]
+    for batch in alone:
+        assert len(set(batch)) == len(batch)  # a slot tells repetitions of a pair apart
+
+
+def test_a_resumed_epoch_goes_on_behind_the_steps_that_it_had() -> None:
+    data = prompts(batch_size=4, steps=5)
+    whole = train_batches(data)
+    for done, rest in ((0, whole), (2, whole[2:]), (5, whole)):
+        data.trainer = trainer(steps_done=done)
+        assert train_batches(data) == rest
+        assert len(data.train_dataloader()) == 5  # what Lightning counts on
 
 
 def test_every_rank_needs_a_pair() -> None:

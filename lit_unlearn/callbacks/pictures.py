@@ -1,0 +1,47 @@
+"""Writes the pictures of a ``predict`` to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from typing_extensions import override
+
+from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.data.prompts import PictureItem
+from lit_unlearn.evaluation.pictures import save_png, to_pil
+from lit_unlearn.methods.base import ConceptEditor
+
+
+class SavePictures(BasePredictionWriter):
+    """Saves each picture as ``CONCEPT/PROMPT-IMAGE.png`` (numbers from 0, direct prompts first), batch by batch.
+
+    Args:
+        output: Folder to write; null takes ``pictures`` in the run's folder.
+    """
+
+    def __init__(self, output: str | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.output = Path(output) if output else None
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: list[PictureItem],
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, ConceptEditor)
+        names = list(pl_module.concepts.concepts)
+        folder = self.output or run_folder(trainer) / "pictures"
+        for item, picture in zip(batch, prediction, strict=True):
+            path = folder / names[item.concept_index].replace(" ", "_") / f"{item.prompt_index}-{item.image_index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(path, to_pil(picture.float() / 255))

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
+from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
+from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+
+LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
+Refinement = Callable[..., ValueRefinement]
+Fit = Callable[..., L.Trainer]
+
+
+class Nudge(ClosedFormEdit):
+    """Adds one hundredth to every weight and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.solved: list[tuple[str, Tensor, Tensor]] = []
+        self.described: list[tuple[Tensor, Tensor]] = []
+
+    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
+        self.solved.append((state.name, keys, values))
+        return torch.full_like(state.layer.weight, 0.01, dtype=torch.float64)
+
+    def describe(
+        self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
+    ) -> dict[str, float]:
+        self.described.append((delta, weight))
+        return {"mean": float(delta.mean())}
+
+
+def exact_null_space(**arguments: Any) -> NullSpaceEdit:
+    """Directions in which the retained prompts of ``pets`` have no key at all; small keys ask for a small ridge."""
+    return NullSpaceEdit(**{"threshold": 1e-8, "rule": "max", "ridge": 1e-3, **arguments})
+
+
+def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
+    """States of the retained prompts, and their keys K0 at both layers."""
+    tokenizer = module.components.tokenizer
+    ids = tokenize(tokenizer, module.retain_prompts)
+    with torch.no_grad():
+        states = encode_prompts(tokenizer, module.text_encoder, module.retain_prompts)
+        return states, [module.capture_keys(name, ids) for name in LAYERS]
+
+
+def relative(changed: Tensor, original: Tensor) -> float:
+    return float((changed.double() - original.double()).norm() / original.double().norm())
+
+
+# --- when and what is written
+
+
+def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit) -> None:
+    module, edit = refinement(rounds=2, positions="content"), Nudge()
+    trainer = fit(module, edit)
+    assert [name for name, _, _ in edit.solved] == LAYERS * 2
+    # "a dog" and "the dog at sunset" have six tokens between BOS and EOS.
+    assert all((keys.shape, values.shape) == ((6, 128), (6, 32)) for _, keys, values in edit.solved)
+    assert all(tensor.dtype == torch.float64 for _, *tensors in edit.solved for tensor in tensors)
+    for name in LAYERS:
+        # Float32 weights of order 1, nudged twice.
+        now, before = module.components.named_parameters()[name], module.pretrained.values[name]
+        assert_close(now, before + 0.02, rtol=0, atol=1e-5)
+    assert {"edit/mean"} <= set(trainer.callback_metrics)
+
+
+def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: Fit) -> None:
+    module, edit = refinement(rounds=2), Nudge()
+    fit(module, edit)
+    assert set(module.report["layers"]) == set(LAYERS)
+    for place, name in enumerate(LAYERS):
+        delta, weight = edit.described[2 + place]
+        now = module.components.named_parameters()[name].double()
+        assert torch.equal(weight + delta, now)
+        assert module.report["layers"][name] == {"round": 2, "mean": float(delta.mean())}
+        assert not torch.equal(delta, torch.full_like(delta, 0.01))  # float32 rounds
+
+
+def test_drift_and_change_are_measured_on_the_model(refinement: Refinement, fit: Fit) -> None:
+    module = refinement()
+    fit(module, Nudge())
+    edited, _ = retained(module)
+    with module.pretrained.restored():
+        original, _ = retained(module)
+    assert module.report["retained_state_drift"] == pytest.approx(relative(edited, original), rel=1e-4)
+    assert module.report["retained_state_drift"] > 1e-3
+    assert module.report["weight_change_ratio"] == module.pretrained.change_ratio() > 1e-3
+
+
+@pytest.mark.parametrize("edit", [NullSpaceEdit(), LeastSquaresEdit()])
+def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer_with: Fit, pets: str) -> None:
+    class Plain(L.LightningModule):
+        def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def configure_optimizers(self) -> None: ...
+
+        def configure_model(self) -> None:
+            pytest.fail("loaded")
+
+    problem = f"{type(edit).__name__} writes what ValueRefinement has refined, but the module is Plain"
+    with pytest.raises(ValueError, match=problem):
+        trainer_with(edit, max_epochs=1).fit(Plain(), torch.utils.data.DataLoader([1]))
+
+
+def test_a_null_space_of_dimension_zero_is_refused_before_the_first_step(refinement: Refinement, fit: Fit) -> None:
+    # The 285 retained prompts of emoji20 use all 128 directions.
+    module = refinement(concept_set="emoji20")
+    with pytest.raises(EmptyNullSpaceError, match=r"threshold=1e-14 asks for .* Quantiles of the spectrum"):
+        fit(module, NullSpaceEdit(threshold=1e-14, rule="max"), steps=1)
+    assert module.progress == {"prepared": -1, "applied": 0}
+    assert module.pretrained.change_ratio() == 0
+
+
+# --- what the null space keeps
+
+
+def test_retained_prompts_keep_their_states(refinement: Refinement, fit: Fit) -> None:
+    def edited(edit: ClosedFormEdit) -> tuple[ValueRefinement, float]:
+        module = refinement(rounds=2)
+        fit(module, edit)
+        states, _ = retained(module)
+        with module.pretrained.restored():
+            return module, relative(states, retained(module)[0])
+
+    constrained, drift = edited(exact_null_space())
+    unconstrained, drift_without = edited(LeastSquaresEdit(ridge=1e-3))
+    assert constrained.report["weight_change_ratio"] > 1e-2
+    # K0 Delta is zero up to the rounding of the float32 weights, 6e-8, and what a layer norm makes of it.
+    assert drift < 1e-5
+    assert drift_without > 100 * drift
+    for name in LAYERS:
+        ours, theirs = (module.report["layers"][name] for module in (constrained, unconstrained))
+        assert ours["leak"] < 1e-6
+        assert theirs["leak"] > 100 * ours["leak"]
+        assert ours["retained_kept"] < 1e-6
+        assert 0.05 < ours["keys_kept"] < 1
+        assert ours["null_space_dimension"] >= 64
+
+
+def test_edited_prompts_move_towards_their_values(refinement: Refinement, fit: Fit) -> None:
+    module, kept = refinement(last_layer=1), {}
+
+    class Keep(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            assert isinstance(module, ValueRefinement)
+            assert module.state is not None
+            kept.update(keys=module.state.keys, initial=module.state.initial, values=module.values.detach().clone())
+
+    fit(module, Keep(), exact_null_space(ridge=1e-6), steps=6)
+    outputs = kept["keys"] @ module.layers[LAYERS[0]].weight.detach().mT
+    before = (kept["initial"] - kept["values"]).norm()
+    # The edit is the least-squares solution of what the null space allows: never farther away, here a good deal nearer.
+    assert (outputs - kept["values"]).norm() < 0.9 * before
+
+
+def test_an_edit_leaves_the_retained_keys_of_later_layers(refinement: Refinement, fit: Fit) -> None:
+    def keys_drift(edit: ClosedFormEdit) -> float:
+        module = refinement(last_layer=1)
+        fit(module, edit)
+        _, (_, later) = retained(module)
+        with module.pretrained.restored():
+            return relative(later, retained(module)[1][1])
+
+    drift = keys_drift(exact_null_space())
+    # The leak of float32 weights once more, through one more block; so P of the unedited model serves all rounds.
+    assert drift < 1e-5
+    assert keys_drift(LeastSquaresEdit(ridge=1e-3)) > 100 * drift
+
+
+def test_the_null_space_is_that_of_the_unedited_model(refinement: Refinement, fit: Fit) -> None:
+    module, edit = refinement(rounds=2), exact_null_space()
+    fit(module, edit)
+    with module.pretrained.restored():
+        _, keys = retained(module)
+    for name, K0 in zip(LAYERS, keys, strict=True):
+        space = edit.null_spaces[name]
+        K0 = K0.flatten(0, 1).double()
+        # Eigenvalues below 1e-8 of the largest are singular values below 1e-4 of the largest.
+        assert (K0 @ space.basis).norm() < 1e-4 * K0.norm()
+        spectrum = module.report["spectrum"][name]
+        assert spectrum == sorted(spectrum)
+        assert len(spectrum) == 128
+        # The trace of K0 K0^T is the sum of squares, twice in float64.
+        assert sum(spectrum) == pytest.approx(float(K0.square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dimension"),
+    [({"threshold": 16, "rule": "count"}, 16), ({"threshold": 1e-30, "rule": "max", "minimum": 20}, 20)],
+)
+def test_the_rule_decides_the_dimension(
+    arguments: dict[str, Any], dimension: int, refinement: Refinement, fit: Fit
+) -> None:
+    module, edit = refinement(), exact_null_space(**arguments)
+    fit(module, edit)
+    for name in LAYERS:
+        found = edit.null_spaces[name].dimension
+        assert found == module.report["layers"][name]["null_space_dimension"]
+        assert found >= dimension if arguments["rule"] == "max" else found == dimension
+
+
+def test_the_unedited_methods_of_the_base_are_no_edit(tiny_sd: object, pets: str) -> None:
+    with pytest.raises(ValueError, match="the module is ConceptEditor"):
+        NullSpaceEdit().setup(L.Trainer(logger=False), ConceptEditor("dog", str(tiny_sd), concept_set=pets), "fit")

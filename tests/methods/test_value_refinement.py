@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from lit_unlearn.data.prompts import ConceptPrompts
+from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
+from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
+from lit_unlearn.methods.base import CHECKPOINT_KEY
+from lit_unlearn.methods.value_refinement import ValueRefinement
+
+LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
+Refinement = Callable[..., ValueRefinement]
+Fit = Callable[..., L.Trainer]
+
+PROMPTS, TARGETS = ["a dog", "the dog at sunset"], ["a soccer ball", "the soccer ball at sunset"]
+"""The edited pairs of the concept set ``pets``."""
+
+
+def null_space_edit() -> NullSpaceEdit:
+    """The exact null space, and a ridge that is small for the small keys of the tiny model."""
+    return NullSpaceEdit(threshold=1e-8, rule="max", ridge=1e-3)
+
+
+def weights(module: ValueRefinement) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
+
+
+def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    return [name for name, value in first.items() if not torch.equal(value, second[name])]
+
+
+class Hook(L.Callback):
+    """Calls a function at one hook of the trainer."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        setattr(self, name, lambda trainer, module, *rest: function(trainer, module, *rest))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(hook: str, epoch: int, step: int | None = None) -> Hook:
+    """Ends a run as a crash does."""
+
+    def stop(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
+        if module.current_epoch == epoch and (step is None or trainer.global_step == step):
+            raise Interrupted
+
+    return Hook(hook, stop)
+
+
+class SameNoise(ValueRefinement):
+    """Compares on the same noise in every step, so that the loss is a function of V1 alone."""
+
+    def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        return super().noise(batch % self.num_pairs, 0)
+
+
+def started(module: ValueRefinement, fit: Fit, **data: Any) -> ValueRefinement:
+    """``module`` as it is in its first layer, before the first step."""
+
+    with pytest.raises(Interrupted):
+        fit(module, interrupt("on_train_batch_start", 0), **data)
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # nothing to log to outside of a run
+    return module
+
+
+# --- the values
+
+
+def test_values_start_as_the_layers_output(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(first_layer=2), fit)
+    assert module.state is not None
+    block = module.text_encoder.encoder.layers[2]
+    assert torch.equal(module.values, module.state.keys @ block.mlp.fc2.weight.mT)
+    # With these values in its place the layer says what it says anyway: the loss is that of the unedited prompts.
+    batch = torch.tensor([0, 1])
+    latents, noise, timesteps = module.noise(batch, 0)
+    noisy = module.add_noise(latents, noise, timesteps)
+    states = [encode_prompts(module.components.tokenizer, module.text_encoder, p) for p in (PROMPTS, TARGETS)]
+    prediction, goal = (module.unet(noisy, timesteps, state).sample for state in states)
+    # Float32 noise predictions, in two ways to add the bias.
+    assert_close(module.training_step(batch, 0), (prediction - goal).square().mean(), rtol=1e-4, atol=0)
+
+
+def test_refinement_lowers_the_error(refinement: Refinement, fit: Fit) -> None:
+    losses: list[float] = []
+    record = Hook("on_train_batch_end", lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"])))
+    fit(refinement(SameNoise, first_layer=2), record, steps=20)
+    assert len(losses) == 20
+    # Every step compares on the same noise, so nothing but V1 can lower the error.
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_pull_keeps_values_near_their_start(refinement: Refinement, fit: Fit) -> None:
+    def distance(pull: float) -> float:
+        module = refinement(SameNoise, first_layer=2, pull=pull)
+        fit(module, steps=8)
+        assert module.state is not None
+        return float((module.values - module.state.initial).detach().norm())
+
+    assert distance(1e3) < 0.5 * distance(0.0)
+
+
+def test_only_values_learn_and_only_the_layer_of_the_epoch_moves_at_its_end(refinement: Refinement, fit: Fit) -> None:
+    module = refinement(rounds=2)
+    seen: list[dict[str, Tensor]] = []
+    moved: list[list[str]] = []
+
+    def at_start(trainer: L.Trainer, module: ValueRefinement) -> None:
+        now = weights(module)
+        if seen:
+            moved.append(changed(seen[-1], now))
+        seen.append(now)
+
+    def unmoved(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
+        assert changed(seen[-1], weights(module)) == []
+
+    def gradients(trainer: L.Trainer, module: ValueRefinement) -> None:
+        assert [name for name, parameter in module.named_parameters() if parameter.grad is not None] == ["values"]
+        assert module.values.grad is not None
+        assert module.values.grad.abs().max() > 0
+
+    trainer = fit(
+        module,
+        Hook("on_train_epoch_start", at_start),
+        Hook("on_after_backward", gradients),
+        Hook("on_train_batch_end", unmoved),
+        Hook("on_train_epoch_end", unmoved),
+        null_space_edit(),
+        Hook("on_train_end", at_start),
+    )
+    assert [name for name, parameter in module.named_parameters() if parameter.requires_grad] == ["values"]
+    assert moved == [[LAYERS[0]], [LAYERS[1]], [LAYERS[0]], [LAYERS[1]]]
+    assert (trainer.current_epoch, trainer.global_step) == (4, 8)
+
+
+def test_without_a_closed_form_nothing_is_edited(refinement: Refinement, fit: Fit) -> None:
+    module = refinement()
+    fit(module)
+    assert module.pretrained.change_ratio() == 0
+
+
+def test_each_layer_starts_with_a_fresh_optimizer(refinement: Refinement, fit: Fit) -> None:
+    steps: list[int] = []
+
+    def count(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
+        steps.append(int(trainer.optimizers[0].state[module.values]["step"]))
+
+    fit(refinement(), Hook("on_train_batch_end", count), steps=3)
+    assert steps == [1, 2, 3, 1, 2, 3]
+
+
+def test_later_layers_see_what_earlier_edits_did(refinement: Refinement, fit: Fit) -> None:
+    keys: dict[str, Tensor] = {}
+
+    def record(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
+        assert module.state is not None
+        keys[module.state.name] = module.state.keys
+
+    module = refinement()
+    fit(module, Hook("on_train_batch_end", record), null_space_edit())
+    with module.pretrained.restored():
+        before = {name: module.capture_keys(name, module.edit_ids) for name in LAYERS}
+    assert torch.equal(keys[LAYERS[0]], before[LAYERS[0]])
+    assert (keys[LAYERS[1]] - before[LAYERS[1]]).norm() > 1e-3 * before[LAYERS[1]].norm()
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("all", [range(32), range(32)]),
+        ("no_bos", [range(1, 32), range(1, 32)]),
+        ("content", [range(1, 3), range(1, 5)]),
+        ("eot", [range(3, 32), range(5, 32)]),
+    ],
+)
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
+def test_only_the_positions_asked_for_are_replaced(
+    positions: str,
+    expected: list[range],
+    model: str,
+    refinement: Refinement,
+    fit: Fit,
+    request: pytest.FixtureRequest,
+) -> None:
+    # "a dog" has two tokens between BOS and EOS, "the dog at sunset" four, whatever the padding is.
+    module = started(refinement(positions=positions, model=str(request.getfixturevalue(model))), fit)
+    assert [mask.nonzero().flatten().tolist() for mask in module.mask] == [list(places) for places in expected]
+    module.training_step(torch.tensor([0, 1]), 0).backward()
+    assert module.values.grad is not None
+    assert not module.values.grad[~module.mask].any()
+
+
+# --- values taken from the target
+
+
+def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fit) -> None:
+    module = refinement(values="target", first_layer=1, last_layer=1)
+    module.configure_model()
+    layer, text_encoder = module.text_encoder.encoder.layers[1].mlp.fc2, module.text_encoder
+    inputs: list[Tensor] = []
+    with torch.no_grad():
+        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
+        for prompts in (PROMPTS, TARGETS, module.retain_prompts):
+            text_encoder(tokenize(module.components.tokenizer, prompts))
+        handle.remove()
+    edit, target, retain = inputs
+    # "dog" takes the value of "ball", the last token of its target; what follows it lies one position further on.
+    aligned = torch.stack([target[i][[0, 1, 3, *range(4, 32), 31]] for i in range(2)])
+    weight = layer.weight.detach().double().clone()
+    # From here on as in the paper: columns are tokens.
+    K0, K1 = retain.flatten(0, 1).mT, edit.flatten(0, 1).mT
+    V1 = weight @ aligned.flatten(0, 1).mT
+    left, singular_values, _ = torch.linalg.svd(K0, full_matrices=True)
+    rank = int((singular_values > 1e-6 * singular_values[0]).sum())
+    U = left[:, rank:]
+    P = U @ U.mT
+    ridge = 1e-3
+    delta = (V1 - weight @ K1) @ K1.mT @ P @ torch.linalg.inv(K1 @ K1.mT @ P + ridge * torch.eye(128).double())
+
+    fit(module, NullSpaceEdit(threshold=1e-8, rule="max", ridge=ridge), steps=1)
+    found = layer.weight.detach().double() - weight
+    # Keys and weight are float32 and the system's condition is about 1e5, so three digits are what can be asked for.
+    assert (found - delta).norm() < 1e-3 * delta.norm()
+    assert delta.norm() > 1e-2 * weight.norm()
+
+
+def test_direct_values_are_not_trained(refinement: Refinement, fit: Fit) -> None:
+    values: list[Tensor] = []
+    record = Hook("on_train_batch_start", lambda trainer, module, *_: values.append(module.values.detach().clone()))
+    module = refinement(values="target", last_layer=1)
+    fit(module, record, steps=3)
+    assert torch.equal(values[0], values[2])
+    assert module.forwards.count == 0
+
+
+def test_pairs_of_names_are_the_authors(refinement: Refinement, fit: Fit) -> None:
+    module = refinement(pairs="names")
+    assert (module.edit_prompts, module.target_prompts) == (["dog"], ["soccer ball"])
+    module = started(module, fit, batch_size=3)
+    assert module.values.shape == (1, 32, 32)
+    # A batch repeats the only pair, each time with other noise.
+    latents, noise, _ = module.noise(torch.arange(3), 0)
+    assert torch.equal(latents[0], latents[1])
+    assert (noise[0] - noise[1]).abs().max() > 0.1
+
+
+# --- what the frozen model provides
+
+
+def test_pictures_and_goals_are_the_pretrained_models_even_after_an_edit(refinement: Refinement, fit: Fit) -> None:
+    module = refinement(latents_per_prompt=2, seed=5)
+    module.configure_model()
+    tokenizer, unet, text_encoder = module.components.tokenizer, module.unet, module.text_encoder
+    states, goals, empty = (encode_prompts(tokenizer, text_encoder, p) for p in (PROMPTS, TARGETS, [""]))
+    seeds = [[5, 6], [100_005, 100_006]]
+    expected = [
+        sample_latents(unet, module.components.scheduler, states, empty, initial_noise(unet, s), 1, 4.0) for s in seeds
+    ]
+    with torch.no_grad():
+        module.text_encoder.encoder.layers[1].mlp.fc2.weight.mul_(-1)  # as a resumed run finds it
+    started(module, fit)
+    assert torch.equal(module.latents, torch.stack(expected))
+    assert torch.equal(module.goal_states, goals)
+    assert not module.latents.is_inference()
+
+
+def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(min_timestep=300, max_timestep=700, latents_per_prompt=3), fit)
+    state = torch.get_rng_state()
+    batch = torch.arange(8)
+    together = module.noise(batch, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = [torch.cat(parts) for parts in zip(*(module.noise(item[None], 3) for item in batch), strict=True)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
+    latents, noise, timesteps = together
+    assert len({float(x) for x in noise[:, 0, 0, 0]}) == 8
+    assert not torch.equal(module.noise(batch, 4)[1], noise)
+    for item in range(8):
+        assert any(torch.equal(latents[item], candidate) for candidate in module.latents[:, item % 2])
+    assert timesteps.min() >= 300
+    assert timesteps.max() < 700
+    assert len(set(timesteps.tolist())) > 1
+    module.seed += 1
+    assert not torch.equal(module.noise(batch, 3)[1], noise)
+
+
+def test_two_processes_descend_the_loss_of_one(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(positions="no_bos"), fit)
+
+    def gradient(batch: list[int]) -> Tensor:
+        module.values.grad = None
+        module.training_step(torch.tensor(batch), 1).backward()
+        assert module.values.grad is not None
+        return module.values.grad
+
+    whole = gradient([0, 1])
+    # DDP averages the gradients of equal shares; float32 rounding of other batch sizes remains.
+    assert_close((gradient([0]) + gradient([1])) / 2, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_noise_is_added_as_in_training(refinement: Refinement) -> None:
+    module = refinement()
+    module.configure_model()
+    latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert torch.equal(module.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps))
+
+
+def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(), fit)
+    assert module.retain_prompts == ["a cat", "the cat in the rain"]
+    ids = tokenize(module.components.tokenizer, module.retain_prompts)
+    assert list(module.moments) == LAYERS
+    for name, (moment, count) in module.moments.items():
+        keys = module.capture_keys(name, ids).flatten(0, 1).double()
+        assert count == len(keys) == 64
+        # A sum of 64 products in float64.
+        assert_close(moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
+
+
+def test_the_cost_is_what_the_unet_did(refinement: Refinement, fit: Fit) -> None:
+    module = refinement(rounds=2)
+    fit(module, null_space_edit(), steps=3)
+    # Latents of 2 prompts with guidance, one step; then 2 rounds of 2 layers of 3 steps of 2 prompts, goal and present.
+    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 2 * 3) * 2 * 2
+
+
+# --- other models
+
+
+def test_a_model_with_the_names_of_2022_is_edited_alike(tiny_sd_2022: Path, refinement: Refinement, fit: Fit) -> None:
+    modules = [refinement(), refinement(model=str(tiny_sd_2022))]
+    for module in modules:
+        fit(module, null_space_edit())
+    assert modules[0].edited_names == modules[1].edited_names == LAYERS
+    assert changed(weights(modules[0]), weights(modules[1])) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_velocity_prediction_and_half_precision(dtype: str, tiny_sd2: Path, refinement: Refinement, fit: Fit) -> None:
+    module = refinement(model=str(tiny_sd2), dtype=dtype)
+    fit(module, null_space_edit())
+    edited = weights(module)
+    assert {value.dtype for value in edited.values()} == {getattr(torch, dtype)}
+    assert all(value.isfinite().all() for value in edited.values())
+    assert (
+        sorted(changed(edited, module.pretrained.values | {n: v for n, v in edited.items() if n not in LAYERS}))
+        == LAYERS
+    )
+
+
+# --- checkpoints
+
+
+def saved(refinement: Refinement, fit: Fit, path: Path, **arguments: Any) -> ValueRefinement:
+    """An edited module, and its checkpoint at ``path``."""
+    module = refinement(**arguments)
+    fit(module, null_space_edit()).save_checkpoint(path)
+    return module
+
+
+def test_a_checkpoint_restores_the_edit_bit_for_bit(
+    refinement: Refinement, fit: Fit, trainer_with: Fit, pets: str, tmp_path: Path
+) -> None:
+    edited = saved(refinement, fit, tmp_path / "run.ckpt")
+    assert edited.pretrained.change_ratio() > 1e-3
+    again, data = refinement(), ConceptPrompts("dog", pets, images_per_prompt=1)
+    (pictures,) = trainer_with().predict(again, data, ckpt_path=str(tmp_path / "run.ckpt"))
+    assert changed(weights(edited), weights(again)) == []
+    assert torch.equal(again.values, edited.values)
+    items = data.test_dataloader().dataset.items
+    prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
+    assert torch.equal(pictures, edited.generate(prompts, seeds))
+    with edited.pretrained.restored():
+        assert not torch.equal(pictures, edited.generate(prompts, seeds))
+    # The reference is the base model's, not the checkpoint's.
+    assert again.pretrained.change_ratio() == edited.pretrained.change_ratio()
+    assert again.report == edited.report
+    assert again.current_cost() == edited.current_cost()
+
+
+def test_a_checkpoint_holds_the_edited_weights_and_the_values_only(
+    refinement: Refinement, fit: Fit, tmp_path: Path
+) -> None:
+    saved(refinement, fit, tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {*LAYERS, "values"}
+    ours = checkpoint[CHECKPOINT_KEY]
+    assert (ours["method"], ours["concepts"], ours["edited_names"]) == ("ValueRefinement", ["dog"], LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"concept": "cat"}, "The checkpoint edits dog, but concept=cat: pass --concept 'dog'"),
+        ({"first_layer": 2}, "its edited weights do not fit"),
+        ({"model": "tiny_sd2"}, "made from another base model"),
+    ],
+)
+def test_a_checkpoint_of_another_edit_is_refused(
+    arguments: dict[str, Any],
+    problem: str,
+    refinement: Refinement,
+    fit: Fit,
+    trainer_with: Fit,
+    pets: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    saved(refinement, fit, tmp_path / "run.ckpt")
+    if "model" in arguments:
+        arguments = {"model": str(request.getfixturevalue(arguments["model"]))}
+    data = ConceptPrompts("dog", pets)
+    with pytest.raises(ValueError, match=problem):
+        trainer_with().predict(refinement(**arguments), data, ckpt_path=str(tmp_path / "run.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("every_n_train_steps", "stop", "steps_in_checkpoint"),
+    [
+        pytest.param(None, interrupt("on_train_epoch_start", 2), 6, id="between two layers"),
+        pytest.param(1, interrupt("on_train_batch_end", 1, step=6), 5, id="within a layer"),
+        pytest.param(3, interrupt("on_train_epoch_end", 1), 6, id="between the last step of a layer and its edit"),
+        pytest.param(3, interrupt("on_train_epoch_end", 3), 12, id="before the last edit"),
+    ],
+)
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    every_n_train_steps: int | None,
+    stop: Hook,
+    steps_in_checkpoint: int,
+    refinement: Refinement,
+    fit: Fit,
+    tmp_path: Path,
+) -> None:
+    build = partial(refinement, rounds=2)
+    whole, first, resumed = build(), build(), build()
+    fit(whole, null_space_edit(), steps=3)
+    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every_n_train_steps)
+    with pytest.raises(Interrupted):
+        fit(first, stop, null_space_edit(), keep(), steps=3)
+    last = tmp_path / "saved/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == steps_in_checkpoint
+    trainer = fit(resumed, null_space_edit(), keep(), steps=3, ckpt_path=last)
+    assert changed(weights(whole), weights(resumed)) == []
+    assert (trainer.current_epoch, trainer.global_step) == (4, 12)
+    assert whole.pretrained.change_ratio() > 1e-3
+    assert resumed.report == whole.report
+
+
+# --- wrong values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"edited_parameters": "layers.7.mlp"}, "edited_parameters='layers.7.mlp' selects no parameter"),
+        ({"edited_parameters": "xattn"}, "only weights of text layers"),
+        ({"edited_parameters": r"text_encoder.*fc2\.bias"}, "only weights of text layers"),
+        ({"first_layer": 3}, r"model\.first_layer=3 .* leave no layer to edit: .* selects the layers 0 to 2"),
+        ({"last_layer": 0}, r"last_layer=0 leave no layer to edit"),
+        ({"rounds": 0}, r"model\.rounds=0 must be at least 1"),
+        ({"latents_per_prompt": 0}, r"model\.latents_per_prompt=0 must be at least 1"),
+        ({"min_timestep": -1}, "min_timestep=-1 .*0 <= min < max <= 1000"),
+        ({"max_timestep": 1001}, "max_timestep=1001.*0 <= min < max <= 1000"),
+        ({"min_timestep": 500, "max_timestep": 500}, "min_timestep=500 and max_timestep=500"),
+        ({"concept": ["dog", "cat"]}, "concept=dog, cat leaves no prompt of pets to retain"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_loads(
+    arguments: dict[str, Any], problem: str, refinement: Refinement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=problem):
+        refinement(**arguments)
+
+
+def test_layers_are_edited_from_first_to_last(refinement: Refinement) -> None:
+    module = refinement(first_layer=0, edited_parameters="text-fc1")
+    module.configure_model()
+    assert module.edited_names == [f"text_encoder.encoder.layers.{number}.mlp.fc1.weight" for number in range(3)]
+    assert module.select([*reversed(module.edited_names)]) == module.edited_names
+    assert module.values.shape == (2, 32, 128)
