@@ -155,7 +155,7 @@ def demo(options: argparse.Namespace) -> None:
     for what, path in where.items():
         if Path(path).exists():
             print(f"  {what + ':':32}{path}")
-    print(f"  {'curves and pictures:':32}tensorboard --logdir {folder.parents[len(Path(fit.run_name).parts) - 1]}")
+    print(f"  {'curves and pictures:':32}tensorboard --logdir {folder.parents[len(Path(fit.run_name).parts)]}")
     prompt = fit.edited[0].direct[0]
     print("\nTry next:")
     print(f"  {_command('generate', prompt, '--ckpt_path', ckpt_path, '--output', 'edited.png')}")

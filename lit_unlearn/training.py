@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lit_unlearn import callbacks, data, emoji, methods
+from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.checkpoint import load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
@@ -55,12 +56,19 @@ IGNORED_WARNINGS = (
     "The `srun` command is available on your system but is not used",
     "GPU available but not used",
     "Found .* in eval mode at the start of training",
-    "You passed in a `val_dataloader` but have no `validation_step`",
+    "Total length of `list` across ranks is zero",
     "Checkpoint directory .* exists and is not empty",
     "`max_epochs` was not set",
     "You're resuming from a checkpoint that ended before the epoch ended",
 )
-IGNORED_INFO = ("💡 Tip", "TPU available", "HPU available", "Seed set to", "\nDetected KeyboardInterrupt", "`Trainer.fit` stopped")
+IGNORED_INFO = (
+    "💡 Tip",
+    "TPU available",
+    "HPU available",
+    "Seed set to",
+    "\nDetected KeyboardInterrupt",
+    "`Trainer.fit` stopped",
+)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -114,7 +122,7 @@ class UnlearnCLI(LightningCLI):
             "--method", type=str | None, default=None, help="Name of the recipe in logs/METHOD/CONCEPT/version_N."
         )
         parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Whether a test may replace the scores that its run has."
+            "--overwrite", action="store_true", help="Let a test replace the scores that its run already has."
         )
         parser.link_arguments("concept", "model.init_args.concept")
         parser.link_arguments("concept", "data.init_args.concept")
@@ -235,8 +243,8 @@ class UnlearnCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
             else:
                 kwargs["logger"] = TensorBoardLogger(root, name=name)
-        # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
-        kwargs["default_root_dir"] = root / name
+            # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
+            kwargs["default_root_dir"] = root / name
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
         if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
@@ -255,6 +263,11 @@ class UnlearnCLI(LightningCLI):
             if is_new and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
             raise UserError(essence(error)) from error
+
+    def test(self, **kwargs: Any) -> None:
+        """Run the test; the report's table takes the place of Lightning's."""
+        reports = any(isinstance(callback, EvaluationReport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
 
 
 def run_label(concepts: Sequence[str]) -> str:
@@ -306,7 +319,7 @@ def run(args: Sequence[str]) -> UnlearnCLI:
         KeyboardInterrupt: Also if Lightning has shut down in its own way.
     """
     import_classes()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.call"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_worth_saying)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)

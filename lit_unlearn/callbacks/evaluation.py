@@ -194,9 +194,9 @@ class EvaluationReport(L.Callback):
 
 
 def method_name(trainer: L.Trainer, module: ConceptEditor) -> str:
-    """The recipe's name of the method: the first part of the logger's name, else the class."""
-    name = getattr(trainer.logger, "name", None)
-    return str(name).split("/")[0] if name and "lightning_logs" not in str(name) else type(module).__name__
+    """The recipe's name of the method, from the run's folder ``METHOD/CONCEPT/version_N``; else the class."""
+    folder = run_folder(trainer)
+    return folder.parents[1].name if folder.name.startswith("version_") else type(module).__name__
 
 
 class EvaluationGrid(L.Callback):

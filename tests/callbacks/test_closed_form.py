@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
-from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.diffusion.hooks import capture_inputs
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.methods.base import ConceptEditor, linear_layer
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
 LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
@@ -21,7 +22,9 @@ Fit = Callable[..., L.Trainer]
 
 
 class Nudge(ClosedFormEdit):
-    """Adds one hundredth to every weight and keeps what it was given."""
+    """Adds a small fixed matrix to every weight and keeps what it was given."""
+
+    delta = torch.linspace(-0.01, 0.01, 32, dtype=torch.float64).unsqueeze(1).expand(32, 128)
 
     def __init__(self) -> None:
         self.solved: list[tuple[str, Tensor, Tensor]] = []
@@ -29,13 +32,13 @@ class Nudge(ClosedFormEdit):
 
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
         self.solved.append((state.name, keys, values))
-        return torch.full_like(state.layer.weight, 0.01, dtype=torch.float64)
+        return self.delta
 
     def describe(
         self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
     ) -> dict[str, float]:
         self.described.append((delta, weight))
-        return {"mean": float(delta.mean())}
+        return {"largest": float(delta.abs().max())}
 
 
 def exact_null_space(**arguments: Any) -> NullSpaceEdit:
@@ -45,11 +48,10 @@ def exact_null_space(**arguments: Any) -> NullSpaceEdit:
 
 def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
     """States of the retained prompts, and their keys K0 at both layers."""
-    tokenizer = module.components.tokenizer
-    ids = tokenize(tokenizer, module.retain_prompts)
-    with torch.no_grad():
-        states = encode_prompts(tokenizer, module.text_encoder, module.retain_prompts)
-        return states, [module.capture_keys(name, ids) for name in LAYERS]
+    layers = {name: linear_layer(module.components, name) for name in LAYERS}
+    with torch.no_grad(), capture_inputs(layers) as keys:
+        states = encode_prompts(module.components.tokenizer, module.text_encoder, module.retain_prompts)
+    return states, [keys[name] for name in LAYERS]
 
 
 def relative(changed: Tensor, original: Tensor) -> float:
@@ -69,8 +71,8 @@ def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit
     for name in LAYERS:
         # Float32 weights of order 1, nudged twice.
         now, before = module.components.named_parameters()[name], module.pretrained.values[name]
-        assert_close(now, before + 0.02, rtol=0, atol=1e-5)
-    assert {"edit/mean"} <= set(trainer.callback_metrics)
+        assert_close(now, before + 2 * edit.delta.float(), rtol=0, atol=1e-5)
+    assert {"edit/largest"} <= set(trainer.callback_metrics)
 
 
 def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: Fit) -> None:
@@ -81,8 +83,8 @@ def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: F
         delta, weight = edit.described[2 + place]
         now = module.components.named_parameters()[name].double()
         assert torch.equal(weight + delta, now)
-        assert module.report["layers"][name] == {"round": 2, "mean": float(delta.mean())}
-        assert not torch.equal(delta, torch.full_like(delta, 0.01))  # float32 rounds
+        assert module.report["layers"][name] == {"round": 2, "largest": float(delta.abs().max())}
+        assert not torch.equal(delta, edit.delta)  # float32 rounds
 
 
 def test_drift_and_change_are_measured_on_the_model(refinement: Refinement, fit: Fit) -> None:

@@ -1,0 +1,151 @@
+"""The report of a test, on a random pipeline and a judge that says yes by the redness of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
+from lit_unlearn.data.prompts import ConceptPrompts, Pictures
+from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.methods.value_refinement import ValueRefinement
+
+
+class RednessJudge:
+    """Probability of "yes": the mean of the red channel."""
+
+    name = "redness"
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        return images[:, 0].mean(dim=(1, 2))
+
+
+@pytest.fixture
+def edited(refinement: Callable[..., ValueRefinement], monkeypatch: pytest.MonkeyPatch) -> ValueRefinement:
+    """A module whose edited weights have moved, and whose judge is ``RednessJudge``."""
+    module = refinement()
+    monkeypatch.setattr(module, "load_judge", RednessJudge)
+    module.configure_model()
+    with torch.no_grad():
+        for name in module.edited_names:
+            module.components.named_parameters()[name].mul_(3)
+    return module
+
+
+def score(module: ValueRefinement, folder: Path, *callbacks: L.Callback, **data: object) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    prompts = ConceptPrompts("dog", module.hparams["concept_set"], **data)  # type: ignore[arg-type]
+    trainer.test(module, prompts, verbose=False)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_scores_are_those_of_the_pictures(edited: ValueRefinement, tmp_path: Path) -> None:
+    score(edited, tmp_path, EvaluationReport(), images_per_prompt=2)
+    scores = Scores.load(tmp_path / "scores.json")
+    items = Pictures(edited.concepts, 2, 0).items
+    after = edited.generate([i.prompt for i in items], [i.seed for i in items])
+    with edited.pretrained.restored():
+        before = edited.generate([i.prompt for i in items], [i.seed for i in items])
+    assert not torch.equal(before, after)
+    for pictures, found in ((before, scores.before), (after, scores)):
+        yes = pictures[:, 0].float().mean(dim=(1, 2)) / 255 >= 0.5
+        is_dog = torch.tensor([item.concept_index == 0 for item in items])
+        assert found is not None
+        assert found.forget == pytest.approx(1 - yes[is_dog].float().mean().item())
+        assert found.retain == pytest.approx(yes[~is_dog].float().mean().item())
+    others = torch.tensor([item.concept_index != 0 for item in items])
+    change = ((after - before.float())[others] / 255).square().mean(dim=(1, 2, 3)).sqrt()
+    assert scores.drift is not None
+    assert scores.drift["rmse"] == pytest.approx(change.mean().item(), abs=1e-5)
+    assert scores.drift["pictures"] == int(others.sum())
+    assert scores.edited == ["dog"]
+    assert scores.images_per_concept == 4
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_grid_is_a_picture(edited: ValueRefinement, tmp_path: Path) -> None:
+    score(edited, tmp_path, EvaluationReport(columns=2), images_per_prompt=1)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 100
+        assert grid.height > 100
+        assert len(grid.convert("RGB").getcolors(maxcolors=1_000_000) or []) > 50
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_scores_do_not_depend_on_batch_size(edited: ValueRefinement, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 3):
+        score(edited, tmp_path / str(size), EvaluationReport(), images_per_prompt=2, eval_batch_size=size)
+        found.append(Scores.load(tmp_path / str(size) / "scores.json"))
+    assert found[0].per_concept == found[1].per_concept
+    assert found[0].before == found[1].before
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_unedited_pictures_are_made_once(edited: ValueRefinement, tmp_path: Path) -> None:
+    cache = tmp_path / "unedited"
+    score(edited, tmp_path / "first", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
+    first = edited.forwards.count
+    score(edited, tmp_path / "second", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
+    second = edited.forwards.count - first
+    assert second == first / 2  # only the edited model's pictures are made
+    assert len(list(cache.rglob("*.png"))) == 4
+    results = [Scores.load(tmp_path / name / "scores.json") for name in ("first", "second")]
+    assert results[0].before == results[1].before
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_a_damaged_cached_picture_is_made_anew(edited: ValueRefinement, tmp_path: Path) -> None:
+    cache = tmp_path / "unedited"
+    score(edited, tmp_path / "first", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
+    damaged = sorted(cache.rglob("*.png"))[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    score(edited, tmp_path / "second", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
+    assert damaged.read_bytes() == whole
+    results = [Scores.load(tmp_path / name / "scores.json") for name in ("first", "second")]
+    assert results[0].before == results[1].before
+
+
+def test_cache_tells_weights_and_settings_apart(refinement: Callable[..., ValueRefinement], tmp_path: Path) -> None:
+    keys = set()
+    for arguments in ({}, {"num_inference_steps": 2}, {"guidance_scale": 2.0}):
+        module = refinement(**arguments)
+        module.configure_model()
+        keys.add(UneditedPictures(str(tmp_path))._make_key(module))
+    with torch.no_grad():
+        module.vae.decoder.conv_out.bias.add_(1e-3)
+    keys.add(UneditedPictures(str(tmp_path))._make_key(module))
+    assert len(keys) == 4
+
+
+def test_cache_key_is_of_the_unedited_weights(edited: ValueRefinement, tmp_path: Path) -> None:
+    key = UneditedPictures(str(tmp_path))._make_key(edited)
+    with edited.pretrained.restored():
+        assert UneditedPictures(str(tmp_path))._make_key(edited) == key
+
+
+def test_looking_at_pictures_is_not_counted(
+    refinement: Callable[..., ValueRefinement], fit: Callable[..., L.Trainer]
+) -> None:
+    counts = []
+    for callbacks in ((), (EvaluationGrid(every_n_epochs=1),)):
+        module = refinement(values="target")
+        fit(module, *callbacks)
+        counts.append(module.forwards.count)
+    assert counts[0] == counts[1]
