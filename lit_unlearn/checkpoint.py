@@ -147,8 +147,9 @@ def read_edit(path: str | Path) -> Edit:
     from lit_unlearn.methods.base import CHECKPOINT_KEY
 
     checkpoint = load_checkpoint(path)
-    ours, state = checkpoint.get(CHECKPOINT_KEY), checkpoint["state_dict"]
+    state = checkpoint["state_dict"]
     try:
+        ours: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
         return Edit(
             path=path,
             method=ours["method"],

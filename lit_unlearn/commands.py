@@ -44,6 +44,7 @@ def generate(options: argparse.Namespace) -> None:
             value = getattr(options, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
+        device = _checked_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path else None
         model = _checked_model(options.model, edit)
         components = load_edited(model, edit, _revision(options.revision, edit))
@@ -52,7 +53,6 @@ def generate(options: argparse.Namespace) -> None:
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = hyper_parameters.get("guidance_scale", 4.0)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for module in components.modules().values():
         module.to(device)
     seeds = list(range(options.seed, options.seed + options.num))
@@ -145,15 +145,15 @@ def demo(options: argparse.Namespace) -> None:
     no_options = {"delta": False, "dtype": None, "model": None, "revision": None, "overwrite": False}
     export(argparse.Namespace(ckpt_path=ckpt_path, output=output, **no_options))
 
-    where = {
+    where: dict[str, Path] = {
         "pictures before and after": folder / "grid.png",
         "scores": folder / "scores.json",
-        "edited pipeline, for diffusers": output,
+        "edited pipeline, for diffusers": Path(output),
         "everything else of the run": folder,
     }
     print(f"\nDone in {time.monotonic() - started:.0f} s.")
     for what, path in where.items():
-        if Path(path).exists():
+        if path.exists():
             print(f"  {what + ':':32}{path}")
     print(f"  {'curves and pictures:':32}tensorboard --logdir {folder.parents[len(Path(fit.run_name).parts)]}")
     prompt = fit.edited[0].direct[0]
@@ -181,6 +181,14 @@ def _checked_model(model: str | None, edit: Edit | None) -> str:
     model = model or edit.model
     edit.check_base(model)
     return model
+
+
+def _checked_device(device: str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}): try --device cpu.") from error
 
 
 def _revision(revision: str | None, edit: Edit | None) -> str | None:

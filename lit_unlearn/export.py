@@ -80,7 +80,7 @@ def export_pipeline(
     """
     components = load_edited(model, edit, revision)
     for module in components.modules().values():
-        module.to(dtype=dtype, memory_format=torch.contiguous_format)
+        module.to(dtype=dtype)
     with replaced_folder(output) as folder:
         save_pipeline(components, folder)
         write_json(folder / PROVENANCE, facts)

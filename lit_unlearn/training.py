@@ -56,7 +56,9 @@ IGNORED_WARNINGS = (
     "The `srun` command is available on your system but is not used",
     "GPU available but not used",
     "Found .* in eval mode at the start of training",
+    "It is recommended to use .* when logging on epoch level in distributed setting",  # all ranks log the same
     "Total length of `list` across ranks is zero",
+    r"\s*(\S+( parameter)? was deprecated in v4|By default only one JsonargparseDeprecationWarning)",  # Lightning 2.6 uses it
     "Checkpoint directory .* exists and is not empty",
     "`max_epochs` was not set",
     "You're resuming from a checkpoint that ended before the epoch ended",
@@ -171,6 +173,8 @@ class UnlearnCLI(LightningCLI):
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
             edit.check_base(arguments.model)
+        if subcommand == "fit":
+            return  # resumed as the command line says; Lightning restores the state
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
         model = {"class_path": config.model.class_path, "init_args": kept}
         try:
@@ -289,8 +293,12 @@ def known_classes() -> dict[str, type]:
     return found
 
 
-def import_classes() -> None:
-    """Import what recipes may name: a short name resolves only to a class that has been imported."""
+def prepare() -> None:
+    """Keep Lightning's advice from the terminal and import what recipes may name; short names need that."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_worth_saying)
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     for package in (methods, callbacks, data, emoji):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
@@ -318,11 +326,7 @@ def run(args: Sequence[str]) -> UnlearnCLI:
         UserError: Something is wrong with the recipe, its values or the checkpoint.
         KeyboardInterrupt: Also if Lightning has shut down in its own way.
     """
-    import_classes()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_worth_saying)
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    prepare()
     try:
         return UnlearnCLI(args)
     except SystemExit as error:

@@ -35,6 +35,7 @@ HIDDEN, INTERMEDIATE = 32, 128
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the tests' tensors are too small to share, and threads wait for busy neighbours
     for line in NOT_OURS:
         config.addinivalue_line("filterwarnings", line)
 

@@ -1,4 +1,4 @@
-"""The embedded model: it loads in plain diffusers, draws what it is asked to, and an edit takes one concept out of it."""
+"""The embedded model: it loads in plain diffusers and draws what it is asked to; an edit takes one concept out."""
 
 from __future__ import annotations
 

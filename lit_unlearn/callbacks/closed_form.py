@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,7 +19,9 @@ from lit_unlearn.core.closed_form import (
     null_space,
     null_space_update,
 )
+from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.evaluation.figures import spectrum_figure
 from lit_unlearn.methods.value_refinement import ENCODE_BATCH, LayerState, ValueRefinement
 
 
@@ -85,14 +88,10 @@ class ClosedFormEdit(L.Callback):
         pl_module.log_dict({f"edit/{name}": value for name, value in report.items()}, rank_zero_only=True)
         pl_module.state = None
         pl_module.progress["applied"] = epoch + 1
-
-    @override
-    @torch.no_grad()
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ValueRefinement)
-        drift = (self._encode(pl_module) - self.retained_states).norm() / self.retained_states.norm()
-        pl_module.report["retained_state_drift"] = float(drift)
-        pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()
+        if pl_module.progress["applied"] == trainer.max_epochs:  # before the last checkpoint, which holds the report
+            drift = (self._encode(pl_module) - self.retained_states).norm() / self.retained_states.norm()
+            pl_module.report["retained_state_drift"] = float(drift)
+            pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()
 
     def _encode(self, module: ValueRefinement) -> Tensor:
         return torch.cat([encode(module.text_encoder, part) for part in self.ids.split(ENCODE_BATCH)]).float()
@@ -132,9 +131,15 @@ class NullSpaceEdit(ClosedFormEdit):
             name: null_space(moment, self.threshold, self.rule, count, self.minimum)
             for name, (moment, count) in module.moments.items()
         }
-        module.report["spectrum"] = {
-            name: [float(value) for value in space.eigenvalues] for name, space in self.null_spaces.items()
-        }
+        spectra = {name: [float(value) for value in space.eigenvalues] for name, space in self.null_spaces.items()}
+        module.report["spectrum"] = spectra
+        if isinstance(module.logger, TensorBoardLogger):
+            layers = {name: f"layer {layer_index(name)}" for name in spectra}
+            figure = spectrum_figure(
+                {label: spectra[name] for name, label in layers.items()},
+                {label: self.null_spaces[name].cutoff for name, label in layers.items()},
+            )
+            module.logger.experiment.add_figure("edit/spectrum", figure)
 
     @override
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import encode, tokenize
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
 from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 ENCODE_BATCH = 64
 
@@ -57,7 +60,11 @@ class ValueRefinement(ConceptEditor):
         last_layer: Text layers after this one are left alone; null edits up to the last.
         positions: Token positions that are edited: ``all``, ``no_bos``, ``content`` or ``eot`` (the end-of-text token
             and the padding after it).
-        values: ``refined`` (Algorithm 1), or ``target`` (V1 = W K1*, the paper's direct choice, no descent).
+        values: What V1 is: ``refined`` (Algorithm 1); or, with no descent, ``target`` (``W K1*``, the paper's direct
+            choice) or ``residual`` (``W K1`` plus this layer's share of what the last layer's states lack of those of
+            the target prompts, as in MEMIT).
+        start: Where the descent of ``refined`` starts: ``output`` (``W K1``, as in the paper), ``target`` or
+            ``residual``.
         pairs: What is edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or ``names``
             (the bare name of the concept and that of its target, as in the authors' code).
         pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
@@ -76,7 +83,8 @@ class ValueRefinement(ConceptEditor):
         first_layer: int = 1,
         last_layer: int | None = None,
         positions: Literal["all", "no_bos", "content", "eot"] = "all",
-        values: Literal["refined", "target"] = "refined",
+        values: Literal["refined", "target", "residual"] = "refined",
+        start: Literal["output", "target", "residual"] = "output",
         pairs: Literal["prompts", "names"] = "prompts",
         pull: float = 0.0,
         min_timestep: int = 50,
@@ -97,6 +105,7 @@ class ValueRefinement(ConceptEditor):
                 f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
             )
         self.rounds, self.positions, self.value_choice, self.pull = rounds, positions, values, pull
+        self.start = start if values == "refined" else values
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.latents_per_prompt, self.seed, self.optimizer = latents_per_prompt, seed, optimizer
         if pairs == "prompts":
@@ -184,6 +193,7 @@ class ValueRefinement(ConceptEditor):
         with self.pretrained.restored(), torch.no_grad():
             self.gather_moments()
             self.goal_states = encode(self.text_encoder, target_ids)
+            self.goal_residual = self.align(residual_stream(self.text_encoder, target_ids))
             if self.value_choice == "refined":
                 self.latents = self.edit_latents()
 
@@ -202,10 +212,8 @@ class ValueRefinement(ConceptEditor):
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
-        states, empty = (
-            encode(self.text_encoder, self.edit_ids),
-            encode(self.text_encoder, tokenize(self.components.tokenizer, [""])),
-        )
+        states = encode(self.text_encoder, self.edit_ids)
+        empty = encode(self.text_encoder, tokenize(self.components.tokenizer, [""]))
         latents = []
         for number in range(self.latents_per_prompt):
             seeds = [self.seed + 100_000 * number + place for place in range(len(states))]
@@ -227,8 +235,8 @@ class ValueRefinement(ConceptEditor):
     def on_train_epoch_start(self) -> None:
         """Gather K1 of the epoch's layer and start V1 (anew, with a fresh optimizer)."""
         state = self.prepare_layer(self.current_epoch)
-        start = state.initial if self.value_choice == "refined" else self.target_values(state)
         with torch.no_grad():
+            start = self.start_values(state)
             self.values.zero_()
             self.values[..., : start.shape[-1]] = start
         for optimizer in self.trainer.optimizers:
@@ -253,12 +261,18 @@ class ValueRefinement(ConceptEditor):
             parts.append(captured[name].float())
         return torch.cat(parts)
 
-    @torch.no_grad()
-    def target_values(self, state: LayerState) -> Tensor:
-        """V1* = W K1* (n, L, d_out), each edit position taking the value of the target position it is aligned with."""
-        keys = self.capture_keys(state.name, self.target_ids)
-        aligned = keys.gather(1, self.alignment.to(keys.device).unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
-        return aligned @ state.layer.weight.float().mT
+    def start_values(self, state: LayerState) -> Tensor:
+        """V1 (n, L, d_out) at the start of a layer; see ``start``."""
+        if self.start == "target":
+            return self.align(self.capture_keys(state.name, self.target_ids)) @ state.layer.weight.float().mT
+        if self.start == "residual":
+            missing = self.goal_residual - residual_stream(self.text_encoder, self.edit_ids)
+            return state.initial + missing / (len(self.edited_names) - self.edited_names.index(state.name))
+        return state.initial
+
+    def align(self, rows: Tensor) -> Tensor:
+        """Rows of the target prompts, (n, L, D), each moved to the edit position that is aligned with it."""
+        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Algorithm 1, line 3: error between the predictions for V1 and for the target prompts.
@@ -272,7 +286,7 @@ class ValueRefinement(ConceptEditor):
         state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
         pairs = batch % self.num_pairs
         values = self.values[pairs, :, : state.layer.out_features]
-        if self.value_choice == "target":
+        if self.value_choice != "refined":
             return values.sum() * 0  # V1 stays as it is
         latents, noise, timesteps = self.noise(batch, batch_idx)
         noisy = self.add_noise(latents, noise, timesteps)
@@ -308,3 +322,12 @@ class ValueRefinement(ConceptEditor):
         """x_t (B, C, H, W) by the scheduler's forward process."""
         alphas_cumprod = self.components.scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
         return alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise
+
+
+def residual_stream(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
+    """Output (n, L, D), float32, of the last layer for ``input_ids`` (n, L), before the final layer norm."""
+    parts = [
+        text_encoder(part.to(text_encoder.device), output_hidden_states=True).hidden_states[-1].float()
+        for part in input_ids.split(ENCODE_BATCH)
+    ]
+    return torch.cat(parts)

@@ -17,13 +17,16 @@ from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
+REDNESS = 0.4988  # no picture of the random pipeline is near it, so that rounding cannot turn a verdict
+
+
 class RednessJudge:
-    """Probability of "yes": the mean of the red channel."""
+    """Says yes to pictures whose mean red is at least ``REDNESS``."""
 
     name = "redness"
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        return images[:, 0].mean(dim=(1, 2))
+        return (images[:, 0].mean(dim=(1, 2)) >= REDNESS).float()
 
 
 @pytest.fixture
@@ -57,18 +60,18 @@ def score(module: ValueRefinement, folder: Path, *callbacks: L.Callback, **data:
 def test_scores_are_those_of_the_pictures(edited: ValueRefinement, tmp_path: Path) -> None:
     score(edited, tmp_path, EvaluationReport(), images_per_prompt=2)
     scores = Scores.load(tmp_path / "scores.json")
-    items = Pictures(edited.concepts, 2, 0).items
+    items, names = Pictures(edited.concepts, 2, 0).items, list(edited.concepts.concepts)
     after = edited.generate([i.prompt for i in items], [i.seed for i in items])
     with edited.pretrained.restored():
         before = edited.generate([i.prompt for i in items], [i.seed for i in items])
     assert not torch.equal(before, after)
     for pictures, found in ((before, scores.before), (after, scores)):
-        yes = pictures[:, 0].float().mean(dim=(1, 2)) / 255 >= 0.5
-        is_dog = torch.tensor([item.concept_index == 0 for item in items])
+        yes = pictures[:, 0].float().mean(dim=(1, 2)) / 255 >= REDNESS
+        is_dog = torch.tensor([names[item.concept_index] == "dog" for item in items])
         assert found is not None
         assert found.forget == pytest.approx(1 - yes[is_dog].float().mean().item())
         assert found.retain == pytest.approx(yes[~is_dog].float().mean().item())
-    others = torch.tensor([item.concept_index != 0 for item in items])
+    others = torch.tensor([names[item.concept_index] != "dog" for item in items])
     change = ((after - before.float())[others] / 255).square().mean(dim=(1, 2, 3)).sqrt()
     assert scores.drift is not None
     assert scores.drift["rmse"] == pytest.approx(change.mean().item(), abs=1e-5)

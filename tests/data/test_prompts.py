@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,14 @@ from lit_unlearn.data.prompts import ConceptPrompts, PictureItem, Pictures, Rank
 @pytest.fixture(scope="module")
 def emoji20() -> ConceptSet:
     return load_concept_set("emoji20")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def read_once() -> Iterator[None]:
+    """Reading and checking a concept set takes a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_unlearn.data.prompts.load_concept_set", cache(load_concept_set))
+        yield
 
 
 def trainer(rank: int = 0, world_size: int = 1, steps_done: int = 0, doing: str = "", **module: Any) -> Any:

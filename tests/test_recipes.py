@@ -1,0 +1,127 @@
+"""Recipes are found by bare name, and every one that ships can be run on a small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_unlearn import recipes, training
+from lit_unlearn.errors import UserError
+from lit_unlearn.methods.base import ConceptEditor
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+CONTENT: dict[str, dict[str, Any]] = {name: yaml.safe_load((CONFIGS / name).read_text()) for name in RECIPES}
+COMPLETE = [name for name in RECIPES if "class_path" in CONTENT[name].get("model", {})]
+OVERLAYS = [name for name in RECIPES if name not in COMPLETE]
+EDITS = [name for name in COMPLETE if "concept" in CONTENT[name]]
+
+
+class ParsedCLI(training.UnlearnCLI):
+    """Builds everything that a recipe names and stops before the trainer runs."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert subcommand == "fit"
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_of_the_package_is_found_from_anywhere(empty_folder: Path) -> None:
+    assert recipes.find_recipe("null_space.yaml") == CONFIGS / "null_space.yaml"
+    assert recipes.find_recipe("null_space") == CONFIGS / "null_space.yaml"
+    assert recipes.find_recipe("emoji/judge.yaml") == CONFIGS / "emoji" / "judge.yaml"
+
+
+def test_a_file_as_given_comes_first_then_configs_here_then_the_package(empty_folder: Path) -> None:
+    name = "null_space.yaml"
+    assert recipes.find_recipe(name) == CONFIGS / name
+    (empty_folder / "configs").mkdir()
+    (empty_folder / "configs" / name).write_text("method: mine")
+    assert recipes.find_recipe(name) == Path("configs") / name
+    (empty_folder / name).write_text("method: nearer")
+    assert recipes.find_recipe(name) == Path(name)
+
+
+def test_names_of_recipes_are_those_that_are_found(empty_folder: Path) -> None:
+    assert set(recipes.recipe_names()) == set(RECIPES)
+    for name in recipes.recipe_names():
+        recipes.find_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["fit", "--config", "a.yaml", "--config", "b.yaml"], ["fit", "--config", "a.yaml", "--config", "b.yaml"]),
+        (["fit", "-c", "emoji/vae.yaml"], ["fit", "-c", str(CONFIGS / "emoji/vae.yaml")]),
+        (["fit", "--config=null_space"], ["fit", f"--config={CONFIGS / 'null_space.yaml'}"]),
+        (["fit", "--concept", "null_space.yaml"], ["fit", "--concept", "null_space.yaml"]),
+    ],
+)
+def test_the_values_of_config_are_replaced(empty_folder: Path, args: list[str], expected: list[str]) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        Path(name).write_text("concept: dog")
+    assert recipes.resolve_recipes(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nul_space.yaml", None, r"no recipe 'nul_space.yaml' \(closest: null_space.yaml\)"),
+        ("qqq", None, r"no recipe 'qqq' \(recipes: .*null_space.yaml"),
+        ("broken.yaml", "a: [1,\nb: 2", "broken.yaml is not valid YAML: .* in line 2"),
+        ("list.yaml", "- a\n- b", "list.yaml holds no keys"),
+        ("empty.yaml", "", "empty.yaml holds no keys"),
+    ],
+)
+def test_what_is_no_recipe(empty_folder: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        Path(name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        recipes.find_recipe(name)
+
+
+def test_a_recipe_that_is_not_text(empty_folder: Path) -> None:
+    Path("picture.yaml").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(UserError, match="picture.yaml is not text"):
+        recipes.find_recipe("picture.yaml")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_recipe_is_complete(empty_folder: Path, tiny_sd: Path, name: str) -> None:
+    training.prepare()
+    model = ["--model.init_args.model", str(tiny_sd)]
+    cli = ParsedCLI(["fit", "--config", str(CONFIGS / name), *model, "--concept", "[dog, soccer ball]"])
+    assert isinstance(cli.model, ConceptEditor)
+    # A link into a class without the argument would be dropped without a word.
+    assert cli.model.hparams["concept"] == cli.datamodule.hparams["concept"] == ["dog", "soccer ball"]
+    assert cli.trainer.log_dir == f"logs/{CONTENT[name]['method']}/dog+soccer_ball/version_0"
+    assert not list(empty_folder.iterdir())
+
+
+def test_methods_of_recipes_differ() -> None:
+    labels = [CONTENT[name]["method"] for name in EDITS]
+    assert len(set(labels)) == len(labels) > 0
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_changes_a_recipe(empty_folder: Path, name: str) -> None:
+    training.prepare()
+    cli = ParsedCLI(["fit", "--config", str(CONFIGS / "null_space.yaml"), "--config", str(CONFIGS / name)])
+    for key, value in CONTENT[name]["model"]["init_args"].items():
+        assert cli.model.hparams[key] == value
+
+
+@pytest.mark.parametrize("name", [name for name in COMPLETE if name not in EDITS])
+def test_a_training_recipe_names_keys_that_exist(empty_folder: Path, name: str) -> None:
+    training.prepare()
+    cli = training.UnlearnCLI.__new__(training.UnlearnCLI)
+    with pytest.raises(SystemExit) as ended:  # --print_config parses and checks, and builds nothing
+        cli.__init__(["fit", "--config", str(CONFIGS / name), "--print_config"])  # type: ignore[misc]
+    assert ended.value.code == 0
