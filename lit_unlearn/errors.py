@@ -79,10 +79,12 @@ def _reason(reason: str, owner: str, given: str | None, classes: Mapping[str, ty
     """Say a leaf of jsonargparse's message in the words of a recipe."""
     if found := re.search(r"expects a function or a callable class: (.+?)(?:\. Got value: .*)?$", reason):
         reason, owner = found[1], ""
-    if found := re.fullmatch(r"Expected a dot import path string: (.+)", reason):
-        if found[1] in classes:
-            return f"{found[1]} is not of the kind that belongs here"
-        return f"there is no class {found[1]!r}{closest(found[1], classes)}"
+    no_class = r"Expected a dot import path string: (.+)|Expected a path but (.+) either not accessible or invalid.*"
+    if found := re.fullmatch(no_class, reason):
+        name = found[1] or found[2]
+        if name in classes:
+            return f"{name} is not of the kind that belongs here"
+        return f"there is no class or file {name!r}{closest(name, classes)}"
     if found := re.fullmatch(r"Option '(.+)' is not accepted", reason):
         known = closest(found[1], _options(classes[owner])) if owner in classes else ""
         return f"{owner or 'the class'} has no option {found[1]!r}{known}"

@@ -7,6 +7,7 @@ import inspect
 import logging
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import warnings
@@ -58,7 +59,7 @@ IGNORED_WARNINGS = (
     "Found .* in eval mode at the start of training",
     "It is recommended to use .* when logging on epoch level in distributed setting",  # all ranks log the same
     "Total length of `list` across ranks is zero",
-    r"\s*(\S+( parameter)? was deprecated in v4|By default only one JsonargparseDeprecationWarning)",  # Lightning 2.6 uses it
+    r"\s*(\S+( parameter)? was deprecated in v4|By default only one Jsonargparse)",  # what Lightning 2.6 calls
     "Checkpoint directory .* exists and is not empty",
     "`max_epochs` was not set",
     "You're resuming from a checkpoint that ended before the epoch ended",
@@ -166,9 +167,10 @@ class UnlearnCLI(LightningCLI):
                 return
             edit = read_edit(config.ckpt_path)
             if edit.concepts != concepts:
+                one, *others = edit.concepts
                 raise UserError(
                     f"{edit.path} edits {', '.join(edit.concepts)}, but concept is {', '.join(concepts)}: "
-                    f"pass --concept {edit.concepts[0] if len(edit.concepts) == 1 else edit.concepts!r}."
+                    f"pass --concept {shlex.quote(one if not others else str([one, *others]))}."
                 )
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")

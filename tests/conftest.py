@@ -185,7 +185,7 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     path = tmp_path_factory.mktemp("concepts") / "pets.yaml"
     counts = {"direct": 1, "indirect": 1, "edit": 2}
-    path.write_text(yaml.safe_dump({"name": "pets", "prompts_per_concept": counts, "concepts": PETS}))
+    path.write_text(yaml.safe_dump({"name": "pets", "prompts_per_concept": counts, "concepts": PETS}, sort_keys=False))
     return str(path)
 
 

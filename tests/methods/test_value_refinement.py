@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.data.prompts import ConceptPrompts
+from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
 from lit_unlearn.methods.base import CHECKPOINT_KEY
@@ -26,6 +27,8 @@ Fit = Callable[..., L.Trainer]
 
 PROMPTS, TARGETS = ["a dog", "the dog at sunset"], ["a soccer ball", "the soccer ball at sunset"]
 """The edited pairs of the concept set ``pets``."""
+ALIGNMENT = [[0, 1, 3, *range(4, 32), 31]] * 2
+"""Target position of each edit position: "dog" takes "ball", the last token of its target, and all behind it shifts."""
 
 
 def null_space_edit() -> NullSpaceEdit:
@@ -219,8 +222,7 @@ def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fi
             text_encoder(tokenize(module.components.tokenizer, prompts))
         handle.remove()
     edit, target, retain = inputs
-    # "dog" takes the value of "ball", the last token of its target; what follows it lies one position further on.
-    aligned = torch.stack([target[i][[0, 1, 3, *range(4, 32), 31]] for i in range(2)])
+    aligned = torch.stack([rows[ALIGNMENT[i]] for i, rows in enumerate(target)])
     weight = layer.weight.detach().double().clone()
     # From here on as in the paper: columns are tokens.
     K0, K1 = retain.flatten(0, 1).mT, edit.flatten(0, 1).mT
@@ -237,6 +239,37 @@ def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fi
     # Keys and weight are float32 and the system's condition is about 1e5, so three digits are what can be asked for.
     assert (found - delta).norm() < 1e-3 * delta.norm()
     assert delta.norm() > 1e-2 * weight.norm()
+
+
+def test_the_residual_of_the_last_layer_makes_up_for_all_that_is_missing(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(values="residual", first_layer=2), fit)
+    assert module.state is not None
+    with torch.no_grad(), replace_output(module.state.layer, module.values, module.mask):
+        states = encode_prompts(module.components.tokenizer, module.text_encoder, PROMPTS)
+    goals = encode_prompts(module.components.tokenizer, module.text_encoder, TARGETS)
+    aligned = torch.stack([goal[ALIGNMENT[i]] for i, goal in enumerate(goals)])
+    # Sums and differences of float32 numbers of order 10, then a layer norm.
+    assert_close(states, aligned, rtol=0, atol=1e-4)
+
+
+def test_the_residual_is_shared_among_the_layers(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(start="residual", first_layer=0), fit)
+    assert module.state is not None
+    last = module.text_encoder(module.edit_ids, output_hidden_states=True).hidden_states[-1]
+    goal = module.text_encoder(module.target_ids, output_hidden_states=True).hidden_states[-1]
+    aligned = torch.stack([rows[ALIGNMENT[i]] for i, rows in enumerate(goal)])
+    # Three layers are to be edited, so the first one takes a third.
+    assert_close(module.values.detach(), module.state.initial + (aligned - last).detach() / 3, rtol=0, atol=1e-4)
+
+
+def test_a_descent_may_start_at_the_target(refinement: Refinement, fit: Fit) -> None:
+    descending, direct = (
+        started(refinement(**arguments), fit) for arguments in ({"start": "target"}, {"values": "target"})
+    )
+    assert torch.equal(descending.values, direct.values)
+    assert not torch.equal(descending.values, started(refinement(), fit).values)
+    fit(descending)
+    assert descending.forwards.count > 0
 
 
 def test_direct_values_are_not_trained(refinement: Refinement, fit: Fit) -> None:

@@ -1,0 +1,119 @@
+"""Pictures by ``generate``, and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lit_unlearn import cli
+from lit_unlearn.diffusion.sampling import initial_noise
+
+STEPS = 2
+"""Denoising steps of every picture, as in the recipe."""
+
+
+def read(path: str) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def assert_alike(a: Image.Image, b: Image.Image) -> None:
+    """Equal up to rounding: one of 256 levels."""
+    difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
+    assert a.size == b.size
+    assert difference.abs().max() <= 1
+
+
+def metadata(path: str) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_generate_draws_what_diffusers_draws(workplace: Path, tiny_sd: Path) -> None:
+    options = ["--model", str(tiny_sd), "--num_inference_steps", str(STEPS), "--scale", "1", "--seed", "3"]
+    assert cli.main(["generate", "a dog", "-o", "new/dog.png", *options]) == 0
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = initial_noise(pipeline.unet, [3])
+    expected = pipeline("a dog", num_inference_steps=STEPS, guidance_scale=4.0, latents=latents).images[0]
+    assert_alike(read("new/dog.png"), expected)
+
+
+def test_generate_enlarges_small_pictures_and_labels_many(workplace: Path, tiny_sd: Path) -> None:
+    options = ["--model", str(tiny_sd), "--num_inference_steps", "1"]
+    assert cli.main(["generate", "a dog", "-o", "one.png", *options]) == 0
+    assert read("one.png").size == (256, 256)
+    assert cli.main(["generate", "a dog", "a cat", "--num", "3", "-o", "grid.png", *options]) == 0
+    width, height = read("grid.png").size
+    assert width > 3 * 256
+    assert height > 2 * 256
+
+
+def test_generate_applies_the_edit(run_folder: Path, recipe: Path, tiny_sd: Path) -> None:
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "delta.safetensors", "--delta"]) == 0
+    edited = load_file("delta.safetensors")
+    save_file(
+        {name: value * 3 for name, value in edited.items()},
+        "stronger.safetensors",
+        metadata=metadata("delta.safetensors"),
+    )
+    for path in (ckpt_path, "delta.safetensors", "stronger.safetensors"):
+        assert cli.main(["generate", "a dog", "-o", f"{Path(path).stem}.png", "--ckpt_path", path]) == 0
+    assert (
+        cli.main(["generate", "a dog", "-o", "plain.png", "--model", str(tiny_sd), "--num_inference_steps", str(STEPS)])
+        == 0
+    )
+    assert Path("last.png").read_bytes() == Path("delta.png").read_bytes()
+    assert Path("stronger.png").read_bytes() != Path("plain.png").read_bytes()
+
+
+def test_generate_warns_of_a_prompt_that_is_cut_off(workplace: Path, tiny_sd: Path) -> None:
+    prompt = "a dog in the rain " * 20
+    with pytest.warns(UserWarning, match=f"The prompt '{prompt}' has"):
+        assert cli.main(["generate", prompt, "-o", "a.png", "--model", str(tiny_sd), "--num_inference_steps", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-o", "there.png"], "output=there.png exists: choose another name, or pass --overwrite"),
+        (["-o", "a.jpg"], "output=a.jpg must end in .png"),
+        (["-o", "a.png", "--num", "0"], "num=0 must be at least 1"),
+        (["-o", "a.png", "--device", "abacus"], "device='abacus' cannot be used here"),
+        (["-o", "a.png", "--ckpt_path", "nowhere"], "ckpt_path=nowhere does not exist"),
+        (["-o", "a.png", "--model", "nowhere"], "model='nowhere' is no folder and no hub id"),
+        (["-o", "a.png", "--nmu", "2"], "generate: unrecognized arguments: --nmu 2"),
+    ],
+)
+def test_bad_input_of_generate(refuses: Callable[..., str], args: list[str], message: str) -> None:
+    Path("there.png").touch()
+    assert refuses("generate", "a dog", *args).startswith(message)
+
+
+def test_the_demo_says_what_it_does_and_where_it_lies(
+    workplace: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--concept", "owl", "--config", str(recipe)]) == 0
+    text = capsys.readouterr().out
+    folder = "logs/null_space/owl/version_0"
+    ckpt_path = f"{folder}/checkpoints/last.ckpt"
+    options = f"--config {recipe} --concept owl"
+    for line in (
+        f"$ lit-unlearn fit {options}",
+        f"$ lit-unlearn test {options} --ckpt_path {ckpt_path}",
+        f"$ lit-unlearn export --ckpt_path {ckpt_path} --output {folder}/pipeline",
+        "tensorboard --logdir logs",
+    ):
+        assert f"{line}\n" in text
+    for name in ("grid.png", "scores.json", "pipeline"):
+        assert f"{folder}/{name}" in text
+        assert Path(folder, name).exists()
+    assert not list(Path().glob("*.png"))

@@ -1,0 +1,121 @@
+"""Exports are the edited model, say where they came from, and never half replace anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lit_unlearn import cli, commands, export
+from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.diffusion.sampling import initial_noise
+from lit_unlearn.methods import base
+
+STEPS = 2
+"""Denoising steps of every picture, as in the recipe."""
+
+
+def read(path: str) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def assert_alike(a: Image.Image, b: Image.Image) -> None:
+    """Equal up to rounding: one of 256 levels."""
+    difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
+    assert a.size == b.size
+    assert difference.abs().max() <= 1
+
+
+def metadata(path: str) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_an_exported_pipeline_is_the_edited_model(run_folder: Path, tiny_sd: Path) -> None:
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out"]) == 0
+    pipeline = DiffusionPipeline.from_pretrained("out")
+    state = torch.load(ckpt_path, weights_only=True)
+    expected = dict(load_components(str(tiny_sd)).named_parameters())
+    names = state[base.CHECKPOINT_KEY]["edited_names"]
+    for part in ("text_encoder", "unet", "vae"):
+        for name, value in getattr(pipeline, part).named_parameters():
+            full = f"{part}.{name}"
+            assert torch.equal(value, state["state_dict"][full] if full in names else expected[full]), full
+
+    pipeline.set_progress_bar_config(disable=True)
+    latents = initial_noise(pipeline.unet, [0])
+    picture = pipeline("a dog", num_inference_steps=STEPS, guidance_scale=4.0, latents=latents).images[0]
+    assert cli.main(["generate", "a dog", "-o", "a.png", "--ckpt_path", ckpt_path, "--scale", "1"]) == 0
+    assert_alike(read("a.png"), picture)
+
+
+def test_an_export_says_where_it_came_from(run_folder: Path, recipe: Path, tiny_sd: Path) -> None:
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    assert cli.main(["test", "--config", str(recipe)]) == 0
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--dtype", "float16"]) == 0
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--delta"]) == 0
+    facts = json.loads(Path("out/provenance.json").read_text())
+    assert (facts["base_model"], facts["concepts"], facts["method"]) == (str(tiny_sd), ["dog"], "ValueRefinement")
+    assert facts["config"]["rounds"] == 1
+    assert facts["scores"]["forget"] == json.loads((run_folder / "scores.json").read_text())["forget"]
+    assert {
+        name: json.loads(value) for name, value in metadata("out/delta.safetensors").items() if name != "format"
+    } == facts
+    assert f"| forget | {facts['scores']['before']['forget']:.3f} |" in Path("out/README.md").read_text()
+    assert {value.dtype for value in load_file("out/unet/diffusion_pytorch_model.safetensors").values()} == {
+        torch.float16
+    }
+    assert set(load_file("out/delta.safetensors")) == set(facts["edited_weights"])
+
+
+def test_an_export_replaces_only_exports(
+    run_folder: Path, refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--output"]
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    assert refuses("export", *arguments, "mine").startswith("output=mine exists: choose another name")
+    assert refuses("export", *arguments, "mine", "--overwrite").startswith("output=mine is a folder but no export")
+
+
+def test_a_failed_export_leaves_the_old_one(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--output", "out"]
+    assert cli.main(arguments) == 0
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+    def disk_full(components: Any, folder: Path) -> None:
+        (folder / "half").write_text("...")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_pipeline", disk_full)
+    assert cli.main([*arguments, "--overwrite"]) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "lit-unlearn: error: [Errno 28] Could not write out: No space left on device."
+    )
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    assert {path.name for path in Path().iterdir()} == {"logs", "out"}
+    monkeypatch.undo()
+
+
+def test_a_full_disk_is_one_sentence(
+    workplace: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disk_full(*args: Any) -> None:
+        raise OSError(28, "Could not write a.png: No space left on device.")
+
+    monkeypatch.setattr(commands, "save_png", disk_full)
+    assert cli.main(["generate", "a dog", "-o", "a.png", "--model", str(tiny_sd), "--num_inference_steps", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("Could not write a.png: No space left on device.")

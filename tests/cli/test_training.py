@@ -1,0 +1,139 @@
+"""Where runs lie, what their checkpoints hold, and which value rules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_unlearn import cli, training
+from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.emoji.judge import JudgeTraining
+from lit_unlearn.methods import base
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_fit_leaves_everything_in_its_version_folder(finished: Path) -> None:
+    folder = finished / "logs" / "null_space" / "dog" / "version_0"
+    written = files(folder)
+    assert {"config.yaml", "hparams.yaml", "checkpoints/last.ckpt"} <= written
+    assert [name for name in written if name.startswith("events.out.tfevents")]
+    assert {path.name for path in finished.iterdir()} == {"logs"}
+    assert len(written) == len(files(finished))
+
+
+def test_the_checkpoint_holds_the_edit(finished: Path, tiny_sd: Path) -> None:
+    state = torch.load(finished / "logs/null_space/dog/version_0/checkpoints/last.ckpt", weights_only=True)
+    names = state[base.CHECKPOINT_KEY]["edited_names"]
+    before = load_components(str(tiny_sd)).named_parameters()
+    for name in names:
+        # The edit comes after the validation of its epoch; a checkpoint made there would lack it.
+        assert not torch.equal(state["state_dict"][name], before[name]), name
+    assert len(names) == 2
+
+
+def test_each_fit_has_a_folder_of_its_own(run_folder: Path) -> None:
+    assert cli.main(["fit", "--config", str(run_folder / "config.yaml"), "--concept", "[Soccer_Ball, cat]"]) == 0
+    assert cli.main(["fit", "--config", str(run_folder / "config.yaml")]) == 0
+    assert {path.parent.parent.as_posix() for path in Path("logs").rglob("last.ckpt")} == {
+        "logs/null_space/dog/version_0",
+        "logs/null_space/dog/version_1",
+        "logs/null_space/soccer_ball+cat/version_0",
+    }
+
+
+def test_a_logger_of_the_recipe_is_used(recipe: Path, workplace: Path) -> None:
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine"]
+    assert cli.main(["fit", "--config", str(recipe), *logger]) == 0
+    assert "lightning_logs/version_0/config.yaml" in files(Path("mine"))
+    assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("concepts", "label"),
+    [
+        (["soccer ball"], "soccer_ball"),
+        (["dog", "pixel art"], "dog+pixel_art"),
+        (["a/b"], "a_b"),
+        ([f"concept number {i}" for i in range(20)], "concept_number_0+19_others"),
+    ],
+)
+def test_folders_are_named_by_concepts(concepts: list[str], label: str) -> None:
+    assert training.run_label(concepts) == label
+
+
+def test_a_fit_resumes_in_its_folder(run_folder: Path, recipe: Path) -> None:
+    ckpt_path = run_folder / "checkpoints" / "last.ckpt"
+    more = ["--model.rounds", "2", "--ckpt_path", str(ckpt_path)]
+    assert torch.load(ckpt_path, weights_only=True)["epoch"] == 1  # the second of two layers, counted from 0
+    assert cli.main(["fit", "--config", str(recipe), *more]) == 0
+    assert torch.load(ckpt_path, weights_only=True)["epoch"] == 3
+    assert [path.name for path in run_folder.parent.iterdir()] == ["version_0"]
+
+
+class ParsedCLI(training.UnlearnCLI):
+    """Builds everything and stops before the trainer runs."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse(*args: str) -> ParsedCLI:
+    training.prepare()
+    return ParsedCLI(args)
+
+
+def test_one_concept_rules_model_and_data(recipe: Path, workplace: Path) -> None:
+    for given, expected in (("cat", "cat"), ("[dog, cat]", ["dog", "cat"]), ("soccer ball", "soccer ball")):
+        parsed = parse("fit", "--config", str(recipe), "--concept", given)
+        assert parsed.model.hparams["concept"] == parsed.datamodule.hparams["concept"] == expected
+
+
+def test_one_concept_set_rules_model_and_data(recipe: Path, workplace: Path) -> None:
+    path = Path("mine.yaml").absolute()
+    shutil.copy(parse("fit", "--config", str(recipe)).model.concepts.path, path)
+    parsed = parse("fit", "--config", str(recipe), "--model.concept_set", str(path))
+    assert parsed.model.concepts.path == parsed.datamodule.concepts.path == path
+
+
+def test_a_training_without_concepts_has_no_links(workplace: Path) -> None:
+    path = Path(__file__).parents[1] / "configs" / "emoji" / "judge.yaml"
+    parsed = parse("fit", "--config", str(path))
+    assert isinstance(parsed.model, JudgeTraining)
+    assert Path(parsed.trainer.log_dir) == Path("logs/emoji/judge/version_0")
+
+
+def test_the_edit_is_the_checkpoints_and_the_pictures_are_the_command_lines(run_folder: Path, recipe: Path) -> None:
+    options = ["--model.rounds", "7", "--model.num_inference_steps", "9", "--concept", "Dog"]
+    parsed = parse("test", "--config", str(recipe), *options, "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"))
+    assert (parsed.model.hparams["rounds"], parsed.model.num_inference_steps) == (1, 9)
+    assert Path(parsed.trainer.log_dir) == run_folder
+
+
+def test_a_test_is_kept_with_its_run_and_not_replaced(
+    run_folder: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = (run_folder / "config.yaml").read_text()
+    assert cli.main(["test", "--config", str(recipe)]) == 0  # of the newest run
+    assert "last.ckpt" in capsys.readouterr().out
+    assert {"scores.json", "grid.png", "config_test.yaml"} <= files(run_folder)
+    assert (run_folder / "config.yaml").read_text() == fitted
+
+    kept = (run_folder / "scores.json").read_text()
+    assert cli.main(["test", "--config", str(recipe)]) == 2
+    assert "scores.json exists: pass --overwrite" in capsys.readouterr().err
+    (run_folder / "scores.json").write_text("stale")
+    assert cli.main(["test", "--config", str(recipe), "--overwrite"]) == 0
+    assert json.loads((run_folder / "scores.json").read_text())["per_concept"] == json.loads(kept)["per_concept"]
+
+
+def test_a_test_needs_a_run(refuses: Callable[..., str], recipe: Path) -> None:
+    message = refuses("test", "--config", str(recipe), "--concept", "cat")
+    assert message.startswith("test needs a run, and logs/null_space/cat has none: run `lit-unlearn fit` first")

@@ -1,0 +1,94 @@
+"""Messages of jsonargparse and of our own checks come down to one sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from lit_unlearn.errors import UserError, closest, essence, parse_error, user_errors
+
+
+class Base:
+    def __init__(self, model: str = "", steps: int = 1) -> None: ...
+
+
+class Method(Base):
+    def __init__(self, rounds: int = 1, **kwargs: object) -> None: ...
+
+
+CLASSES = {"Method": Method, "Base": Base}
+
+NESTED = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'package.Method':
+        {reason}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {{'class_path': 'Method'}}"""
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (
+            NESTED.format(reason="Option 'runds' is not accepted"),
+            "model: Method has no option 'runds' (closest: rounds).",
+        ),
+        (NESTED.format(reason="Option 'step' is not accepted"), "model: Method has no option 'step' (closest: steps)."),
+        (
+            NESTED.format(reason="Parser key \"rounds\":\n          Expected a <class 'int'>. Got value: three"),
+            "model.rounds: int expected, got three.",
+        ),
+        (
+            NESTED.format(reason="Parser key \"rule\":\n  Expected a typing.Literal['max', 'mean']. Got value: men"),
+            "model.rule: one of ['max', 'mean'] expected, got men.",
+        ),
+        (
+            'Parser key "model":\n  Errors:\n    - Expected a dot import path string: Metod',
+            "model: there is no class or file 'Metod' (closest: Method).",
+        ),
+        (
+            'Parser key "model":\n  Errors:\n    - Expected a dot import path string: Base',
+            "model: Base is not of the kind that belongs here.",
+        ),
+        (
+            "Parser key \"trainer.max_epochs\":\n  Errors:\n    - Expected a <class 'int'>\n  Given value: x",
+            "trainer.max_epochs: int expected, got x.",
+        ),
+        (
+            "Subcommand 'fit' does not accept option 'trainer.device'",
+            "there is no key 'trainer.device' (closest: trainer.devices).",
+        ),
+        (
+            "unrecognized arguments: --trainer.device 2",
+            "there is no option --trainer.device (closest: trainer.devices).",
+        ),
+        ("unrecognized arguments: dog", "'dog' is not expected."),
+        (
+            "the following arguments are required: fit.data, fit.model",
+            "name a recipe that says what to run, e.g. --config null_space.yaml.",
+        ),
+    ],
+)
+def test_a_parser_message_is_reduced_to_its_reason(message: str, sentence: str) -> None:
+    assert parse_error(message, CLASSES, ["trainer.devices", "trainer.max_epochs"]) == sentence
+
+
+def test_essence_is_one_line_of_the_innermost_message() -> None:
+    reason = ValueError("rounds=0 must be\n  at least 1.")
+    wrapped = ValueError("Does not validate against any of the Union subtypes\nErrors: ...")
+    wrapped.__cause__ = reason
+    assert essence(wrapped) == "rounds=0 must be at least 1."
+
+
+def test_only_value_errors_are_mistakes_of_the_user() -> None:
+    with pytest.raises(UserError, match="too few"), user_errors():
+        raise ValueError("too few")
+    with pytest.raises(TypeError), user_errors():
+        raise TypeError("ours")
+
+
+def test_closest() -> None:
+    assert closest("fti", ["fit", "test"]) == " (closest: fit)"
+    assert closest("xyz", ["fit", "test"]) == ""
