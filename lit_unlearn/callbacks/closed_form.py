@@ -83,6 +83,8 @@ class ClosedFormEdit(L.Callback):
         delta = trainer.strategy.broadcast(delta.cpu()).to(weight)
         state.layer.weight.copy_(weight + delta)
         report = self.describe(pl_module, state, keys, state.layer.weight.double() - weight, weight)
+        if pl_module.errors:  # none with values that are not refined
+            report["first_error"], report["last_error"] = float(pl_module.errors[0]), float(pl_module.errors[-1])
         round_number = epoch // len(pl_module.edited_names) + 1
         pl_module.report.setdefault("layers", {})[state.name] = {"round": round_number, **report}
         pl_module.log_dict({f"edit/{name}": value for name, value in report.items()}, rank_zero_only=True)

@@ -177,7 +177,7 @@ class ConceptPrompts(L.LightningDataModule):
         return DataLoader(range(batch_size * num_pairs), batch_sampler=sampler)  # type: ignore[arg-type]
 
     def _steps_done(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.trainer else 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.trainer else 0  # type: ignore[attr-defined]
 
     def _pictures(self, dataset: Pictures) -> DataLoader[Any]:
         sampler = RankSampler(list(range(len(dataset))), *self._share())

@@ -122,6 +122,7 @@ class ValueRefinement(ConceptEditor):
                 f"{self.concepts.name} to retain: edit fewer concepts at once."
             )
         self.state: LayerState | None = None
+        self.errors: list[Tensor] = []  # of this layer's steps
         self.progress = {"prepared": -1, "applied": 0}  # the epoch that V1 belongs to; how many edits are written
         self.moments: dict[str, tuple[Tensor, int]] = {}
 
@@ -242,6 +243,7 @@ class ValueRefinement(ConceptEditor):
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.progress["prepared"] = self.current_epoch
+        self.errors = []
 
     @torch.no_grad()
     def prepare_layer(self, epoch: int) -> LayerState:
@@ -299,6 +301,7 @@ class ValueRefinement(ConceptEditor):
         self.log_dict(
             {"train/error": error, "train/distance": distance}, prog_bar=True, batch_size=len(batch), sync_dist=True
         )
+        self.errors.append(error.detach())
         return error + self.pull * distance
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
