@@ -104,7 +104,7 @@ def test_one_concept_set_rules_model_and_data(recipe: Path, workplace: Path) -> 
 
 
 def test_a_training_without_concepts_has_no_links(workplace: Path) -> None:
-    path = Path(__file__).parents[1] / "configs" / "emoji" / "judge.yaml"
+    path = Path(__file__).parents[2] / "configs" / "emoji" / "judge.yaml"
     parsed = parse("fit", "--config", str(path))
     assert isinstance(parsed.model, JudgeTraining)
     assert Path(parsed.trainer.log_dir) == Path("logs/emoji/judge/version_0")

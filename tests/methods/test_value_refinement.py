@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,13 @@ import lightning as L
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
-from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
-from lit_unlearn.methods.base import CHECKPOINT_KEY
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
@@ -55,14 +51,8 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt(hook: str, epoch: int, step: int | None = None) -> Hook:
-    """Ends a run as a crash does."""
-
-    def stop(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
-        if module.current_epoch == epoch and (step is None or trainer.global_step == step):
-            raise Interrupted
-
-    return Hook(hook, stop)
+def interrupt(*_: Any) -> None:
+    raise Interrupted
 
 
 class SameNoise(ValueRefinement):
@@ -76,7 +66,7 @@ def started(module: ValueRefinement, fit: Fit, **data: Any) -> ValueRefinement:
     """``module`` as it is in its first layer, before the first step."""
 
     with pytest.raises(Interrupted):
-        fit(module, interrupt("on_train_batch_start", 0), **data)
+        fit(module, Hook("on_train_batch_start", interrupt), **data)
     module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # nothing to log to outside of a run
     return module
 
@@ -395,106 +385,6 @@ def test_velocity_prediction_and_half_precision(dtype: str, tiny_sd2: Path, refi
         sorted(changed(edited, module.pretrained.values | {n: v for n, v in edited.items() if n not in LAYERS}))
         == LAYERS
     )
-
-
-# --- checkpoints
-
-
-def saved(refinement: Refinement, fit: Fit, path: Path, **arguments: Any) -> ValueRefinement:
-    """An edited module, and its checkpoint at ``path``."""
-    module = refinement(**arguments)
-    fit(module, null_space_edit()).save_checkpoint(path)
-    return module
-
-
-def test_a_checkpoint_restores_the_edit_bit_for_bit(
-    refinement: Refinement, fit: Fit, trainer_with: Fit, pets: str, tmp_path: Path
-) -> None:
-    edited = saved(refinement, fit, tmp_path / "run.ckpt")
-    assert edited.pretrained.change_ratio() > 1e-3
-    again, data = refinement(), ConceptPrompts("dog", pets, images_per_prompt=1)
-    (pictures,) = trainer_with().predict(again, data, ckpt_path=str(tmp_path / "run.ckpt"))
-    assert changed(weights(edited), weights(again)) == []
-    assert torch.equal(again.values, edited.values)
-    items = data.test_dataloader().dataset.items
-    prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
-    assert torch.equal(pictures, edited.generate(prompts, seeds))
-    with edited.pretrained.restored():
-        assert not torch.equal(pictures, edited.generate(prompts, seeds))
-    # The reference is the base model's, not the checkpoint's.
-    assert again.pretrained.change_ratio() == edited.pretrained.change_ratio()
-    assert again.report == edited.report
-    assert again.current_cost() == edited.current_cost()
-
-
-def test_a_checkpoint_holds_the_edited_weights_and_the_values_only(
-    refinement: Refinement, fit: Fit, tmp_path: Path
-) -> None:
-    saved(refinement, fit, tmp_path / "run.ckpt")
-    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert set(checkpoint["state_dict"]) == {*LAYERS, "values"}
-    ours = checkpoint[CHECKPOINT_KEY]
-    assert (ours["method"], ours["concepts"], ours["edited_names"]) == ("ValueRefinement", ["dog"], LAYERS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        ({"concept": "cat"}, "The checkpoint edits dog, but concept=cat: pass --concept 'dog'"),
-        ({"first_layer": 2}, "its edited weights do not fit"),
-        ({"model": "tiny_sd2"}, "made from another base model"),
-    ],
-)
-def test_a_checkpoint_of_another_edit_is_refused(
-    arguments: dict[str, Any],
-    problem: str,
-    refinement: Refinement,
-    fit: Fit,
-    trainer_with: Fit,
-    pets: str,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
-    saved(refinement, fit, tmp_path / "run.ckpt")
-    if "model" in arguments:
-        arguments = {"model": str(request.getfixturevalue(arguments["model"]))}
-    data = ConceptPrompts("dog", pets)
-    with pytest.raises(ValueError, match=problem):
-        trainer_with().predict(refinement(**arguments), data, ckpt_path=str(tmp_path / "run.ckpt"))
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize(
-    ("every_n_train_steps", "stop", "steps_in_checkpoint"),
-    [
-        pytest.param(None, interrupt("on_train_epoch_start", 2), 6, id="between two layers"),
-        pytest.param(1, interrupt("on_train_batch_end", 1, step=6), 5, id="within a layer"),
-        pytest.param(3, interrupt("on_train_epoch_end", 1), 6, id="between the last step of a layer and its edit"),
-        pytest.param(3, interrupt("on_train_epoch_end", 3), 12, id="before the last edit"),
-    ],
-)
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    every_n_train_steps: int | None,
-    stop: Hook,
-    steps_in_checkpoint: int,
-    refinement: Refinement,
-    fit: Fit,
-    tmp_path: Path,
-) -> None:
-    build = partial(refinement, rounds=2)
-    whole, first, resumed = build(), build(), build()
-    fit(whole, null_space_edit(), steps=3)
-    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every_n_train_steps)
-    with pytest.raises(Interrupted):
-        fit(first, stop, null_space_edit(), keep(), steps=3)
-    last = tmp_path / "saved/last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == steps_in_checkpoint
-    trainer = fit(resumed, null_space_edit(), keep(), steps=3, ckpt_path=last)
-    assert changed(weights(whole), weights(resumed)) == []
-    assert (trainer.current_epoch, trainer.global_step) == (4, 12)
-    assert whole.pretrained.change_ratio() > 1e-3
-    assert resumed.report == whole.report
 
 
 # --- wrong values
