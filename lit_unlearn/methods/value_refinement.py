@@ -168,11 +168,13 @@ class ValueRefinement(ConceptEditor):
         """Say how far the edit has come, which Lightning's count of epochs does not when a layer has just ended."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["progress"] = dict(self.progress)
+        checkpoint[CHECKPOINT_KEY]["errors"] = [float(error) for error in self.errors]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint and take up its progress."""
         super().on_load_checkpoint(checkpoint)
         self.progress = dict(checkpoint[CHECKPOINT_KEY]["progress"])
+        self.errors = [torch.tensor(error) for error in checkpoint[CHECKPOINT_KEY]["errors"]]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """An optimizer of V1 alone."""

@@ -76,14 +76,22 @@ def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit
 
 
 def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: Fit) -> None:
-    module, edit = refinement(rounds=2), Nudge()
-    fit(module, edit)
+    module, edit, losses = refinement(rounds=2), Nudge(), []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(outputs["loss"].item())
+
+    fit(module, edit, Losses(), steps=3)
     assert set(module.report["layers"]) == set(LAYERS)
     for place, name in enumerate(LAYERS):
         delta, weight = edit.described[2 + place]
         now = module.components.named_parameters()[name].double()
         assert torch.equal(weight + delta, now)
-        assert module.report["layers"][name] == {"round": 2, "largest": float(delta.abs().max())}
+        # Without a pull the loss is the error. The second round begins with the seventh step.
+        first, _, last = losses[6 + 3 * place : 9 + 3 * place]
+        expected = {"round": 2, "largest": float(delta.abs().max()), "first_error": first, "last_error": last}
+        assert module.report["layers"][name] == expected
         assert not torch.equal(delta, edit.delta)  # float32 rounds
 
 

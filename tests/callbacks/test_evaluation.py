@@ -16,7 +16,6 @@ from lit_unlearn.data.prompts import ConceptPrompts, Pictures
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
-
 REDNESS = 0.4988  # no picture of the random pipeline is near it, so that rounding cannot turn a verdict
 
 
