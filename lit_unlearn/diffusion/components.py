@@ -120,6 +120,7 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
         ValueError: As ``check_model``; or the pipeline is of another architecture.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.utils import is_accelerate_available
     from transformers import CLIPTextModel, CLIPTokenizer
 
     path = resolve_model(model)
@@ -133,12 +134,14 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
                 "(Stable Diffusion 1.x and 2.x) can be edited."
             )
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=dtype, **options)
+    # What diffusers would fall back to anyhow, with a page of advice.
+    models = {**options, "dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
+    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **models)
     components = DiffusionComponents(
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
         text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **options),
         unet=unet,
-        vae=AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype, **options),
+        vae=AutoencoderKL.from_pretrained(path, subfolder="vae", **models),
         scheduler=_load_scheduler(path, options),
     )
     for module in components.modules().values():

@@ -57,6 +57,17 @@ class AttributeClassifier(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
 
+def check_judge(path: str | Path) -> None:
+    """Check that a folder holds a ``ClassifierJudge``, without loading it.
+
+    Raises:
+        ValueError: A file is missing.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (Path(path) / name).is_file():
+            raise ValueError(f"judge={str(path)!r} has no {name}: give a folder made by emoji/judge.yaml.")
+
+
 class ClassifierJudge:
     """Answers questions with an ``AttributeClassifier``; see ``Judge``.
 
@@ -70,10 +81,8 @@ class ClassifierJudge:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        check_judge(path)
         self.path = Path(path)
-        for name in ("config.json", "model.safetensors"):
-            if not (self.path / name).is_file():
-                raise ValueError(f"judge={str(path)!r} has no {name}: give a folder made by emoji/judge.yaml.")
         try:
             config = json.loads((self.path / "config.json").read_text())
             weights = load_file(self.path / "model.safetensors")

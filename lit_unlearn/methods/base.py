@@ -20,7 +20,7 @@ from lit_unlearn.diffusion.components import DiffusionComponents, check_model, l
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import ForwardCount, decode_latents, initial_noise, sample_latents
-from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.evaluation.classifier import ClassifierJudge, check_judge
 from lit_unlearn.evaluation.judges import Judge, judge_questions
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.evaluation.pictures import to_uint8
@@ -69,6 +69,8 @@ class ConceptEditor(L.LightningModule):
         self.edited = edited_concepts(concept, self.concepts)
         self.edited_parameters = edited_parameters
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        if judge != "emoji":  # that of the embedded model is needed, and looked for, only when pictures are judged
+            check_judge(judge)
         if num_inference_steps < 1:
             raise ValueError(f"model.num_inference_steps={num_inference_steps} must be at least 1.")
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -198,9 +200,7 @@ class ConceptEditor(L.LightningModule):
 
     def load_judge(self) -> Judge:
         """The judge that ``judge`` names."""
-        if self.judge_path != "emoji":
-            return ClassifierJudge(self.judge_path)
-        return ClassifierJudge(Path(resolve_model("emoji-sd")) / "judge")
+        return ClassifierJudge(judge_folder(self.judge_path))
 
     def on_test_start(self) -> None:
         """Make judge and metrics."""
@@ -270,6 +270,11 @@ class ConceptEditor(L.LightningModule):
     def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of the edited model."""
         return self.generate([item.prompt for item in batch], [item.seed for item in batch])
+
+
+def judge_folder(judge: str) -> Path:
+    """Folder of the judge that ``judge`` names: ``emoji`` stands for the one beside the embedded model."""
+    return Path(resolve_model("emoji-sd")) / "judge" if judge == "emoji" else Path(judge)
 
 
 def linear_layer(components: DiffusionComponents, weight_name: str) -> nn.Linear:
