@@ -36,9 +36,14 @@ def plain_warnings() -> Iterator[None]:
 
 def essence(error: BaseException) -> str:
     """Return the message of ``error`` in one line, without what jsonargparse wraps around that of an ``__init__``."""
-    while str(error).startswith("Does not validate against any") and error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())
+    message = str(error)
+    if message.startswith("Does not validate against any"):
+        cause = error.__cause__
+        if cause is not None and not str(cause).startswith("Does not validate against any"):
+            message = str(cause)
+        elif found := re.search(r"^ *- (.+)", message, flags=re.MULTILINE):
+            message = found[1]
+    return " ".join(message.split())
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -80,6 +80,9 @@ def test_essence_is_one_line_of_the_innermost_message() -> None:
     wrapped = ValueError("Does not validate against any of the Union subtypes\nErrors: ...")
     wrapped.__cause__ = reason
     assert essence(wrapped) == "rounds=0 must be at least 1."
+    listed = ValueError("Does not validate against any of the Union subtypes\nErrors:\n  - steps=0\n  - Expected None")
+    listed.__cause__ = listed
+    assert essence(listed) == "steps=0"
 
 
 def test_only_value_errors_are_mistakes_of_the_user() -> None:

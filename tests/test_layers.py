@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "diffusion": {"core"},
     "data": {"core", "diffusion"},
     "evaluation": {"core", "diffusion"},
-    "emoji": {"core", "diffusion", "evaluation"},
+    "emoji": {"core", "data", "diffusion", "evaluation"},
     "methods": {"core", "diffusion", "data", "evaluation"},
     "callbacks": {"core", "diffusion", "data", "evaluation", "methods"},
 }

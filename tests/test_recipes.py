@@ -49,6 +49,17 @@ def test_a_file_as_given_comes_first_then_configs_here_then_the_package(empty_fo
     assert recipes.find_recipe(name) == Path(name)
 
 
+def test_a_wheel_has_its_recipes_inside_the_package(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = empty_folder / "site-packages" / "lit_unlearn"
+    foreign = package.parent / "configs"  # of some other package
+    for folder in (package / "configs" / "emoji", foreign):
+        folder.mkdir(parents=True)
+        (folder / "judge.yaml").write_text("method: x")
+    monkeypatch.setattr(recipes, "files", lambda name: package)
+    assert recipes.find_recipe("emoji/judge.yaml") == package / "configs" / "emoji" / "judge.yaml"
+    assert recipes.recipe_names() == ["emoji/judge.yaml"]
+
+
 def test_names_of_recipes_are_those_that_are_found(empty_folder: Path) -> None:
     assert set(recipes.recipe_names()) == set(RECIPES)
     for name in recipes.recipe_names():

@@ -20,9 +20,9 @@ from lit_unlearn.core.closed_form import (
     null_space_update,
 )
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
 from lit_unlearn.evaluation.figures import spectrum_figure
-from lit_unlearn.methods.value_refinement import ENCODE_BATCH, LayerState, ValueRefinement
+from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
 
 class ClosedFormEdit(L.Callback):

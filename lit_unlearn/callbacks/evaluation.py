@@ -28,7 +28,7 @@ from lit_unlearn.methods.base import ConceptEditor
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Where a run keeps what it makes: the logger's version folder, or the default root."""
+    """Where a run keeps what it makes: the logger's version folder, or the default root; to be asked on every rank."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
@@ -133,12 +133,11 @@ class EvaluationReport(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ConceptEditor)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
-        drift = self._mean_drift(trainer)
+        drift, folder = self._mean_drift(trainer), run_folder(trainer)  # so do these
         if not trainer.is_global_zero:
             return
-        folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        scores = self._scores(trainer, pl_module, before, after, drift)
+        scores = self._scores(folder, trainer, pl_module, before, after, drift)
         scores.save(folder / "scores.json")
         grid = self._grid(pl_module)
         save_png(folder / "grid.png", grid)
@@ -158,6 +157,7 @@ class EvaluationReport(L.Callback):
 
     def _scores(
         self,
+        folder: Path,
         trainer: L.Trainer,
         module: ConceptEditor,
         before: dict[str, Any],
@@ -168,7 +168,7 @@ class EvaluationReport(L.Callback):
         cost = module.current_cost()
         return Scores.from_metric(
             after,
-            method=method_name(trainer, module),
+            method=method_name(folder, module),
             backbone=Source(module.model_id, module.base_fingerprint),
             concepts=Source(module.concepts.name, module.concepts.sha256),
             edited=[concept.name for concept in module.edited],
@@ -193,9 +193,8 @@ class EvaluationReport(L.Callback):
         )
 
 
-def method_name(trainer: L.Trainer, module: ConceptEditor) -> str:
+def method_name(folder: Path, module: ConceptEditor) -> str:
     """The recipe's name of the method, from the run's folder ``METHOD/CONCEPT/version_N``; else the class."""
-    folder = run_folder(trainer)
     return folder.parents[1].name if folder.name.startswith("version_") else type(module).__name__
 
 

@@ -28,6 +28,10 @@ class SavePictures(BasePredictionWriter):
         self.output = Path(output) if output else None
 
     @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder = self.output or run_folder(trainer) / "pictures"
+
+    @override
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
@@ -40,8 +44,11 @@ class SavePictures(BasePredictionWriter):
     ) -> None:
         assert isinstance(pl_module, ConceptEditor)
         names = list(pl_module.concepts.concepts)
-        folder = self.output or run_folder(trainer) / "pictures"
         for item, picture in zip(batch, prediction, strict=True):
-            path = folder / names[item.concept_index].replace(" ", "_") / f"{item.prompt_index}-{item.image_index}.png"
+            path = (
+                self.folder
+                / names[item.concept_index].replace(" ", "_")
+                / f"{item.prompt_index}-{item.image_index}.png"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, to_pil(picture.float() / 255))

@@ -85,7 +85,7 @@ def check_model(model: str) -> dict[str, list[str]]:
         Names of the parameters of ``text_encoder``, ``unet`` and ``vae``, read from the headers of the weight files.
 
     Raises:
-        ValueError: A part or a file is missing, or a weight file is corrupt.
+        ValueError: A part or a file is missing, a weight file is corrupt, or the pipeline is of another architecture.
     """
     path = resolve_model(model)
     if isinstance(path, str):
@@ -93,9 +93,22 @@ def check_model(model: str) -> dict[str, list[str]]:
     for part in ("model_index.json", *PARTS):
         if not (path / part).exists():
             raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
+    try:
+        index = json.loads((path / "model_index.json").read_text())
+        encoder = index["text_encoder"][1]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"model={model!r}: {path / 'model_index.json'} names no text_encoder: copy it again."
+        ) from error
+    if encoder != "CLIPTextModel" or "text_encoder_2" in index:
+        raise ValueError(
+            f"model={model!r} has the text encoder {encoder!r}: only pipelines with a single CLIPTextModel "
+            "(Stable Diffusion 1.x and 2.x) can be edited."
+        )
     names: dict[str, list[str]] = {}
     for part in ("text_encoder", "unet", "vae"):
-        weights = sorted((path / part).glob("*.safetensors"))
+        # Half-precision copies lie beside the weights in some folders.
+        weights = sorted(file for file in (path / part).glob("*.safetensors") if ".fp16." not in file.name)
         if not weights:
             raise ValueError(f"model={model!r} has no *.safetensors in {part}/: convert it with save_pretrained first.")
         names[part] = []
@@ -117,7 +130,7 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        ValueError: As ``check_model``; or the pipeline is of another architecture.
+        ValueError: As ``check_model``.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import is_accelerate_available
@@ -126,13 +139,6 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
     path = resolve_model(model)
     if isinstance(path, Path):
         check_model(model)
-        index = json.loads((path / "model_index.json").read_text())
-        encoder = (index.get("text_encoder") or [None, None])[1]
-        if encoder != "CLIPTextModel" or "text_encoder_2" in index:
-            raise ValueError(
-                f"model={model!r} has the text encoder {encoder!r}: only pipelines with a single CLIPTextModel "
-                "(Stable Diffusion 1.x and 2.x) can be edited."
-            )
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
     # What diffusers would fall back to anyhow, with a page of advice.
     models = {**options, "dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}

@@ -6,10 +6,15 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+
+ENCODE_BATCH = 64
+"""Prompts that are encoded at once where many are."""
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -31,6 +36,15 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 def encode(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
     """Return the states that the UNet attends to, ``encoder_hidden_states`` (B, L, D), of ``input_ids`` (B, L)."""
     return text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
+
+
+def residual_stream(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
+    """Output (n, L, D), float32, of the last layer for ``input_ids`` (n, L), before the final layer norm."""
+    parts = [
+        text_encoder(part.to(text_encoder.device), output_hidden_states=True).hidden_states[-1].float()
+        for part in input_ids.split(ENCODE_BATCH)
+    ]
+    return torch.cat(parts)
 
 
 def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:

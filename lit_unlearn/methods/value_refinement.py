@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,9 @@ from lit_unlearn.core.alignment import align_tokens, positions_mask
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream, tokenize
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
 from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel
-
-ENCODE_BATCH = 64
 
 
 @dataclass
@@ -327,12 +322,3 @@ class ValueRefinement(ConceptEditor):
         """x_t (B, C, H, W) by the scheduler's forward process."""
         alphas_cumprod = self.components.scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
         return alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise
-
-
-def residual_stream(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
-    """Output (n, L, D), float32, of the last layer for ``input_ids`` (n, L), before the final layer norm."""
-    parts = [
-        text_encoder(part.to(text_encoder.device), output_hidden_states=True).hidden_states[-1].float()
-        for part in input_ids.split(ENCODE_BATCH)
-    ]
-    return torch.cat(parts)
