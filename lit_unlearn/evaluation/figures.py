@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def spectrum_figure(spectra: Mapping[str, Sequence[float]], cutoffs: Mapping[str, float]) -> Figure:
-    """Eigenvalues of ``K0 K0ᵀ`` per layer, relative to their mean; hollow where they span the null space.
+    """Eigenvalues of ``K0 K0ᵀ`` per layer, relative to their mean; dotted where they span the null space.
 
     Args:
         spectra: Eigenvalues of each layer, ascending.
