@@ -206,7 +206,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path), answers), nprocs=2)
     expected = enter(new_metric(), answers).compute()
     for rank in range(2):
-        assert torch.load(tmp_path / f"rank{rank}.pt") == expected
+        assert torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) == expected
 
 
 def test_intervals_are_wilson_s_and_hold_the_score() -> None:
