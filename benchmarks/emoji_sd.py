@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, Pictures
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model
-from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.components import load_components, resolve_model
+from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.evaluation.classifier import ClassifierJudge
@@ -36,20 +35,6 @@ def judge_accuracy(judge: ClassifierJudge, images: Tensor, labels: Tensor) -> di
     return {
         name: (logits[name].argmax(dim=-1) == labels[:, i]).float().mean().item() for i, name in enumerate(ATTRIBUTES)
     }
-
-
-def generate(components: DiffusionComponents, prompts: list[str], seeds: list[int], steps: int, scale: float) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1]."""
-    latents = sample_latents(
-        components.unet,
-        components.scheduler,
-        encode_prompts(components.tokenizer, components.text_encoder, prompts),
-        encode_prompts(components.tokenizer, components.text_encoder, [""]),
-        initial_noise(components.unet, seeds),
-        steps,
-        scale,
-    )
-    return decode_latents(components.vae, latents)
 
 
 def main() -> None:
@@ -89,7 +74,7 @@ def main() -> None:
     started = time.perf_counter()
     for start in range(0, len(pictures), 40):
         batch = pictures[start : start + 40]
-        made = generate(
+        made = draw_pictures(
             components,
             [item.prompt for item in batch],
             [item.seed for item in batch],

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lit_unlearn.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model
-from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.errors import plain_warnings, user_errors
 from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
 from lit_unlearn.export import check_output, export_delta, export_pipeline, provenance
@@ -79,23 +78,21 @@ def draw(
     guidance_scale: float,
 ) -> Tensor:
     """Pictures (prompts * seeds, 3, H, W) in [0, 1], each prompt with every seed, under a progress bar."""
-    unet, text_encoder, tokenizer = components.unet, components.text_encoder, components.tokenizer
-    with torch.no_grad():
-        states = encode_prompts(tokenizer, text_encoder, prompts)
-        empty = encode_prompts(tokenizer, text_encoder, [""])
-    states = states.repeat_interleave(len(seeds), dim=0)
-    noise = initial_noise(unet, list(seeds) * len(prompts))
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    batches = [wanted[start : start + BATCH_SIZE] for start in range(0, len(wanted), BATCH_SIZE)]
     pictures: list[Tensor] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Drawing", total=num_inference_steps * -(-len(noise) // BATCH_SIZE))
-        handle = unet.register_forward_hook(lambda *_: progress.advance(task))
-        for batch, start in zip(states.split(BATCH_SIZE), noise.split(BATCH_SIZE), strict=True):
-            latents = sample_latents(
-                unet, components.scheduler, batch, empty, start, num_inference_steps, guidance_scale
-            )
-            pictures.append(decode_latents(components.vae, latents))
-        handle.remove()
+        task = progress.add_task("Drawing", total=num_inference_steps * len(batches))
+        handle = components.unet.register_forward_hook(lambda *_: progress.advance(task))
+        try:
+            for batch in batches:
+                batch_prompts, batch_seeds = zip(*batch, strict=True)
+                pictures.append(
+                    draw_pictures(components, batch_prompts, batch_seeds, num_inference_steps, guidance_scale)
+                )
+        finally:
+            handle.remove()
     return torch.cat(pictures)
 
 

@@ -11,8 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.components import load_components, resolve_model
-from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import draw_pictures, initial_noise
 from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.scores import Scores
 
@@ -47,18 +46,7 @@ def test_plain_diffusers_draws_the_same_picture(kind: type[DiffusionPipeline], j
     theirs = pipeline(
         "a dog at sunset", num_inference_steps=10, guidance_scale=4.0, latents=noise, output_type="pt"
     ).images
-    ours = decode_latents(
-        components.vae,
-        sample_latents(
-            components.unet,
-            components.scheduler,
-            encode_prompts(components.tokenizer, components.text_encoder, ["a dog at sunset"]),
-            encode_prompts(components.tokenizer, components.text_encoder, [""]),
-            noise,
-            10,
-            4.0,
-        ),
-    )
+    ours = draw_pictures(components, ["a dog at sunset"], [3], 10, 4.0)
     # Both run in float32; only the order of sums differs.
     torch.testing.assert_close(ours, theirs.cpu(), rtol=0, atol=2e-3)
     assert judge(ours, [load_concept_set("emoji20").get("dog").question]).item() > 0.5

@@ -18,8 +18,7 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
-from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import ForwardCount, decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import ForwardCount, draw_pictures
 from lit_unlearn.evaluation.classifier import ClassifierJudge, check_judge
 from lit_unlearn.evaluation.judges import Judge, judge_questions
 from lit_unlearn.evaluation.metrics import ForgetRetain
@@ -186,17 +185,8 @@ class ConceptEditor(L.LightningModule):
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
-        tokenizer, scheduler = self.components.tokenizer, self.components.scheduler
-        latents = sample_latents(
-            self.unet,
-            scheduler,
-            encode_prompts(tokenizer, self.text_encoder, prompts),
-            encode_prompts(tokenizer, self.text_encoder, [""]),
-            initial_noise(self.unet, seeds),
-            self.num_inference_steps,
-            self.guidance_scale,
-        )
-        return to_uint8(decode_latents(self.vae, latents))
+        pictures = draw_pictures(self.components, prompts, seeds, self.num_inference_steps, self.guidance_scale)
+        return to_uint8(pictures)
 
     def load_judge(self) -> Judge:
         """The judge that ``judge`` names."""

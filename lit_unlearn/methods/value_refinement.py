@@ -191,7 +191,8 @@ class ValueRefinement(ConceptEditor):
         with self.pretrained.restored(), torch.no_grad():
             self.gather_moments()
             self.goal_states = encode(self.text_encoder, target_ids)
-            self.goal_residual = self.align(residual_stream(self.text_encoder, target_ids))
+            if self.start == "residual":
+                self.goal_residual = self.align(residual_stream(self.text_encoder, target_ids))
             if self.value_choice == "refined":
                 self.latents = self.edit_latents()
 
