@@ -31,7 +31,7 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.errors import UserError, essence, parse_error, user_errors
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -61,6 +61,8 @@ IGNORED_WARNINGS = (
     "Total length of `list` across ranks is zero",
     r"\s*(\S+( parameter)? was deprecated in v4|By default only one Jsonargparse)",  # what Lightning 2.6 calls
     "Checkpoint directory .* exists and is not empty",
+    ".*configure_optimizers. returned .None., this fit will run with no optimizer",  # a closed form needs none
+    ".*training_step. returned .None.",
     "`max_epochs` was not set",
     "You're resuming from a checkpoint that ended before the epoch ended",
 )
@@ -151,16 +153,20 @@ class UnlearnCLI(LightningCLI):
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         arguments = config.model.init_args
-        if not issubclass(_class(config.model.class_path), ConceptEditor):
+        kind = _class(config.model.class_path)
+        if not issubclass(kind, DiffusionEditor):
             if config.ckpt_path not in (None, "best", "last", "hpc"):
                 with user_errors():
                     load_checkpoint(config.ckpt_path)
                 super()._parse_ckpt_path()
             return
-        if arguments.concept is None:
+        if issubclass(kind, ConceptEditor) and arguments.concept is None:
             raise UserError(f"{subcommand}: name the concept to edit, e.g. --concept dog.")
         with user_errors():
-            concepts = [c.name for c in edited_concepts(arguments.concept, load_concept_set(arguments.concept_set))]
+            concepts = []
+            if issubclass(kind, ConceptEditor):
+                found = edited_concepts(arguments.concept, load_concept_set(arguments.concept_set))
+                concepts = [concept.name for concept in found]
             if config.ckpt_path == "last" or (config.ckpt_path is None and subcommand != "fit"):
                 config.ckpt_path = str(self._newest_checkpoint(concepts))
             if config.ckpt_path is None:
@@ -195,7 +201,7 @@ class UnlearnCLI(LightningCLI):
                 f"{self.config.subcommand} needs a run, and {folder} has none: run `lit-unlearn fit` first, "
                 "or give another run's file with --ckpt_path."
             )
-        print(f"The newest run of {', '.join(concepts)}: {path}")
+        print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")
         return path
 
     @property

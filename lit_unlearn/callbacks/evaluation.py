@@ -176,7 +176,12 @@ class EvaluationReport(L.Callback):
             images_per_concept=module.after.images_per_concept,
             seed=data.seed,
             before=Measurement.from_metric(before),
-            cost=Cost(float(cost["seconds"]), int(cost["unet_forwards"]), int(cost["peak_memory_bytes"]) or None),
+            cost=Cost(
+                float(cost["seconds"]),
+                int(cost["unet_forwards"]),
+                int(cost["peak_memory_bytes"]) or None,
+                int(cost.get("unet_backwards", 0)),
+            ),
             edit=module.report,
             drift=drift or None,
         )
@@ -253,8 +258,8 @@ class EvaluationGrid(L.Callback):
 @contextmanager
 def _uncounted(module: ConceptEditor) -> Iterator[None]:
     """Looking at pictures is no part of what an edit costs: forwards inside the block are not counted."""
-    count = module.forwards.count
+    counts = module.forwards.count, module.forwards.backward
     try:
         yield
     finally:
-        module.forwards.count = count
+        module.forwards.count, module.forwards.backward = counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +22,45 @@ def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A generator on the CPU for what ``key`` names (seed, epoch, step, item, ...), whatever process asks for it."""
+    return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, key)).encode()))
+
+
+def _alpha_sigma(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    alphas_cumprod = scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)].view(-1, 1, 1, 1)
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t (B, C, H, W) by the forward process, of ``latents`` and ``noise`` (B, C, H, W) at ``timesteps`` (B,)."""
+    alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+    return alpha * latents + sigma * noise
+
+
+def training_target(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is trained to put out (B, C, H, W): the noise, or the velocity if the model predicts that."""
+    if scheduler.config.prediction_type != "v_prediction":
+        return noise
+    alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+    return alpha * noise - sigma * latents
+
+
+def predicted_noise(scheduler: SchedulerMixin, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The noise (B, C, H, W) that the UNet's ``output`` at ``noisy`` stands for, whatever the model predicts."""
+    if scheduler.config.prediction_type != "v_prediction":
+        return output
+    alpha, sigma = _alpha_sigma(scheduler, noisy, timesteps)
+    return alpha * output + sigma * noisy
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Latents (B, C, H, W), means of their distribution, of ``pictures`` (B, 3, 8H, 8W), float in [0, 1]."""
+    encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
+    return encoded * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -95,14 +135,18 @@ def draw_pictures(
 
 
 class ForwardCount:
-    """Counts the single pictures that have passed through a UNet; ``count`` is what a batch of one would cost."""
+    """Counts the single pictures that have passed through a UNet; ``count`` is what a batch of one would cost.
+
+    ``backward`` counts those among them through which gradients flow back, at about two forwards each.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.backward = 0
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Add the batch size of ``args``; called by the module as a forward pre-hook."""
         self.count += len(args[0])
+        self.backward += len(args[0]) if torch.is_grad_enabled() else 0
 
 
 @contextmanager

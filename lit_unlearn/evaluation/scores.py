@@ -58,6 +58,8 @@ class Cost:
     unet_forwards: int
     """Pictures or latents that went through the UNet; one of classifier-free guidance counts twice."""
     peak_memory_bytes: int | None = None
+    unet_backwards: int = 0
+    """Those of the forwards through which gradients flowed back, at about two forwards each."""
 
 
 @dataclass(frozen=True, kw_only=True)

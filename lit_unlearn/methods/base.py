@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,19 @@ from lit_unlearn.evaluation.pictures import to_uint8
 CHECKPOINT_KEY = "lit_unlearn"
 """Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
 
+NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
 
-class ConceptEditor(L.LightningModule):
-    """Base of all methods.
+
+class DiffusionEditor(L.LightningModule):
+    """Base of all methods: the pipeline's parts, which of their weights are edited, and what these were before.
 
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
 
     Args:
-        concept: Name or names of the concepts to edit; set with ``--concept``.
         model: Folder of a pipeline in the diffusers layout, ``emoji-sd`` (the embedded model), or a hub id.
         revision: Branch, tag or commit, if ``model`` is a hub id.
         dtype: Type of the frozen weights: ``float32``, ``bfloat16`` or ``float16``. Edited weights have it too.
-        concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
         edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
-        judge: ``emoji`` (beside the embedded model), or a folder with a judge.
         num_inference_steps: Denoising steps of every picture.
         guidance_scale: Strength of classifier-free guidance of every picture.
 
@@ -50,26 +49,19 @@ class ConceptEditor(L.LightningModule):
 
     def __init__(
         self,
-        concept: str | list[str],
         model: str = "emoji-sd",
         revision: str | None = None,
         dtype: str = "float32",
-        concept_set: str = "emoji20",
         edited_parameters: str = "xattn",
-        judge: str = "emoji",
         num_inference_steps: int = 15,
         guidance_scale: float = 4.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.strict_loading = False  # a checkpoint holds the edited weights only
-        self.model_id, self.revision, self.judge_path = model, revision, judge
-        self.concepts = load_concept_set(concept_set)
-        self.edited = edited_concepts(concept, self.concepts)
+        self.model_id, self.revision = model, revision
         self.edited_parameters = edited_parameters
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        if judge != "emoji":  # that of the embedded model is needed, and looked for, only when pictures are judged
-            check_judge(judge)
         if num_inference_steps < 1:
             raise ValueError(f"model.num_inference_steps={num_inference_steps} must be at least 1.")
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -79,10 +71,15 @@ class ConceptEditor(L.LightningModule):
         if names:
             self.select(names)
         self.forwards = ForwardCount()
-        self.cost = {"seconds": 0.0, "unet_forwards": 0, "peak_memory_bytes": 0}
+        self.cost = dict(NO_COST)
         self.report: dict[str, Any] = {}
-        self._loaded_cost = dict(self.cost)
+        self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
+
+    @property
+    def edited_labels(self) -> list[str]:
+        """What is edited, as checkpoints and folders name it: the concepts' names; none if it is no concept."""
+        return []
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods narrow it."""
@@ -106,7 +103,7 @@ class ConceptEditor(L.LightningModule):
         self.base_fingerprint = fingerprint(self.pretrained.values)
         self.unet.register_forward_pre_hook(self.forwards)
 
-    def train(self, mode: bool = True) -> ConceptEditor:
+    def train(self, mode: bool = True) -> DiffusionEditor:
         """Keep the pipeline in evaluation mode whatever Lightning asks: there is no dropout to train with."""
         return super().train(False)
 
@@ -123,7 +120,7 @@ class ConceptEditor(L.LightningModule):
         checkpoint["hyper_parameters"] = {k: repr(v) if callable(v) else v for k, v in hyper_parameters.items()}
         checkpoint[CHECKPOINT_KEY] = {
             "method": type(self).__name__,
-            "concepts": [concept.name for concept in self.edited],
+            "concepts": self.edited_labels,
             "model": self.model_id,
             "edited_names": self.edited_names,
             "base_fingerprint": self.base_fingerprint,
@@ -140,10 +137,9 @@ class ConceptEditor(L.LightningModule):
         ours = checkpoint.get(CHECKPOINT_KEY)
         if ours is None:
             raise ValueError("The checkpoint was not made by lit-unlearn: it has no provenance.")
-        concepts = [concept.name for concept in self.edited]
-        if ours["concepts"] != concepts:
+        if ours["concepts"] != self.edited_labels:
             raise ValueError(
-                f"The checkpoint edits {', '.join(ours['concepts'])}, but concept={', '.join(concepts)}: "
+                f"The checkpoint edits {', '.join(ours['concepts'])}, but concept={', '.join(self.edited_labels)}: "
                 f"pass --concept {ours['concepts'][0]!r}."
             )
         if ours["edited_names"] != self.edited_names or ours["base_fingerprint"] != self.base_fingerprint:
@@ -158,7 +154,7 @@ class ConceptEditor(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start the clock."""
-        self._started, self.forwards.count = time.perf_counter(), 0
+        self._started, self.forwards.count, self.forwards.backward = time.perf_counter(), 0, 0
 
     def on_fit_end(self) -> None:
         """Stop the clock: what follows in the same process is no cost of the edit."""
@@ -166,7 +162,7 @@ class ConceptEditor(L.LightningModule):
         self._started = None
 
     def current_cost(self) -> dict[str, float | int]:
-        """Seconds and UNet forwards of the fit so far, with earlier parts of a resumed run; peak memory in bytes."""
+        """Seconds, UNet forwards and backwards of the fit, with what a resumed run did before; peak memory in bytes."""
         if self._started is None:
             return self._loaded_cost
         if torch.cuda.is_available():
@@ -177,6 +173,7 @@ class ConceptEditor(L.LightningModule):
         return {
             "seconds": self._loaded_cost["seconds"] + time.perf_counter() - self._started,
             "unet_forwards": self._loaded_cost["unet_forwards"] + self.forwards.count,
+            "unet_backwards": self._loaded_cost.get("unet_backwards", 0) + self.forwards.backward,
             "peak_memory_bytes": max(self._loaded_cost["peak_memory_bytes"], peak),
         }
 
@@ -187,6 +184,58 @@ class ConceptEditor(L.LightningModule):
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
         pictures = draw_pictures(self.components, prompts, seeds, self.num_inference_steps, self.guidance_scale)
         return to_uint8(pictures)
+
+    def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
+        """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.
+
+        Args:
+            count: How many rows there are.
+            make: From numbers of rows to these rows, (n, ...); what it makes of a number depends on that alone.
+
+        Returns:
+            All rows (count, ...), on every process.
+        """
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        if world_size == 1:
+            return make(list(range(count)))
+        share = list(range(rank, count, world_size)) or [0]
+        share += [share[-1]] * (-(-count // world_size) - len(share))  # all_gather takes equal shapes
+        gathered = self.all_gather(make(share))  # (world_size, n, ...)
+        assert isinstance(gathered, Tensor)
+        return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+
+class ConceptEditor(DiffusionEditor):
+    """Base of the methods that edit concepts: which ones, and the test by pictures of all concepts of a set.
+
+    Args:
+        concept: Name or names of the concepts to edit; set with ``--concept``.
+        concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
+        judge: ``emoji`` (beside the embedded model), or a folder with a judge.
+        **kwargs: See ``DiffusionEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        concept: str | list[str],
+        concept_set: str = "emoji20",
+        judge: str = "emoji",
+        **kwargs: object,
+    ) -> None:
+        self.concepts = load_concept_set(concept_set)
+        self.edited = edited_concepts(concept, self.concepts)
+        self.judge_path = judge
+        if judge != "emoji":  # that of the embedded model is needed, and looked for, only when pictures are judged
+            check_judge(judge)
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+
+    @property
+    def edited_labels(self) -> list[str]:
+        """Names of the edited concepts."""
+        return [concept.name for concept in self.edited]
 
     def load_judge(self) -> Judge:
         """The judge that ``judge`` names."""

@@ -10,7 +10,6 @@ into the weight. The second moment of the retained prompts' inputs (K0) is gathe
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream, tokenize
-from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents, seeded
 from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
 
 
@@ -289,7 +288,7 @@ class ValueRefinement(ConceptEditor):
         if self.value_choice != "refined":
             return values.sum() * 0  # V1 stays as it is
         latents, noise, timesteps = self.noise(batch, batch_idx)
-        noisy = self.add_noise(latents, noise, timesteps)
+        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
         with replace_output(state.layer, values, self.mask[pairs]):
             states = encode(self.text_encoder, self.edit_ids[pairs.cpu()])
         with torch.no_grad():
@@ -310,16 +309,10 @@ class ValueRefinement(ConceptEditor):
         latents, noise, timesteps = [], [], []
         for item in batch.tolist():
             pair = item % self.num_pairs
-            key = f"{self.seed} {self.current_epoch} {batch_idx} {item}".encode()
-            generator = torch.Generator().manual_seed(zlib.crc32(key))
+            generator = seeded(self.seed, self.current_epoch, batch_idx, item)
             timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
             number = int(torch.randint(len(self.latents), (), generator=generator))
             latents.append(self.latents[number, pair])
             noise.append(torch.randn(self.latents.shape[2:], generator=generator))
         clean = torch.stack(latents)
         return clean, torch.stack(noise).to(clean), torch.stack(timesteps).to(self.device)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t (B, C, H, W) by the scheduler's forward process."""
-        alphas_cumprod = self.components.scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
-        return alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise

@@ -220,4 +220,6 @@ def test_the_rule_decides_the_dimension(
 
 def test_the_unedited_methods_of_the_base_are_no_edit(tiny_sd: object, pets: str) -> None:
     with pytest.raises(ValueError, match="the module is ConceptEditor"):
-        NullSpaceEdit().setup(L.Trainer(logger=False), ConceptEditor("dog", str(tiny_sd), concept_set=pets), "fit")
+        NullSpaceEdit().setup(
+            L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit"
+        )

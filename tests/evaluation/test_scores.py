@@ -73,7 +73,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert set(content["per_concept"]["dog"]) == {"share_with_concept", "n", "missing", "failed", "edited"}
     assert content["per_concept"]["dog"]["edited"] is True
     assert set(content["before"]) == {f.name for f in dataclasses.fields(Measurement)}
-    assert content["cost"] == {"seconds": 12.5, "unet_forwards": 340, "peak_memory_bytes": None}
+    assert content["cost"] == {"seconds": 12.5, "unet_forwards": 340, "peak_memory_bytes": None, "unet_backwards": 0}
     assert len(content["intervals"]["retain"]) == 2
 
 

@@ -364,7 +364,7 @@ def test_a_fit_is_timed_and_what_comes_after_is_not(editor: Editor, monkeypatch:
     monkeypatch.setattr("lit_unlearn.methods.base.time.perf_counter", lambda: next(clock))
     module = editor()
     module.generate(["a dog"], [0])  # before the fit
-    assert module.current_cost() == {"seconds": 0.0, "unet_forwards": 0, "peak_memory_bytes": 0}
+    assert module.current_cost() == {"seconds": 0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
     module.on_fit_start()
     module.generate(["a dog"], [0])
     during = module.current_cost()

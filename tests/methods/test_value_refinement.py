@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
-from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
@@ -82,7 +82,7 @@ def test_values_start_as_the_layers_output(refinement: Refinement, fit: Fit) -> 
     # With these values in its place the layer says what it says anyway: the loss is that of the unedited prompts.
     batch = torch.tensor([0, 1])
     latents, noise, timesteps = module.noise(batch, 0)
-    noisy = module.add_noise(latents, noise, timesteps)
+    noisy = add_noise(module.components.scheduler, latents, noise, timesteps)
     states = [encode_prompts(module.components.tokenizer, module.text_encoder, p) for p in (PROMPTS, TARGETS)]
     prediction, goal = (module.unet(noisy, timesteps, state).sample for state in states)
     # Float32 noise predictions, in two ways to add the bias.
@@ -341,7 +341,10 @@ def test_noise_is_added_as_in_training(refinement: Refinement) -> None:
     module.configure_model()
     latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert torch.equal(module.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps))
+    assert torch.equal(
+        add_noise(module.components.scheduler, latents, noise, timesteps),
+        scheduler.add_noise(latents, noise, timesteps),
+    )
 
 
 def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinement, fit: Fit) -> None:
