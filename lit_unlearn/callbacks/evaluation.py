@@ -26,6 +26,18 @@ from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
 from lit_unlearn.evaluation.tables import scores_table
 from lit_unlearn.methods.base import ConceptEditor
 
+TEST_SCORES = (
+    "forget",
+    "retain",
+    "harmonic_mean",
+    "forget_direct",
+    "forget_indirect",
+    "forget_adversarial",
+    "adjacent",
+    "err",
+)
+"""What a test logs, before and after."""
+
 
 def run_folder(trainer: L.Trainer) -> Path:
     """Where a run keeps what it makes: the logger's version folder, or the default root; to be asked on every rank."""
@@ -141,7 +153,7 @@ class EvaluationReport(L.Callback):
         scores.save(folder / "scores.json")
         grid = self._grid(pl_module)
         save_png(folder / "grid.png", grid)
-        for name in ("forget", "retain", "harmonic_mean", "forget_direct", "forget_indirect"):
+        for name in set(TEST_SCORES) & set(after):
             pl_module.log(f"test/{name}", after[name], rank_zero_only=True)
             pl_module.log(f"test/before/{name}", before[name], rank_zero_only=True)
         if isinstance(trainer.logger, TensorBoardLogger):

@@ -144,6 +144,17 @@ class ConceptSet:
             if not any(other.find_name(prompt) for other in concepts)
         ]
 
+    def adjacent(self, edited: Sequence[str]) -> list[str]:
+        """Return the concepts that are adjacent to one of ``edited`` and not edited themselves, in the set's order.
+
+        Raises:
+            ValueError: The set lacks an edited concept.
+        """
+        concepts = [self.get(name) for name in edited]
+        near = {name_key(name) for concept in concepts for name in concept.adjacent}
+        near -= {name_key(concept.name) for concept in concepts}
+        return [name for name in self.concepts if name_key(name) in near]
+
     def validate(self) -> None:
         """Check everything that an edit and its evaluation rely on.
 

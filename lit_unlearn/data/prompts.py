@@ -6,7 +6,7 @@ global batch in the order that a single process would have used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +47,23 @@ def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Conc
 
 
 class Pictures(Dataset[PictureItem]):
-    """Every (concept, prompt, image) of a concept set, in that order.
+    """Every (concept, prompt, image) of a concept set, in that order, then adversarial prompts of some.
 
     Args:
         concepts: The concept set.
         images_per_prompt: Pictures of each prompt.
         seed: Picture ``i`` of prompt ``p`` (counted over the set) has the seed ``seed + 100_000 * i + p``.
         prompts_per_kind: Take only the first so many direct and indirect prompts of each concept.
+        adversarial: Concepts whose adversarial prompts come last, with seeds that go on behind the others'.
     """
 
     def __init__(
-        self, concepts: ConceptSet, images_per_prompt: int, seed: int, prompts_per_kind: int | None = None
+        self,
+        concepts: ConceptSet,
+        images_per_prompt: int,
+        seed: int,
+        prompts_per_kind: int | None = None,
+        adversarial: Sequence[str] = (),
     ) -> None:
         self.items: list[PictureItem] = []
         number = 0
@@ -68,6 +74,17 @@ class Pictures(Dataset[PictureItem]):
                     if prompts_per_kind is not None and place >= prompts_per_kind:
                         continue
                     prompt_index = place + kind * len(concept.direct)
+                    self.items += [
+                        PictureItem(
+                            prompt, concept.question, concept_index, prompt_index, i, seed + 100_000 * i + number - 1
+                        )
+                        for i in range(images_per_prompt)
+                    ]
+        for concept_index, concept in enumerate(concepts.concepts.values()):
+            for place, prompt in enumerate(concept.adversarial):
+                number += 1
+                if concept.name in adversarial:
+                    prompt_index = len(concept.prompts) + place
                     self.items += [
                         PictureItem(
                             prompt, concept.question, concept_index, prompt_index, i, seed + 100_000 * i + number - 1
@@ -193,8 +210,9 @@ class ConceptPrompts(L.LightningDataModule):
         return self._pictures(Pictures(self.concepts, 1, self.seed, prompts_per_kind=1))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every evaluation prompt of every concept."""
-        return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed))
+        """Every evaluation prompt of every concept, and the adversarial prompts of the edited ones."""
+        edited = [concept.name for concept in self.edited]
+        return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed, adversarial=edited))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch of tensors; picture items hold none, and Lightning does not take frozen dataclasses apart."""

@@ -12,21 +12,26 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
+ERR_TERMS = ("forget_direct", "retain", "adjacent", "forget_indirect", "forget_adversarial")
+"""What the challenge's score is the harmonic mean of."""
+
 NOT_JUDGED = -2
 FAILED = -1
 """States of a picture. Failed is the greater, so that one replica's failure outlives the others' ``NOT_JUDGED`` when
 replicas are merged by their maximum; a verdict (0 or 1) outlives both."""
 
 
-def harmonic_mean(a: float, b: float) -> float:
-    """Return ``2ab / (a + b)``, 0 if both are 0, nan if either is nan.
+def harmonic_mean(*scores: float) -> float:
+    """Return ``n / (1/a + 1/b + ...)``, for two scores ``2ab / (a + b)``; 0 if one is 0, nan if one is nan.
 
     Raises:
-        ValueError: A negative score.
+        ValueError: A negative score, or none at all.
     """
-    if a < 0 or b < 0:
-        raise ValueError(f"harmonic_mean({a}, {b}): scores cannot be negative.")
-    return 0.0 if a == b == 0 else 2 * a * b / (a + b)
+    if not scores or min(scores) < 0:
+        raise ValueError(f"harmonic_mean{scores}: give scores, none of them negative.")
+    if any(map(math.isnan, scores)):
+        return math.nan
+    return 0.0 if 0 in scores else len(scores) / math.fsum(1 / score for score in scores)
 
 
 def both_harmonic_means(forget: Sequence[float], retain: Sequence[float]) -> tuple[float, float]:
@@ -107,6 +112,8 @@ class ForgetRetain(Metric):
         num_direct: int,
         images_per_prompt: int = 1,
         confidence: float = 0.95,
+        adjacent: Sequence[str] = (),
+        num_adversarial: int = 0,
         **kwargs: Any,
     ) -> None:
         """Make the metric of one edit.
@@ -114,10 +121,12 @@ class ForgetRetain(Metric):
         Args:
             concepts: All concepts of the set, in the order of ``concept_index``.
             edited: The concepts that were edited; none for an unedited model, whose forget score is then nan.
-            images_per_concept: Pictures of each concept, over all its prompts.
+            images_per_concept: Pictures of each concept, over all its direct and indirect prompts.
             num_direct: How many of a concept's prompts are direct; they come first, indirect ones follow.
             images_per_prompt: Pictures (seeds) of each prompt.
             confidence: Of the intervals.
+            adjacent: Concepts nearest to the edited ones, whose retention is also scored apart.
+            num_adversarial: How many further prompts of a concept are adversarial; they come last.
             **kwargs: Passed on to ``torchmetrics.Metric``.
 
         Raises:
@@ -137,6 +146,9 @@ class ForgetRetain(Metric):
                 f"images_per_concept={images_per_concept} must be a positive multiple of "
                 f"images_per_prompt={images_per_prompt}."
             )
+        if wrong := [name for name in adjacent if name not in self.concepts or name in self.edited]:
+            raise ValueError(f"adjacent concept {wrong[0]!r} is no concept of the set, or is edited itself.")
+        self.adjacent, self.num_adversarial = tuple(adjacent), num_adversarial
         self.images_per_concept = images_per_concept
         self.images_per_prompt = images_per_prompt
         self.num_prompts = images_per_concept // images_per_prompt
@@ -144,7 +156,9 @@ class ForgetRetain(Metric):
         self.confidence = confidence
         if not 0 <= num_direct <= self.num_prompts:
             raise ValueError(f"num_direct={num_direct} must lie between 0 and the {self.num_prompts} prompts.")
-        shape = (len(self.concepts), self.num_prompts, images_per_prompt)
+        if num_adversarial < 0:
+            raise ValueError(f"num_adversarial={num_adversarial} cannot be negative.")
+        shape = (len(self.concepts), self.num_prompts + num_adversarial, images_per_prompt)
         self.add_state(
             "verdicts", default=torch.full(shape, NOT_JUDGED, dtype=torch.int8), dist_reduce_fx="max", persistent=False
         )
@@ -162,7 +176,7 @@ class ForgetRetain(Metric):
             probability: That the picture shows the concept it was asked for, (B,), in [0, 1]; at least 0.5 is yes,
                 nan a failure of the judge.
             concept_index: Place in ``concepts`` of the concept whose prompt made the picture, (B,).
-            prompt_index: Number of the prompt, (B,), direct prompts first.
+            prompt_index: Number of the prompt, (B,): direct prompts first, then indirect, then adversarial ones.
             image_index: Number of the picture among those of its prompt, (B,).
 
         Raises:
@@ -184,7 +198,7 @@ class ForgetRetain(Metric):
             raise ValueError(f"probability {wrong[0].item():.4g} is outside [0, 1].")
         verdict = (probability >= 0.5).to(torch.int8).masked_fill(probability.isnan(), FAILED)
         concept, prompt, image = indices
-        place = (concept * self.num_prompts + prompt) * self.images_per_prompt + image
+        place = (concept * self.verdicts.shape[1] + prompt) * self.images_per_prompt + image
         merged = self.verdicts.flatten().scatter_reduce(0, place, verdict, "amax")
         self.verdicts = merged.view_as(self.verdicts)
 
@@ -195,12 +209,16 @@ class ForgetRetain(Metric):
             ``forget``: share of the edited concepts' judged pictures without their concept; ``retain``: share of the
             other concepts' judged pictures with theirs; ``harmonic_mean`` of the two; ``forget_direct``,
             ``forget_indirect``, ``retain_direct``, ``retain_indirect``: the same over some prompts only;
-            ``intervals``: (low, high) for each of these but that of the harmonic mean, which is the range of harmonic
+            where the metric knows of such, ``adjacent``: as retain, over the adjacent concepts only;
+            ``forget_adversarial``: as forget, over the adversarial prompts, which are in no other score; ``err``: the
+            challenge's harmonic mean of five, of ``forget_direct``, ``retain``, ``adjacent``, ``forget_indirect`` and
+            ``forget_adversarial``;
+            ``intervals``: (low, high) for each but ``err``; that of the harmonic mean is the range of harmonic
             means within a joint region of the same confidence (each score at half the doubt: Bonferroni);
             ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``;
             ``missing``: all pictures without verdict, ``failed``: those of them that the judge could not tell.
         """
-        verdicts = self.verdicts.cpu()
+        verdicts, adversarial = self.verdicts.cpu().split([self.num_prompts, self.num_adversarial], dim=1)
         is_edited = torch.tensor([name in self.edited for name in self.concepts])
         self._warn_of_unjudged(verdicts)
         scores: dict[str, Any] = {}
@@ -218,6 +236,17 @@ class ForgetRetain(Metric):
                 bounds = [wilson_interval(*counts, joint) for counts in ((forgotten, edited), (retained, others))]
                 low, high = (harmonic_mean(forget, retain) for forget, retain in zip(*bounds, strict=True))
                 intervals["harmonic_mean"] = (low, high)
+        is_adjacent = torch.tensor([name in self.adjacent for name in self.concepts])
+        further: dict[str, tuple[int, int]] = {}
+        if self.adjacent:
+            further["adjacent"] = _count(verdicts[is_adjacent], verdict=1)
+        if self.num_adversarial:
+            further["forget_adversarial"] = _count(adversarial[is_edited], verdict=0)
+        for name, (successes, trials) in further.items():
+            scores[name] = successes / trials if trials else math.nan
+            intervals[name] = wilson_interval(successes, trials, self.confidence)
+        if len(further) == 2:
+            scores["err"] = harmonic_mean(*(scores[name] for name in ERR_TERMS))
         per_concept = {}
         for name, row in zip(self.concepts, verdicts, strict=True):
             shown, n = _count(row, verdict=1)

@@ -78,6 +78,12 @@ class Measurement:
     indirect: Part
     """Over the prompts that describe their concept without naming it."""
     per_concept: dict[str, ConceptScore]
+    adjacent: float | None = None
+    """As retain, over the concepts nearest to the edited ones."""
+    adversarial: float | None = None
+    """As forget, over the adversarial prompts, which are in no other score."""
+    err: float | None = None
+    """Harmonic mean of forget on direct prompts, retain, adjacent, forget on indirect and on adversarial prompts."""
 
     @classmethod
     def from_metric(cls: type[AnyMeasurement], result: Mapping[str, Any], **provenance: Any) -> AnyMeasurement:
@@ -92,7 +98,8 @@ class Measurement:
         """
 
         def number(name: str) -> float | None:
-            return None if math.isnan(result[name]) else float(result[name])
+            value = result.get(name, math.nan)
+            return None if math.isnan(value) else float(value)
 
         per_concept = {}
         for name, concept in result["per_concept"].items():
@@ -106,6 +113,9 @@ class Measurement:
             direct=Part(number("forget_direct"), number("retain_direct")),
             indirect=Part(number("forget_indirect"), number("retain_indirect")),
             per_concept=per_concept,
+            adjacent=number("adjacent"),
+            adversarial=number("forget_adversarial"),
+            err=number("err"),
             **provenance,
         )
 

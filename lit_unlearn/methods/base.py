@@ -250,12 +250,15 @@ class ConceptEditor(DiffusionEditor):
     def metric(self, images_per_prompt: int) -> ForgetRetain:
         """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
         counts = self.concepts.counts
+        names = self.edited_labels
         return ForgetRetain(
             list(self.concepts.concepts),
-            [concept.name for concept in self.edited],
+            names,
             images_per_concept=(counts.direct + counts.indirect) * images_per_prompt,
             num_direct=counts.direct,
             images_per_prompt=images_per_prompt,
+            adjacent=self.concepts.adjacent(names),
+            num_adversarial=max(len(concept.adversarial) for concept in self.concepts.concepts.values()),
         )
 
     def test_step(self, batch: list[PictureItem], batch_idx: int) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def test_emoji20_has_the_twenty_concepts_of_the_embedded_model(emoji20: ConceptS
     assert {kind: kinds.count(kind) for kind in KINDS} == {"object": 8, "action": 4, "style": 4, "scene": 4}
     for concept in emoji20.concepts.values():
         assert (len(concept.direct), len(concept.indirect)) == (5, 5)
-        assert (len(concept.edit_prompts), len(concept.target_prompts), len(concept.adversarial)) == (15, 15, 1)
+        assert (len(concept.edit_prompts), len(concept.target_prompts), len(concept.adversarial)) == (15, 15, 5)
         assert 2 <= len(concept.adjacent) <= 3
         assert concept.prompts == concept.direct + concept.indirect
         assert [other.name for other in emoji20.concepts.values() if other.find_name(concept.question)] == [

@@ -123,7 +123,19 @@ def test_ranks_share_the_pictures_without_repeating_any(split: str, world_size: 
 
 def test_batches_of_pictures_have_the_size_asked_for() -> None:
     sizes = [len(batch) for batch in prompts(eval_batch_size=150).test_dataloader()]
-    assert sizes == [150, 150, 100]
+    assert sizes == [150, 150, 110]  # 20 concepts of 20 pictures, and 5 adversarial prompts of the edited one, twice
+
+
+def test_adversarial_prompts_of_the_edited_concepts_come_last_with_seeds_that_do_not_depend_on_them() -> None:
+    concepts = load_concept_set("emoji20")
+    plain = Pictures(concepts, 2, seed=7).items
+    dog, both = (Pictures(concepts, 2, 7, adversarial=edited).items for edited in (["dog"], ["dog", "apple"]))
+    assert dog[: len(plain)] == plain == both[: len(plain)]
+    found = dog[len(plain) :]
+    assert [item.prompt for item in found[::2]] == list(concepts.get("dog").adversarial)
+    assert {item.prompt_index for item in found} == set(range(10, 15))
+    assert set(found) < set(both)
+    assert len({item.seed for item in both}) == len(both)
 
 
 def test_a_rank_takes_every_other_index_in_order() -> None:

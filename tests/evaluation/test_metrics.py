@@ -219,6 +219,33 @@ def test_intervals_are_wilson_s_and_hold_the_score() -> None:
         assert 0 <= low <= result[name] <= high <= 1
 
 
+def test_adjacent_and_adversarial_equal_brute_force_and_change_no_other_score() -> None:
+    answers = random_answers(seed=5)
+    rng = random.Random(6)
+    adversarial = {(1, NUM_PROMPTS + k, i): rng.random() for k in range(3) for i in range(IMAGES_PER_PROMPT)}
+    metric = new_metric(adjacent=["owl", "rain"], num_adversarial=3)
+    result = enter(metric, [*answers.items(), *adversarial.items()]).compute()
+    plain = enter(new_metric(), list(answers.items())).compute()
+    near = [p >= 0.5 for (c, _, _), p in answers.items() if CONCEPTS[c] in ("owl", "rain") and not math.isnan(p)]
+    assert result["adjacent"] == pytest.approx(share(near), abs=1e-12)
+    assert result["forget_adversarial"] == pytest.approx(share([p < 0.5 for p in adversarial.values()]), abs=1e-12)
+    terms = [plain["forget_direct"], plain["retain"], result["adjacent"], plain["forget_indirect"]]
+    terms.append(result["forget_adversarial"])
+    assert result["err"] == pytest.approx(5 / sum(1 / term for term in terms), abs=1e-12)
+    further = {"adjacent", "forget_adversarial"}
+    assert set(result["intervals"]) - set(plain["intervals"]) == further
+    assert {name: result[name] for name in plain if name != "intervals"} == {
+        name: plain[name] for name in plain if name != "intervals"
+    }
+    assert set(result) - set(plain) == further | {"err"}
+
+
+@pytest.mark.parametrize("arguments", [{"adjacent": ["dog"]}, {"adjacent": ["cow"]}, {"num_adversarial": -1}])
+def test_what_is_no_adjacent_or_adversarial_set(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"adjacent concept|num_adversarial"):
+        new_metric(**arguments)
+
+
 def test_what_was_never_judged_is_missing_and_said() -> None:
     metric = new_metric()
     metric.update(torch.tensor([0.1, NAN, 0.9]), [1, 1, 0], [0, 0, 4], [0, 1, 0])
