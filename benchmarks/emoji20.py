@@ -1,14 +1,23 @@
-"""Edits and scores every concept of a set with every method: the table of docs/results/emoji20.md.
+"""Edits and scores concepts of emoji20 with every method: the tables of docs/results/emoji20.md.
 
     python benchmarks/emoji20.py --processes 2
 
-One folder per cell, ``ROOT/<method>/<concept>/version_0``, as ``lit-unlearn fit`` and ``test`` make it. A cell with
-its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where it stopped.
+Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``lit-unlearn fit`` and ``test`` make it:
+
+    single   every concept of the set alone
+    five     two sets of five concepts of all kinds, each edited at once
+    ten      ten concepts at once
+
+A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where it
+stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. What
+follows the options is passed on to ``fit`` and ``test``, e.g. ``--data.init_args.images_per_prompt 2``.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import multiprocessing
 import os
 import shutil
@@ -16,30 +25,67 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from statistics import fmean
 
-RECIPES = ("null_space.yaml", "null_space_direct.yaml", "least_squares.yaml")
+RECIPES = (
+    "null_space.yaml",
+    "null_space_direct.yaml",
+    "least_squares.yaml",
+    "memit.yaml",
+    "null_space_unet.yaml",
+    "speed.yaml",
+    "uce.yaml",
+    "esd.yaml",
+    "concept_ablation.yaml",
+    "concept_ablation_noise.yaml",
+    "forget_me_not.yaml",
+)
+SINGLE = (
+    # Kinds take turns, so that a bench that ends early is still about all of them.
+    "dog", "rain", "sketch", "walking", "castle", "sunset", "pixel art", "surfing", "apple", "aurora", "cartoon",
+    "dancing", "owl", "neon", "glossy", "sleeping", "soccer ball", "daisy", "cat", "lemon",
+)  # fmt: skip
+FIVE = (
+    ("dog", "castle", "sketch", "rain", "walking"),
+    ("apple", "owl", "cartoon", "sunset", "surfing"),
+)
+TEN = (("dog", "castle", "apple", "owl", "sketch", "cartoon", "rain", "sunset", "walking", "surfing"),)
+PROTOCOLS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "single": tuple((concept,) for concept in SINGLE),
+    "five": FIVE,
+    "ten": TEN,
+}
+TITLES = {"single": "One concept at a time", "five": "Five concepts at once", "ten": "Ten concepts at once"}
+
+Cell = tuple[str, tuple[str, ...], str, tuple[str, ...]]
 
 
-def run_cell(cell: tuple[str, str, str, tuple[str, ...]]) -> str:
-    """Fit and test one method on one concept, one thread; return a line to print."""
-    recipe, concept, root, extra = cell
+def cell_folder(root: str | Path, recipe: str, concepts: tuple[str, ...]) -> Path:
+    from lit_unlearn.training import run_label
+
+    return Path(root, recipe.removesuffix(".yaml"), run_label(concepts))
+
+
+def run_cell(cell: Cell) -> str:
+    """Fit and test one method on some concepts, one thread; return a line to print."""
+    recipe, concepts, root, extra = cell
     import torch
 
     torch.set_num_threads(1)
+    from lit_unlearn.evaluation.scores import Scores
     from lit_unlearn.recipes import find_recipe
-    from lit_unlearn.training import run, run_label
+    from lit_unlearn.training import run
 
-    method = recipe.removesuffix(".yaml")
-    folder = Path(root, method, run_label([concept]))
+    folder = cell_folder(root, recipe, concepts)
     scores = folder / "version_0" / "scores.json"
+    seconds = "there already"
     if not scores.exists():
         shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
-        common = ["--config", str(find_recipe(recipe)), "--concept", concept, "--trainer.default_root_dir", root]
-        common += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *extra]
-        log = Path(root, "output.log")
-        with log.open("a") as file:
+        common = ["--config", str(find_recipe(recipe)), "--concept", json.dumps(list(concepts))]
+        common += ["--trainer.default_root_dir", root, "--trainer.enable_progress_bar", "false"]
+        common += ["--trainer.enable_model_summary", "false", *extra]
+        forget_peak_memory()
+        with Path(root, "output.log").open("a") as file:
             stdout, stderr = os.dup(1), os.dup(2)
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             try:
@@ -49,63 +95,51 @@ def run_cell(cell: tuple[str, str, str, tuple[str, ...]]) -> str:
                 sys.stdout.flush(), sys.stderr.flush()
                 os.dup2(stdout, 1), os.dup2(stderr, 2)
         seconds = f"{time.perf_counter() - started:.0f} s"
-    else:
-        seconds = "there already"
-    from lit_unlearn.evaluation.scores import Scores
-
     found = Scores.load(scores)
-    return f"{method:20} {concept:12} forget {found.forget:.3f} retain {found.retain:.3f} ({seconds})"
+    method = recipe.removesuffix(".yaml")
+    return f"{method:24} {folder.name:40.40} forget {found.forget:.3f} retain {found.retain:.3f} ({seconds})"
 
 
-def summary(root: Path, recipes: list[str], command: str) -> str:
-    """Markdown: a row per method, then a table per method."""
-    from lit_unlearn.evaluation.metrics import both_harmonic_means
+def forget_peak_memory() -> None:
+    """Let the kernel count this process's peak memory anew: a cell should not inherit that of the one before."""
+    gc.collect()
+    counter = Path("/proc/self/clear_refs")
+    if counter.exists():
+        counter.write_text("5")
+
+
+def run_cell_or_say(cell: Cell) -> str:
+    """As ``run_cell``, but a cell that fails is a line, and the bench goes on; its folder has no scores."""
+    try:
+        return run_cell(cell)
+    except Exception as error:  # the bench reports any failure of a method and tries the next
+        return f"FAILED {cell[0]} {', '.join(cell[1])}: {type(error).__name__}: {error}"
+
+
+def summary(root: Path, recipes: list[str], protocols: list[str], command: str) -> str:
+    """Markdown: for each protocol a row per method with what was measured so far, then the single concepts."""
     from lit_unlearn.evaluation.scores import Scores
+    from lit_unlearn.evaluation.summary import summaries_markdown, summarise
     from lit_unlearn.evaluation.tables import summary_markdown
 
-    lines = [
-        "# emoji20: every concept, every closed-form method",
-        "",
-        f"Made on {date.today()} by `{command}`, on the embedded model, one thread per run.",
-        "Each row is the mean over the 20 concepts, each edited alone; 10 prompts × 2 pictures per concept, the same",
-        "seeds everywhere. *Retain* is the share of the other concepts' pictures that show theirs; *relative* is that",
-        "over the unedited model's. *Drift* is the root-mean-square difference of same-seed pictures of the other",
-        "concepts' prompts, in parts of full scale.",
-        "",
-        "| method | forget | direct | indirect | retain | relative | HM of averages | average of HMs | least HM "
-        "| drift | change of weights | seconds | UNet forwards |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    tables = []
-    for recipe in recipes:
-        method = recipe.removesuffix(".yaml")
-        runs = [Scores.load(path) for path in sorted(root.glob(f"{method}/*/version_0/scores.json"))]
-        if not runs:
-            continue
-        forget, retain = [r.forget or 0.0 for r in runs], [r.retain or 0.0 for r in runs]
-        before = [r.before.retain or 0.0 for r in runs if r.before]
-        of_averages, average = both_harmonic_means(forget, retain)
-        each = [2 * f * r / (f + r) if f + r else 0.0 for f, r in zip(forget, retain, strict=True)]
-        if not tables:
-            unedited = [r.before.forget or 0.0 for r in runs if r.before]
-            hms = both_harmonic_means(unedited, before)
-            direct = fmean(r.before.direct.forget or 0.0 for r in runs if r.before)
-            indirect = fmean(r.before.indirect.forget or 0.0 for r in runs if r.before)
-            lines.append(
-                f"| unedited | {fmean(unedited):.3f} | {direct:.3f} | {indirect:.3f} | {fmean(before):.3f} | 1.000 "
-                f"| {hms[0]:.3f} | {hms[1]:.3f} |  | 0 | 0 |  |  |"
-            )
-        lines.append(
-            f"| {method} ({len(runs)}) | {fmean(forget):.3f} | {fmean(r.direct.forget or 0 for r in runs):.3f} "
-            f"| {fmean(r.indirect.forget or 0 for r in runs):.3f} | {fmean(retain):.3f} "
-            f"| {fmean(retain) / fmean(before):.3f} | {of_averages:.3f} | {average:.3f} | {min(each):.3f} "
-            f"| {fmean(r.drift['rmse'] for r in runs if r.drift):.4f} "
-            f"| {fmean(r.edit['weight_change_ratio'] for r in runs):.3f} "
-            f"| {fmean(r.cost.seconds for r in runs if r.cost):.0f} "
-            f"| {fmean(r.cost.unet_forwards for r in runs if r.cost):.0f} |"
-        )
-        tables += ["", f"## {method}", "", summary_markdown(runs)]
-    return "\n".join([*lines, *tables]) + "\n"
+    lines = [f"Made on {date.today()} by `{command}`, one thread per run.", ""]
+    details = []
+    for protocol in protocols:
+        rows, everything = [], []
+        for recipe in recipes:
+            paths = [cell_folder(root, recipe, c) / "version_0" / "scores.json" for c in PROTOCOLS[protocol]]
+            runs = [Scores.load(path) for path in paths if path.exists()]
+            if not runs:
+                continue
+            everything += runs
+            rows.append(summarise(runs))
+            if protocol == "single":
+                details += [f"### {runs[0].method}", "", summary_markdown(runs)]
+        if rows:
+            lines += [f"## {TITLES[protocol]}", ""]
+            unedited = list({run.edited[0]: run for run in everything}.values())
+            lines += [summaries_markdown([summarise(unedited, before=True), *rows])]
+    return "\n".join([*lines, "## Each concept", "", *details]) + "\n"
 
 
 def main() -> None:
@@ -113,28 +147,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="logs/bench/emoji20")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--concepts", nargs="+", default=None, help="default: all of emoji20")
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    parser.add_argument("--concepts", nargs="+", default=None, help="only these, of the protocol `single`")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--output", default=None, help="Markdown file to write, e.g. docs/results/emoji20.md")
-    parser.add_argument(
-        "--summary_only", action="store_true", help="run nothing, only write the tables of what is there"
-    )
+    parser.add_argument("--output", default=None, help="Markdown file to write")
+    parser.add_argument("--summary_only", action="store_true", help="run nothing, only write the tables")
     arguments, extra = parser.parse_known_args()
-
-    from lit_unlearn.data.concepts import load_concept_set
 
     root = Path(arguments.root)
     root.mkdir(parents=True, exist_ok=True)
-    concepts = arguments.concepts or list(load_concept_set("emoji20").concepts)
-    cells = [(recipe, concept, str(root), tuple(extra)) for concept in concepts for recipe in arguments.recipes]
+    cells: list[Cell] = []
+    for protocol in arguments.protocols:
+        for concepts in PROTOCOLS[protocol]:
+            if protocol == "single" and arguments.concepts and concepts[0] not in arguments.concepts:
+                continue
+            cells += [(recipe, concepts, str(root), tuple(extra)) for recipe in arguments.recipes]
     if not arguments.summary_only:
         # Fresh processes, since torch's threads do not survive a fork; a few cells each, so that memory is given back.
         context = multiprocessing.get_context("spawn")
         with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
-            for line in pool.imap_unordered(run_cell, cells):
+            for line in pool.imap_unordered(run_cell_or_say, cells):
                 print(line, flush=True)
-    text = summary(root, arguments.recipes, "python benchmarks/emoji20.py " + " ".join(sys.argv[1:]))
-    print(text.split("\n## ")[0])
+    command = "python benchmarks/emoji20.py " + " ".join(sys.argv[1:])
+    text = summary(root, arguments.recipes, arguments.protocols, command)
+    print(text.split("\n## Each")[0])
     if arguments.output:
         Path(arguments.output).write_text(text)
 

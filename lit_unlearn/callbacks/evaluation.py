@@ -194,7 +194,11 @@ class EvaluationReport(L.Callback):
                 int(cost["peak_memory_bytes"]) or None,
                 int(cost.get("unet_backwards", 0)),
             ),
-            edit=module.report,
+            edit={
+                **module.report,
+                "weight_change_ratio": module.pretrained.change_ratio(),
+                "weight_change_norm": module.pretrained.change_norm(),
+            },
             drift=drift or None,
         )
 

@@ -60,10 +60,10 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         for part in ("direct", "indirect"):
             cells = [_with_interval(m, f"{name}_{part}", getattr(getattr(m, part), name)) for _, m in columns]
             table.add_row(f"{name}, {part} prompts", *cells)
-    for name, label in FURTHER.items():
+    for name, title in FURTHER.items():
         if getattr(after, name) is not None:
             interval = {"adversarial": "forget_adversarial"}.get(name, name)
-            table.add_row(label, *(_with_interval(m, interval, getattr(m, name)) for _, m in columns))
+            table.add_row(title, *(_with_interval(m, interval, getattr(m, name)) for _, m in columns))
     missing = sum(concept.missing for concept in after.per_concept.values())
     if missing:
         failed = sum(concept.failed for concept in after.per_concept.values())
