@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lit_unlearn import __version__
+from lit_unlearn.core.signals import note_signal
 from lit_unlearn.errors import UserError, closest, essence
 from lit_unlearn.recipes import recipe_names, resolve_recipes
 
@@ -79,6 +80,8 @@ def _run(args: list[str]) -> int:
     # Imports of transformers and diffusers that a terminal needs no advice on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if command == "fit":
+        note_signal("SIGUSR1")  # what SLURM sends before a job's time is up may come while Python still imports
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)
         from lit_unlearn import training

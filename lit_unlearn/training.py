@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import pkgutil
 import re
 import shlex
 import shutil
 import signal
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +23,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lit_unlearn import callbacks, data, emoji, methods
+from lit_unlearn.advice import keep_advice_quiet
 from lit_unlearn.callbacks.evaluation import EvaluationReport
-from lit_unlearn.checkpoint import load_checkpoint, newest_checkpoint, read_edit, run_folder
+from lit_unlearn.callbacks.preemption import Preempted, SaveOnSignal
+from lit_unlearn.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.runs import FINISHED, Run, RunLogger, config_sha256, newest_run, read_run
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -49,31 +50,6 @@ FROM_COMMAND_LINE = {
     "guidance_scale",
 }
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
-
-IGNORED_WARNINGS = (
-    r".*isinstance.treespec, LeafSpec.. is deprecated",
-    ".*does not have many workers",
-    "The number of training batches",
-    "The `srun` command is available on your system but is not used",
-    "GPU available but not used",
-    "Found .* in eval mode at the start of training",
-    "It is recommended to use .* when logging on epoch level in distributed setting",  # all ranks log the same
-    "Total length of `list` across ranks is zero",
-    r"\s*(\S+( parameter)? was deprecated in v4|By default only one Jsonargparse)",  # what Lightning 2.6 calls
-    "Checkpoint directory .* exists and is not empty",
-    ".*configure_optimizers. returned .None., this fit will run with no optimizer",  # a closed form needs none
-    ".*training_step. returned .None.",
-    "`max_epochs` was not set",
-    "You're resuming from a checkpoint that ended before the epoch ended",
-)
-IGNORED_INFO = (
-    "💡 Tip",
-    "TPU available",
-    "HPU available",
-    "Seed set to",
-    "\nDetected KeyboardInterrupt",
-    "`Trainer.fit` stopped",
-)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -98,6 +74,8 @@ class UnlearnCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.run_folder: Path | None = None
+        self.finished_before: Path | None = None
+        self.sha256 = ""
         parser_kwargs: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             L.LightningModule,
@@ -129,6 +107,10 @@ class UnlearnCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", action="store_true", help="Let a test replace the scores that its run already has."
         )
+        parser.add_argument(
+            "--fresh", action="store_true", help="Start a new fit, though the same command was interrupted before."
+        )
+        parser.add_argument("--once", action="store_true", help="Do nothing if the same command has finished before.")
         parser.link_arguments("concept", "model.init_args.concept")
         parser.link_arguments("concept", "data.init_args.concept")
         parser.link_arguments("model.init_args.concept_set", "data.init_args.concept_set")
@@ -169,6 +151,8 @@ class UnlearnCLI(LightningCLI):
                 concepts = [concept.name for concept in found]
             if config.ckpt_path == "last" or (config.ckpt_path is None and subcommand != "fit"):
                 config.ckpt_path = str(self._newest_checkpoint(concepts))
+            if subcommand == "fit" and config.ckpt_path is None:
+                self._find_earlier_run(concepts)
             if config.ckpt_path is None:
                 return
             edit = read_edit(config.ckpt_path)
@@ -191,6 +175,21 @@ class UnlearnCLI(LightningCLI):
             raise UserError(
                 f"{edit.path} was made by another version: {self._parse_error(str(error), subcommand)}"
             ) from error
+
+    def _find_earlier_run(self, concepts: Sequence[str]) -> None:
+        """Go on with the run that the same command has left unfinished; find out whether it has finished one."""
+        config = self.config[self.config.subcommand]
+        self.sha256 = config_sha256(config.as_dict())
+        earlier = newest_run(Path(config.trainer.default_root_dir, self._run_name(concepts)), self.sha256)
+        if earlier is None or config.fresh:
+            return
+        if read_run(earlier)["state"] == FINISHED:
+            self.finished_before = earlier if config.once else None
+            return
+        self.run_folder = earlier
+        last = earlier / "checkpoints" / "last.ckpt"
+        config.ckpt_path = str(last) if last.is_file() else None
+        print(f"Going on with {earlier}, which was interrupted; --fresh starts a new run.")
 
     def _newest_checkpoint(self, concepts: Sequence[str]) -> Path:
         config = self.config[self.config.subcommand]
@@ -254,7 +253,7 @@ class UnlearnCLI(LightningCLI):
             if self.run_folder is not None:
                 kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
             else:
-                kwargs["logger"] = TensorBoardLogger(root, name=name)
+                kwargs["logger"] = RunLogger(root, name=name)
             # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
             kwargs["default_root_dir"] = root / name
         given = config["callbacks"] or []
@@ -263,18 +262,60 @@ class UnlearnCLI(LightningCLI):
             # At the end of an epoch, after the edit; validation comes before it.
             last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
             kwargs["callbacks"] = [*given, last]
+        given_plugins = config["plugins"] or []
+        given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
+        kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
+        if self.subcommand == "fit" and not any(isinstance(c, SaveOnSignal) for c in given):
+            kwargs["callbacks"] = [*kwargs.get("callbacks", given), SaveOnSignal()]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; one that has nothing to edit leaves nothing behind."""
-        folder = Path(self.trainer.log_dir or "")
-        is_new = not folder.exists()
+        if self.finished_before is not None:
+            print(f"{self.finished_before} is finished: nothing to do (--once).")
+            return
+        run = self._claim()
         try:
             self.trainer.fit(**kwargs)
         except EmptyNullSpaceError as error:
-            if is_new and self.trainer.is_global_zero:
-                shutil.rmtree(folder, ignore_errors=True)
+            if run is not None and self.run_folder is None:
+                run.release()
+                shutil.rmtree(run.folder, ignore_errors=True)
             raise UserError(essence(error)) from error
+        except Preempted as told:
+            print(told)
+        else:
+            if run is not None:
+                run.finish()
+        finally:
+            if run is not None:
+                run.release()
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # A checkpoint is data: nothing in it is run.
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def _claim(self) -> Run | None:
+        """Take the run's folder for this process; the other processes of a job leave that to the first.
+
+        A run that a logger of the recipe gives another place is the recipe's own business.
+        """
+        logger = self.trainer.logger
+        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger) or not self.sha256:
+            return None
+        while True:
+            run = Run(Path(self.trainer.log_dir or self.trainer.default_root_dir), self.sha256)
+            try:
+                run.claim()
+            except UserError:
+                if self.run_folder is not None or not isinstance(logger, RunLogger):
+                    raise
+                if read_run(run.folder).get("config_sha256") == self.sha256:
+                    raise  # the same command is at work already
+                logger.next_version()  # another command was quicker to take this version
+            else:
+                return run
 
     def test(self, **kwargs: Any) -> None:
         """Run the test; the report's table takes the place of Lightning's."""
@@ -303,10 +344,7 @@ def known_classes() -> dict[str, type]:
 
 def prepare() -> None:
     """Keep Lightning's advice from the terminal and import what recipes may name; short names need that."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_worth_saying)
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    keep_advice_quiet()
     for package in (methods, callbacks, data, emoji):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
@@ -315,10 +353,6 @@ def prepare() -> None:
 def _class(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
-
-
-def _is_worth_saying(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(IGNORED_INFO)
 
 
 def run(args: Sequence[str]) -> UnlearnCLI:

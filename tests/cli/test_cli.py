@@ -67,7 +67,7 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
         ),
         (["--data", "NullSpaceEdit"], "data: NullSpaceEdit is not of the kind that belongs here."),
         (["--trainer.callbacks+=NulSpaceEdit"], "trainer.callbacks: there is no class or file 'NulSpaceEdit'"),
-        (["--model.concept_set", "emoji21"], "There is no concept set 'emoji21'; the package has: emoji20."),
+        (["--model.concept_set", "emoji21"], "There is no concept set 'emoji21'; the package has: emoji20, paper20."),
         (["--model.edited_parameters", "xyz"], "edited_parameters='xyz' selects no parameter"),
         (["--model.init_args.model", "nowhere"], "model='nowhere' is no folder and no hub id"),
         (["--trainer.accelerator", "abacus"], "You selected an invalid accelerator name"),

@@ -1,0 +1,89 @@
+"""Saves and stops a fit at the next step after a signal, and has SLURM start it again."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.core.signals import note_signal, take_signal
+
+
+class Preempted(Exception):
+    """The fit was told to stop, and what it had was saved."""
+
+
+class SaveOnSignal(L.Callback):
+    """After a signal, saves ``checkpoints/last.ckpt`` at the end of the step, requeues the SLURM job, and stops.
+
+    Saving within a signal handler may hang or write a torn file; at the end of a step it is like any other.
+
+    Args:
+        signals: Signals to wait for; SLURM sends what ``sbatch --signal`` names.
+        requeue: Whether to requeue the SLURM job that this process belongs to, if it does.
+
+    Raises:
+        ValueError: There is no such signal.
+        Preempted: When it stops, on every process.
+    """
+
+    def __init__(self, signals: list[str] | None = None, requeue: bool = True) -> None:
+        self.signals = signals or ["SIGUSR1"]
+        self.requeue = requeue
+        for name in self.signals:
+            note_signal(name)
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        # The last step of an epoch is followed by its edit and its checkpoint: the next step is early enough.
+        if trainer.is_last_batch or not self._told(trainer):
+            return
+        path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path)
+        self._requeue(trainer)
+        # Not trainer.should_stop: the hooks at the end of an epoch would run, and write an edit that is not finished.
+        raise Preempted(f"Told to stop: saved {path} at step {trainer.global_step}.")
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # All is saved, but what the job does next, such as a test, has no time left.
+        if self._told(trainer):
+            self._requeue(trainer)
+
+    def _told(self, trainer: L.Trainer) -> bool:
+        told = any([take_signal(name) for name in self.signals])  # a list: each is to be taken
+        if trainer.world_size > 1:  # one process may have been told before another
+            flag = torch.tensor(told, dtype=torch.int32, device=trainer.strategy.root_device)
+            told = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
+        return told
+
+    def _requeue(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero and self.requeue and (job := slurm_job()):
+            requeue(job)
+
+
+def slurm_job() -> str | None:
+    """Number of the SLURM job that this process belongs to, ``JOB`` or ``ARRAY_TASK``; None outside of SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    return job if re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def requeue(job: str) -> None:
+    """Have SLURM start ``job`` again; a failure is a warning, since what was saved is safe."""
+    try:
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        rank_zero_warn(f"The job {job} could not be requeued ({error}): submit it again.")
+        return
+    if result.returncode:
+        rank_zero_warn(f"The job {job} could not be requeued ({result.stderr.strip()}): submit it again.")
+    else:
+        rank_zero_info(f"Requeued the SLURM job {job}.")

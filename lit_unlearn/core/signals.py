@@ -1,0 +1,35 @@
+"""Signals that are noted when they come and acted on later; nothing heavy is imported, so it can be done at once."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+_received: set[int] = set()
+
+
+def _note(signum: int, frame: Any) -> None:
+    _received.add(signum)
+
+
+def note_signal(name: str) -> None:
+    """Note the signal ``name`` (``SIGUSR1``) from now on instead of ending the process.
+
+    Lightning, which would save a checkpoint within its own handler, leaves alone a signal that has a handler already.
+
+    Raises:
+        ValueError: This system has no such signal.
+    """
+    number = getattr(signal, name, None)
+    if not isinstance(number, signal.Signals):
+        raise ValueError(f"signals: {name!r} is no signal of this system: give SIGUSR1, SIGUSR2 or SIGTERM.")
+    if signal.getsignal(number) is not _note:
+        signal.signal(number, _note)
+
+
+def take_signal(name: str) -> bool:
+    """Whether the signal ``name`` has come since it was last asked for."""
+    number = int(getattr(signal, name))
+    come = number in _received
+    _received.discard(number)
+    return come

@@ -1,0 +1,180 @@
+"""A fit that was stopped goes on by the same command and ends with the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from lit_unlearn import cli
+from lit_unlearn.callbacks import preemption
+from lit_unlearn.callbacks.preemption import SaveOnSignal
+from lit_unlearn.checkpoint import read_edit
+from lit_unlearn.core.signals import note_signal
+from lit_unlearn.runs import read_run
+
+RUN = Path("logs/null_space/dog")
+
+
+class Killed(BaseException):
+    """Ends a fit without any of Lightning's tidying up."""
+
+
+class At(L.Callback):
+    """Calls a function once, after so many steps."""
+
+    def __init__(self, step: int, function: Callable[[], Any]) -> None:
+        self.step, self.function = step, function
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.function()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_edit(folder / "checkpoints" / "last.ckpt").weights
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Has the next trainers call a function after so many steps, before anything else of that step."""
+
+    def arrange(step: int, function: Callable[[], Any]) -> None:
+        original = SaveOnSignal.on_train_batch_start
+
+        def start(self: SaveOnSignal, trainer: L.Trainer, *args: Any) -> None:
+            original(self, trainer, *args)
+            if trainer.global_step == step:
+                monkeypatch.setattr(SaveOnSignal, "on_train_batch_start", original)
+                function()
+
+        monkeypatch.setattr(SaveOnSignal, "on_train_batch_start", start)
+
+    return arrange
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_the_same_command_goes_on(
+    step: int, workplace: Path, finished: Path, recipe: Path, interrupted_at: Callable[..., None], capsys: Any
+) -> None:
+    # Two layers of two steps each: killed before the first checkpoint, in the first layer, between both, in the second.
+    interrupted_at(step, kill)
+    with pytest.raises(Killed):
+        cli.main(["fit", "--config", str(recipe)])
+    assert read_run(RUN / "version_0")["state"] == "running"
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    assert f"Going on with {RUN / 'version_0'}, which was interrupted" in capsys.readouterr().out
+    assert read_run(RUN / "version_0")["state"] == "finished"
+    assert [path.name for path in RUN.iterdir()] == ["version_0"]
+    assert equal(weights(RUN / "version_0"), weights(finished / RUN / "version_0"))
+
+
+@pytest.mark.parametrize(("step", "saved"), [(0, 1), (1, 3), (2, 3), (3, None)])
+def test_a_signal_saves_at_the_end_of_the_step(
+    step: int,
+    saved: int | None,
+    workplace: Path,
+    finished: Path,
+    recipe: Path,
+    interrupted_at: Callable[..., None],
+    capsys: Any,
+) -> None:
+    # A layer's last step is followed by its edit, and the last layer's by the end.
+    interrupted_at(step, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    said = re.search(r"Told to stop: saved .*last.ckpt at step (\d+)\.", capsys.readouterr().out)
+    assert (said and int(said[1])) == saved
+    assert read_run(RUN / "version_0")["state"] == ("finished" if saved is None else "running")
+    if saved is None:
+        return
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    assert read_run(RUN / "version_0")["state"] == "finished"
+    assert equal(weights(RUN / "version_0"), weights(finished / RUN / "version_0"))
+
+
+def test_a_signal_during_start_up_is_not_lost(workplace: Path, recipe: Path, capsys: Any) -> None:
+    note_signal("SIGUSR1")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    assert "at step 1." in capsys.readouterr().out
+
+
+def test_the_job_is_requeued_after_it_was_saved(
+    workplace: Path, recipe: Path, interrupted_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[bool] = []
+
+    def scontrol(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command == ["scontrol", "requeue", "12_3"]
+        saved.append((RUN / "version_0/checkpoints/last.ckpt").is_file())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    interrupted_at(0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    # Set only now: Lightning looks for a job when it starts.
+    interrupted = preemption.slurm_job
+    monkeypatch.setattr(preemption, "slurm_job", lambda: "12_3")
+    monkeypatch.setattr(preemption.subprocess, "run", scontrol)
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    assert saved == [True]
+    for environment, expected in (
+        ({"SLURM_JOB_ID": "7"}, "7"),
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "5_2"),
+        ({"SLURM_JOB_ID": "7; rm"}, None),
+        ({}, None),
+    ):
+        for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert interrupted() == expected
+
+
+def test_fresh_starts_anew_and_once_does_nothing_again(
+    workplace: Path, recipe: Path, interrupted_at: Callable[..., None], capsys: Any
+) -> None:
+    interrupted_at(1, kill)
+    with pytest.raises(Killed):
+        cli.main(["fit", "--config", str(recipe)])
+    assert cli.main(["fit", "--config", str(recipe), "--fresh"]) == 0
+    assert read_run(RUN / "version_1")["state"] == "finished"
+    assert read_run(RUN / "version_0")["state"] == "running"
+    before = (RUN / "version_1/checkpoints/last.ckpt").stat().st_mtime_ns
+    assert cli.main(["fit", "--config", str(recipe), "--once"]) == 0
+    assert "version_1 is finished: nothing to do (--once)." in capsys.readouterr().out
+    assert (RUN / "version_1/checkpoints/last.ckpt").stat().st_mtime_ns == before
+    # Another configuration is another run, whatever lies there.
+    assert cli.main(["fit", "--config", str(recipe), "--model.init_args.rounds", "2"]) == 0
+    assert read_run(RUN / "version_2")["state"] == "finished"
+
+
+def test_the_same_command_twice_at_once_is_refused(workplace: Path, recipe: Path, capsys: Any) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    Path("slow.yaml").write_text(
+        yaml.safe_dump({**content, "data": {"class_path": "ConceptPrompts", "init_args": {"steps": 400}}})
+    )
+    command = [sys.executable, "-m", "lit_unlearn", "fit", "--config", "slow.yaml"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        while not (RUN / "version_0/run.json").is_file():
+            assert first.poll() is None
+        assert cli.main(["fit", "--config", "slow.yaml"]) == 2
+        first.kill()
+    assert "version_0 is being written by process" in capsys.readouterr().err
+    assert [path.name for path in RUN.iterdir()] == ["version_0"]
