@@ -25,6 +25,7 @@ from typing_extensions import override
 from lit_unlearn import callbacks, data, emoji, methods
 from lit_unlearn.advice import keep_advice_quiet
 from lit_unlearn.callbacks.evaluation import EvaluationReport
+from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
 from lit_unlearn.callbacks.preemption import Preempted, SaveOnSignal
 from lit_unlearn.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.core.null_space import EmptyNullSpaceError
@@ -265,8 +266,9 @@ class UnlearnCLI(LightningCLI):
         given_plugins = config["plugins"] or []
         given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
         kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
-        if self.subcommand == "fit" and not any(isinstance(c, SaveOnSignal) for c in given):
-            kwargs["callbacks"] = [*kwargs.get("callbacks", given), SaveOnSignal()]
+        if self.subcommand == "fit":
+            missing = [kind() for kind in (SaveOnSignal, CheckNumbers) if not any(isinstance(c, kind) for c in given)]
+            kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, **kwargs: Any) -> None:
@@ -281,6 +283,8 @@ class UnlearnCLI(LightningCLI):
             if run is not None and self.run_folder is None:
                 run.release()
                 shutil.rmtree(run.folder, ignore_errors=True)
+            raise UserError(essence(error)) from error
+        except NumericalError as error:
             raise UserError(essence(error)) from error
         except Preempted as told:
             print(told)
