@@ -75,6 +75,7 @@ class DiffusionEditor(L.LightningModule):
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
+        self._batch_weight = 1.0
 
     @property
     def edited_labels(self) -> list[str]:
@@ -150,6 +151,19 @@ class DiffusionEditor(L.LightningModule):
         self._loaded_cost = dict(ours["cost"])
         self.report = ours["report"]
 
+    # --- several processes
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Find out which part of the global batch this process has."""
+        world_size = self.trainer.world_size
+        if world_size > 1:
+            size = torch.tensor(len(batch), dtype=torch.float64, device=self.device)
+            self._batch_weight = float(world_size * size / self.trainer.strategy.reduce(size.clone(), reduce_op="sum"))
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Weight the loss by this process's part: DDP averages over processes, the loss is a mean over items."""
+        super().backward(loss * self._batch_weight, *args, **kwargs)
+
     # --- cost
 
     def on_fit_start(self) -> None:
@@ -184,6 +198,17 @@ class DiffusionEditor(L.LightningModule):
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
         pictures = draw_pictures(self.components, prompts, seeds, self.num_inference_steps, self.guidance_scale)
         return to_uint8(pictures)
+
+    def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
+        """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.
+
+        A callback may know them already (``UneditedPictures``).
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "unedited_pictures"):
+                return callback.unedited_pictures(self, batch)
+        with self.pretrained.restored():
+            return self.generate([item.prompt for item in batch], [item.seed for item in batch])
 
     def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
         """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.
@@ -273,14 +298,6 @@ class ConceptEditor(DiffusionEditor):
         self.score(self.before, before, batch)
         self.score(self.after, after, batch)
         return {"before": before, "after": after}
-
-    def unedited_pictures(self, batch: list[PictureItem]) -> Tensor:
-        """Pictures of ``batch`` by the pretrained weights; a callback may know them already (``UneditedPictures``)."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "unedited_pictures"):
-                return callback.unedited_pictures(self, batch)
-        with self.pretrained.restored():
-            return self.generate([item.prompt for item in batch], [item.seed for item in batch])
 
     def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
         """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""

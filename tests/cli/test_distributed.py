@@ -1,0 +1,123 @@
+"""Two processes on the CPU find what one finds with the same global batch: weights, pictures and scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_unlearn.checkpoint import read_edit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+ON_CPU = ["--trainer.accelerator", "cpu"]
+
+pytestmark = pytest.mark.slow
+
+
+def command(subcommand: str, root: str, processes: int, args: list[str]) -> None:
+    """Run a command as a person would, so that Lightning can start the second process by itself."""
+    devices = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto"]
+    where = ["--trainer.default_root_dir", root]
+    # One thread each: the order of a sum may depend on their number.
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_unlearn", subcommand, *args, *QUIET, *ON_CPU, *devices, *where],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def difference(first: Path, second: Path) -> float:
+    a, b = (read_edit(folder / "checkpoints/last.ckpt").weights for folder in (first, second))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def without_cost(path: Path) -> dict[str, Any]:
+    """Scores without what depends on clocks, memory and the last bits of float32."""
+    content = json.loads(path.read_text())
+    return {name: value for name, value in content.items() if name not in ("cost", "edit", "drift")}
+
+
+def pictures(folder: Path) -> dict[Path, np.ndarray]:
+    root = folder / "pictures"
+    return {path.relative_to(root): np.asarray(Image.open(path)).astype(int) for path in sorted(root.rglob("*.png"))}
+
+
+def compare(args: list[str], method: str, unedited: Path) -> tuple[Path, Path]:
+    """Fit, test and predict with one and with two processes, compare, and return both runs' folders."""
+    for root, processes in (("one", 1), ("two", 2)):
+        for subcommand in ("fit", "test", "predict"):
+            command(subcommand, root, processes, args)
+    first, second = (Path(root, method, "dog", "version_0") for root in ("one", "two"))
+    assert difference(first, second) < 1e-5
+    with_base = read_edit(first / "checkpoints/last.ckpt").weights
+    assert any(not torch.equal(value, with_base[name]) for name, value in base_weights(unedited, with_base).items())
+    assert without_cost(first / "scores.json") == without_cost(second / "scores.json")
+    drawn = pictures(first), pictures(second)
+    assert drawn[0].keys() == drawn[1].keys() and len(drawn[0]) > 0
+    # Weights that differ in the seventh digit may round a pixel to its neighbour.
+    assert max(abs(drawn[0][name] - drawn[1][name]).max() for name in drawn[0]) <= 1
+    return first, second
+
+
+def base_weights(model: Path, edited: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from lit_unlearn.diffusion.components import load_components
+
+    parameters = load_components(str(model)).named_parameters()
+    return {name: parameters[name].detach() for name in edited}
+
+
+def test_the_null_space_edit(workplace: Path, recipe: Path, tiny_sd: Path) -> None:
+    # Fifteen pairs: one process has eight of them, the other seven.
+    first, second = compare(["--config", str(recipe), "--trainer.callbacks+=SavePictures"], "null_space", tiny_sd)
+    reports = [json.loads((folder / "scores.json").read_text())["edit"] for folder in (first, second)]
+    for name, layer in reports[0]["layers"].items():
+        assert layer["null_space_dimension"] == reports[1]["layers"][name]["null_space_dimension"]
+
+
+GRADIENT_ARGS = ["--data.init_args.steps", "2", "--data.init_args.batch_size", "3", "--trainer.max_epochs", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("uce.yaml", []),
+        ("speed.yaml", []),
+        ("memit.yaml", ["--data.init_args.steps", "2"]),
+        ("esd.yaml", GRADIENT_ARGS),
+        ("concept_ablation.yaml", GRADIENT_ARGS),
+        ("forget_me_not.yaml", GRADIENT_ARGS),
+    ],
+)
+def test_a_recipe(name: str, extra: list[str], workplace: Path, recipe: Path, tiny_sd: Path) -> None:
+    if not (CONFIGS / name).is_file():
+        pytest.skip(f"there is no {name}")
+    judge = recipe.parent / "judge"
+    args = ["--config", str(CONFIGS / name), "--model.init_args.model", str(tiny_sd), "--model.init_args.judge"]
+    args += [str(judge), "--model.init_args.num_inference_steps", "2", "--data.init_args.images_per_prompt", "1"]
+    compare([*args, "--concept", "dog", *extra], name.removesuffix(".yaml"), tiny_sd)
+
+
+def test_what_lightning_is_told_about_shares(workplace: Path, recipe: Path) -> None:
+    # Fewer pairs than processes: one of them would have nothing to do, and wait for ever.
+    args = ["--config", str(recipe), *QUIET, *ON_CPU, "--data.init_args.batch_size", "1"]
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_unlearn", "fit", *args, "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert "data.batch_size=1 is less than the 2 processes" in result.stderr
