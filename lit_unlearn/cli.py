@@ -23,6 +23,7 @@ TRAINER_COMMANDS = {
 OTHER_COMMANDS = {
     "generate": "draw pictures of prompts, with or without an edit",
     "export": "write an edited pipeline for diffusers, or its changed weights",
+    "report": "compare tested runs: Markdown, CSV and one HTML page",
     "demo": "remove a concept from the embedded model, score and export it",
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -161,6 +162,16 @@ def export_parser() -> Parser:
     return parser
 
 
+def report_parser() -> Parser:
+    """Options of ``report``."""
+    parser = _parser("report")
+    parser.add_argument("folders", nargs="+", metavar="LOGS", help="folders that are searched for tested runs")
+    parser.add_argument("-o", "--output", default="report", metavar="DIR", help="folder to write; default: report")
+    parser.add_argument("--grids", type=int, default=1, help="picture grids of each method; default: 1")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    return parser
+
+
 def demo_parser() -> Parser:
     """Options of ``demo``."""
     parser = _parser("demo")
@@ -169,4 +180,9 @@ def demo_parser() -> Parser:
     return parser
 
 
-PARSERS: dict[str, Callable[[], Parser]] = {"generate": generate_parser, "export": export_parser, "demo": demo_parser}
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "generate": generate_parser,
+    "export": export_parser,
+    "report": report_parser,
+    "demo": demo_parser,
+}

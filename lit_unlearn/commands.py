@@ -18,6 +18,7 @@ from lit_unlearn.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model
 from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.errors import plain_warnings, user_errors
+from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
 from lit_unlearn.export import check_output, export_delta, export_pipeline, provenance
 from lit_unlearn.recipes import find_recipe
@@ -117,6 +118,30 @@ def export(options: argparse.Namespace) -> None:
         else:
             export_pipeline(edit, facts, model, output, dtype, _revision(options.revision, edit))
     print(f"{output}: {model} without {', '.join(edit.concepts)}")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write ``report.md``, ``report.csv`` and ``report.html`` of all tested runs below some folders.
+
+    Raises:
+        UserError: A folder holds no run, runs do not compare, or the output exists.
+        OSError: The output cannot be written.
+    """
+    from lit_unlearn.evaluation.report import collect, report_csv, report_html, report_markdown
+
+    output = Path(options.output)
+    with user_errors():
+        if options.grids < 0:
+            raise ValueError(f"grids={options.grids} cannot be negative.")
+        files = [output / f"report.{kind}" for kind in ("md", "csv", "html")]
+        if (there := [path for path in files if path.exists()]) and not options.overwrite:
+            raise ValueError(f"output={there[0]} exists: choose another folder, or pass --overwrite to replace it.")
+        runs = collect(options.folders)
+    contents = report_markdown(runs), report_csv(runs), report_html(runs, options.grids)
+    for path, content in zip(files, contents, strict=True):
+        with atomic_write(path) as file:
+            file.write(content.encode())
+        print(path)
 
 
 def demo(options: argparse.Namespace) -> None:

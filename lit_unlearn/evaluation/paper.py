@@ -17,3 +17,16 @@ def load_paper_tables() -> dict[str, Any]:
     """
     table = resources.files("lit_unlearn.evaluation").joinpath("paper_tables.json")
     return json.loads(table.read_text(encoding="utf-8"))
+
+
+def load_challenge_baselines() -> dict[str, list[float]]:
+    """Return the published ERR of the challenge's baselines.
+
+    The challenge is that of the U&Me workshop (ICCV 2025), whose concepts the paper uses. Its page gives no figures for
+    LabradorRetriever: it has a Welsh Springer Spaniel in its place.
+
+    Returns:
+        Concept to ERR of ESD, Concept Ablation and Forget-Me-Not, in this order.
+    """
+    table = resources.files("lit_unlearn.evaluation").joinpath("challenge_baselines.json")
+    return json.loads(table.read_text(encoding="utf-8"))["err"]

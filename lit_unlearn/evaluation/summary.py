@@ -15,6 +15,10 @@ SCORE_NAMES = ("forget", "forget_direct", "forget_indirect", "adversarial", "ret
 """Scores that are averaged over runs."""
 
 
+OWN_INTERVALS = {"adversarial": "forget_adversarial"}
+"""Names of intervals in a run's scores, where they differ."""
+
+
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float],
     rows: np.ndarray,
@@ -34,7 +38,7 @@ def bootstrap_interval(
         seed: Of the draws.
 
     Returns:
-        Lower and upper bound; of a single row twice the same number, since nothing is known of its spread.
+        Lower and upper bound.
     """
     places = np.random.default_rng(seed).integers(len(rows), size=(resamples, len(rows)))
     draws = [statistic(rows[place]) for place in places]
@@ -54,7 +58,7 @@ class MethodSummary:
         average_of_hms: Average of the runs' harmonic means; a concept that stays counts 0.
         least_hm: Harmonic mean of the worst run.
         err: Average of the challenge's harmonic mean of five; None if no run has it.
-        intervals: Name of a score above to its bounds, at 95 %, runs resampled.
+        intervals: Name of a score above to its bounds, at 95 %: runs resampled, or a single run's own intervals.
         drift: Average root-mean-square difference of other concepts' pictures, parts of full scale.
         costs: ``seconds``, ``unet_forwards``, ``unet_backwards``, ``peak_memory_bytes`` and what the edit reports as
             ``weight_change_ratio`` and ``weight_change_norm``, averages.
@@ -110,6 +114,13 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
     errs = [m.err for m in measurements if m.err is not None]
     if errs:
         intervals["err"] = bootstrap_interval(lambda rows: float(rows.mean()), np.array(errs)[:, None])
+    if len(runs) == 1:  # nothing to resample: the run's own intervals, of its pictures
+        own = measurements[0].intervals
+        intervals = {
+            name: own[OWN_INTERVALS.get(name, name)] for name in scores if OWN_INTERVALS.get(name, name) in own
+        }
+        if "harmonic_mean" in own:
+            intervals["hm_of_averages"] = intervals["average_of_hms"] = own["harmonic_mean"]
     drifts = [run.drift["rmse"] for run in runs if run.drift]
     return MethodSummary(
         method="unedited" if before else methods[0],
@@ -136,8 +147,8 @@ def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
     for summary in summaries:
         cells = [summary.method, str(summary.runs)]
         cells += [_cell(summary.scores.get(name), summary.intervals.get(name)) for name in with_intervals]
-        cells.append(_cell(summary.hm_of_averages, summary.intervals["hm_of_averages"]))
-        cells.append(_cell(summary.average_of_hms, summary.intervals["average_of_hms"]))
+        cells.append(_cell(summary.hm_of_averages, summary.intervals.get("hm_of_averages")))
+        cells.append(_cell(summary.average_of_hms, summary.intervals.get("average_of_hms")))
         cells += [f"{summary.least_hm:.3f}", _cell(summary.err, summary.intervals.get("err"))]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [

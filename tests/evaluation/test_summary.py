@@ -50,7 +50,15 @@ def test_intervals_hold_the_score_and_resample_runs() -> None:
         assert low <= value <= high, name
     # Three runs of which one has 0 and one has 1: the average of a resample can be either.
     assert summary.intervals["forget"] == (0.0, 1.0)
-    assert summarise([run(0.5, 0.9)]).intervals["forget"] == (0.5, 0.5)
+
+
+def test_a_single_run_keeps_its_own_intervals() -> None:
+    own = {"forget": (0.3, 0.7), "retain": (0.8, 0.95), "harmonic_mean": (0.4, 0.8), "forget_adversarial": (0.1, 0.5)}
+    summary = summarise([dataclasses.replace(run(0.5, 0.9), intervals=own)])
+    assert summary.intervals["forget"] == (0.3, 0.7)
+    assert summary.intervals["adversarial"] == (0.1, 0.5)
+    assert summary.intervals["hm_of_averages"] == (0.4, 0.8)
+    assert "err" not in summary.intervals
 
 
 def test_bootstrap_agrees_with_the_normal_interval_of_a_mean() -> None:
