@@ -25,6 +25,7 @@ from typing_extensions import override
 from lit_unlearn import callbacks, data, emoji, methods
 from lit_unlearn.advice import keep_advice_quiet
 from lit_unlearn.callbacks.evaluation import EvaluationReport
+from lit_unlearn.callbacks.memorisation import MemorisationReport
 from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
 from lit_unlearn.callbacks.preemption import Preempted, SaveOnSignal
 from lit_unlearn.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
@@ -47,6 +48,7 @@ FROM_COMMAND_LINE = {
     "model",
     "revision",
     "judge",
+    "copy_quantile",
     "num_inference_steps",
     "guidance_scale",
 }
@@ -233,9 +235,9 @@ class UnlearnCLI(LightningCLI):
         if config.ckpt_path and config.trainer.logger in (None, True):
             self.run_folder = run_folder(config.ckpt_path)
         if self.subcommand == "test" and self.run_folder is not None and not config.overwrite:
-            scores = self.run_folder / "scores.json"
-            if scores.exists():
-                raise UserError(f"{scores} exists: pass --overwrite to test this run again.")
+            for scores in (self.run_folder / "scores.json", self.run_folder / "memorisation.json"):
+                if scores.exists():
+                    raise UserError(f"{scores} exists: pass --overwrite to test this run again.")
 
     @override
     def instantiate_classes(self) -> None:
@@ -252,9 +254,11 @@ class UnlearnCLI(LightningCLI):
         root = Path(config["default_root_dir"])
         if config["logger"] in (None, True):
             if self.run_folder is not None:
-                kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
+                kwargs["logger"] = TensorBoardLogger(
+                    self.run_folder.parent, name="", version=self.run_folder.name, default_hp_metric=False
+                )
             else:
-                kwargs["logger"] = RunLogger(root, name=name)
+                kwargs["logger"] = RunLogger(root, name=name, default_hp_metric=False)
             # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
             kwargs["default_root_dir"] = root / name
         given = config["callbacks"] or []
@@ -323,7 +327,8 @@ class UnlearnCLI(LightningCLI):
 
     def test(self, **kwargs: Any) -> None:
         """Run the test; the report's table takes the place of Lightning's."""
-        reports = any(isinstance(callback, EvaluationReport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        kinds = (EvaluationReport, MemorisationReport)
+        reports = any(isinstance(callback, kinds) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
 
 

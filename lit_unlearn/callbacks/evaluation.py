@@ -158,8 +158,19 @@ class EvaluationReport(L.Callback):
             pl_module.log(f"test/before/{name}", before[name], rank_zero_only=True)
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_image("test/before_above_after", np.asarray(grid), 0, dataformats="HWC")
+            self._log_hyperparameters(trainer.logger, pl_module, scores)
         Console().print(scores_table(scores.before, scores))
         rank_zero_info(f"Scores: {folder / 'scores.json'}\nPictures: {folder / 'grid.png'}")
+
+    @staticmethod
+    def _log_hyperparameters(logger: TensorBoardLogger, module: ConceptEditor, scores: Scores) -> None:
+        """A row in TensorBoard's HParams table, which compares runs by their arguments and scores."""
+        arguments: dict[str, bool | int | float | str] = {"method": scores.method, "edited": ", ".join(scores.edited)}
+        for name, value in module.hparams.items():
+            if not name.startswith("_") and name != "concept" and isinstance(value, bool | int | float | str):
+                arguments[name] = value
+        metrics = {f"test/{name}": getattr(scores, name) for name in ("forget", "retain", "harmonic_mean", "err")}
+        logger.log_hyperparams(arguments, {name: value for name, value in metrics.items() if value is not None})
 
     def _mean_drift(self, trainer: L.Trainer) -> dict[str, float]:
         # Summed rather than averaged per rank, since ranks may hold different numbers of pictures.

@@ -8,7 +8,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
 from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
@@ -151,3 +154,26 @@ def test_looking_at_pictures_is_not_counted(
         fit(module, *callbacks)
         counts.append(module.forwards.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_tensorboard_compares_runs_by_arguments_and_scores(edited: ValueRefinement, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[EvaluationReport()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.test(edited, ConceptPrompts("dog", edited.hparams["concept_set"]), verbose=False)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    found = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(found).session_start_info.hparams
+    assert hparams["edited"].string_value == "dog"
+    assert hparams["rounds"].number_value == edited.hparams["rounds"] == 1
+    scores = Scores.load(Path(logger.log_dir) / "scores.json")
+    assert events.Scalars("test/forget")[-1].value == pytest.approx(scores.forget)
