@@ -18,8 +18,9 @@ LAYERS: dict[str, set[str]] = {
     "data": {"core", "diffusion"},
     "evaluation": {"core", "diffusion"},
     "emoji": {"core", "data", "diffusion", "evaluation"},
-    "methods": {"core", "diffusion", "data", "evaluation"},
-    "callbacks": {"core", "diffusion", "data", "evaluation", "methods"},
+    "judges": {"core", "data", "diffusion", "evaluation"},
+    "methods": {"core", "diffusion", "data", "evaluation", "judges"},
+    "callbacks": {"core", "diffusion", "data", "evaluation", "judges", "methods"},
 }
 """What each sub-package may import besides itself. Modules at the top (``cli``) may import all of them."""
 
@@ -28,7 +29,7 @@ NEVER = {
     "torchvision": "not a dependency",
 }
 PIPELINE_LIBRARIES = {"diffusers", "transformers"}
-PIPELINE_LAYERS = {"diffusion", "emoji"}
+PIPELINE_LAYERS = {"diffusion", "emoji", "judges"}
 
 
 def imported_names(source: str, package: str) -> set[str]:

@@ -146,10 +146,13 @@ class EvaluationReport(L.Callback):
         assert isinstance(pl_module, ConceptEditor)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
         drift, folder = self._mean_drift(trainer), run_folder(trainer)  # so do these
+        agreement = None
+        if pl_module.second_judge is not None:
+            agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        scores = self._scores(folder, trainer, pl_module, before, after, drift)
+        scores = self._scores(folder, trainer, pl_module, before, after, drift, agreement)
         scores.save(folder / "scores.json")
         grid = self._grid(pl_module)
         save_png(folder / "grid.png", grid)
@@ -186,6 +189,7 @@ class EvaluationReport(L.Callback):
         before: dict[str, Any],
         after: dict[str, Any],
         drift: dict[str, float],
+        agreement: dict[str, Any] | None,
     ) -> Scores:
         data = trainer.datamodule  # type: ignore[attr-defined]
         cost = module.current_cost()
@@ -211,6 +215,7 @@ class EvaluationReport(L.Callback):
                 "weight_change_norm": module.pretrained.change_norm(),
             },
             drift=drift or None,
+            agreement=agreement,
         )
 
     def _grid(self, module: ConceptEditor) -> Image.Image:

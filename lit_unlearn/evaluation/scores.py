@@ -141,6 +141,8 @@ class Scores(Measurement):
     """What the method reports of its edit, e.g. the null space of each layer."""
     drift: dict[str, Any] | None = None
     """How far pictures of unrelated prompts moved, same seeds."""
+    agreement: dict[str, Any] | None = None
+    """Name of the second judge, and Cohen's kappa of both judges' verdicts on the same pictures."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,16 +13,19 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
-from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
+from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.sampling import ForwardCount, draw_pictures
-from lit_unlearn.evaluation.classifier import ClassifierJudge, check_judge
+from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.judges import Judge, judge_questions
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.evaluation.pictures import to_uint8
+from lit_unlearn.judges.cache import CachedJudge
+from lit_unlearn.judges.load import check_judge_name, load_judge
 
 CHECKPOINT_KEY = "lit_unlearn"
 """Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
@@ -236,7 +239,10 @@ class ConceptEditor(DiffusionEditor):
     Args:
         concept: Name or names of the concepts to edit; set with ``--concept``.
         concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
-        judge: ``emoji`` (beside the embedded model), or a folder with a judge.
+        judge: ``emoji`` (beside the embedded model), ``llava``, ``clip``, ``nudenet``, or a folder with a classifier.
+        judge_options: Arguments of ``llava``, ``clip`` or ``nudenet``, such as ``{batch_size: 4}``.
+        second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
+        judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
         **kwargs: See ``DiffusionEditor``.
 
     Raises:
@@ -248,13 +254,20 @@ class ConceptEditor(DiffusionEditor):
         concept: str | list[str],
         concept_set: str = "emoji20",
         judge: str = "emoji",
+        judge_options: dict[str, Any] | None = None,
+        second_judge: str | None = None,
+        judge_cache: str | None = "logs/judged",
         **kwargs: object,
     ) -> None:
         self.concepts = load_concept_set(concept_set)
         self.edited = edited_concepts(concept, self.concepts)
-        self.judge_path = judge
-        if judge != "emoji":  # that of the embedded model is needed, and looked for, only when pictures are judged
-            check_judge(judge)
+        self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
+        self.second_judge_path = second_judge
+        check_judge_name(judge, self.judge_options, self.concepts)
+        if second_judge is not None:
+            if second_judge == judge:
+                raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
+            check_judge_name(second_judge, {}, self.concepts)
         super().__init__(**kwargs)  # type: ignore[arg-type]
 
     @property
@@ -264,11 +277,20 @@ class ConceptEditor(DiffusionEditor):
 
     def load_judge(self) -> Judge:
         """The judge that ``judge`` names."""
-        return ClassifierJudge(judge_folder(self.judge_path))
+        return self._judge(self.judge_path, self.judge_options)
+
+    def _judge(self, name: str, options: dict[str, Any]) -> Judge:
+        judge = load_judge(name, options, self.concepts)
+        slow = not isinstance(judge, ClassifierJudge) and self.judge_cache is not None
+        # One file per process, since several write at the same time.
+        folder = Path(self.judge_cache or "") / f"rank_{self.global_rank}"
+        return CachedJudge(judge, folder) if slow else judge
 
     def on_test_start(self) -> None:
         """Make judge and metrics."""
         self.judge = self.load_judge()
+        self.second_judge = self._judge(self.second_judge_path, {}) if self.second_judge_path else None
+        self.kappa = BinaryCohenKappa()
         images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
 
@@ -301,7 +323,12 @@ class ConceptEditor(DiffusionEditor):
 
     def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
         """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
-        answers = judge_questions(self.judge, pictures.float() / 255, [item.question for item in batch])
+        questions = [item.question for item in batch]
+        answers = judge_questions(self.judge, pictures.float() / 255, questions)
+        if (second := getattr(self, "second_judge", None)) is not None:
+            others = judge_questions(second, pictures.float() / 255, questions)
+            both = ~(answers.isnan() | others.isnan())
+            self.kappa.update((answers[both] >= 0.5).int(), (others[both] >= 0.5).int())
         metric.update(
             answers,
             [item.concept_index for item in batch],
@@ -329,11 +356,6 @@ class ConceptEditor(DiffusionEditor):
     def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of the edited model."""
         return self.generate([item.prompt for item in batch], [item.seed for item in batch])
-
-
-def judge_folder(judge: str) -> Path:
-    """Folder of the judge that ``judge`` names: ``emoji`` stands for the one beside the embedded model."""
-    return Path(resolve_model("emoji-sd")) / "judge" if judge == "emoji" else Path(judge)
 
 
 def linear_layer(components: DiffusionComponents, weight_name: str) -> nn.Linear:

@@ -1,0 +1,1 @@
+"""Judges of real pictures: vision-language models, zero-shot CLIP, a nudity detector; and a cache of their answers."""

@@ -1,0 +1,92 @@
+"""Zero-shot CLIP as a judge: which concept of its kind fits a picture best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.data.concepts import ConceptSet
+from lit_unlearn.evaluation.pictures import to_pil
+
+MODEL = "openai/clip-vit-large-patch14"
+TEMPLATES = {
+    "object": "a picture of {}",
+    "action": "a picture of someone {}",
+    "style": "a picture in the style of {}",
+    "scene": "a picture with {}",
+}
+NOTHING = "a picture"
+
+
+class ClipJudge:
+    """Answers with the softmax of CLIP's similarities over the concepts of a kind; see ``Judge``.
+
+    The probability of yes is that of the asked concept among all of its kind and "a picture", which stands for none of
+    them. CLIP does not understand "not", so it cannot be asked about one concept alone.
+
+    Args:
+        concepts: The concept set whose questions are asked.
+        model: Hub id or folder.
+        revision: Branch, tag or commit, if ``model`` is a hub id.
+        batch_size: Pictures that it sees at once.
+    """
+
+    def __init__(
+        self, concepts: ConceptSet, model: str = MODEL, revision: str | None = None, batch_size: int = 32
+    ) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        self.processor = CLIPProcessor.from_pretrained(model, **options)
+        self.model = CLIPModel.from_pretrained(model, **options).eval()
+        if torch.cuda.is_available():
+            self.model.to("cuda")
+        self.name = f"clip {model}{f'@{revision}' if revision else ''} {concepts.name}"
+        self.batch_size = batch_size
+        self.choices = choices(concepts)
+        self.texts = sorted({text for _, texts in self.choices.values() for text in texts})
+        inputs = self.processor(text=self.texts, padding=True, return_tensors="pt").to(self.model.device)
+        with torch.no_grad():
+            # pooler_output is the projected embedding (transformers 5).
+            self.text_embeddings = normalised(self.model.get_text_features(**inputs).pooler_output)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each.
+
+        Raises:
+            ValueError: A question is none of the concept set's.
+        """
+        if unknown := sorted(set(questions) - set(self.choices)):
+            raise ValueError(f"The judge {self.name!r} cannot answer {unknown[0]!r}: it is no question of its set.")
+        answers = []
+        for start in range(0, len(questions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            inputs = self.processor(images=[to_pil(image) for image in images[part].cpu()], return_tensors="pt")
+            features = self.model.get_image_features(**inputs.to(self.model.device)).pooler_output
+            logits = self.model.logit_scale.exp() * normalised(features) @ self.text_embeddings.mT
+            for row, question in zip(logits.float().cpu(), questions[part], strict=True):
+                asked, texts = self.choices[question]
+                among = row[[self.texts.index(text) for text in texts]]
+                answers.append(among.softmax(dim=-1)[texts.index(asked)])
+        return torch.stack(answers) if answers else torch.zeros(0)
+
+
+def choices(concepts: ConceptSet) -> Mapping[str, tuple[str, list[str]]]:
+    """For each question the text of its concept, and the texts that it is chosen among."""
+    texts = {c.name: TEMPLATES[c.kind].format(c.names[0]) for c in concepts.concepts.values()}
+    return {
+        concept.question: (
+            texts[concept.name],
+            [texts[other.name] for other in concepts.concepts.values() if other.kind == concept.kind] + [NOTHING],
+        )
+        for concept in concepts.concepts.values()
+    }
+
+
+def normalised(features: Tensor) -> Tensor:
+    """Rows of ``features`` (B, D) at length 1."""
+    return features / features.norm(dim=-1, keepdim=True)

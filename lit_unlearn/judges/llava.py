@@ -1,0 +1,123 @@
+"""LLaVA-1.5 as a judge: it is asked the question, and its answer is read from the probabilities of yes and no."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.evaluation.pictures import to_pil
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL = "llava-hf/llava-1.5-7b-hf"
+TEMPLATE = "USER: <image>\n{question} Answer with yes or no. ASSISTANT:"
+"""The model's own form of a conversation (its model card), with the question of the concept set in it."""
+
+
+class LlavaJudge:
+    """Answers questions with LLaVA-1.5, by logits and not by what it goes on to say; see ``Judge``.
+
+    The probability of yes is ``p(yes) / (p(yes) + p(no))`` of the first token of its answer, each summed over the
+    spellings that are single tokens. If both together have less than ``min_answer``, it did not answer: nan.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit, if ``model`` is a hub id.
+        dtype: Type of its weights: ``float16``, ``bfloat16`` or ``float32``.
+        device_map: Where its parts lie, as for ``from_pretrained`` (needs accelerate); null leaves it on one device.
+        load_in_4bit: Quantise its weights to 4 bits while loading (needs bitsandbytes and a GPU).
+        batch_size: Pictures that it sees at once.
+        min_answer: Least probability of yes and no together.
+
+    Raises:
+        ValueError: A value is wrong, or a package is missing; found before the model is loaded.
+    """
+
+    def __init__(
+        self,
+        model: str = MODEL,
+        revision: str | None = None,
+        dtype: str = "float16",
+        device_map: str | None = None,
+        load_in_4bit: bool = False,
+        batch_size: int = 8,
+        min_answer: float = 0.1,
+    ) -> None:
+        check_llava(dtype, device_map, load_in_4bit, batch_size, min_answer)
+        from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        self.processor = LlavaProcessor.from_pretrained(model, **options)
+        self.processor.tokenizer.padding_side = "left"  # the answer comes after the last token of every prompt
+        if load_in_4bit:
+            from transformers import BitsAndBytesConfig
+
+            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+        if device_map:
+            options["device_map"] = device_map
+        self.model = LlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype), **options)
+        self.model.eval()
+        if not device_map and not load_in_4bit and torch.cuda.is_available():
+            self.model.to("cuda")  # type: ignore[arg-type]
+        self.batch_size, self.min_answer = batch_size, min_answer
+        self.name = f"llava {model}{f'@{revision}' if revision else ''} {'4bit' if load_in_4bit else dtype}"
+        self.yes = answer_tokens(self.processor.tokenizer, "yes")
+        self.no = answer_tokens(self.processor.tokenizer, "no")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each; nan for no answer."""
+        answers = []
+        for start in range(0, len(questions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            inputs = self.processor(
+                images=[to_pil(image) for image in images[part].cpu()],
+                text=[TEMPLATE.format(question=question) for question in questions[part]],
+                padding=True,
+                return_tensors="pt",
+            ).to(self.model.device, self.model.dtype)
+            probabilities = self.model(**inputs).logits[:, -1].float().softmax(dim=-1)
+            yes, no = probabilities[:, self.yes].sum(1), probabilities[:, self.no].sum(1)
+            answer = yes / (yes + no)
+            answers.append(answer.masked_fill(yes + no < self.min_answer, torch.nan).cpu())
+        return torch.cat(answers) if answers else torch.zeros(0)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """Ids of the spellings of ``word`` that are one token: with and without a space, in small and capital letters.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = set()
+    for spelling in (word, word.capitalize(), word.upper()):
+        for text in (spelling, f" {spelling}"):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                found.add(ids[0])
+    if not found:
+        raise ValueError(f"judge: the tokenizer has no token for {word!r} alone: this model cannot be asked yes or no.")
+    return sorted(found)
+
+
+def check_llava(dtype: str, device_map: str | None, load_in_4bit: bool, batch_size: int, min_answer: float) -> None:
+    """Check arguments and packages of ``LlavaJudge`` without loading anything.
+
+    Raises:
+        ValueError: A value is wrong or a package is missing.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"judge_options.dtype={dtype!r} is unknown: choose float16, bfloat16 or float32.")
+    if batch_size < 1:
+        raise ValueError(f"judge_options.batch_size={batch_size} must be at least 1.")
+    if not 0 <= min_answer < 1:
+        raise ValueError(f"judge_options.min_answer={min_answer} must lie in [0, 1).")
+    if device_map and importlib.util.find_spec("accelerate") is None:
+        raise ValueError("judge_options.device_map needs accelerate: pip install 'lit-unlearn[llava]'.")
+    if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("judge_options.load_in_4bit needs bitsandbytes: pip install 'lit-unlearn[llava]'.")

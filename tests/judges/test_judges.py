@@ -1,0 +1,264 @@
+"""Judges of real pictures, with tiny random models in the layouts of the real ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from lit_unlearn.data.concepts import ConceptSet, load_concept_set
+from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.judges.cache import CachedJudge, picture_key
+from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
+from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge
+from lit_unlearn.judges.load import check_judge_name, load_judge
+from lit_unlearn.judges.nudenet import QUESTION, NudeNetJudge
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "yes", "Yes", "no", "No", "NO", "USER", "ASSISTANT", ":", "."]
+WORDS += ["Is", "there", "a", "dog", "cat", "?", "Answer", "with", "or", "in", "this", "picture"]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judges") / "llava"
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=WORDS.index("<image>"))
+        model = LlavaForConditionalGeneration(config)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(40)  # random models are sure of nothing
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), fast, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judges") / "clip"
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8))
+    model.save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emoji20() -> ConceptSet:
+    return load_concept_set("emoji20")
+
+
+QUESTIONS = ["Is there a dog in this picture?", "Is there a cat?", "Is there a dog in this picture?", "Is there a cat?"]
+
+
+def test_llava_answers_by_the_probabilities_of_yes_and_no(tiny_llava: Path) -> None:
+    judge = LlavaJudge(str(tiny_llava), dtype="float32", batch_size=4, min_answer=0.0)
+    images = torch.rand(4, 3, 32, 32, generator=generator(1))
+    answers = judge(images, QUESTIONS)
+    yes, no = [WORDS.index("yes"), WORDS.index("Yes")], [WORDS.index("no"), WORDS.index("No"), WORDS.index("NO")]
+    assert (judge.yes, judge.no) == (yes, no)
+    for image, question, answer in zip(images, QUESTIONS, answers, strict=True):  # alone, so without padding
+        inputs = judge.processor(images=to_pil(image), text=TEMPLATE.format(question=question), return_tensors="pt")
+        with torch.no_grad():
+            probabilities = judge.model(**inputs).logits[0, -1].softmax(dim=-1)
+        expected = probabilities[yes].sum() / (probabilities[yes].sum() + probabilities[no].sum())
+        assert answer == pytest.approx(float(expected), abs=1e-4)
+    assert len({round(float(answer), 3) for answer in answers}) > 1
+
+
+def test_llava_s_answers_do_not_depend_on_the_batch(tiny_llava: Path) -> None:
+    images = torch.rand(3, 3, 32, 32, generator=generator(2))
+    one, all_at_once = (
+        LlavaJudge(str(tiny_llava), dtype="float32", batch_size=size, min_answer=0.0)(images, QUESTIONS[:3])
+        for size in (1, 8)
+    )
+    torch.testing.assert_close(one, all_at_once, atol=1e-4, rtol=0)
+    assert LlavaJudge(str(tiny_llava), dtype="float32")(images[:0], []).shape == (0,)
+
+
+def test_llava_that_says_something_else_has_not_answered(tiny_llava: Path) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=generator(1))
+    judge = LlavaJudge(str(tiny_llava), dtype="float32", min_answer=0.999)
+    assert judge(images, QUESTIONS[:2]).isnan().all()
+    with torch.no_grad():
+        judge.model.lm_head.weight.zero_()
+    judge.min_answer = 0.0
+    torch.testing.assert_close(judge(images, QUESTIONS[:2]), torch.full((2,), 2 / 5))  # by the number of spellings
+
+
+def test_clip_chooses_among_the_concepts_of_a_kind(tiny_clip: Path, emoji20: ConceptSet) -> None:
+    texts = choices(emoji20)
+    dog = emoji20.get("dog").question
+    assert texts[dog][0] == "a picture of dog"
+    assert len(texts[dog][1]) == 8 + 1
+    assert NOTHING in texts[dog][1]
+    assert not set(texts[dog][1]) & set(texts[emoji20.get("rain").question][1]) - {NOTHING}
+    judge = ClipJudge(emoji20, str(tiny_clip))
+    images = torch.rand(2, 3, 40, 40, generator=generator(3))
+    objects = [c.question for c in emoji20.concepts.values() if c.kind == "object"]
+    answers = torch.stack([judge(images, [question] * 2) for question in objects])
+    inputs = judge.processor(
+        text=texts[dog][1], images=[to_pil(image) for image in images], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = judge.model(**inputs).logits_per_image.softmax(dim=-1)[:, :-1].mT
+    torch.testing.assert_close(answers, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="cannot answer 'Is there a cow"):
+        judge(images, ["Is there a cow?"] * 2)
+
+
+class Counting:
+    """Says yes by the mean of a picture, cannot tell white ones, and counts what it was asked."""
+
+    def __init__(self, name: str = "counting 1") -> None:
+        self.name, self.count = name, 0
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        self.count += len(images)
+        means = images.mean(dim=(1, 2, 3))
+        return means.masked_fill(means == 1, math.nan)
+
+
+def test_the_cache_asks_once_and_tells_versions_apart(tmp_path: Path) -> None:
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 0.5, 1.0)])
+    judge = Counting()
+    first = CachedJudge(judge, tmp_path)(images, ["q"] * 3)
+    again = CachedJudge(judge, tmp_path)
+    assert torch.equal(again(images, ["q"] * 3).nan_to_num(-1), first.nan_to_num(-1))
+    assert (judge.count, again.asked) == (4, 1)  # only the one that it could not tell is asked about again
+    again(images, ["another"] * 3)
+    assert again.asked == 4
+    newer = Counting("counting 2")
+    CachedJudge(newer, tmp_path)(images, ["q"] * 3)
+    assert newer.count == 3
+    other = CachedJudge(judge, tmp_path, version="other weights")
+    other(images, ["q"] * 3)
+    assert other.asked == 3
+
+
+def test_a_picture_is_known_by_what_it_shows() -> None:
+    image = torch.rand(3, 8, 8, generator=generator(4))
+    same = (image * 255).round() / 255
+    assert picture_key(image, "q") == picture_key(same, "q")
+    assert picture_key(image, "q") != picture_key(image.flip(-1), "q")
+    assert picture_key(image, "q") != picture_key(image, "r")
+    assert picture_key(torch.zeros(3, 2, 8), "q") != picture_key(torch.zeros(3, 4, 4), "q")
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    CachedJudge(Counting(), tmp_path)(torch.zeros(1, 3, 2, 2), ["q"])
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(ValueError, match=rf"{path.name} holds no answers of 'counting 1' .*: delete it"):
+        CachedJudge(Counting(), tmp_path)
+    path.write_text(json.dumps({"judge": "someone else", "answers": {}}))
+    with pytest.raises(ValueError, match="it holds answers of 'someone else'"):
+        CachedJudge(Counting(), tmp_path)
+
+
+def test_nudenet_takes_the_surest_exposed_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+
+    class NudeDetector:
+        def detect(self, picture: np.ndarray) -> list[dict[str, Any]]:
+            seen.append(picture)
+            found = [{"class": "FACE_FEMALE", "score": 0.99}, {"class": "BUTTOCKS_EXPOSED", "score": 0.3}]
+            return [*found, {"class": "FEMALE_BREAST_EXPOSED", "score": 0.8}] if picture.max() > 0 else found[:1]
+
+    module = types.ModuleType("nudenet")
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    module.NudeDetector = NudeDetector  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nudenet", module)
+    images = torch.zeros(2, 3, 2, 5)
+    images[0, 0] = 1.0  # red
+    assert NudeNetJudge()(images, [QUESTION] * 2).tolist() == pytest.approx([0.8, 0.0])
+    assert seen[0].shape == (2, 5, 3)
+    assert seen[0][0, 0].tolist() == [0, 0, 255]  # OpenCV's order
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lava", {}, r"judge='lava' is no judge and no folder \(closest: llava\)"),
+        ("llava", {"dtyp": "x"}, "judge_options.dtyp is unknown to llava: it has model, revision, dtype"),
+        ("llava", {"dtype": "int8"}, "judge_options.dtype='int8' is unknown"),
+        ("llava", {"batch_size": 0}, "judge_options.batch_size=0 must be at least 1"),
+        ("llava", {"min_answer": 1.0}, r"judge_options.min_answer=1.0 must lie in \[0, 1\)"),
+        ("llava", {"load_in_4bit": True}, r"load_in_4bit needs bitsandbytes: pip install 'lit-unlearn\[llava\]'"),
+        ("llava", {"device_map": "auto"}, r"device_map needs accelerate: pip install 'lit-unlearn\[llava\]'"),
+        ("nudenet", {}, r"judge='nudenet' needs NudeNet.*: pip install 'lit-unlearn\[nudenet\]'"),
+        ("emoji", {"batch_size": 2}, "judge_options are for llava, clip, nudenet; judge='emoji' has none"),
+    ],
+)
+def test_a_judge_that_cannot_be_had(
+    name: str, options: dict[str, Any], message: str, emoji20: ConceptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # none of the extras is installed
+    with pytest.raises(ValueError, match=message):
+        check_judge_name(name, options, emoji20)
+
+
+def test_nudenet_needs_a_set_about_nudity(emoji20: ConceptSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match=r"judge='nudenet' answers only .* but apple of emoji20 asks"):
+        check_judge_name("nudenet", {}, emoji20)
+
+
+def test_judges_are_loaded_by_name(tiny_clip: Path, tiny_llava: Path, emoji20: ConceptSet) -> None:
+    assert load_judge("clip", {"model": str(tiny_clip)}, emoji20).name == f"clip {tiny_clip} emoji20"
+    llava = load_judge("llava", {"model": str(tiny_llava), "dtype": "float32"}, emoji20)
+    assert llava.name == f"llava {tiny_llava} float32"
+    assert load_judge("emoji", {}, emoji20).name == "emoji-cnn"
