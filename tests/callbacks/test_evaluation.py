@@ -183,13 +183,13 @@ def test_tensorboard_compares_runs_by_arguments_and_scores(edited: ValueRefineme
 def test_the_agreement_of_two_judges_is_cohen_s_kappa(
     edited: ValueRefinement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdicts: dict[str, list[bool]] = {"redness": [], "greenness": []}
+    verdicts: dict[str, list[bool]] = {"redness": [], "upper half": []}
 
-    class GreennessJudge(RednessJudge):
-        name = "greenness"
+    class UpperHalfJudge(RednessJudge):
+        name = "upper half"
 
         def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-            return super().__call__(images.roll(1, dims=1), questions)
+            return super().__call__(images[:, :, : images.shape[2] // 2], questions)
 
     def judge(kind: type[RednessJudge]) -> RednessJudge:
         asked = kind()
@@ -203,16 +203,16 @@ def test_the_agreement_of_two_judges_is_cohen_s_kappa(
         return Noting()
 
     monkeypatch.setattr(edited, "load_judge", lambda: judge(RednessJudge))
-    monkeypatch.setattr(edited, "_judge", lambda name, options: judge(GreennessJudge))
+    monkeypatch.setattr(edited, "_judge", lambda name, options: judge(UpperHalfJudge))
     edited.second_judge_path = "another"
     score(edited, tmp_path, EvaluationReport(), images_per_prompt=3)
-    pairs = list(zip(verdicts["redness"], verdicts["greenness"], strict=True))
+    pairs = list(zip(verdicts["redness"], verdicts["upper half"], strict=True))
     n = len(pairs)
     agree = sum(a == b for a, b in pairs) / n
     yes = [sum(column) / n for column in zip(*pairs, strict=True)]
     chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
     agreement = Scores.load(tmp_path / "scores.json").agreement
     assert agreement is not None
-    assert agreement["judge"] == "greenness"
+    assert agreement["judge"] == "upper half"
     assert agreement["cohen_kappa"] == pytest.approx((agree - chance) / (1 - chance), abs=1e-6)
     assert 0 < abs(agreement["cohen_kappa"]) < 1
