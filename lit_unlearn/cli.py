@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lit_unlearn import __version__
-from lit_unlearn.core.signals import note_signal
+from lit_unlearn.core.signals import Preempted, note_signal
 from lit_unlearn.errors import UserError, closest, essence
 from lit_unlearn.recipes import recipe_names, resolve_recipes
 
@@ -26,6 +26,8 @@ OTHER_COMMANDS = {
     "report": "compare tested runs: Markdown, CSV and one HTML page",
     "demo": "remove a concept from the embedded model, score and export it",
 }
+TOLD_TO_STOP = 75
+"""Exit code of a fit that a signal has stopped: what it had is saved, and the same command goes on (EX_TEMPFAIL)."""
 DTYPES = ("float32", "bfloat16", "float16")
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
@@ -45,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 for a mistake of the user's or an output that cannot be written; 130 if interrupted. Errors
-        within a training are raised.
+        The exit code: 0; 2 for a mistake of the user's or an output that cannot be written; 75 if a signal told a fit
+        to save and stop; 130 if interrupted. Errors within a training are raised.
     """
     try:
         return _run(list(sys.argv[1:] if args is None else args))
@@ -55,6 +57,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlit-unlearn: interrupted", file=sys.stderr)
         return 130
+    except Preempted as told:
+        print(told, file=sys.stderr)
+        return TOLD_TO_STOP
     except OSError as error:
         # Without a number it is what libraries say of a model that they cannot fetch.
         if error.errno is not None and error.errno not in WRITE_ERRORS:

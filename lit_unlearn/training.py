@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +28,14 @@ from lit_unlearn.advice import keep_advice_quiet
 from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.callbacks.memorisation import MemorisationReport
 from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
-from lit_unlearn.callbacks.preemption import Preempted, SaveOnSignal
+from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
-from lit_unlearn.runs import FINISHED, Run, RunLogger, config_sha256, newest_run, read_run
+from lit_unlearn.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -203,6 +204,11 @@ class UnlearnCLI(LightningCLI):
                 f"{self.config.subcommand} needs a run, and {folder} has none: run `lit-unlearn fit` first, "
                 "or give another run's file with --ckpt_path."
             )
+        if read_run(folder := run_folder(path) or path).get("state") == RUNNING:
+            print(
+                f"lit-unlearn: warning: {folder} is not finished; its edit is that of the last checkpoint.",
+                file=sys.stderr,
+            )
         print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")
         return path
 
@@ -290,8 +296,6 @@ class UnlearnCLI(LightningCLI):
             raise UserError(essence(error)) from error
         except NumericalError as error:
             raise UserError(essence(error)) from error
-        except Preempted as told:
-            print(told)
         else:
             if run is not None:
                 run.finish()

@@ -13,11 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
-from lit_unlearn.core.signals import note_signal, take_signal
-
-
-class Preempted(Exception):
-    """The fit was told to stop, and what it had was saved."""
+from lit_unlearn.core.signals import Preempted, note_signal, take_signal
 
 
 class SaveOnSignal(L.Callback):

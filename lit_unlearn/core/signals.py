@@ -8,6 +8,10 @@ from typing import Any
 _received: set[int] = set()
 
 
+class Preempted(Exception):
+    """A run was told to stop, and what it had was saved."""
+
+
 def _note(signum: int, frame: Any) -> None:
     _received.add(signum)
 

@@ -99,8 +99,8 @@ def test_a_signal_saves_at_the_end_of_the_step(
 ) -> None:
     # A layer's last step is followed by its edit, and the last layer's by the end.
     interrupted_at(step, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    assert cli.main(["fit", "--config", str(recipe)]) == 0
-    said = re.search(r"Told to stop: saved .*last.ckpt at step (\d+)\.", capsys.readouterr().out)
+    assert cli.main(["fit", "--config", str(recipe)]) == (0 if saved is None else cli.TOLD_TO_STOP)
+    said = re.search(r"Told to stop: saved .*last.ckpt at step (\d+)\.", capsys.readouterr().err)
     assert (said and int(said[1])) == saved
     assert read_run(RUN / "version_0")["state"] == ("finished" if saved is None else "running")
     if saved is None:
@@ -113,8 +113,8 @@ def test_a_signal_saves_at_the_end_of_the_step(
 def test_a_signal_during_start_up_is_not_lost(workplace: Path, recipe: Path, capsys: Any) -> None:
     note_signal("SIGUSR1")
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert cli.main(["fit", "--config", str(recipe)]) == 0
-    assert "at step 1." in capsys.readouterr().out
+    assert cli.main(["fit", "--config", str(recipe)]) == cli.TOLD_TO_STOP
+    assert "at step 1." in capsys.readouterr().err
 
 
 def test_the_job_is_requeued_after_it_was_saved(
@@ -132,7 +132,7 @@ def test_the_job_is_requeued_after_it_was_saved(
     interrupted = preemption.slurm_job
     monkeypatch.setattr(preemption, "slurm_job", lambda: "12_3")
     monkeypatch.setattr(preemption.subprocess, "run", scontrol)
-    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    assert cli.main(["fit", "--config", str(recipe)]) == cli.TOLD_TO_STOP
     assert saved == [True]
     for environment, expected in (
         ({"SLURM_JOB_ID": "7"}, "7"),
