@@ -3,8 +3,8 @@
     python benchmarks/kill.py --kills 30 --output docs/results/kill.md
 
 Every try: the three commands are started in a new folder, killed (SIGKILL, the whole process group) after a random
-delay within the time that they take, and started again, the same commands. A kill is survived if the weights are equal to the
-last bit, the scores equal but for the clock, and the exported files equal.
+delay within the time that they take, and started again, the same commands. A kill is survived if the weights are equal
+to the last bit, the scores equal but for the clock, and the exported files equal.
 """
 
 from __future__ import annotations
