@@ -1,16 +1,16 @@
 """Edits and scores concepts of emoji20 with every method: the tables of docs/results/emoji20.md.
 
-    python benchmarks/emoji20.py --processes 2
+    python benchmarks/emoji20.py --processes 2 --data.init_args.images_per_prompt 1
 
-Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``lit-unlearn fit`` and ``test`` make it:
+Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``fit`` and ``test`` make it:
 
     single   every concept of the set alone
     five     two sets of five concepts of all kinds, each edited at once
     ten      ten concepts at once
 
-A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where it
-stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. What
-follows the options is passed on to ``fit`` and ``test``, e.g. ``--data.init_args.images_per_prompt 2``.
+A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where
+it stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. What
+follows the options is passed on to ``fit`` and ``test``.
 """
 
 from __future__ import annotations
