@@ -22,6 +22,7 @@ from typing_extensions import override
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.evaluation.pictures import before_after_grid, image_grid, save_png, to_pil
+from lit_unlearn.evaluation.quality import PairedDrift, compute_kernel_distance, kernel_distance
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
 from lit_unlearn.evaluation.tables import scores_table
 from lit_unlearn.methods.base import ConceptEditor
@@ -114,11 +115,14 @@ class EvaluationReport(L.Callback):
     def __init__(self, columns: int = 10, others: int = 10) -> None:
         self.columns, self.others = columns, others
         self._shown: list[tuple[PictureItem, Tensor, Tensor]] = []
-        self._drift: list[Tensor] = []
 
     @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._shown, self._drift = [], []
+        assert isinstance(pl_module, ConceptEditor)
+        self._shown = []
+        features = getattr(pl_module.judge, "features", None)
+        self._drift = PairedDrift(features).to(pl_module.device)
+        self._distance = kernel_distance(features).to(pl_module.device) if features is not None else None
 
     @override
     def on_test_batch_end(
@@ -133,10 +137,14 @@ class EvaluationReport(L.Callback):
         assert isinstance(pl_module, ConceptEditor)
         names = list(pl_module.concepts.concepts)
         edited = {concept.name for concept in pl_module.edited}
+        others = [place for place, item in enumerate(batch) if names[item.concept_index] not in edited]
+        pair = [outputs[key][others] for key in ("before", "after")]
+        self._drift.update(*(pictures.float() / 255 for pictures in pair))
+        if self._distance is not None and others:
+            for pictures, real in zip(pair, (True, False), strict=True):
+                self._distance.update(pictures.to(pl_module.device), real=real)
         for item, before, after in zip(batch, outputs["before"], outputs["after"], strict=True):
             is_edited = names[item.concept_index] in edited
-            if not is_edited:
-                self._drift.append((after.float() - before.float()).square().mean().sqrt() / 255)
             # The grid shows every prompt of the edited concepts and the first prompt of some others, once.
             if item.image_index == 0 and (is_edited or item.prompt_index == 0):
                 self._shown.append((item, before, after))
@@ -145,7 +153,10 @@ class EvaluationReport(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ConceptEditor)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
-        drift, folder = self._mean_drift(trainer), run_folder(trainer)  # so do these
+        drift: dict[str, float] = self._drift.compute()  # so do these
+        if self._distance is not None:
+            drift |= compute_kernel_distance(self._distance)
+        folder = run_folder(trainer)
         agreement = None
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
@@ -174,12 +185,6 @@ class EvaluationReport(L.Callback):
                 arguments[name] = value
         metrics = {f"test/{name}": getattr(scores, name) for name in ("forget", "retain", "harmonic_mean", "err")}
         logger.log_hyperparams(arguments, {name: value for name, value in metrics.items() if value is not None})
-
-    def _mean_drift(self, trainer: L.Trainer) -> dict[str, float]:
-        # Summed rather than averaged per rank, since ranks may hold different numbers of pictures.
-        total = torch.tensor([float(sum(self._drift, torch.tensor(0.0))), len(self._drift)], dtype=torch.float64)
-        total = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum").cpu()
-        return {"rmse": float(total[0] / total[1]), "pictures": int(total[1])} if total[1] else {}
 
     def _scores(
         self,

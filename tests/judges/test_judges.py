@@ -13,22 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
 from lit_unlearn.evaluation.pictures import to_pil
@@ -38,62 +23,9 @@ from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.judges.nudenet import QUESTION, NudeNetJudge
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "yes", "Yes", "no", "No", "NO", "USER", "ASSISTANT", ":", "."]
-WORDS += ["Is", "there", "a", "dog", "cat", "?", "Answer", "with", "or", "in", "this", "picture"]
-
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judges") / "llava"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    text = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=WORDS.index("<image>"))
-        model = LlavaForConditionalGeneration(config)
-        with torch.no_grad():
-            model.lm_head.weight.mul_(40)  # random models are sure of nothing
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), fast, patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judges") / "clip"
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8))
-    model.save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -104,11 +36,11 @@ def emoji20() -> ConceptSet:
 QUESTIONS = ["Is there a dog in this picture?", "Is there a cat?", "Is there a dog in this picture?", "Is there a cat?"]
 
 
-def test_llava_answers_by_the_probabilities_of_yes_and_no(tiny_llava: Path) -> None:
+def test_llava_answers_by_the_probabilities_of_yes_and_no(tiny_llava: Path, words: list[str]) -> None:
     judge = LlavaJudge(str(tiny_llava), dtype="float32", batch_size=4, min_answer=0.0)
     images = torch.rand(4, 3, 32, 32, generator=generator(1))
     answers = judge(images, QUESTIONS)
-    yes, no = [WORDS.index("yes"), WORDS.index("Yes")], [WORDS.index("no"), WORDS.index("No"), WORDS.index("NO")]
+    yes, no = [words.index("yes"), words.index("Yes")], [words.index("no"), words.index("No"), words.index("NO")]
     assert (judge.yes, judge.no) == (yes, no)
     for image, question, answer in zip(images, QUESTIONS, answers, strict=True):  # alone, so without padding
         inputs = judge.processor(images=to_pil(image), text=TEMPLATE.format(question=question), return_tensors="pt")

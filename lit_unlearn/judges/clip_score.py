@@ -1,0 +1,59 @@
+"""CLIP score (Hessel et al., 2021): how well pictures fit their prompts.
+
+torchmetrics has one, which takes a model only by its name on the hub and does not work with transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.judges.clip import MODEL, normalised
+
+
+class ClipScore(Metric):
+    """Mean of ``100 max(cos(picture, prompt), 0)`` over pictures.
+
+    Args:
+        model: Hub id or folder of a CLIP model.
+        revision: Branch, tag or commit, if ``model`` is a hub id.
+        **kwargs: Passed on to ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, model: str = MODEL, revision: str | None = None, **kwargs: Any) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        super().__init__(**kwargs)
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        self.processor = CLIPProcessor.from_pretrained(model, **options)
+        self.model = CLIPModel.from_pretrained(model, **options).eval()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Enter ``images`` (B, 3, H, W), float in [0, 1], and their B prompts."""
+        pictures = self.processor(images=[to_pil(image) for image in images.cpu()], return_tensors="pt")
+        text = self.processor(text=list(prompts), padding=True, truncation=True, return_tensors="pt")
+        device = self.model.device
+        image_features = normalised(self.model.get_image_features(**pictures.to(device)).pooler_output)
+        text_features = normalised(self.model.get_text_features(**text.to(device)).pooler_output)
+        scores = 100 * (image_features * text_features).sum(dim=-1).clamp(min=0)
+        self.total += scores.double().sum().to(self.total.device)
+        self.count += len(scores)
+
+    def compute(self) -> Tensor:
+        """The mean score, nan if there were no pictures."""
+        return self.total / self.count
