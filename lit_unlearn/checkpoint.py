@@ -201,6 +201,8 @@ def load_edited(model: str, edit: Edit | None, revision: str | None = None) -> D
     Raises:
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
+    if edit and not edit.weights:
+        raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
     components = load_components(model, edit.dtype if edit else torch.float32, revision)
     if edit:
         edit.apply(components)

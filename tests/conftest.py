@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -9,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.components import DiffusionComponents, load_components
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
+from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 NOT_OURS = (
@@ -189,6 +193,26 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+FOLDERS = {"keep": ["a dog", "a dog", "a cat", "a cat", "an owl"], "forget": ["a dog", "a cat"]}
+
+
+@pytest.fixture(scope="session")
+def keep_forget(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders ``keep`` and ``forget``, 48 by 48 pixels of smooth noise; not to be written to."""
+    rng = np.random.default_rng(0)
+    folders = {}
+    for name, captions in FOLDERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        lines = []
+        for number, caption in enumerate(captions):
+            blocks = rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+            Image.fromarray(blocks).resize((48, 48), Image.Resampling.BILINEAR).save(folder / f"{number}.png")
+            lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        folders[name] = str(folder)
+    return folders
+
+
 @pytest.fixture
 def refinement(tiny_sd: Path, pets: str) -> Callable[..., ValueRefinement]:
     """Makes a ``ValueRefinement`` that edits the dog out of ``tiny_sd``; takes the arguments that shall differ."""
@@ -202,6 +226,25 @@ def refinement(tiny_sd: Path, pets: str) -> Callable[..., ValueRefinement]:
             "optimizer": partial(torch.optim.Adam, lr=0.2),
         }
         return kind(**{**defaults, **arguments})
+
+    return build
+
+
+@pytest.fixture
+def ablation(tiny_sd: Path, pets: str, tmp_path: Path) -> Callable[..., ConceptAblation]:
+    """Makes a ``ConceptAblation`` that ablates the dog in ``tiny_sd``; takes the arguments that shall differ."""
+
+    def build(**arguments: Any) -> ConceptAblation:
+        defaults = {
+            "concept": "dog",
+            "model": str(tiny_sd),
+            "concept_set": pets,
+            "images": 4,
+            "num_inference_steps": 1,
+            "anchor_folder": str(tmp_path / "anchors"),
+            "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        }
+        return ConceptAblation(**{**defaults, **arguments})
 
     return build
 

@@ -84,6 +84,10 @@ class Concept:
         match = self._pattern.search(text)
         return match.group() if match else None
 
+    def replace_names(self, text: str, replacement: str) -> str:
+        """Return ``text`` with ``replacement`` in place of every word or phrase that names the concept."""
+        return self._pattern.sub(lambda match: replacement, text)
+
 
 @dataclass(frozen=True)
 class ConceptSet:

@@ -17,13 +17,22 @@ from torch.func import functional_call
 GROUPS: dict[str, str] = {
     "xattn": r"^unet\..*attn2\.",
     "xattn-kv": r"^unet\..*attn2\.to_[kv]\.",
-    "noxattn": r"^unet\.(?!.*attn2\.)",
+    "xattn-v": r"^unet\..*attn2\.to_v\.",
+    "noxattn": r"^unet\.(?!conv_norm_out\.|conv_out\.|time_embedding\.|.*attn2\.)",
+    "esd-u": r"^unet\.(?!.*(attn2\.|norm))",
     "selfattn": r"^unet\..*attn1\.",
     "full": r"^unet\.",
+    "embedding": r"^text_encoder\..*token_embedding\.weight$",
     "text-fc1": r"^text_encoder\..*mlp\.fc1\.weight$",
     "text-fc2": r"^text_encoder\..*mlp\.fc2\.weight$",
 }
-"""Weight groups by the names of the field, as regular expressions over full parameter names."""
+"""Weight groups by the names of the field, as regular expressions over full parameter names.
+
+``xattn``, ``noxattn``, ``selfattn`` and ``full`` are those of ESD's code of 2023, whose ``out.`` is ``conv_norm_out``
+and ``conv_out`` here and whose ``time_embed`` is ``time_embedding``. ``esd-u`` is that of its code of 2025: all linear
+layers and convolutions outside of cross-attention, those of the time embedding and the output included. Its ``esd-x``
+equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``.
+"""
 
 
 def match_parameters(pattern: str, names: Iterable[str]) -> list[str]:
@@ -62,6 +71,18 @@ def layer_index(name: str) -> int:
     if match is None:
         raise ValueError(f"The parameter {name!r} belongs to no numbered layer of the text encoder.")
     return int(match[1])
+
+
+def layer_label(name: str) -> str:
+    """Short name of the layer of the weight ``name`` for figures: ``layer 3``, ``down 1.0 K``, ``mid 0 FF``."""
+    if not name.startswith("unet."):
+        return f"layer {layer_index(name)}"
+    blocks, _, layer = name.partition(".transformer_blocks.")
+    number, _, layer = layer.partition(".")
+    place = blocks.removeprefix("unet.").split("_")[0]
+    numbers = [*re.findall(r"\.(\d+)(?!\d)", blocks), *([number] if number != "0" else [])]
+    kind = {"attn2.to_k": "K", "attn2.to_v": "V", "ff.net.2": "FF"}.get(layer.removesuffix(".weight"), layer)
+    return f"{place} {'.'.join(numbers)} {kind}"
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -111,12 +132,20 @@ class PretrainedValues:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
+        torch.clear_autocast_cache()  # mixed precision keeps casts of weights, and does not see them change
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
+    def change_norm(self) -> float:
+        """Frobenius norm of all changes, comparable between methods that edit other weights."""
+        return math.sqrt(self._squares()[0])
+
     def change_ratio(self) -> float:
         """Weight-change ratio: Frobenius norm of all changes over that of the pretrained values."""
+        change, size = self._squares()
+        return math.sqrt(change / size)
+
+    def _squares(self) -> tuple[float, float]:
         pairs = [(self.parameters[name].detach().cpu().double(), v.cpu().double()) for name, v in self.values.items()]
         change = math.fsum(float((edited - value).square().sum()) for edited, value in pairs)
-        size = math.fsum(float(value.square().sum()) for _, value in pairs)
-        return math.sqrt(change / size)
+        return change, math.fsum(float(value.square().sum()) for _, value in pairs)

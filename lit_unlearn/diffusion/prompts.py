@@ -38,10 +38,11 @@ def encode(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
     return text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
 
 
-def residual_stream(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
-    """Output (n, L, D), float32, of the last layer for ``input_ids`` (n, L), before the final layer norm."""
+def residual_stream(text_encoder: CLIPTextModel, input_ids: Tensor, layer: int = -1) -> Tensor:
+    """Output (n, L, D), float32, of ``layer`` (default: the last) for ``input_ids`` (n, L), before any final norm."""
+    number = layer + 1 if layer >= 0 else layer  # the first of the hidden states are the embeddings
     parts = [
-        text_encoder(part.to(text_encoder.device), output_hidden_states=True).hidden_states[-1].float()
+        text_encoder(part.to(text_encoder.device), output_hidden_states=True).hidden_states[number].float()
         for part in input_ids.split(ENCODE_BATCH)
     ]
     return torch.cat(parts)

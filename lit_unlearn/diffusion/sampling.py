@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,15 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, key)).encode()))
 
 
-def _alpha_sigma(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def noise_levels(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the picture and of the noise in x_t, each (B, 1, 1, 1), of the type of ``latents``, at ``timesteps``."""
     alphas_cumprod = scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)].view(-1, 1, 1, 1)
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
 def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """x_t (B, C, H, W) by the forward process, of ``latents`` and ``noise`` (B, C, H, W) at ``timesteps`` (B,)."""
-    alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+    alpha, sigma = noise_levels(scheduler, latents, timesteps)
     return alpha * latents + sigma * noise
 
 
@@ -44,7 +45,7 @@ def training_target(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, t
     """What the UNet is trained to put out (B, C, H, W): the noise, or the velocity if the model predicts that."""
     if scheduler.config.prediction_type != "v_prediction":
         return noise
-    alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+    alpha, sigma = noise_levels(scheduler, latents, timesteps)
     return alpha * noise - sigma * latents
 
 
@@ -52,7 +53,7 @@ def predicted_noise(scheduler: SchedulerMixin, output: Tensor, noisy: Tensor, ti
     """The noise (B, C, H, W) that the UNet's ``output`` at ``noisy`` stands for, whatever the model predicts."""
     if scheduler.config.prediction_type != "v_prediction":
         return output
-    alpha, sigma = _alpha_sigma(scheduler, noisy, timesteps)
+    alpha, sigma = noise_levels(scheduler, noisy, timesteps)
     return alpha * output + sigma * noisy
 
 
@@ -63,7 +64,64 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return encoded * vae.config.scaling_factor
 
 
+class DenoisingStep(NamedTuple):
+    """One step of a sampler.
+
+    Attributes:
+        model_input: x_t as the UNet sees it, scaled as the scheduler asks, (B, C, H, W).
+        timestep: t, ().
+        noise_preds: The UNet's outputs for each of the given states, (B, C, H, W) each; none where a chain was stopped.
+        latents: What the step leads to, (B, C, H, W); where a chain was stopped, what it had led to.
+    """
+
+    model_input: Tensor
+    timestep: Tensor
+    noise_preds: tuple[Tensor, ...]
+    latents: Tensor
+
+
 @torch.no_grad()
+def denoise(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    states: Sequence[Tensor],
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    stop: int | None = None,
+) -> Iterator[DenoisingStep]:
+    """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
+
+    Args:
+        unet: Noise or velocity prediction, as the scheduler expects.
+        scheduler: Its configuration is used, its state is not.
+        states: Those of the prompts alone, which are then not guided; or those of the empty prompt, of the prompts, and
+            any others whose predictions are wanted too; (B, L, D) each.
+        noise: Where the chains start, standard normal, (B, C, H, W).
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Strength of the guidance.
+        stop: End at the step of this number, counted from 0, with what its UNet would see, and without its forward.
+
+    Yields:
+        Every step; some schedulers take one more than ``num_inference_steps``.
+    """
+    scheduler = scheduler.__class__.from_config(scheduler.config)
+    scheduler.set_timesteps(num_inference_steps, device=unet.device)
+    latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+    together = torch.cat(list(states))
+    for number, timestep in enumerate(scheduler.timesteps):
+        if number == stop:
+            yield DenoisingStep(scheduler.scale_model_input(latents, timestep), timestep, (), latents)
+            return
+        model_input = scheduler.scale_model_input(torch.cat([latents] * len(states)), timestep)
+        noise_preds = unet(model_input, timestep, encoder_hidden_states=together).sample.chunk(len(states))
+        noise_pred = noise_preds[0]
+        if len(states) > 1:
+            noise_pred = noise_preds[0] + guidance_scale * (noise_preds[1] - noise_preds[0])
+        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+        yield DenoisingStep(model_input[: len(latents)], timestep, noise_preds, latents)
+
+
 def sample_latents(
     unet: UNet2DConditionModel,
     scheduler: SchedulerMixin,
@@ -73,7 +131,7 @@ def sample_latents(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Denoise with classifier-free guidance (Ho and Salimans, 2022).
+    """Where ``denoise`` ends.
 
     Args:
         unet: Noise or velocity prediction, as the scheduler expects.
@@ -87,21 +145,12 @@ def sample_latents(
     Returns:
         Latents (B, C, H, W).
     """
-    scheduler = scheduler.__class__.from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps, device=unet.device)
-    latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
-    states = encoder_hidden_states
-    guided = guidance_scale != 1
-    if guided:
-        states = torch.cat([unconditional.expand_as(states), states])
-    for timestep in scheduler.timesteps:
-        model_input = torch.cat([latents] * 2) if guided else latents
-        model_input = scheduler.scale_model_input(model_input, timestep)
-        noise_pred = unet(model_input, timestep, encoder_hidden_states=states).sample
-        if guided:
-            noise_uncond, noise_text = noise_pred.chunk(2)
-            noise_pred = noise_uncond + guidance_scale * (noise_text - noise_uncond)
-        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+    states = [encoder_hidden_states]
+    if guidance_scale != 1:
+        states.insert(0, unconditional.expand_as(encoder_hidden_states))
+    latents = noise
+    for step in denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale):
+        latents = step.latents
     return latents
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
@@ -26,7 +25,6 @@ class CrossAttentionEditor(ConceptEditor):
 
     def __init__(self, edited_parameters: str = "xattn-kv", **kwargs: object) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        self.automatic_optimization = False  # nothing descends
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
@@ -49,9 +47,12 @@ class CrossAttentionEditor(ConceptEditor):
             return
         super().configure_model()
         self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        # Checkpoints are written only after an optimizer step, and DDP takes no module without a gradient.
+        self.nothing = nn.Parameter(torch.zeros(()))
 
-    def configure_optimizers(self) -> None:
-        """There is nothing to descend."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer of nothing."""
+        return torch.optim.SGD([self.nothing], lr=0.0)
 
     def on_fit_start(self) -> None:
         """One epoch of one step, at whose end the callback writes."""
@@ -60,8 +61,9 @@ class CrossAttentionEditor(ConceptEditor):
         if isinstance(data := self.trainer.datamodule, ConceptPrompts):  # type: ignore[attr-defined]
             data.steps = 1
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        """Nothing: all is known before the first step."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """There is nothing to descend: all is known before the first step."""
+        return self.nothing * 0
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,14 @@ class GradientEditor(DiffusionEditor):
         for name in self.edited_names:
             parameters[name].requires_grad_(True)
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the edited weights."""
+        parameters = self.components.named_parameters()
+        return self.optimizer([parameters[name] for name in self.edited_names])
+
     def configure_optimizers(self) -> Any:
         """The optimizer of the edited weights, with its schedule if there is one."""
-        parameters = self.components.named_parameters()
-        optimizer = self.optimizer([parameters[name] for name in self.edited_names])
+        optimizer = self.make_optimizer()
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

@@ -32,7 +32,18 @@ def test_groups_select_what_they_say(components: DiffusionComponents) -> None:
     expected = {
         "xattn": cross,
         "xattn-kv": attention_parameters(unet, cross=True, only=("to_k", "to_v")),
-        "noxattn": everything - cross,
+        "xattn-v": attention_parameters(unet, cross=True, only=("to_v",)),
+        "noxattn": {
+            name
+            for name in everything - cross
+            if not name.startswith(("unet.conv_norm_out.", "unet.conv_out.", "unet.time_embedding."))
+        },
+        "esd-u": {
+            f"unet.{path}.{name}"
+            for path, module in unet.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and "attn2" not in path
+            for name, _ in module.named_parameters()
+        },
         "selfattn": attention_parameters(unet, cross=False),
         "full": everything,
         "text-fc1": {f"text_encoder.encoder.layers.{i}.mlp.fc1.weight" for i in range(3)},
