@@ -1,0 +1,260 @@
+"""Erased Stable Diffusion (Gandikota et al., 2023): the model learns to be guided away from a concept by itself.
+
+Data flow: a sampling chain of the concept's prompt with classifier-free guidance passes through states x_t. At such a
+state the frozen model's predictions for the prompt and for the empty prompt make the target, and the edited weights
+learn to predict it for the prompt. With the frozen model's chains those two predictions are what guidance has computed
+anyway, so that whole chains are kept, shuffled and used up before new ones are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_unlearn.core.objectives import esd_target
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.sampling import initial_noise, seeded
+from lit_unlearn.diffusion.trajectories import (
+    ReuseSchedule,
+    chain_scheduler,
+    chain_timesteps,
+    sample_chains,
+    sample_state,
+)
+from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.gradient import GradientEditor
+
+
+class States(NamedTuple):
+    """What a step is trained on.
+
+    Attributes:
+        model_input: x_t as the UNet sees it, (B, C, H, W).
+        timesteps: t, (B,).
+        prompts: Number of the prompt that each x_t was drawn for, (B,).
+        noise_preds: The frozen model's predictions for the empty prompt, the prompt and, if there is one,
+            ``erase_from``, (B, C, H, W) each.
+    """
+
+    model_input: Tensor
+    timesteps: Tensor
+    prompts: Tensor
+    noise_preds: tuple[Tensor, ...]
+
+
+class ESD(GradientEditor, ConceptEditor):
+    """Erases a concept by negative guidance of the frozen model.
+
+    Several concepts are erased in one run: each state belongs to a prompt of one of them. With kept states the shuffle
+    draws it; else the data does, and all concepts have the same share.
+
+    Args:
+        eta: Strength of the negative guidance; see ``eta_form``.
+        eta_form: ``paper``: the target is ``e_0 - eta (e_c - e_0)``. ``code``: it is ``e_from - eta (e_c - e_0)``, as
+            in the authors' code of 2025, which without ``erase_from`` equals ``paper`` with ``eta - 1``.
+        start_guidance: Strength of the guidance of the chains.
+        num_chain_steps: Steps of the sampler of a whole chain.
+        chain_sampler: Sampler of the chains: the ``model``'s own, or ``ddim``.
+        states_from: Whose chains x_t comes from: ``frozen`` (the authors' code of 2025) or ``edited`` (that of 2023),
+            which needs ``states_per_chain=one``.
+        states_per_chain: ``all``: chains are made many at once, every state is used, and the chain's own predictions
+            make the target. ``one``: every state has a chain of its own, sampled to a random stop, as in the authors'
+            codes.
+        chains: Chains made at once (``all`` only); 2 or, with ``erase_from``, 3 times as many pass through the UNet.
+        passes: How often each state is used before new chains are made (``all`` only).
+        erase_from: Prompt of what the concept is erased from (``c_from``); null is the concept's own. Needs
+            ``eta_form=code``.
+        prompts: What the concept's prompt is: its bare ``names``, or its ``edit_prompts``.
+        edited_parameters: Group or pattern of UNet weights.
+        **kwargs: See ``GradientEditor``, ``ConceptEditor`` and ``DiffusionEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        eta: float = 1.0,
+        eta_form: Literal["paper", "code"] = "paper",
+        start_guidance: float = 3.0,
+        num_chain_steps: int = 50,
+        chain_sampler: Literal["model", "ddim"] = "model",
+        states_from: Literal["frozen", "edited"] = "frozen",
+        states_per_chain: Literal["all", "one"] = "all",
+        chains: int = 4,
+        passes: int = 1,
+        erase_from: str | None = None,
+        prompts: Literal["names", "edit_prompts"] = "names",
+        edited_parameters: str = "xattn",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        if not eta > 0:
+            raise ValueError(
+                f"model.eta={eta} guides away from nothing: give a positive number (1 in the paper's form, 2 in the "
+                "code's)."
+            )
+        if not start_guidance >= 0:
+            raise ValueError(f"model.start_guidance={start_guidance} is negative: the paper's is 3.")
+        for field, value in {"num_chain_steps": num_chain_steps, "chains": chains, "passes": passes}.items():
+            if value < 1:
+                raise ValueError(f"model.{field}={value} must be at least 1.")
+        if states_from == "edited" and states_per_chain == "all":
+            raise ValueError(
+                "model.states_from='edited' takes each state from the weights of the moment, so that none can be kept: "
+                "set model.states_per_chain=one."
+            )
+        if erase_from is not None and eta_form == "paper":
+            raise ValueError(
+                f"model.erase_from={erase_from!r} does not occur in the paper's form of the target: "
+                "set model.eta_form=code."
+            )
+        self.eta, self.eta_form, self.erase_from = eta, eta_form, erase_from
+        self.start_guidance, self.num_chain_steps, self.chain_sampler = start_guidance, num_chain_steps, chain_sampler
+        self.states_from, self.states_per_chain = states_from, states_per_chain
+        self.chains, self.passes = chains, passes
+        of_concepts = [c.names if prompts == "names" else c.edit_prompts for c in self.edited]
+        # In turn, so that a few neighbours among them belong to all concepts, each as often as the others.
+        self.prompts = [own[i % len(own)] for i in range(max(map(len, of_concepts))) for own in of_concepts]
+        self.num_pairs = len(self.prompts)
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """UNet weights that the pattern selects.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        selected = super().select(names)
+        for name in selected:
+            if not name.startswith("unet."):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}: ESD edits weights of the UNet only; "
+                    "choose xattn, xattn-kv, noxattn, selfattn, full or a pattern within unet."
+                )
+        return selected
+
+    def on_fit_start(self) -> None:
+        """Encode the prompts, and forget what another run may have kept."""
+        super().on_fit_start()
+        prompts = ["", *self.prompts, *([] if self.erase_from is None else [self.erase_from])]
+        with torch.no_grad():
+            states = encode_prompts(self.components.tokenizer, self.text_encoder, prompts)
+        self.unconditional, self.prompt_states, self.from_states = states.split(
+            [1, self.num_pairs, len(states) - 1 - self.num_pairs]
+        )
+        self.scheduler = chain_scheduler(self.components.scheduler, self.chain_sampler)
+        self.timesteps = chain_timesteps(self.scheduler, self.num_chain_steps).to(self.device)
+        self.schedule = ReuseSchedule(self.chains, len(self.timesteps), self.passes, self.seed)
+        self.refresh, self.kept = -1, torch.empty(0)
+        self.global_batch_size = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Error of the edited weights' prediction against the frozen model's negative guidance.
+
+        Args:
+            batch: Prompts, numbered as ``ConceptPrompts`` does, (B,); with kept states the places in the global batch.
+            batch_idx: Number of the step within the epoch.
+        """
+        take = self.kept_states if self.states_per_chain == "all" else self.sampled_states
+        states = take(batch, batch_idx)
+        uncond, concept, *erase_from = (pred.float() for pred in states.noise_preds)
+        base = uncond if self.eta_form == "paper" else (*erase_from, concept)[0]
+        target = esd_target(base, concept, uncond, self.eta)
+        condition = self.conditions(states.prompts)[-1]  # erase_from's, or else the prompts'
+        noise_pred = self.unet(states.model_input, states.timesteps, condition).sample
+        loss = F.mse_loss(noise_pred.float(), target)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        return loss
+
+    def conditions(self, prompts: Tensor) -> list[Tensor]:
+        """States (B, L, D) of the empty prompt, of the prompts of numbers ``prompts`` (B,), and of ``erase_from``."""
+        states = self.prompt_states[prompts]
+        return [self.unconditional.expand_as(states), states, *(own.expand_as(states) for own in self.from_states)]
+
+    # --- states_per_chain: all
+
+    def kept_states(self, batch: Tensor, batch_idx: int) -> States:
+        """The next states of the frozen model's chains: slot j of global step n takes that of use ``n * size + j``."""
+        if not self.global_batch_size:
+            size = self.trainer.strategy.reduce(torch.tensor(len(batch), device=self.device), reduce_op="sum")
+            self.global_batch_size = int(size)
+        step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        first = step * self.global_batch_size
+        places = [self.schedule.place(first + item // self.num_pairs) for item in batch.tolist()]
+        rows: dict[int, Tensor] = {}
+        # Every process makes its share of all chains that the global batch needs, of its own items or not.
+        for refresh in self.schedule.refreshes(first, self.global_batch_size):
+            self.make_chains(refresh)
+            rows |= {i: self.kept[p.chain, p.state] for i, p in enumerate(places) if p.refresh == refresh}
+        model_input, *noise_preds = torch.stack([rows[i] for i in range(len(places))], dim=1)
+        numbers = torch.tensor([place.state for place in places], device=self.device)
+        prompts = torch.tensor([self.prompt_of(place.refresh, place.chain) for place in places], device=self.device)
+        return States(model_input, self.timesteps[numbers], prompts, tuple(noise_preds))
+
+    def prompt_of(self, refresh: int, chain: int) -> int:
+        """Number of the prompt of a chain: they take turns, over the refreshes too."""
+        return (refresh * self.chains + chain) % self.num_pairs
+
+    def make_chains(self, refresh: int) -> None:
+        """Keep the chains of ``refresh``, unless they are there; they depend on the seed and that number alone."""
+        if refresh == self.refresh:
+            return
+
+        def make(numbers: list[int]) -> Tensor:
+            prompts = torch.tensor([self.prompt_of(refresh, number) for number in numbers], device=self.device)
+            seeds = [seeded("chain", self.seed, refresh, number).initial_seed() for number in numbers]
+            return sample_chains(
+                self.unet,
+                self.scheduler,
+                self.conditions(prompts),
+                initial_noise(self.unet, seeds),
+                self.num_chain_steps,
+                self.start_guidance,
+            )
+
+        with self.pretrained.restored():
+            self.kept = self.made_once(self.chains, make)
+        self.refresh = refresh
+
+    # --- states_per_chain: one
+
+    def sampled_states(self, batch: Tensor, batch_idx: int) -> States:
+        """A state for each item, at a random stop of a chain of its own, and what the frozen model predicts there."""
+        prompts = batch % self.num_pairs
+        found = []
+        with self.pretrained.restored() if self.states_from == "frozen" else nullcontext():
+            for generator, prompt in zip(self.generators(batch, batch_idx), prompts, strict=True):
+                stop = int(torch.randint(len(self.timesteps), (), generator=generator))
+                seed = int(torch.randint(2**31, (), generator=generator))
+                found.append(
+                    sample_state(
+                        self.unet,
+                        self.scheduler,
+                        self.conditions(prompt[None])[:2],
+                        initial_noise(self.unet, [seed]),
+                        self.num_chain_steps,
+                        self.start_guidance,
+                        stop,
+                    )
+                )
+        torch.clear_autocast_cache()  # of weights that were cast without a gradient
+        model_input = torch.cat([state for state, _ in found])
+        timesteps = torch.stack([timestep for _, timestep in found])
+        conditions = self.conditions(prompts)
+        count = len(conditions)
+        noise_preds = self.pretrained(
+            "unet", self.unet, model_input.repeat(count, 1, 1, 1), timesteps.repeat(count), torch.cat(conditions)
+        ).sample.chunk(count)
+        return States(model_input, timesteps, prompts, noise_preds)
+
+    def on_train_epoch_end(self) -> None:
+        """Report what a step has cost, in forwards of one picture (a backward counts as two)."""
+        super().on_train_epoch_end()
+        cost = self.current_cost()
+        equivalents = cost["unet_forwards"] + 2 * cost["unet_backwards"]
+        self.report["unet_forward_equivalents_per_step"] = equivalents / max(1, self.trainer.global_step)
