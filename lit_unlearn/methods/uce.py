@@ -1,0 +1,230 @@
+"""Unified Concept Editing (Gandikota et al., WACV 2024): text states of concepts are mapped to what their guides get.
+
+Data flow: at the start of the fit the module encodes phrases, guides and preserved prompts, once for all edited layers.
+At the end of the only epoch the ``UCEEdit`` callback asks for each layer's targets v* and solves for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.cross_attention_maps import without_component
+from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, subject_positions
+from lit_unlearn.data.concepts import Concept
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+
+TEMPLATES = ("a picture of {}", "an image of {}", "a drawing of {}", "this is {}", "look at {}")
+STYLE_TEMPLATES = ("a picture in {} style", "an image in the style of {}", "drawn as {}", "{} art", "work in {}")
+"""Ways to put a name into words, for ``expand``."""
+
+
+class PhraseMap(CrossAttentionEditor):
+    """What erasing and debiasing share: the phrases whose states are mapped, and those that keep their outputs.
+
+    A subclass sets ``phrases``, what is edited, and ``guides``, lists of as many phrases, each the guide of one.
+
+    Args:
+        preserve: Prompts whose outputs should stay; ``others``, what stands for the other concepts of the set; or null
+            for none.
+        preserve_tokens: States of a preserved prompt that count: ``last_subject``, its last token (UCE's code of 2025);
+            or ``all`` positions, and those of the empty prompt with them (UCE's code of 2023).
+        tokens: States of a phrase that are edited: ``last_subject`` token (code of 2025); ``from_subject``, from it to
+            the end of the window (code of 2023); ``all`` but BOS, aligned with the guide's.
+        erase_scale: s_e, weight of the edited states.
+        preserve_scale: s_p, weight of the preserved states; null takes the larger of 0.1 and 1 / number of preserved
+            prompts (code of 2023).
+        lamb: λ, pull of each weight towards its pretrained value.
+        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
+        **kwargs: See ``ConceptEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    phrases: list[str]
+    guides: list[list[str]]
+
+    def __init__(
+        self,
+        preserve: str | list[str] | None = None,
+        preserve_tokens: Literal["last_subject", "all"] = "all",
+        tokens: SubjectTokens = "last_subject",
+        erase_scale: float = 1.0,
+        preserve_scale: float | None = 1.0,
+        lamb: float = 0.5,
+        edited_parameters: str = "xattn-kv",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(edited_parameters=edited_parameters, **kwargs)
+        for field, value in {"erase_scale": erase_scale, "lamb": lamb}.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"model.{field}={value} must be a positive number: it weighs a term of the objective.")
+        if preserve_scale is not None and not 0 <= preserve_scale < float("inf"):
+            raise ValueError(f"model.preserve_scale={preserve_scale} must be zero or larger: 0 preserves nothing.")
+        self.tokens, self.preserve_tokens = tokens, preserve_tokens
+        self.preserved = self._preserved(preserve)
+        if preserve_scale is None:
+            preserve_scale = max(0.1, 1 / max(1, len(self.preserved)))
+        self.erase_scale, self.preserve_scale, self.lamb = erase_scale, preserve_scale, lamb
+
+    @abstractmethod
+    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
+        """v* (m, d_out) of a layer, from its pretrained outputs (m, d_out) of the phrases' and the guides' states."""
+
+    def other_prompts(self) -> list[str]:
+        """What ``preserve: others`` stands for: the names of the other concepts, but those that name an edited one."""
+        names = [name for other in self.concepts.concepts.values() if other not in self.edited for name in other.names]
+        return [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
+
+    def _preserved(self, preserve: str | list[str] | None) -> list[str]:
+        """The preserved prompts, checked."""
+        if preserve is None:
+            return []
+        if isinstance(preserve, str):
+            if preserve != "others":
+                raise ValueError(f"model.preserve={preserve!r} is no list: give others, or prompts such as [a cat].")
+            if not (prompts := self.other_prompts()):
+                raise ValueError(
+                    f"model.preserve='others' finds nothing besides {', '.join(self.edited_labels)} in "
+                    f"{self.concepts.name}: edit fewer concepts at once, or set it to null."
+                )
+            return prompts
+        for prompt in preserve:
+            for concept in self.edited:
+                if name := concept.find_name(prompt):
+                    raise ValueError(
+                        f"model.preserve has {prompt!r}, which names the edited concept {concept.name!r} ({name!r}): "
+                        "take it out, since what is preserved cannot be edited."
+                    )
+        return list(preserve)
+
+    def on_fit_start(self) -> None:
+        """Encode phrases, guides and preserved prompts, once."""
+        super().on_fit_start()
+        eos_token_id = self.components.tokenizer.eos_token_id
+        ids, states = self.states(self.phrases)
+        encoded = [self.states(guides) for guides in self.guides]
+        self.rows, places, guide_places = subject_positions(
+            ids, [guide_ids for guide_ids, _ in encoded], eos_token_id, self.tokens
+        )
+        self.rows = self.rows.to(states.device)
+        self.keys = states[self.rows, places].double()
+        self.guide_keys = [
+            guide_states[self.rows, guide_place].double()
+            for (_, guide_states), guide_place in zip(encoded, guide_places, strict=True)
+        ]
+        self.preserved_moment = self._preserved_moment(eos_token_id) if self.preserved else None
+
+    def _preserved_moment(self, eos_token_id: int) -> Tensor:
+        """Sum of c_p c_pᵀ (d_in, d_in), float64, over the preserved states, prompts by batches."""
+        prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
+        moments = []
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            ids, states = self.states(prompts[start : start + ENCODE_BATCH])
+            if self.preserve_tokens == "last_subject":
+                states = states[torch.arange(len(ids)), last_subject_token(ids, eos_token_id)]
+            moments.append(second_moment(states.flatten(0, -2)))
+        return torch.stack(moments).sum(0)
+
+    def layer_targets(self, weight: Tensor) -> Tensor:
+        """v* (m, d_out) of the layer whose pretrained weight is ``weight`` (d_out, d_in), float64."""
+        return self.targets(self.keys @ weight.mT, [keys @ weight.mT for keys in self.guide_keys])
+
+
+class UCE(PhraseMap):
+    """Erases or moderates concepts: their phrases get the outputs of a guide.
+
+    Args:
+        towards: The guide: the concept's ``target`` or ``anchor`` of the concept set; ``empty``, the empty prompt
+            (moderation, and the default of UCE's code for objects); or ``prompt``, what ``guide`` says.
+        guide: With ``towards: prompt``, one guide for all edited concepts, or a list with one for each.
+        prompts: What is edited: the ``names`` of each concept, as in UCE, or its ``edit_prompts``, which also describe
+            it without its name.
+        technique: ``replace``, the guide's outputs; or ``tensor``, these less their component along the phrase's own
+            (an option of the code of 2023).
+        expand: With ``prompts: names``, edit each name also in a few templates ("a picture of {}"), towards the same
+            guide.
+        preserve: Prompts whose outputs should stay; ``others``, the names of the set's other concepts, or with
+            ``prompts: edit_prompts`` their edit prompts; or null for none.
+        **kwargs: See ``PhraseMap`` and ``ConceptEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        towards: Literal["target", "anchor", "empty", "prompt"] = "target",
+        guide: str | list[str] | None = None,
+        prompts: Literal["names", "edit_prompts"] = "names",
+        technique: Literal["replace", "tensor"] = "replace",
+        expand: bool = False,
+        preserve: str | list[str] | None = "others",
+        **kwargs: object,
+    ) -> None:
+        self.prompts = prompts
+        super().__init__(preserve=preserve, **kwargs)  # type: ignore[arg-type]
+        self.towards, self.technique, self.expand = towards, technique, expand
+        if expand and prompts != "names":
+            raise ValueError(f"model.expand=true puts names into templates, but prompts={prompts!r}: choose names.")
+        guides = self._given_guides(guide)
+        pairs = [
+            pair for concept, given in zip(self.edited, guides, strict=True) for pair in self._pairs(concept, given)
+        ]
+        self.phrases = [phrase for phrase, _ in pairs]
+        self.guides = [[guide for _, guide in pairs]]
+
+    def _given_guides(self, guide: str | list[str] | None) -> list[str]:
+        """What ``guide`` says for each edited concept, checked."""
+        if self.towards != "prompt":
+            if guide is not None:
+                raise ValueError(f"model.guide={guide!r} needs towards='prompt', not {self.towards!r}: leave one out.")
+            return [""] * len(self.edited)
+        if guide is None:
+            raise ValueError("model.guide=null with towards='prompt' says nothing: give the prompt to edit towards.")
+        guides = [guide] * len(self.edited) if isinstance(guide, str) else list(guide)
+        if len(guides) != len(self.edited):
+            raise ValueError(
+                f"model.guide has {len(guides)} prompts for {len(self.edited)} concepts: give one for all, or one each."
+            )
+        for concept, text in zip(self.edited, guides, strict=True):
+            if name := concept.find_name(text):
+                raise ValueError(
+                    f"model.guide={text!r} names the edited concept {concept.name!r} ({name!r}): choose another guide."
+                )
+        return guides
+
+    def _pairs(self, concept: Concept, given: str) -> list[tuple[str, str]]:
+        """Phrases of ``concept`` with their guides."""
+        if self.prompts == "edit_prompts":
+            phrases, targets = list(concept.edit_prompts), list(concept.target_prompts)
+        else:
+            phrases = expanded(concept.names, concept.kind) if self.expand else list(concept.names)
+            targets = [concept.target] * len(phrases)
+        if self.towards != "target":
+            targets = [{"anchor": concept.anchor, "empty": "", "prompt": given}[self.towards]] * len(phrases)
+        return list(zip(phrases, targets, strict=True))
+
+    def other_prompts(self) -> list[str]:
+        """What ``preserve: others`` stands for: names, or edit prompts that name no edited concept."""
+        if self.prompts == "names":
+            return super().other_prompts()
+        return self.concepts.retain_prompts(self.edited_labels)
+
+    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
+        """v* (m, d_out): the guide's outputs, with ``tensor`` less their component along ``outputs``."""
+        (goal,) = guide_outputs
+        return goal if self.technique == "replace" else without_component(goal, outputs, self.rows)
+
+
+def expanded(names: Sequence[str], kind: str) -> list[str]:
+    """``names``, each followed by its templates."""
+    templates = STYLE_TEMPLATES if kind == "style" else TEMPLATES
+    return [template.format(name) for name in names for template in ("{}", *templates)]

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_unlearn.core.cross_attention_maps import without_component
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
+from lit_unlearn.methods.uce import UCE
+
+Fit = Callable[..., L.Trainer]
+Build = Callable[..., UCE]
+LENGTH = 32
+
+
+@pytest.fixture
+def uce(tiny_sd: Path, pets: str) -> Build:
+    """Makes a ``UCE`` that edits the dog out of ``tiny_sd``; takes the arguments that shall differ."""
+
+    def build(**arguments: Any) -> UCE:
+        defaults = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "num_inference_steps": 1}
+        return UCE(**{**defaults, **arguments})
+
+    return build
+
+
+def states(module: UCE, *prompts: str) -> Tensor:
+    with torch.no_grad():
+        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts).double()
+
+
+# --- what is edited into what
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pairs"),
+    [
+        ({}, [("dog", "soccer ball")]),
+        ({"towards": "anchor"}, [("dog", "a toy")]),
+        ({"towards": "empty"}, [("dog", "")]),
+        ({"towards": "prompt", "guide": " "}, [("dog", " ")]),
+        (
+            {"prompts": "edit_prompts"},
+            [("a dog", "a soccer ball"), ("the dog at sunset", "the soccer ball at sunset")],
+        ),
+        ({"prompts": "edit_prompts", "towards": "anchor"}, [("a dog", "a toy"), ("the dog at sunset", "a toy")]),
+        ({"concept": ["dog", "cat"], "preserve": None}, [("dog", "soccer ball"), ("cat", "parrot")]),
+        (
+            {"concept": ["dog", "cat"], "preserve": None, "towards": "prompt", "guide": ["a toy", "a bird"]},
+            [("dog", "a toy"), ("cat", "a bird")],
+        ),
+    ],
+)
+def test_phrases_and_their_guides(arguments: dict[str, Any], pairs: list[tuple[str, str]], uce: Build) -> None:
+    module = uce(**arguments)
+    (guides,) = module.guides
+    assert list(zip(module.phrases, guides, strict=True)) == pairs
+
+
+def test_all_names_of_a_concept_are_edited_and_expanded_by_kind(uce: Build) -> None:
+    module = uce(concept=["soccer ball", "sketch"], concept_set="emoji20", expand=True)
+    assert len(module.phrases) == 6 * (3 + 1)  # a name and five templates each
+    assert {"soccer ball", "soccer", "football", "a picture of football", "sketch", "a picture in sketch style"} <= set(
+        module.phrases
+    )
+    assert module.guides == [["basketball"] * 18 + ["glossy"] * 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "preserved"),
+    [
+        ({}, ["cat"]),
+        ({"prompts": "edit_prompts"}, ["a cat", "the cat in the rain"]),
+        ({"preserve": ["a bird", "a cat"]}, ["a bird", "a cat"]),
+        ({"preserve": None}, []),
+    ],
+)
+def test_what_is_preserved(arguments: dict[str, Any], preserved: list[str], uce: Build) -> None:
+    assert uce(**arguments).preserved == preserved
+
+
+def test_others_never_name_an_edited_concept(uce: Build, pets: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(Path(pets).read_text())
+    content["concepts"]["cat"]["names"] = ["cat", "dog hater"]
+    path = tmp_path / "pets.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert uce(concept_set=str(path)).preserved == ["cat"]
+    prompts = uce(concept="pixel art", concept_set="emoji20", prompts="edit_prompts").preserved
+    assert prompts == load_concept_set("emoji20").retain_prompts(["pixel art"])
+
+
+@pytest.mark.parametrize(("count", "scale"), [(1, 1.0), (4, 0.25), (25, 0.1)])
+def test_the_preserve_scale_of_2023(count: int, scale: float, uce: Build) -> None:
+    assert uce(preserve_scale=None, preserve=[f"a bird {number}" for number in range(count)]).preserve_scale == scale
+
+
+# --- which states
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
+@pytest.mark.parametrize("towards", ["target", "empty"])
+def test_the_state_of_the_last_token(model: str, towards: str, uce: Build, fit: Fit, request: Any) -> None:
+    module = uce(model=str(request.getfixturevalue(model)), prompts="edit_prompts", towards=towards)
+    fit(module)
+    # BOS is 0: "a dog" ends at 2, "the dog at sunset" at 4, "a soccer ball" at 3, the empty prompt at BOS.
+    ends, guide_ends = (2, 4), {"target": (3, 5), "empty": (0, 0)}[towards]
+    pad = int(tokenize(module.components.tokenizer, [""])[0, -1])
+    assert (pad == module.components.tokenizer.eos_token_id) is (model == "tiny_sd")
+    keys, guides = states(module, *module.phrases), states(module, *module.guides[0])
+    assert torch.equal(module.keys, torch.stack([keys[0, ends[0]], keys[1, ends[1]]]))
+    assert torch.equal(module.guide_keys[0], torch.stack([guides[0, guide_ends[0]], guides[1, guide_ends[1]]]))
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
+def test_the_states_from_the_last_token_on(model: str, uce: Build, fit: Fit, request: Any) -> None:
+    module = uce(model=str(request.getfixturevalue(model)), tokens="from_subject")
+    fit(module)
+    # "dog" ends at 1 and "soccer ball" at 2, so the window of the guide ends one position earlier.
+    assert torch.equal(module.keys, states(module, "dog")[0, 1 : LENGTH - 1])
+    assert torch.equal(module.guide_keys[0], states(module, "soccer ball")[0, 2:])
+    assert module.rows.tolist() == [0] * (LENGTH - 2)
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
+def test_the_preserved_states(model: str, uce: Build, fit: Fit, request: Any) -> None:
+    for tokens in ("last_subject", "all"):
+        module = uce(model=str(request.getfixturevalue(model)), preserve=["a cat", "parrot"], preserve_tokens=tokens)
+        fit(module)
+        found = states(module, "a cat", "parrot", "")
+        rows = found.flatten(0, 1) if tokens == "all" else torch.stack([found[0, 2], found[1, 1]])
+        assert module.preserved_moment is not None
+        # A sum of up to 96 products in float64.
+        assert_close(module.preserved_moment, rows.mT @ rows, rtol=1e-12, atol=1e-12)
+
+
+def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
+    module = uce(tokens="from_subject", preserve=None)
+    fit(module)
+    weight = next(iter(module.pretrained.values.values())).double()
+    goal = module.guide_keys[0] @ weight.mT
+    assert torch.equal(module.layer_targets(weight), goal)
+    module.technique = "tensor"
+    assert torch.equal(module.layer_targets(weight), without_component(goal, module.keys @ weight.mT, module.rows))
+    assert (module.layer_targets(weight) - goal).norm() > 1e-2 * goal.norm()
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preserve": ["a cat", "the Dog barks"]}, r"model.preserve has 'the Dog barks', .*edited concept 'dog'"),
+        ({"preserve": "cats"}, "model.preserve='cats' is no list"),
+        ({"concept": ["dog", "cat"]}, "model.preserve='others' finds nothing besides dog, cat in pets"),
+        ({"towards": "prompt"}, "model.guide=null with towards='prompt' says nothing"),
+        ({"guide": "a toy"}, "model.guide='a toy' needs towards='prompt', not 'target'"),
+        ({"towards": "prompt", "guide": "a dog house"}, "model.guide='a dog house' names the edited concept 'dog'"),
+        ({"towards": "prompt", "guide": ["a", "b"]}, "model.guide has 2 prompts for 1 concepts"),
+        ({"expand": True, "prompts": "edit_prompts"}, "model.expand=true puts names into templates"),
+        ({"erase_scale": 0.0}, "model.erase_scale=0.0 must be a positive number"),
+        ({"erase_scale": float("nan")}, "model.erase_scale=nan must be"),
+        ({"lamb": -1.0}, "model.lamb=-1.0 must be a positive number"),
+        ({"preserve_scale": -0.1}, "model.preserve_scale=-0.1 must be zero or larger"),
+        ({"edited_parameters": "xattn"}, r"edited_parameters='xattn' selects .*attn2.to_out.0.bias: this method"),
+        ({"edited_parameters": "text-fc2"}, "edited_parameters='text-fc2' selects text_encoder"),
+    ],
+)
+def test_mistakes_are_found_before_a_weight_is_loaded(
+    arguments: dict[str, Any], message: str, uce: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        uce(**arguments)
