@@ -1,0 +1,221 @@
+"""Closed form of SPEED (Li et al., ICLR 2026): null-space edit of a cross-attention matrix with a refined retain set.
+
+The paper writes keys as columns. Here rows are samples (see `closed_form`):
+
+    paper                                       here
+    W          (d_out, d_in)                    weight
+    C1         mean of c c^T, edited texts      keys.mT @ keys / num_texts; a text has one key c, or several, whose
+                                                products are added up
+    C*         mean of c* c^T, c* the anchor    anchor_keys.mT @ keys / num_texts, row by row with keys
+    C0         mean of c c^T, retained keys     what `retained_null_space` takes, after filter and augmentation
+    P          P = U U^T, eigenvalues below     NullSpace
+    K2         (d_in, m), invariants            invariants.mT
+    Delta      W' = W + Delta                   what `speed_update` returns
+
+`speed_update` is the minimum over ``Delta = Delta P`` with ``Delta K2 = 0`` of
+
+    sum_i ||(W + Delta) c_i - W c*_i||^2 / num_texts  +  retain_scale ||Delta||^2,
+
+and with ``lamb > 0`` the constraint becomes the penalty ``||Delta K2||^2 / lamb``. All in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, solve_positive_definite
+from lit_unlearn.core.null_space import NullSpace, NullSpaceRule, null_space, null_space_from_keys
+
+
+def erasing_update(weight: Tensor, keys: Tensor, anchor_keys: Tensor, num_texts: int | None = None) -> Tensor:
+    """Change of the weight that would erase without retaining anything: ``W (C* - C1) (I + C1)^-1``.
+
+    Args:
+        weight: W, (d_out, d_in).
+        keys: c, (n, d_in).
+        anchor_keys: c*, the row whose output each of ``keys`` should have, (n, d_in).
+        num_texts: How many texts the keys come from; None: one each.
+
+    Returns:
+        (d_out, d_in), float64.
+
+    Raises:
+        ValueError: Shapes that do not match, or values that are not finite.
+    """
+    weight, keys, anchor_keys = _checked(weight, keys, anchor_keys, num_texts)
+    system = keys.mT @ keys
+    system.diagonal().add_(1.0)
+    return solve_positive_definite(system, _erasing_direction(weight, keys, anchor_keys), 1.0)
+
+
+def most_influenced(keys: Tensor, update: Tensor) -> Tensor:
+    """Which keys ``update`` moves more than it moves them on average (Influence-based Prior Filtering).
+
+    Args:
+        keys: c, one row per retained key, (n, d_in).
+        update: Change of the weight, as of `erasing_update`, (d_out, d_in).
+
+    Returns:
+        Mask (n,): ``||update c||`` is above its mean over ``keys``. If none is (there is one key, or all are moved
+        alike), all are taken: a retain set must not become empty.
+    """
+    update = checked_matrix("update", update, (None, None))
+    shift = (checked_matrix("keys", keys, (None, update.shape[1]), update.device) @ update.mT).norm(dim=1)
+    above = shift > shift.mean()
+    return above if bool(above.any()) else torch.ones_like(above)
+
+
+def augmented(keys: Tensor, weight: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """Copies of ``keys``, moved where the layer hardly sees it (Directed Prior Augmentation, before its filter).
+
+    ``c + P_min e`` with ``e ~ N(0, I)`` and ``P_min = v v^T``, where v is the right singular vector of the smallest of
+    W's min(d_out, d_in) singular values (as in the reference code; the paper allows more of them). ``W c`` changes by
+    that value times ``v^T e``. Only ``v^T e``, which is standard normal, is drawn.
+
+    Args:
+        keys: c, one row per retained key, (n, d_in).
+        weight: W, (d_out, d_in).
+        copies: How many of each key; 0 for none.
+        generator: Source of the noise, on the CPU.
+
+    Returns:
+        (copies * n, d_in), float64; the copies of one key are not neighbours.
+    """
+    weight = checked_matrix("weight", weight, (None, None))
+    keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
+    _, _, directions = torch.linalg.svd(weight, full_matrices=False)
+    direction = directions[-1:]  # (1, d_in), v^T
+    noise = torch.randn(copies * len(keys), 1, dtype=torch.float64, generator=generator).to(keys.device)
+    return keys.repeat(copies, 1) + noise * direction
+
+
+def retained_null_space(keys: Tensor, threshold: float, rule: NullSpaceRule, minimum: int = 0) -> NullSpace:
+    """Null space of the refined retain set, P, from its keys (n, d_in); thresholds as in `null_space`."""
+    keys = checked_matrix("keys", keys, (None, None))
+    if len(keys) <= keys.shape[1]:
+        return null_space_from_keys(keys, threshold, rule, minimum=minimum)
+    return null_space(keys.mT @ keys, threshold, rule, len(keys), minimum)  # a small matrix for many keys
+
+
+def k_means(points: Tensor, num_centres: int, generator: torch.Generator, max_rounds: int = 100) -> Tensor:
+    """Centres of ``points`` by Lloyd's algorithm from a k-means++ start.
+
+    Args:
+        points: (n, d).
+        num_centres: How many; fewer come back if there are fewer distinct points.
+        generator: Source of the start, on the CPU.
+        max_rounds: Stop after so many rounds; it ends before when no point changes its centre.
+
+    Returns:
+        (k, d), float64, k <= num_centres: each is the mean of the points nearest to it.
+
+    Raises:
+        ValueError: Fewer points than centres are there, or no centre is asked for.
+    """
+    points = checked_matrix("points", points, (None, None))
+    if not 1 <= num_centres <= len(points):
+        raise ValueError(f"num_centres={num_centres} must lie in [1, {len(points)}], the number of points.")
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(centres) < num_centres:
+        distances = _squared_distances(points, centres).min(dim=1).values.cpu()
+        if not bool(distances.max() > 1e-12 * points.square().sum(1).max()):  # nothing but copies of centres is left
+            break
+        chosen = torch.multinomial(distances, 1, generator=generator)
+        centres = torch.cat([centres, points[chosen.to(points.device)]])
+    nearest = _squared_distances(points, centres).argmin(dim=1)
+    for _ in range(max_rounds):
+        # A centre that has lost all its points stays where it is.
+        centres = torch.stack(
+            [points[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(len(centres))]
+        )
+        previous, nearest = nearest, _squared_distances(points, centres).argmin(dim=1)
+        if torch.equal(previous, nearest):
+            break
+    return centres
+
+
+def speed_update(
+    weight: Tensor,
+    keys: Tensor,
+    anchor_keys: Tensor,
+    free: NullSpace,
+    invariants: Tensor | None = None,
+    retain_scale: float = 1.0,
+    lamb: float = 0.0,
+    num_texts: int | None = None,
+) -> Tensor:
+    """Weight change that gives ``keys`` the outputs of ``anchor_keys`` and leaves retained keys and invariants alone.
+
+    ``Delta = W (C* - C1) P [I - M K2 (K2^T P M K2 + lamb I)^-1 K2^T P] M`` with ``M = (C1 P + retain_scale I)^-1``. It
+    is solved in the basis U, where ``U^T (C1 P + retain_scale I)^-1 U`` is the inverse of the symmetric
+    ``A = U^T C1 U + retain_scale I = L L^T``, and the bracket takes out of the rows of ``W (C* - C1) U L^-T`` what
+    lies in the range of ``L^-1 U^T K2``. So invariants that depend on each other, or that P has removed already, need
+    no lamb to be solvable.
+
+    Args:
+        weight: W, (d_out, d_in).
+        keys: c, (n, d_in).
+        anchor_keys: c*, (n, d_in).
+        free: Null space of the retained keys, P.
+        invariants: K2 transposed, one row per key whose output must stay, (m, d_in); None for none.
+        retain_scale: Weight of the size of the edit, positive.
+        lamb: 0 makes ``Delta K2`` zero; a larger one lets it be, with weight ``1 / lamb`` on its square.
+        num_texts: How many texts ``keys`` come from; None: one each.
+
+    Returns:
+        Delta, (d_out, d_in), float64.
+
+    Raises:
+        ValueError: Shapes that do not match, values that are not finite, a ``retain_scale`` that is not positive.
+    """
+    if not (math.isfinite(retain_scale) and retain_scale > 0):
+        raise ValueError(f"retain_scale={retain_scale} must be a positive number.")
+    check_nonnegative("lamb", lamb)
+    weight, keys, anchor_keys = _checked(weight, keys, anchor_keys, num_texts)
+    basis = checked_matrix("free.basis", free.basis, (weight.shape[1], None), weight.device)
+    reduced = keys @ basis  # (n, k)
+    system = reduced.mT @ reduced
+    system.diagonal().add_(retain_scale)
+    lower = torch.linalg.cholesky(system)
+    # Rows of W (C* - C1) U L^-T, (d_out, k): the problem in coordinates where its quadratic form is the identity.
+    direction = _erasing_direction(weight, keys, anchor_keys) @ basis
+    whitened = torch.linalg.solve_triangular(lower.mT, direction, upper=True, left=False)
+    if invariants is not None and len(invariants):
+        invariants = checked_matrix("invariants", invariants, (None, weight.shape[1]), weight.device)
+        fixed = torch.linalg.solve_triangular(lower, basis.mT @ invariants.mT, upper=False)  # (k, m), L^-1 U^T K2
+        left, singular_values, _ = torch.linalg.svd(fixed, full_matrices=False)
+        # A eigenvalue is at least retain_scale, so this is a relative tolerance on U^T K2.
+        seen = singular_values > 1e-12 * float(invariants.norm()) / math.sqrt(retain_scale)
+        left, energies = left[:, seen], singular_values[seen].square()
+        whitened = whitened - (whitened @ left) * (energies / (energies + lamb)) @ left.mT
+    return torch.linalg.solve_triangular(lower, whitened, upper=False, left=False) @ basis.mT
+
+
+def relative_output(matrix: Tensor, weight: Tensor, keys: Tensor) -> float:
+    """``||matrix K|| / ||W K||``, Frobenius norms: how large a change of the weight is on ``keys`` (n, d_in)."""
+    keys = keys.to(weight)
+    return float((keys @ matrix.mT).norm() / (keys @ weight.mT).norm())
+
+
+def _checked(weight: Tensor, keys: Tensor, anchor_keys: Tensor, num_texts: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, keys and anchors in float64, the latter two scaled so that their products add up to C1 and C*."""
+    weight = checked_matrix("weight", weight, (None, None))
+    keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
+    if len(keys) == 0:
+        raise ValueError("keys is empty: an edit needs at least one text.")
+    scale = math.sqrt(len(keys) if num_texts is None else num_texts)
+    anchor_keys = checked_matrix("anchor_keys", anchor_keys, tuple(keys.shape), weight.device)
+    return weight, keys / scale, anchor_keys / scale
+
+
+def _erasing_direction(weight: Tensor, keys: Tensor, anchor_keys: Tensor) -> Tensor:
+    """``W (C* - C1)``, (d_out, d_in)."""
+    return ((anchor_keys - keys) @ weight.mT).mT @ keys
+
+
+def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
+    """(n, k); by differences, since the expanded square would leave rounding between equal points."""
+    return (points.unsqueeze(1) - centres.unsqueeze(0)).square().sum(-1)

@@ -1,0 +1,165 @@
+"""SPEED (Li et al., ICLR 2026): what its closed form on the UNet's cross-attention needs; ``SPEEDEdit`` applies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.null_space import NullSpaceRule
+from lit_unlearn.core.speed import k_means
+from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
+from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+
+
+@dataclass
+class SPEEDKeys:
+    """Inputs of the edited layers, the same for all of them; rows are text states, float64.
+
+    Attributes:
+        edited: c, (n, D).
+        anchors: c*, (n, D), row by row with ``edited``.
+        num_texts: How many texts ``edited`` comes from.
+        retained: Before the filter, (m, D).
+        invariants: Rows of K2: the start-of-text state and centres of the empty prompt's padding, (k, D); or none.
+    """
+
+    edited: Tensor
+    anchors: Tensor
+    num_texts: int
+    retained: Tensor
+    invariants: Tensor | None
+
+
+class SPEED(CrossAttentionEditor):
+    """Gives the concept's texts the values of their anchors, in the null space of the other concepts' texts.
+
+    Args:
+        threshold: Eigenvalues below it span the null space; see ``rule``.
+        rule: What the threshold is relative to: ``absolute`` (on the mean second moment, as in the paper), ``mean`` or
+            ``max`` eigenvalue, ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
+        minimum: Take at least so many directions, the smallest.
+        retain_scale: Weight of the size of the edit.
+        lamb: 0 keeps the outputs of the invariants exactly; a larger one allows some change.
+        filter: Retain only texts that an unconstrained edit would move more than the mean (IPF).
+        augment: Copies of each retained text with noise that the layer hardly sees (DPA); 0 for none.
+        invariants: Centres of the empty prompt's padding that stay, with the start-of-text state (IEC); 0 keeps the
+            start-of-text state only, null neither.
+        prompts: What is edited and retained: ``names`` of the concepts, as in the paper, or their ``edit_prompts``.
+        tokens: Which states of a text: that of its ``last_subject`` token, as in the paper; ``from_subject``, from it
+            to the end of the window; ``all`` but the start-of-text token's (the code's choice for nudity).
+        towards: Whose values the concept gets: its ``target``, its ``anchor``, or the ``empty`` prompt.
+        retain: Texts to retain besides those of the set's other concepts.
+        seed: Seed of the augmentation's noise and of the centres' start.
+        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``; the paper's are the values.
+        **kwargs: See ``ConceptEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 1e-1,
+        rule: NullSpaceRule = "absolute",
+        minimum: int = 0,
+        retain_scale: float = 1.0,
+        lamb: float = 0.0,
+        filter: bool = True,
+        augment: int = 10,
+        invariants: int | None = 3,
+        prompts: Literal["names", "edit_prompts"] = "names",
+        tokens: SubjectTokens = "last_subject",
+        towards: Literal["target", "anchor", "empty"] = "target",
+        retain: list[str] | None = None,
+        seed: int = 0,
+        edited_parameters: str = "xattn-v",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        for field, value in {"threshold": threshold, "retain_scale": retain_scale}.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"model.{field}={value} must be a positive number.")
+        if not (math.isfinite(lamb) and lamb >= 0):
+            raise ValueError(f"model.lamb={lamb} must be zero or a positive number.")
+        for field, count in {"minimum": minimum, "augment": augment, "invariants": invariants}.items():
+            if count is not None and count < 0:
+                raise ValueError(f"model.{field}={count} must be zero or larger.")
+        self.threshold, self.rule, self.minimum = threshold, rule, minimum
+        self.retain_scale, self.lamb = retain_scale, lamb
+        self.filter, self.augment, self.invariants, self.seed = filter, augment, invariants, seed
+        self.tokens = tokens
+        self.edited_texts, self.anchor_texts = self._pairs(prompts, towards)
+        self.retained_texts = self._retained(prompts, retain or [])
+
+    def _pairs(self, prompts: str, towards: str) -> tuple[list[str], list[str]]:
+        """Texts of the edited concepts, and for each of them the text whose values it gets."""
+        edited: list[str] = []
+        anchors: list[str] = []
+        for concept in self.edited:
+            texts = concept.names if prompts == "names" else concept.edit_prompts
+            edited += texts
+            if towards == "target":
+                anchors += [concept.target] * len(texts) if prompts == "names" else concept.target_prompts
+            else:
+                anchors += [concept.anchor if towards == "anchor" else ""] * len(texts)
+        return edited, anchors
+
+    def _retained(self, prompts: str, extra: Sequence[str]) -> list[str]:
+        """Texts of the other concepts that name no edited one, and ``extra``, each once.
+
+        Raises:
+            ValueError: ``extra`` names an edited concept, or nothing is left.
+        """
+        labels = self.edited_labels
+        for text in extra:
+            for concept in self.edited:
+                if name := concept.find_name(text):
+                    raise ValueError(
+                        f"model.retain has {text!r}, which names the edited concept {concept.name} ({name!r}): "
+                        "take it out of the list."
+                    )
+        if prompts == "edit_prompts":
+            texts = self.concepts.retain_prompts(labels)
+        else:
+            others = [concept for concept in self.concepts.concepts.values() if concept.name not in labels]
+            names = [name for concept in others for name in concept.names]
+            texts = [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
+        texts = list(dict.fromkeys([*texts, *extra]))
+        if not texts:
+            raise ValueError(
+                f"concept={', '.join(labels)} leaves no text of {self.concepts.name} to retain: edit fewer concepts at "
+                "once, or name what to keep in model.retain."
+            )
+        return texts
+
+    def keys(self) -> SPEEDKeys:
+        """Gather the inputs of the edited layers."""
+        eos_token_id = self.components.tokenizer.eos_token_id
+        ids, states = self.states(self.edited_texts)
+        anchor_ids, anchor_states = self.states(self.anchor_texts)
+        rows, places, (anchor_places,) = subject_positions(ids, [anchor_ids], eos_token_id, self.tokens)
+        retained_ids, retained_states = self.states(self.retained_texts)
+        retained_rows, retained_places, _ = subject_positions(retained_ids, [], eos_token_id, self.tokens)
+        return SPEEDKeys(
+            edited=states[rows, places].double(),
+            anchors=anchor_states[rows, anchor_places].double(),
+            num_texts=len(self.edited_texts),
+            retained=retained_states[retained_rows, retained_places].double(),
+            invariants=self.invariant_keys(),
+        )
+
+    def invariant_keys(self) -> Tensor | None:
+        """Rows of K2 (k, D), float64."""
+        if self.invariants is None:
+            return None
+        _, states = self.states([""])
+        start, padding = states[0, :1].double(), states[0, 1:].double()
+        if self.invariants == 0:
+            return start
+        return torch.cat([start, k_means(padding, self.invariants, seeded(self.seed, "centres"))])

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_unlearn.callbacks.speed import SPEEDEdit
+from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
+from lit_unlearn.methods import base
+from lit_unlearn.methods.speed import SPEED
+
+Fit = Callable[..., L.Trainer]
+Build = Callable[..., SPEED]
+CONFIGS = Path(__file__).parents[2] / "configs"
+LENGTH = 32
+
+
+@pytest.fixture
+def speed(tiny_sd: Path, pets: str) -> Build:
+    """Makes a ``SPEED`` that edits the dog out of ``tiny_sd``; takes the arguments that shall differ."""
+
+    def build(**arguments: Any) -> SPEED:
+        defaults = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "num_inference_steps": 1}
+        return SPEED(**{**defaults, **arguments})
+
+    return build
+
+
+def loaded(module: SPEED) -> SPEED:
+    module.configure_model()
+    return module
+
+
+def states(module: SPEED, *prompts: str) -> Tensor:
+    with torch.no_grad():
+        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts).double()
+
+
+# --- which texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pairs"),
+    [
+        ({}, [("dog", "soccer ball")]),
+        ({"towards": "anchor"}, [("dog", "a toy")]),
+        ({"towards": "empty"}, [("dog", "")]),
+        (
+            {"prompts": "edit_prompts"},
+            [("a dog", "a soccer ball"), ("the dog at sunset", "the soccer ball at sunset")],
+        ),
+        ({"prompts": "edit_prompts", "towards": "anchor"}, [("a dog", "a toy"), ("the dog at sunset", "a toy")]),
+        ({"concept": ["dog", "cat"], "retain": ["an owl"]}, [("dog", "soccer ball"), ("cat", "parrot")]),
+    ],
+)
+def test_texts_and_their_anchors(arguments: dict[str, Any], pairs: list[tuple[str, str]], speed: Build) -> None:
+    module = speed(**arguments)
+    assert list(zip(module.edited_texts, module.anchor_texts, strict=True)) == pairs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "retained"),
+    [
+        ({}, ["cat"]),
+        ({"retain": ["an owl", "cat"]}, ["cat", "an owl"]),
+        ({"prompts": "edit_prompts"}, ["a cat", "the cat in the rain"]),
+        ({"prompts": "edit_prompts", "retain": ["an owl"]}, ["a cat", "the cat in the rain", "an owl"]),
+        ({"concept": ["dog", "cat"], "retain": ["an owl"]}, ["an owl"]),
+    ],
+)
+def test_retained_texts_are_those_of_other_concepts(
+    arguments: dict[str, Any], retained: list[str], speed: Build
+) -> None:
+    assert speed(**arguments).retained_texts == retained
+
+
+def test_every_name_counts_but_those_that_name_an_edited_concept(speed: Build) -> None:
+    module = speed(concept="soccer ball", concept_set="emoji20")
+    assert module.edited_texts == ["soccer ball", "soccer", "football"]
+    assert module.anchor_texts == ["basketball"] * 3
+    assert {"pixel art", "pixel", "raining", "dog"} <= set(module.retained_texts)
+    assert len(module.retained_texts) == len(set(module.retained_texts)) == 19 + 3
+
+
+# --- which states
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
+def test_keys_are_states_of_the_last_token_of_the_name(
+    model: str, speed: Build, request: pytest.FixtureRequest
+) -> None:
+    module = loaded(speed(model=str(request.getfixturevalue(model)), concept="cat", retain=["the soccer ball"]))
+    ids = tokenize(module.components.tokenizer, ["the soccer ball"])[0].tolist()
+    assert ids[4] == module.components.tokenizer.eos_token_id
+    keys = module.keys()
+    assert torch.equal(keys.edited, states(module, "cat")[:, 1])
+    assert torch.equal(keys.anchors, states(module, "parrot")[:, 1])
+    assert_close(keys.retained, torch.cat([states(module, "dog")[:, 1], states(module, "the soccer ball")[:, 3]]))
+    assert keys.num_texts == 1
+    assert keys.edited.dtype == torch.float64
+
+
+def test_the_empty_anchor_is_the_start_of_text(speed: Build) -> None:
+    module = loaded(speed(towards="empty"))
+    assert torch.equal(module.keys().anchors, states(module, "")[:, 0])
+
+
+def test_all_tokens_are_aligned_with_the_anchors(speed: Build) -> None:
+    module = loaded(speed(prompts="edit_prompts", tokens="all"))
+    keys = module.keys()
+    assert_close(keys.edited, states(module, *module.edited_texts)[:, 1:].flatten(0, 1))
+    # "dog" takes "ball", the last of its anchor's two tokens, and all behind it shifts by one.
+    places = [1, 3, *range(4, LENGTH), LENGTH - 1]
+    assert_close(keys.anchors, states(module, *module.anchor_texts)[:, places].flatten(0, 1))
+    assert_close(keys.retained, states(module, *module.retained_texts)[:, 1:].flatten(0, 1))
+    assert keys.num_texts == 2
+
+
+@pytest.mark.parametrize(("invariants", "count"), [(None, None), (0, 1), (3, 4)])
+def test_invariants_are_start_of_text_and_centres_of_the_padding(
+    invariants: int | None, count: int | None, speed: Build
+) -> None:
+    module = loaded(speed(invariants=invariants))
+    rows = module.keys().invariants
+    if rows is None:
+        assert count is None
+        return
+    assert len(rows) == count
+    empty = states(module, "")[0]
+    assert torch.equal(rows[0], empty[0])
+    if count == 4:
+        nearest = torch.cdist(empty[1:], rows[1:]).argmin(1)
+        assert len(set(nearest.tolist())) == 3
+        for place, centre in enumerate(rows[1:]):
+            assert_close(centre, empty[1:][nearest == place].mean(0))
+
+
+# --- what is refused before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.0}, r"model\.threshold=0\.0 must be a positive number"),
+        ({"retain_scale": 0.0}, r"model\.retain_scale=0\.0 must be a positive number"),
+        ({"lamb": -1.0}, r"model\.lamb=-1\.0 must be zero or a positive number"),
+        ({"lamb": float("nan")}, r"model\.lamb=nan must be zero"),
+        ({"augment": -1}, r"model\.augment=-1 must be zero or larger"),
+        ({"invariants": -1}, r"model\.invariants=-1 must be zero or larger"),
+        ({"minimum": -1}, r"model\.minimum=-1 must be zero or larger"),
+        ({"retain": ["a cat", "my Dog"]}, r"model\.retain has 'my Dog', which names the edited concept dog \('Dog'\)"),
+        ({"concept": ["dog", "cat"]}, r"concept=dog, cat leaves no text of pets to retain: .* model\.retain"),
+        ({"edited_parameters": "selfattn"}, r"edits only weights of attn2\.to_k and attn2\.to_v"),
+        ({"edited_parameters": "nothing"}, r"edited_parameters='nothing' selects no parameter"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(
+    arguments: dict[str, Any], message: str, speed: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "load_components", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        speed(**arguments)
+
+
+def test_a_threshold_that_frees_nothing_leaves_the_weights_alone(speed: Build, fit: Fit) -> None:
+    # 285 edit prompts at 31 positions use all 32 inputs but the sum, which the encoder's last norm makes zero.
+    module = speed(concept_set="emoji20", prompts="edit_prompts", tokens="all", filter=False, augment=0, threshold=1e-9)
+    module.configure_model()
+    with torch.no_grad():
+        module.text_encoder.final_layer_norm.bias.copy_(torch.linspace(-1, 2, 32).square())
+    with pytest.raises(EmptyNullSpaceError, match=r"rule='absolute' with threshold=1e-09"):
+        fit(module, SPEEDEdit())
+    assert module.pretrained.change_ratio() == 0
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", ["speed.yaml", "speed_paper.yaml"])
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "emoji-sd"])
+def test_a_recipe_edits_values_only(name: str, model: str, fit: Fit, request: pytest.FixtureRequest) -> None:
+    recipe = yaml.safe_load((CONFIGS / name).read_text())
+    arguments = recipe["model"]["init_args"]
+    if model == "emoji-sd":
+        module = SPEED(concept="dog", **arguments)
+    else:
+        # A random encoder of 32 states has no null space of 200 prompts, so its size is given.
+        few = {"model": str(request.getfixturevalue(model)), "threshold": 1e-12, "minimum": 8}
+        module = SPEED(concept="dog", **{**arguments, **few})
+    fit(module, *[SPEEDEdit() for callback in recipe["trainer"]["callbacks"] if callback["class_path"] == "SPEEDEdit"])
+    assert module.edited_names
+    assert all(name.endswith("attn2.to_v.weight") for name in module.edited_names)
+    parameters = module.components.named_parameters()
+    for edited in module.edited_names:
+        assert not torch.equal(parameters[edited], module.pretrained.values[edited])
+    assert 0 < module.report["weight_change_ratio"] < 2
