@@ -1,0 +1,372 @@
+"""Concept Ablation (Kumari et al., ICCV 2023): prompts of a concept come to draw what an anchor's prompts draw.
+
+Data flow: before the first step the pretrained model draws pictures of the anchor's prompts, once, into a cache on
+disk. A step noises some of them and descends the error between the prediction for the concept's prompt and either the
+prediction for the anchor's prompt (model-based) or the noise itself (noise-based).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lit_unlearn.data.augmentation import WORDS, reframe
+from lit_unlearn.data.concepts import Concept
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
+from lit_unlearn.diffusion.sampling import add_noise, decode_latents, encode_pictures, training_target
+from lit_unlearn.evaluation.pictures import to_uint8
+from lit_unlearn.methods.anchors import PretrainedSampler
+from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.gradient import GradientEditor
+
+
+class Draw(NamedTuple):
+    """What a step learns from.
+
+    Attributes:
+        latents: Clean anchor pictures, (B, C, H, W).
+        noise: Standard normal, (B, C, H, W).
+        timesteps: (B,).
+        mask: Latents that count, (B, 1, H, W), bool.
+        prompts: Places of the prompts among ``concept_prompts`` and ``anchor_prompts``, (B,), on the CPU.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    mask: Tensor
+    prompts: Tensor
+
+
+class ConceptAblation(GradientEditor, ConceptEditor):
+    """Trains the model to predict for prompts of the concept what it predicts for prompts of its anchor.
+
+    Args:
+        objective: What the prediction for the concept's prompt is to equal: ``model`` (a prediction for the anchor's
+            prompt) or ``noise`` (the noise that the anchor's picture was given).
+        reference: Which network makes that prediction: ``live`` (the edited one, no gradient; as in the paper) or
+            ``frozen`` (the pretrained one).
+        prompts: ``pairs`` (the set's edit prompts, anchored by its target prompts), or ``names`` (the concept's
+            ``anchor``, and the same with the target's name replaced by each of the concept's names).
+        images: Anchor pictures of each concept; they take the anchor's prompts in turn.
+        anchor_inference_steps: Denoising steps of the anchor pictures; null takes ``num_inference_steps``.
+        anchor_guidance_scale: Guidance of the anchor pictures; null takes ``guidance_scale``.
+        anchor_folder: Where they are kept for later runs.
+        anchor_batch_size: Anchor pictures drawn at once.
+        prior_weight: Weight of the diffusion loss of the anchor pictures with their own prompts; 0 leaves it out.
+        augmentation: Learn from pictures at random scales, with the words that say so in the prompts.
+        freeze_bos: Give keys and values of the first token no gradient, as the paper's code does.
+        scale_lr: Multiply the learning rate by the pictures of an optimizer step: batch over all devices times
+            accumulated batches.
+        optimizer: Optimizer of the edited weights.
+        edited_parameters: ``xattn-kv``, ``full``, ``embedding`` (of the token embedding only the concept's own rows
+            learn), another group, or a pattern.
+        **kwargs: See ``GradientEditor``, ``ConceptEditor`` and ``DiffusionEditor``.
+    """
+
+    def __init__(
+        self,
+        objective: Literal["model", "noise"] = "model",
+        reference: Literal["live", "frozen"] = "live",
+        prompts: Literal["pairs", "names"] = "pairs",
+        images: int = 200,
+        anchor_inference_steps: int | None = None,
+        anchor_guidance_scale: float | None = None,
+        anchor_folder: str = "logs/anchors",
+        anchor_batch_size: int = 8,
+        prior_weight: float = 0.0,
+        augmentation: bool = False,
+        freeze_bos: bool = False,
+        scale_lr: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        edited_parameters: str = "xattn-kv",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(optimizer=optimizer, edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        for field, value in {
+            "images": images,
+            "anchor_inference_steps": anchor_inference_steps,
+            "anchor_batch_size": anchor_batch_size,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"model.{field}={value} must be at least 1.")
+        if prior_weight < 0:
+            raise ValueError(f"model.prior_weight={prior_weight} must not be negative: 0 leaves the regulariser out.")
+        if objective == "model" and reference == "live" and (circle := anchored_in_circle(self.edited)):
+            raise ValueError(
+                f"model.reference=live would have {', '.join(circle)} chase each other, since each is an anchor of "
+                "another: set model.reference to frozen."
+            )
+        self.objective, self.reference, self.images = objective, reference, images
+        self.anchor_inference_steps = anchor_inference_steps or self.num_inference_steps
+        self.anchor_guidance_scale = self.guidance_scale if anchor_guidance_scale is None else anchor_guidance_scale
+        self.anchor_folder, self.anchor_batch_size = anchor_folder, anchor_batch_size
+        self.prior_weight, self.augmentation = prior_weight, augmentation
+        self.freeze_bos, self.scale_lr = freeze_bos, scale_lr
+        self.pairs = [ablation_pairs(concept, prompts) for concept in self.edited]
+        self.words = WORDS if augmentation else WORDS[:1]
+        endings = [(mine, theirs, words) for words in self.words for pair in self.pairs for mine, theirs in pair]
+        self.concept_prompts = [mine + words for mine, _, words in endings]
+        self.anchor_prompts = [theirs + words for _, theirs, words in endings]
+        self.num_pairs = images * len(self.edited)  # a batch is one of pictures
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights that the pattern selects.
+
+        Raises:
+            ValueError: It selects one that no prediction depends on.
+        """
+        selected = super().select(names)
+        for name in selected:
+            if name.startswith("vae."):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}, which predicts no noise: choose "
+                    "weights of unet and text_encoder."
+                )
+        return selected
+
+    # --- set-up
+
+    def configure_model(self) -> None:
+        """Load the pipeline and, where the token embedding learns, keep all but the concepts' rows from it."""
+        if hasattr(self, "components"):
+            return
+        super().configure_model()
+        self.trains_text = any(name.startswith("text_encoder.") for name in self.edited_names)
+        self.attention_inputs = [
+            module for name, module in self.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))
+        ]
+        self.rows: dict[str, Tensor] = {}
+        for name in self.edited_names:
+            if name.endswith("token_embedding.weight"):
+                parameter = self.pretrained.parameters[name]
+                rows = torch.zeros(len(parameter), 1, dtype=torch.bool)
+                rows[self.concept_tokens()] = True
+                self.rows[name] = rows
+                parameter.register_hook(lambda grad, rows=rows: grad * rows.to(grad.device))
+
+    def concept_tokens(self) -> list[int]:
+        """Tokens of the concepts' names that do not occur in their anchors.
+
+        Raises:
+            ValueError: A concept has none.
+        """
+
+        def tokens(texts: Sequence[str]) -> set[int]:
+            return {
+                token for text in texts for token in self.components.tokenizer(text, add_special_tokens=False).input_ids
+            }
+
+        found: set[int] = set()
+        for concept, pair in zip(self.edited, self.pairs, strict=True):
+            own = tokens(concept.names) - tokens([concept.anchor, *(anchor for _, anchor in pair)])
+            if not own:
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} leaves no row to learn: the anchor of "
+                    f"{concept.name!r} has all tokens of its names ({', '.join(concept.names)})."
+                )
+            found |= own
+        return sorted(found)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the edited weights, its learning rate scaled if ``scale_lr`` says so."""
+        optimizer = super().make_optimizer()
+        if self.scale_lr:
+            batch = getattr(self.trainer.datamodule, "batch_size", None) or self.num_pairs  # type: ignore[attr-defined]
+            accumulated = self.trainer.accumulate_grad_batches
+            for group in optimizer.param_groups:
+                scaled = group["lr"] * batch * accumulated
+                rank_zero_info(
+                    f"Learning rate: {group['lr']:g} × batch {batch} × accumulated {accumulated} = {scaled:g}."
+                )
+                group["lr"] = scaled
+        self.report["learning_rate"] = optimizer.param_groups[0]["lr"]
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        """Draw, or read, the anchor pictures; encode what stays."""
+        super().on_fit_start()
+        tokenizer = self.components.tokenizer
+        self.concept_ids, self.anchor_ids = (
+            tokenize(tokenizer, prompts) for prompts in (self.concept_prompts, self.anchor_prompts)
+        )
+        with self.pretrained.restored(), torch.no_grad():
+            self.concept_states, self.anchor_states = (
+                torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)])
+                for ids in (self.concept_ids, self.anchor_ids)
+            )
+        self.draw_anchors()
+
+    def draw_anchors(self) -> None:
+        """Latents (concepts * images, C, H, W) of the anchor pictures, on the CPU, and the place of their prompts."""
+        sampler = PretrainedSampler(
+            self, self.anchor_inference_steps, self.anchor_guidance_scale, self.anchor_folder, self.anchor_batch_size
+        )
+        seeds = [self.seed + number for number in range(self.images)]
+        made = self.report.get("anchors", {}).get("made", 0)  # by the run that this one resumes
+        latents, places, start = [], [], 0
+        for pair in self.pairs:
+            prompts = [number % len(pair) for number in range(self.images)]
+            cached = sampler.latents([pair[number][1] for number in prompts], seeds)
+            latents.append(cached.latents)
+            places += [start + number for number in prompts]
+            made, start = made + cached.made, start + len(pair)
+        self.latents, self.places = torch.cat(latents), places
+        self.pictures: dict[int, Tensor] = {}
+        self.report["anchors"] = {"pictures": len(self.latents), "made": made}
+
+    # --- a step
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The paper's model-based or noise-based loss, without a weight of the timestep, and the regulariser.
+
+        Args:
+            batch: Anchor pictures, numbered as ``ConceptPrompts`` does, (B,).
+            batch_idx: Number of the step within the epoch.
+        """
+        draw = self.draw(batch, batch_idx)
+        scheduler = self.components.scheduler
+        noisy = add_noise(scheduler, draw.latents, draw.noise, draw.timesteps)
+        truth = training_target(scheduler, draw.latents, draw.noise, draw.timesteps)
+        with first_token_detached(self.attention_inputs if self.freeze_bos else []):
+            prediction = self.unet(noisy, draw.timesteps, self.states("concept", draw.prompts)).sample
+            anchored = (
+                self.unet(noisy, draw.timesteps, self.states("anchor", draw.prompts)).sample
+                if self.prior_weight
+                else None
+            )
+        target = truth if self.objective == "noise" else self.anchor_prediction(noisy, draw, anchored)
+        loss = masked_error(prediction, target, draw.mask)
+        losses = {"train/ablation": loss}
+        if anchored is not None:
+            losses["train/prior"] = masked_error(anchored, truth, draw.mask)
+            loss = loss + self.prior_weight * losses["train/prior"]
+        self.log_dict(losses, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        return loss
+
+    @torch.no_grad()
+    def anchor_prediction(self, noisy: Tensor, draw: Draw, anchored: Tensor | None) -> Tensor:
+        """What the reference predicts for the anchors' prompts (B, C, H, W), no gradient.
+
+        Args:
+            noisy: x_t, (B, C, H, W).
+            draw: What the step learns from.
+            anchored: The live network's prediction, if it is known already.
+        """
+        if self.reference == "frozen":
+            states = self.anchor_states[draw.prompts]
+            return self.pretrained("unet", self.unet, noisy, draw.timesteps, states).sample
+        if anchored is not None:
+            return anchored.detach()
+        return self.unet(noisy, draw.timesteps, self.states("anchor", draw.prompts)).sample
+
+    def states(self, kind: Literal["concept", "anchor"], places: Tensor) -> Tensor:
+        """Text states (B, L, D) of the prompts at ``places`` by the live text encoder."""
+        ids, known = {
+            "concept": (self.concept_ids, self.concept_states),
+            "anchor": (self.anchor_ids, self.anchor_states),
+        }[kind]
+        return encode(self.text_encoder, ids[places]) if self.trains_text else known[places]
+
+    def draw(self, batch: Tensor, batch_idx: int) -> Draw:
+        """What the items of ``batch`` (B,) stand for; each depends on seed, epoch, step and item alone."""
+        timesteps, noise, latents, masks, prompts = [], [], [], [], []
+        for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
+            number = item % self.num_pairs
+            clean, place = self.latents[number], self.places[number]
+            timesteps.append(
+                torch.randint(self.components.scheduler.config.num_train_timesteps, (), generator=generator)
+            )
+            noise.append(torch.randn(clean.shape, generator=generator))
+            mask = torch.ones(1, *clean.shape[-2:], dtype=torch.bool)
+            if self.augmentation:
+                clean, mask, words = reframe(self.picture(number), (clean.shape[-2], clean.shape[-1]), generator)
+                place += words * (len(self.concept_prompts) // len(self.words))
+            latents.append(clean)
+            masks.append(mask)
+            prompts.append(place)
+        stacked = torch.stack(latents)
+        if self.augmentation:
+            stacked = encode_pictures(self.vae, stacked)
+        stacked = stacked.to(self.device, self.weights_dtype)
+        return Draw(
+            stacked,
+            torch.stack(noise).to(stacked),
+            torch.stack(timesteps).to(self.device),
+            torch.stack(masks).to(self.device),
+            torch.tensor(prompts),
+        )
+
+    def picture(self, number: int) -> Tensor:
+        """Anchor picture ``number`` in pixels (3, H, W), float in [0, 1], decoded once and kept as bytes."""
+        if number not in self.pictures:
+            self.pictures[number] = to_uint8(decode_latents(self.vae, self.latents[number : number + 1]))[0]
+        return self.pictures[number].float() / 255
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and undo what weight decay does to embedding rows that have no gradient."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for name, rows in self.rows.items():
+                parameter = self.pretrained.parameters[name]
+                original = self.pretrained.values[name].to(parameter.device)
+                parameter.copy_(torch.where(rows.to(parameter.device), parameter, original))
+
+
+def ablation_pairs(concept: Concept, prompts: Literal["pairs", "names"]) -> list[tuple[str, str]]:
+    """Prompts of ``concept``, each with the anchor's prompt that takes its place.
+
+    Args:
+        concept: The concept.
+        prompts: ``pairs``: the set's own. ``names``: the anchor, and the anchor with the target's name replaced by each
+            name of the concept, or with that name added where the anchor does not name the target.
+    """
+    if prompts == "pairs":
+        return list(zip(concept.edit_prompts, concept.target_prompts, strict=True))
+    target = re.compile(rf"(?<!\w){re.escape(concept.target)}(?!\w)", re.IGNORECASE)
+
+    def named(name: str) -> str:
+        return (
+            target.sub(lambda _: name, concept.anchor) if target.search(concept.anchor) else f"{concept.anchor}, {name}"
+        )
+
+    return [(named(name), concept.anchor) for name in concept.names]
+
+
+def anchored_in_circle(concepts: Sequence[Concept]) -> list[str]:
+    """Names of those of ``concepts`` whose anchors lead back to them, or to others that do: dog to cat, cat to dog."""
+    left = list(concepts)
+
+    def leads_on(concept: Concept) -> bool:
+        texts = (concept.anchor, concept.target)
+        return any(other.find_name(text) for other in left if other is not concept for text in texts)
+
+    while ends := [concept for concept in left if not leads_on(concept)]:
+        left = [concept for concept in left if concept not in ends]
+    return [concept.name for concept in left]
+
+
+def masked_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the pictures of the mean squared error where ``mask`` (B, 1, H, W) is true, (); float32."""
+    errors = (prediction.float() - target.float()).square() * mask
+    return (errors.sum(dim=(1, 2, 3)) / (mask.sum(dim=(1, 2, 3)) * errors.shape[1])).mean()
+
+
+@contextmanager
+def first_token_detached(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let no gradient through the first position of what ``layers`` put out, (B, L, D); values stay as they are."""
+
+    def detach(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(detach).remove)
+        yield
