@@ -1,0 +1,46 @@
+"""Writes the tokens that a textual inversion has learned."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save
+from typing_extensions import override
+
+from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.methods.textual_inversion import TextualInversion
+
+FILE = "embeddings.safetensors"
+
+
+class SaveEmbeddings(L.Callback):
+    """Writes ``embeddings.safetensors`` into the run's folder when the fit ends, for ``embeddings`` of other methods.
+
+    It holds ``embeddings`` (n, D), float32, and says whose concept and which vocabulary they belong to.
+    """
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, TextualInversion):
+            raise ValueError(
+                f"SaveEmbeddings writes what TextualInversion learns, but the module is {type(pl_module).__name__}: "
+                "take it out of trainer.callbacks."
+            )
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TextualInversion)
+        folder = run_folder(trainer)  # on every rank: they agree on it
+        if not trainer.is_global_zero or trainer.interrupted:
+            return
+        embeddings = pl_module.embeddings.detach().float().cpu().contiguous()
+        metadata = {
+            "concept": pl_module.concept.name,
+            "vocabulary": pl_module.vocabulary,
+            "model": pl_module.model_id,
+            "templates": " | ".join(pl_module.templates),
+        }
+        with atomic_write(folder / FILE) as file:
+            file.write(save({"embeddings": embeddings}, metadata))
+        rank_zero_info(f"Tokens: {folder / FILE}")

@@ -1,0 +1,221 @@
+"""Forget-Me-Not (Zhang et al., 2023): attention resteering on reference images of the concept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lit_unlearn.core.alignment import positions_mask
+from lit_unlearn.core.attention_resteering import ResteeringForm, attention_resteering_loss, attention_share
+from lit_unlearn.data.concepts import Concept
+from lit_unlearn.diffusion.attention import record_attention
+from lit_unlearn.diffusion.concept_tokens import Padding, difference_mask, eot_mask, names_mask
+from lit_unlearn.diffusion.new_tokens import (
+    PLACE,
+    read_embeddings,
+    substitute_embeddings,
+    tokenize_templates,
+    vocabulary_of,
+)
+from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.diffusion.sampling import add_noise
+from lit_unlearn.methods.gradient import GradientEditor
+from lit_unlearn.methods.reference_images import ReferenceImages
+
+
+def check_templates(templates: Sequence[str] | None) -> None:
+    """Refuse templates without a place for the concept.
+
+    Raises:
+        ValueError: There is none, or one without ``{}``.
+    """
+    if templates is not None and (not templates or not all(PLACE in template for template in templates)):
+        raise ValueError(f"model.templates={templates} must be prompts with {PLACE} where the concept stands.")
+
+
+def templates_of(concept: Concept, templates: Sequence[str] | None) -> list[str]:
+    """``templates``, or those of the reference code, which depend on the kind of the concept."""
+    if templates is not None:
+        return list(templates)
+    return ["a photo in the style of {}" if concept.kind == "style" else "a photo of {}"]
+
+
+class ForgetMeNot(GradientEditor, ReferenceImages):
+    """Turns the UNet's attention away from the tokens of the concept, on noised images of it.
+
+    Args:
+        form: ``norm`` of these attention probabilities (the reference code), or their ``sum_of_squares`` (the paper).
+        prompts: ``names``: every name of the concept in every template; ``edit_prompts``: those of the concept set. In
+            one that does not name the concept, its tokens are those that differ from its target prompt.
+        templates: Prompts of ``names``, with ``{}`` for the name; null takes "a photo of {}", for styles "a photo in
+            the style of {}".
+        include_eot: Turn from the end-of-text token too, which has seen the whole prompt.
+        padding: Which end-of-text tokens that includes: the ``first_eot``, or ``all_eot`` as in the reference code.
+            These differ where the tokenizer pads with that token (Stable Diffusion 1.x, emoji-sd): nearly all of the
+            attention is then turned away.
+        embeddings: File of tokens learned by ``textual_inversion.yaml``, which stand in the templates instead of names.
+        edited_parameters: Group or pattern of weights of the UNet or the text encoder.
+        optimizer: Optimizer of the edited weights.
+        **kwargs: See ``GradientEditor`` and ``ReferenceImages``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        form: ResteeringForm = "norm",
+        prompts: Literal["names", "edit_prompts"] = "names",
+        templates: list[str] | None = None,
+        include_eot: bool = True,
+        padding: Padding = "first_eot",
+        embeddings: str | None = None,
+        edited_parameters: str = "full",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(edited_parameters=edited_parameters, optimizer=optimizer, **kwargs)  # type: ignore[arg-type]
+        check_templates(templates)
+        if prompts == "edit_prompts" and (given := "templates" if templates else "embeddings" if embeddings else None):
+            raise ValueError(f"model.{given} has no effect with prompts=edit_prompts: set prompts to names.")
+        if padding == "all_eot" and not include_eot:
+            raise ValueError("model.padding='all_eot' has no effect with include_eot=false: leave it at first_eot.")
+        self.form: ResteeringForm = form
+        self.include_eot, self.padding = include_eot, padding
+        self.embeddings: Tensor | None = None if embeddings is None else self._read_embeddings(embeddings)
+        self.edit_prompts: list[str] = []
+        self.owners: list[int] = []  # the concept of each prompt
+        for number, concept in enumerate(self.edited):
+            own = list(concept.edit_prompts)
+            if prompts == "names":
+                names = [PLACE] if embeddings else concept.names
+                own = [t.replace(PLACE, name) for t in templates_of(concept, templates) for name in names]
+            self.edit_prompts += own
+            self.owners += [number] * len(own)
+        self.named = prompts == "names"
+        self.num_pairs = len(self.edit_prompts)
+
+    def _read_embeddings(self, path: str) -> Tensor:
+        """Learned embeddings (n, D) of the edited concept.
+
+        Raises:
+            ValueError: They are those of another concept or another model, or several concepts are edited.
+        """
+        embeddings, metadata = read_embeddings(path)
+        if self.edited_labels != [metadata["concept"]]:
+            raise ValueError(
+                f"model.embeddings={path} stands for {metadata['concept']}, but concept="
+                f"{', '.join(self.edited_labels)}: learn tokens for the concept and edit it alone."
+            )
+        vocabulary, width = vocabulary_of(self.model_id)
+        if vocabulary != metadata["vocabulary"] or width not in (None, embeddings.shape[1]):
+            raise ValueError(
+                f"model.embeddings={path} was learned for another text encoder than that of model={self.model_id!r}: "
+                "learn it for this model."
+            )
+        return embeddings
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights that the pattern selects.
+
+        Raises:
+            ValueError: It selects weights that attention does not depend on.
+        """
+        selected = super().select(names)
+        for name in selected:
+            if name.startswith("vae."):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}, which no attention depends on: "
+                    "choose weights of the UNet, such as full or xattn."
+                )
+        return selected
+
+    # --- what a step draws from
+
+    def on_fit_start(self) -> None:
+        """Find the concept's tokens in the prompts, and make the reference images with the pretrained weights."""
+        super().on_fit_start()
+        self.prepare_prompts()
+        with self.pretrained.restored():
+            self.latents = self.reference_latents([self.texts(number) for number in range(len(self.edited))])
+
+    def prepare_prompts(self) -> None:
+        """Tokenize the prompts and mark the concept's tokens: ``input_ids`` (n, L) and ``mask`` (n, L)."""
+        tokenizer = self.components.tokenizer
+        eos = tokenizer.eos_token_id
+        if self.embeddings is not None:
+            self.input_ids, self.slots = tokenize_templates(tokenizer, self.edit_prompts, len(self.embeddings))
+            mask = self.slots >= 0
+        else:
+            self.input_ids = tokenize(tokenizer, self.edit_prompts)
+            mask = self.concept_mask(self.input_ids)
+        if self.include_eot:
+            mask |= eot_mask(self.input_ids, eos, self.padding)
+        self.mask = mask.to(self.device)
+
+    def concept_mask(self, input_ids: Tensor) -> Tensor:
+        """Tokens of the concept in each prompt, (n, L) bool.
+
+        They are those of its names; in a prompt without any, those that differ from its target prompt; and if the
+        target only adds words, all of the prompt's own.
+        """
+        tokenizer, owners = self.components.tokenizer, torch.tensor(self.owners)
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for number, concept in enumerate(self.edited):
+            rows = owners == number
+            mask[rows] = names_mask(tokenizer, input_ids[rows], concept.names)
+        if not self.named:
+            targets = tokenize(tokenizer, [prompt for concept in self.edited for prompt in concept.target_prompts])
+            differs = difference_mask(input_ids, targets, tokenizer.eos_token_id)
+            mask = torch.where(mask.any(-1, keepdim=True), mask, differs)
+        content = positions_mask(input_ids, tokenizer.eos_token_id, "content")
+        return torch.where(mask.any(-1, keepdim=True), mask, content)
+
+    def texts(self, number: int) -> list[str]:
+        """Prompts of the edited concept ``number``, by its first name where learned tokens stand for it."""
+        prompts = [prompt for prompt, owner in zip(self.edit_prompts, self.owners, strict=True) if owner == number]
+        return [prompt.replace(PLACE, self.edited[number].names[0]) for prompt in prompts]
+
+    def states(self, pairs: Tensor) -> Tensor:
+        """States (B, L, D) of the prompts ``pairs`` (B,), on the CPU."""
+        if self.embeddings is None:
+            return encode(self.text_encoder, self.input_ids[pairs])
+        with substitute_embeddings(self.text_encoder, self.embeddings, self.slots[pairs]):
+            return encode(self.text_encoder, self.input_ids[pairs])
+
+    # --- the loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Attention to the concept's tokens, of the UNet on noised reference images with the concept's prompts.
+
+        Args:
+            batch: Prompts, numbered as ``ConceptPrompts`` does, (B,).
+            batch_idx: Number of the step within the epoch.
+        """
+        pairs = batch.cpu() % self.num_pairs
+        noisy, timesteps = self.noisy_images(batch, batch_idx)
+        with record_attention(self.unet) as attention:
+            self.unet(noisy, timesteps, self.states(pairs))
+        probabilities, mask = list(attention.values()), self.mask[pairs.to(self.device)]
+        loss = attention_resteering_loss(probabilities, mask, self.form)
+        share = attention_share([layer.detach() for layer in probabilities], mask)
+        self.log_dict(
+            {"train/loss": loss, "train/attention": share}, prog_bar=True, batch_size=len(batch), sync_dist=True
+        )
+        return loss
+
+    def noisy_images(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """x_t (B, C, H, W) of a reference image for each item of ``batch``, and t (B,), uniform over all steps."""
+        scheduler = self.components.scheduler
+        clean, noise, timesteps = [], [], []
+        for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
+            latents = self.latents[self.owners[item % self.num_pairs]]
+            timesteps.append(torch.randint(len(scheduler.alphas_cumprod), (), generator=generator))
+            clean.append(latents[int(torch.randint(len(latents), (), generator=generator))])
+            noise.append(torch.randn(latents.shape[1:], generator=generator))
+        images, steps = torch.stack(clean), torch.stack(timesteps).to(self.device)
+        return add_noise(scheduler, images, torch.stack(noise).to(images), steps), steps

@@ -1,0 +1,285 @@
+"""Textual inversion (Gal et al., 2023): new tokens that bring a concept back, learned from images of it.
+
+It localises a concept without a word for Forget-Me-Not, and looks for what an edited model still knows of a concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.new_tokens import (
+    PLACE,
+    initial_embeddings,
+    substitute_embeddings,
+    tokenize_templates,
+    vocabulary_norm,
+    vocabulary_of,
+)
+from lit_unlearn.diffusion.parameters import PretrainedValues
+from lit_unlearn.diffusion.prompts import encode, encode_prompts
+from lit_unlearn.diffusion.sampling import (
+    add_noise,
+    decode_latents,
+    initial_noise,
+    sample_latents,
+    seeded,
+    training_target,
+)
+from lit_unlearn.evaluation.pictures import to_uint8
+from lit_unlearn.methods.base import CHECKPOINT_KEY
+from lit_unlearn.methods.forget_me_not import check_templates, templates_of
+from lit_unlearn.methods.gradient import GradientEditor
+from lit_unlearn.methods.reference_images import ReferenceImages
+
+
+def inversion_loss(
+    components: DiffusionComponents,
+    embeddings: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    latents: Tensor,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Error of the UNet's prediction on noised images with prompts that hold the new tokens, a scalar (Eq. 2).
+
+    Args:
+        components: Any pipeline, edited or not.
+        embeddings: Those of the new tokens, (n, D); gradients flow into them.
+        prompts: ``input_ids`` and ``slots`` of the batch's prompts, (B, L) each; see ``tokenize_templates``.
+        latents: Images of the concept, (num, C, H, W).
+        generators: What draws image, timestep and noise of each item.
+    """
+    clean, noise, timesteps = [], [], []
+    for generator in generators:
+        timesteps.append(torch.randint(len(components.scheduler.alphas_cumprod), (), generator=generator))
+        clean.append(latents[int(torch.randint(len(latents), (), generator=generator))])
+        noise.append(torch.randn(latents.shape[1:], generator=generator))
+    images, steps = torch.stack(clean), torch.stack(timesteps).to(latents.device)
+    noises = torch.stack(noise).to(images)
+    input_ids, slots = prompts
+    with substitute_embeddings(components.text_encoder, embeddings, slots):
+        states = encode(components.text_encoder, input_ids)
+    prediction = components.unet(add_noise(components.scheduler, images, noises, steps), steps, states).sample
+    return F.mse_loss(prediction.float(), training_target(components.scheduler, images, noises, steps).float())
+
+
+@torch.no_grad()
+def pull_norm(embeddings: Tensor, norm: float, rate: float) -> None:
+    """Move the norm of each of ``embeddings`` (n, D) the share ``rate`` of its way to ``norm``, in place."""
+    norms = embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    embeddings.mul_(1 + rate * (norm / norms - 1))
+
+
+def optimise_embeddings(
+    components: DiffusionComponents,
+    embeddings: Tensor,
+    templates: Sequence[str],
+    latents: Tensor,
+    steps: int,
+    learning_rate: float = 1e-3,
+    batch_size: int = 1,
+    norm_decay: float = 0.1,
+    seed: int = 0,
+) -> tuple[Tensor, list[float]]:
+    """Textual inversion on any pipeline, without a trainer; an attack calls it on an edited one.
+
+    Args:
+        components: The pipeline; its weights stay as they are.
+        embeddings: Where the new tokens start, (n, D).
+        templates: Prompts with ``{}`` for all of the new tokens.
+        latents: Images of the concept, (num, C, H, W).
+        steps: Optimizer steps (AdamW without weight decay).
+        learning_rate: Of the embeddings.
+        batch_size: Images in a step; prompts take turns.
+        norm_decay: See ``pull_norm``; 0 leaves the norms alone.
+        seed: Seed of images, timesteps and noise.
+
+    Returns:
+        The learned embeddings (n, D), and the loss of each step.
+    """
+    learned = nn.Parameter(embeddings.detach().float().clone())
+    optimizer = torch.optim.AdamW([learned], lr=learning_rate, weight_decay=0.0)
+    input_ids, slots = tokenize_templates(components.tokenizer, templates, len(embeddings))
+    norm = vocabulary_norm(components.text_encoder)
+    losses = []
+    for step in range(steps):
+        items = [slot * len(templates) + (step * batch_size + slot) % len(templates) for slot in range(batch_size)]
+        rows = torch.tensor(items) % len(templates)
+        generators = [seeded(seed, 0, step, item) for item in items]
+        loss = inversion_loss(components, learned, (input_ids[rows], slots[rows]), latents, generators)
+        (learned.grad,) = torch.autograd.grad(loss, [learned])
+        optimizer.step()
+        pull_norm(learned, norm, norm_decay)
+        losses.append(float(loss.detach()))
+    return learned.detach(), losses
+
+
+class WithoutNewTokens(PretrainedValues):
+    """The unedited state of a module that changes no weight: its prompts are read with the concept's names."""
+
+    def __init__(self, module: TextualInversion) -> None:
+        super().__init__({})
+        self.module = module
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Leave the concept's names in the prompts for the length of a block."""
+        before, self.module.reads_new_tokens = self.module.reads_new_tokens, False
+        try:
+            yield
+        finally:
+            self.module.reads_new_tokens = before
+
+    def change_ratio(self) -> float:
+        """No weight changes."""
+        return 0.0
+
+
+class TextualInversion(GradientEditor, ReferenceImages):
+    """Learns embeddings of new tokens for one concept; all weights of the pipeline stay as they are.
+
+    Pictures of a ``test`` or a grid are drawn of prompts in which the new tokens take the place of the concept's names,
+    beside those of the prompts as they are.
+
+    Args:
+        num_tokens: How many tokens stand for the concept.
+        initial_words: Words whose tokens they start from, in turn; null starts from noise like the vocabulary's
+            embeddings.
+        templates: Prompts with ``{}`` for the tokens; null takes "a photo of {}", for styles "a photo in the style of
+            {}".
+        norm_decay: After each step, the norm of each embedding goes this share of the way to the mean norm of the
+            vocabulary's; 0 leaves it alone.
+        optimizer: Optimizer of the embeddings.
+        edited_parameters: None: no weight is edited.
+        **kwargs: See ``GradientEditor`` and ``ReferenceImages``; ``seed`` also is that of the start.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int = 4,
+        initial_words: str | None = None,
+        templates: list[str] | None = None,
+        norm_decay: float = 0.1,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        edited_parameters: Literal["none"] = "none",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(edited_parameters=edited_parameters, optimizer=optimizer, **kwargs)  # type: ignore[arg-type]
+        if num_tokens < 1:
+            raise ValueError(f"model.num_tokens={num_tokens} must be at least 1.")
+        if not 0 <= norm_decay <= 1:
+            raise ValueError(f"model.norm_decay={norm_decay} must be between 0 and 1.")
+        if initial_words is not None and not initial_words.strip():
+            raise ValueError("model.initial_words is empty: give words to start from, or null to start from noise.")
+        if len(self.edited) > 1:
+            raise ValueError(f"concept={', '.join(self.edited_labels)}: new tokens stand for one concept, name one.")
+        check_templates(templates)
+        (self.concept,) = self.edited
+        self.templates = templates_of(self.concept, templates)
+        self.num_pairs = len(self.templates)
+        self.num_tokens, self.initial_words, self.norm_decay = num_tokens, initial_words, norm_decay
+        self.vocabulary, _ = vocabulary_of(self.model_id)
+        self.reads_new_tokens = True
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """No weight is edited."""
+        return []
+
+    # --- set-up and checkpoints
+
+    def configure_model(self) -> None:
+        """Load the pipeline, frozen, and make the embeddings."""
+        if hasattr(self, "components"):
+            return
+        super().configure_model()
+        self.pretrained = WithoutNewTokens(self)
+        tokenizer, text_encoder = self.components.tokenizer, self.text_encoder
+        generator = seeded(self.seed, "embeddings")
+        self.embeddings = nn.Parameter(
+            initial_embeddings(tokenizer, text_encoder, self.num_tokens, self.initial_words, generator)
+        )
+        self.vocabulary_norm = vocabulary_norm(text_encoder)
+        self.input_ids, self.slots = tokenize_templates(tokenizer, self.templates, self.num_tokens)
+
+    def own_state(self) -> list[str]:
+        """The embeddings."""
+        return ["embeddings"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the embeddings belong to."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["vocabulary"] = self.vocabulary
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse embeddings of another text encoder, besides what others refuse.
+
+        Raises:
+            ValueError: What differs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint[CHECKPOINT_KEY].get("vocabulary") != self.vocabulary:
+            raise ValueError(
+                f"The checkpoint's embeddings were learned for another text encoder than that of model="
+                f"{self.model_id!r}: use the model that they were learned on."
+            )
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the embeddings, alone."""
+        return self.optimizer([self.embeddings])
+
+    # --- fit
+
+    def on_fit_start(self) -> None:
+        """Make the reference images: unless they come from a folder, of the concept's edit prompts."""
+        super().on_fit_start()
+        (self.latents,) = self.reference_latents([self.concept.edit_prompts])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The diffusion loss with the new tokens in the prompt.
+
+        Args:
+            batch: Templates, numbered as ``ConceptPrompts`` does, (B,).
+            batch_idx: Number of the step within the epoch.
+        """
+        rows = batch.cpu() % self.num_pairs
+        prompts, generators = (self.input_ids[rows], self.slots[rows]), self.generators(batch, batch_idx)
+        loss = inversion_loss(self.components, self.embeddings, prompts, self.latents, generators)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Keep the norms near those of the vocabulary."""
+        pull_norm(self.embeddings, self.vocabulary_norm, self.norm_decay)
+
+    # --- pictures
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts`` with the new tokens for the concept's names."""
+        if not self.reads_new_tokens:
+            return super().generate(prompts, seeds)
+        tokenizer = self.components.tokenizer
+        templates = [self.concept.replace_names(prompt, PLACE) for prompt in prompts]
+        input_ids, slots = tokenize_templates(tokenizer, templates, self.num_tokens)
+        with substitute_embeddings(self.text_encoder, self.embeddings, slots):
+            states = encode(self.text_encoder, input_ids)
+        latents = sample_latents(
+            self.unet,
+            self.components.scheduler,
+            states,
+            encode_prompts(tokenizer, self.text_encoder, [""]),
+            initial_noise(self.unet, seeds),
+            self.num_inference_steps,
+            self.guidance_scale,
+        )
+        return to_uint8(decode_latents(self.components.vae, latents))
