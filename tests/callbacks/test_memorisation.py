@@ -114,9 +114,7 @@ def test_the_shares_are_those_of_the_pictures(
         found = detector(pictures.float() / 255)["pixels"]
         # Pictures of other batch sizes differ by a level or two of 255.
         assert measured["forget"]["pixels"]["distance"] == pytest.approx(float(found.distance[:4].mean()), abs=2e-3)
-        assert measured["keep"]["pixels"]["held_out_distance"] == pytest.approx(
-            float(found.held_out[4:].mean()), abs=2e-3
-        )
+        assert measured["keep"]["pixels"]["known_distance"] == pytest.approx(float(found.known[4:].mean()), abs=2e-3)
     drift = (after.float() - before.float()).div(255).square().mean(dim=(1, 2, 3)).sqrt()
     assert content["after"]["keep"]["drift"] == pytest.approx(float(drift[4:].mean()), abs=2e-3)
 
@@ -148,12 +146,16 @@ def test_validate_and_predict(workplace: Path, options: list[str], capsys: pytes
     assert cli.main(["validate", *options]) == 0
     assert "validation/after/copies_pixels" in capsys.readouterr().out
     assert cli.main(["predict", *options]) == 0
+    written = {path.relative_to(RUN / "pictures").as_posix() for path in (RUN / "pictures").rglob("*.png")}
+    captions = ("forget/000_a_cat", "forget/001_a_dog", "keep/002_an_owl")
+    assert written == {f"{caption}-{i}.png" for caption in captions for i in range(2)}
 
 
 def test_an_export_says_what_it_is(workplace: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = RUN / "checkpoints" / "last.ckpt"
     assert cli.main(["export", "--ckpt_path", str(path), "--output", "exported"]) == 0
-    assert "exported:" in capsys.readouterr().out
+    assert "without what it has unlearned" in capsys.readouterr().out
+    assert "from which training pictures were unlearned" in Path("exported/README.md").read_text()
     edit = read_edit(path)
     exported = load_components("exported").named_parameters()
     assert all(torch.equal(exported[name], value) for name, value in edit.weights.items())

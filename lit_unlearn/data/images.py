@@ -1,0 +1,377 @@
+"""Folders of pictures with captions: those to keep and those to forget, as pairs for ``fit`` and prompts for ``test``.
+
+A caption is looked up as in Hugging Face's ``imagefolder``: in ``metadata.jsonl`` (``file_name``, ``text``), else in a
+text file of the picture's name (``dog.png``, ``dog.txt``); or one caption is given for all pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lit_unlearn.data.prompts import RankSampler
+from lit_unlearn.diffusion.sampling import seeded
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+METADATA = "metadata.jsonl"
+MIN_SIDE = 8
+"""Least width and height of a picture, in pixels."""
+
+Pairing = Literal["caption", "any"]
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A picture on disk; ``digest`` is the SHA-256 of its pixels, equal for copies in other formats without loss."""
+
+    path: Path
+    caption: str
+    digest: str
+
+
+def read_image(path: Path) -> Image.Image:
+    """Open a picture as RGB, upright.
+
+    Raises:
+        ValueError: The file is no readable picture, or too small.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(f"{path} is no readable picture ({reason}): replace or remove it.") from error
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(
+            f"{path} has {image.width} x {image.height} pixels: at least {MIN_SIDE} x {MIN_SIDE} are needed."
+        )
+    return image
+
+
+def load_image(path: Path, size: int) -> Tensor:
+    """A picture as (3, size, size), float32 in [0, 1]: the square in its middle, resized."""
+    image = read_image(path)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def read_folder(folder: str, field: str, caption: str | None = None) -> list[CaptionedImage]:
+    """The pictures of ``folder`` and its subfolders, by name, each with its caption.
+
+    Args:
+        folder: The folder.
+        field: Name of the option that gave it, for messages.
+        caption: Caption of all pictures; null looks each up.
+
+    Raises:
+        ValueError: There is no such folder or no picture in it, a picture cannot be read or has no caption, or the
+            metadata is wrong.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{field}={folder!r} is no folder: give one with pictures and their captions.")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"{field}={folder!r} holds no picture ({', '.join(SUFFIXES)}).")
+    captions = {} if caption is not None else _read_metadata(root, field)
+    found = []
+    for path in paths:
+        text = caption if caption is not None else captions.get(path.relative_to(root).as_posix(), _text_beside(path))
+        if text is None:
+            raise ValueError(
+                f"{field}: {path} has no caption: name it in {root / METADATA}, write {path.with_suffix('.txt').name} "
+                "beside it, or give one caption for all with data.caption."
+            )
+        pixels = np.asarray(read_image(path))
+        found.append(
+            CaptionedImage(path, text, hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest())
+        )
+    return found
+
+
+def _text_beside(path: Path) -> str | None:
+    beside = path.with_suffix(".txt")
+    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+
+
+def _read_metadata(root: Path, field: str) -> dict[str, str]:
+    """Captions by file name, from ``metadata.jsonl``; none if there is no such file."""
+    file = root / METADATA
+    if not file.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{file}, line {number}, is not of the form {{"file_name": "dog.png", "text": "a dog"}}: correct it.'
+            ) from error
+        if not isinstance(name, str) or not isinstance(text, str) or not (root / name).is_file():
+            raise ValueError(f"{field}: {file}, line {number}, names {name!r}, which is not in the folder: correct it.")
+        captions[name] = text
+    return captions
+
+
+def digest(images: list[CaptionedImage]) -> str:
+    """SHA-256 of the pictures and captions of a folder, whatever their order and names."""
+    lines = sorted(f"{image.digest} {image.caption}" for image in images)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CaptionItem:
+    """One picture to generate from a caption; its seed is its own.
+
+    Attributes:
+        prompt: The caption.
+        kind: Whose caption it is: ``forget``, or ``keep`` if no picture to forget has it.
+        caption_index: Number of the caption, those of ``forget`` first.
+        image_index: Number of the picture of this caption.
+        number: Number among all pictures.
+        seed: Seed of its noise.
+    """
+
+    prompt: str
+    kind: Literal["forget", "keep"]
+    caption_index: int
+    image_index: int
+    number: int
+    seed: int
+
+
+class CaptionItems(Dataset[CaptionItem]):
+    """Every (caption, image), captions to forget first; image i of caption c has the seed ``seed + 100_000 i + c``."""
+
+    def __init__(self, forget: list[str], keep: list[str], images_per_prompt: int, seed: int) -> None:
+        captions: list[tuple[str, Literal["forget", "keep"]]] = [(caption, "forget") for caption in forget]
+        captions += [(caption, "keep") for caption in keep]
+        self.items = [
+            CaptionItem(caption, kind, place, i, place * images_per_prompt + i, seed + 100_000 * i + place)
+            for place, (caption, kind) in enumerate(captions)
+            for i in range(images_per_prompt)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> CaptionItem:
+        return self.items[index]
+
+
+class PairSampler(Sampler[list[tuple[int, int, int]]]):
+    """A rank's share of the batches of the current epoch, behind those that a resumed epoch has had already."""
+
+    def __init__(
+        self, make: Callable[[], list[list[tuple[int, int, int]]]], steps: int, done: Callable[[], int]
+    ) -> None:
+        self.make, self.steps, self.done = make, steps, done
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        return iter(self.make()[self.done() % self.steps :])
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+class _Same(Dataset[Any]):
+    """Gives back what the sampler names."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return index
+
+
+class KeepForgetImages(L.LightningDataModule):
+    """Pictures to keep and pictures to forget.
+
+    ``fit`` yields batches (B, 3) of numbers: the pair's place in the global batch, the picture x and the picture a.
+    Pictures are numbered within X = keep + forget for x and within forget for a. The method says whether x is drawn
+    from all of X or from keep. ``test`` yields lists of ``CaptionItem``.
+
+    Args:
+        keep: Folder of the pictures to keep, with captions in ``metadata.jsonl`` or text files.
+        forget: Folder of the pictures to forget, likewise.
+        held_out: Folder of pictures that the model has not seen, of the kind that it draws from the captions to forget:
+            they tell how near to a picture to forget one comes by chance. Null takes ``keep``.
+        caption: One caption for all pictures, in place of their own.
+        pairing: ``caption`` pairs a picture to forget with pictures of the same caption only, so that one prompt
+            serves both; ``any`` with any.
+        batch_size: Pairs in a step, over all processes.
+        steps: Steps per epoch.
+        images_per_prompt: Pictures of each caption in ``test``.
+        keep_captions: How many captions of ``keep`` are drawn in ``test``, spread evenly over the folder.
+        eval_batch_size: Pictures generated at once.
+        seed: Seed of the order of the pairs and of the generated pictures.
+
+    Raises:
+        ValueError: A folder is missing or empty, a file in it cannot be read or has no caption, or a picture is both
+            to keep (or held out) and to forget.
+    """
+
+    def __init__(
+        self,
+        keep: str,
+        forget: str,
+        held_out: str | None = None,
+        caption: str | None = None,
+        pairing: Pairing = "caption",
+        batch_size: int = 16,
+        steps: int = 35,
+        images_per_prompt: int = 8,
+        keep_captions: int = 12,
+        eval_batch_size: int = 40,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for field, value in {
+            "batch_size": batch_size,
+            "steps": steps,
+            "images_per_prompt": images_per_prompt,
+            "eval_batch_size": eval_batch_size,
+        }.items():
+            if value < 1:
+                raise ValueError(f"data.{field}={value} must be at least 1.")
+        if keep_captions < 0:
+            raise ValueError(f"data.keep_captions={keep_captions} must not be negative.")
+        self.save_hyperparameters()
+        self.keep_folder, self.forget_folder = keep, forget
+        self.keep = read_folder(keep, "data.keep", caption)
+        self.forget = read_folder(forget, "data.forget", caption)
+        self.held_out = self.keep if held_out is None else read_folder(held_out, "data.held_out", caption)
+        forgotten = {image.digest: image.path for image in self.forget}
+        for image in (*self.keep, *self.held_out):
+            if image.digest in forgotten:
+                raise ValueError(
+                    f"{image.path} shows the same picture as {forgotten[image.digest]}, which is to be forgotten: "
+                    "remove one of them."
+                )
+        self.pairing, self.batch_size, self.steps, self.seed = pairing, batch_size, steps, seed
+        self.images_per_prompt, self.eval_batch_size = images_per_prompt, eval_batch_size
+        self.forget_captions = sorted({image.caption for image in self.forget})
+        others = sorted({image.caption for image in self.keep} - set(self.forget_captions))
+        count = min(keep_captions, len(others))
+        self.keep_captions = [others[place * len(others) // count] for place in range(count)]
+        self.groups = self._groups(self.keep)
+        if pairing == "caption" and (lonely := sorted(set(self._groups(self.forget)) - set(self.groups))):
+            raise ValueError(
+                f"data.pairing='caption', but no picture in {keep} has the caption {lonely[0]!r}, which a picture to "
+                "forget has: add one, or set data.pairing to any."
+            )
+
+    def _groups(self, images: list[CaptionedImage]) -> dict[str, list[int]]:
+        """Numbers of the pictures that may be paired with one another, by their caption; all together for ``any``."""
+        groups: dict[str, list[int]] = {}
+        for number, image in enumerate(images):
+            groups.setdefault(image.caption if self.pairing == "caption" else "", []).append(number)
+        return groups
+
+    def counts(self, number: int) -> tuple[int, int]:
+        """For picture ``number`` of forget, n and k: pictures of X that it is paired among, and those to forget."""
+        group = self.forget[number].caption if self.pairing == "caption" else ""
+        k = len(self._groups(self.forget)[group])
+        return len(self.groups[group]) + k, k
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these pictures from others: hashes of both folders, and how many pictures they hold."""
+        return {
+            "keep": {"sha256": digest(self.keep), "pictures": len(self.keep)},
+            "forget": {"sha256": digest(self.forget), "pictures": len(self.forget)},
+        }
+
+    def _share(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def pairs(self, epoch: int, from_all: bool) -> list[list[tuple[int, int, int]]]:
+        """The global batches of an epoch: (place, x, a); each picture comes once before any comes again.
+
+        Args:
+            epoch: Number of the epoch; each has another order.
+            from_all: Whether x is drawn from X; else from keep.
+        """
+        forget = _passes(list(range(len(self.forget))), self.seed, epoch, "forget")
+        of_forget = self._groups(self.forget)
+        keep = {}
+        for name, numbers in of_forget.items():
+            pool = self.groups[name] + ([len(self.keep) + number for number in numbers] if from_all else [])
+            keep[name] = _passes(pool, self.seed, epoch, "keep", name)
+        batches = []
+        for _ in range(self.steps):
+            batch = []
+            for place in range(self.batch_size):
+                a = next(forget)
+                group = self.forget[a].caption if self.pairing == "caption" else ""
+                batch.append((place, next(keep[group]), a))
+            batches.append(batch)
+        return batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Pairs of a picture to keep and one to forget."""
+        rank, world_size = self._share()
+        if self.batch_size < world_size:
+            raise ValueError(f"data.batch_size={self.batch_size} is less than the {world_size} processes: raise it.")
+        from_all = getattr(self.trainer and self.trainer.lightning_module, "draws_from_all", False)
+
+        def share() -> list[list[tuple[int, int, int]]]:
+            epoch = self.trainer.current_epoch if self.trainer else 0
+            return [batch[rank::world_size] for batch in self.pairs(epoch, from_all)]
+
+        sampler = PairSampler(share, self.steps, self._steps_done)
+        return DataLoader(_Same(), batch_sampler=sampler, collate_fn=torch.tensor)
+
+    def _steps_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.trainer else 0  # type: ignore[attr-defined]
+
+    def _items(self, dataset: CaptionItems) -> DataLoader[Any]:
+        sampler = RankSampler(list(range(len(dataset))), *self._share())
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=list)
+
+    @property
+    def test_items(self) -> list[CaptionItem]:
+        """Every picture of a test, on whatever process."""
+        return CaptionItems(self.forget_captions, self.keep_captions, self.images_per_prompt, self.seed).items
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """One picture of every caption to forget; nothing during a fit."""
+        if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
+            return []
+        return self._items(CaptionItems(self.forget_captions, [], 1, self.seed))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every caption to forget, and some of those to keep."""
+        return self._items(CaptionItems(self.forget_captions, self.keep_captions, self.images_per_prompt, self.seed))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """As ``test_dataloader``."""
+        return self.test_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch of tensors; caption items hold none, and Lightning does not take frozen dataclasses apart."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
+
+
+def _passes(numbers: list[int], *key: object) -> Iterator[int]:
+    """Pass after pass through ``numbers``, each in an order of its own, from the seed ``key``."""
+    generator = seeded(*key)
+    while True:
+        for place in torch.randperm(len(numbers), generator=generator).tolist():
+            yield numbers[place]

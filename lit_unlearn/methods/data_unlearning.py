@@ -1,0 +1,237 @@
+"""What the data-unlearning methods share: pairs of latents, and two gradients that are kept apart.
+
+Data flow: before the first step the pictures to keep and to forget are encoded once, sharded over processes, and so
+are their captions. A step takes a batch of pairs (x, a), in parts that fit in memory; each pair has one noise and one
+timestep. A method's ``losses`` gives a loss per pair for what it keeps and what it forgets; their gradients are summed
+over the parts and over processes, ``combine`` makes one of them, and it is clipped to a global norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.importance import choose_forget, global_norm
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
+from lit_unlearn.diffusion.sampling import add_noise, noise_levels, training_target
+from lit_unlearn.methods.gradient import GradientEditor
+from lit_unlearn.methods.image_editor import ImageEditor
+
+
+@dataclass
+class Pairs:
+    """Pairs of a picture to keep (x) and one to forget (a).
+
+    Attributes:
+        keep: Latents x, (B, C, H, W).
+        forget: Latents a, (B, C, H, W).
+        noise: The one noise of both, standard normal, (B, C, H, W).
+        timesteps: The one timestep of both, (B,).
+        keep_states: ``encoder_hidden_states`` of the captions of x, (B, L, D).
+        forget_states: Those of the captions of a, (B, L, D).
+        same_caption: Whether they are the same, (B,), bool.
+        from_forget: The mixture's choice: whether a is noised and shown to the UNet in place of x, (B,), bool.
+        uniform: Uniform noise in [0, 1), (B, C, H, W).
+        n: Pictures that x and a were paired among, (B,), float.
+        k: Those of them that are to be forgotten, (B,), float.
+    """
+
+    keep: Tensor
+    forget: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    keep_states: Tensor
+    forget_states: Tensor
+    same_caption: Tensor
+    from_forget: Tensor
+    uniform: Tensor
+    n: Tensor
+    k: Tensor
+
+
+class DataUnlearning(GradientEditor, ImageEditor):
+    """Base of the methods that unlearn pictures; a method adds ``losses`` and, if it has two, ``combine``.
+
+    Args:
+        min_timestep: Least timestep that is drawn.
+        max_timestep: Greatest timestep, exclusive.
+        micro_batch_size: Pairs that pass through the UNet at once; null takes the whole batch. It changes memory, not
+            the result.
+        max_grad_norm: The combined gradient is scaled down to this norm if it is longer; null leaves it.
+        edited_parameters: Group or pattern of UNet weights.
+        **kwargs: See ``GradientEditor`` and ``ImageEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    mixture = 0.5
+    """λ: how often the mixture's choice is the picture to forget."""
+    shares_graph = False
+    """Whether the two losses come from one forward, which must outlive the first backward."""
+    draws_from_all = False
+    """Whether x is drawn from X, keep and forget together; the data asks for it."""
+
+    def __init__(
+        self,
+        min_timestep: int = 0,
+        max_timestep: int = 1000,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        edited_parameters: str = "full",
+        **kwargs: object,
+    ) -> None:
+        if not 0 <= min_timestep < max_timestep <= 1000:
+            raise ValueError(
+                f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
+            )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"model.micro_batch_size={micro_batch_size} must be at least 1, or null.")
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ValueError(f"model.max_grad_norm={max_grad_norm} must be positive, or null for no limit.")
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        self.automatic_optimization = False  # two gradients of one forward, kept apart until they are combined
+        self.min_timestep, self.max_timestep = min_timestep, max_timestep
+        self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights of the UNet that the pattern selects.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        selected = super().select(names)
+        for name in selected:
+            if not name.startswith("unet."):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}: data is unlearned in the UNet; "
+                    "choose full, xattn or a pattern within unet."
+                )
+        return selected
+
+    # --- fit
+
+    def on_fit_start(self) -> None:
+        """Encode pictures and captions.
+
+        Raises:
+            ValueError: The precision needs a loss scaler, which two gradients do not have.
+        """
+        super().on_fit_start()
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision=16-mixed scales one loss, but here are two: use bf16-mixed or 32-true.")
+        pictures = [*self.images.keep, *self.images.forget]
+        self.latents = self.made_once(len(pictures), lambda numbers: self.encode_images([pictures[i] for i in numbers]))
+        captions = sorted({picture.caption for picture in pictures})
+        self.caption_of = torch.tensor([captions.index(picture.caption) for picture in pictures])
+        ids = tokenize(self.components.tokenizer, captions)
+        with torch.no_grad():
+            self.states = torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)])
+
+    def pairs(self, batch: Tensor, batch_idx: int) -> Pairs:
+        """The pairs that ``batch`` (B, 3) numbers, with all that is drawn for them, per place in the global batch."""
+        places, x, a = batch.cpu().unbind(dim=1)
+        num_keep, shape = len(self.images.keep), self.latents.shape[1:]
+        timesteps, noise, choice, uniform = [], [], [], []
+        for generator in self.generators(places, batch_idx):
+            timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
+            noise.append(torch.randn(shape, generator=generator))
+            choice.append(torch.rand((), generator=generator))
+            uniform.append(torch.rand(shape, generator=generator))
+        counts = torch.tensor([self.images.counts(number) for number in a.tolist()], dtype=torch.float32)
+        keep_caption, forget_caption = self.caption_of[x], self.caption_of[num_keep + a]
+        latents = self.latents[x], self.latents[num_keep + a]
+        return Pairs(
+            *latents,
+            noise=torch.stack(noise).to(latents[0]),
+            timesteps=torch.stack(timesteps).to(self.device),
+            keep_states=self.states[keep_caption],
+            forget_states=self.states[forget_caption],
+            same_caption=(keep_caption == forget_caption).to(self.device),
+            from_forget=choose_forget(torch.stack(choice), self.mixture).to(self.device),
+            uniform=torch.stack(uniform).to(latents[0]),
+            n=counts[:, 0].to(self.device),
+            k=counts[:, 1].to(self.device),
+        )
+
+    def losses(self, pairs: Pairs) -> Iterator[Tensor]:
+        """Losses (B,) of ``pairs``: one to descend, or one of what is kept and one of what is forgotten.
+
+        Of two from separate forwards, the second is asked for after the first has been differentiated, so that only
+        one graph is in memory at a time.
+        """
+        raise NotImplementedError
+
+    def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
+        """The gradient to descend, from those of the two losses."""
+        raise NotImplementedError
+
+    def noise_error(self, latents: Tensor, pairs: Pairs, states: Tensor, target: Tensor | None = None) -> Tensor:
+        """The model's training loss, summed over a picture's numbers, (B,), on ``latents`` (B, C, H, W) of ``pairs``.
+
+        Args:
+            latents: x or a.
+            pairs: Where noise and timesteps come from.
+            states: ``encoder_hidden_states``, (B, L, D).
+            target: What the UNet should put out; the noise or velocity by default.
+        """
+        scheduler = self.components.scheduler
+        if target is None:
+            target = training_target(scheduler, latents, pairs.noise, pairs.timesteps)
+        output = self.unet(add_noise(scheduler, latents, pairs.noise, pairs.timesteps), pairs.timesteps, states).sample
+        return square_error(output, target)
+
+    def noise_levels(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """γ and σ of the timesteps of ``pairs``, each (B, 1, 1, 1), float32."""
+        return noise_levels(self.components.scheduler, pairs.noise.float(), pairs.timesteps)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One optimizer step on the pairs that ``batch`` (B, 3) numbers."""
+        optimizer: Any = self.optimizers()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        sums: list[list[Tensor]] = []
+        totals = torch.zeros(2, device=self.device)
+        for part in batch.split(self.micro_batch_size or max(1, len(batch))):
+            for number, loss in enumerate(self.losses(self.pairs(part, batch_idx))):
+                totals[number] += loss.detach().sum() / len(batch)
+                keep_graph = self.shares_graph and number == 0
+                gradients = torch.autograd.grad(loss.sum(), parameters, retain_graph=keep_graph)
+                if number == len(sums):
+                    sums.append([gradient.float() for gradient in gradients])
+                else:
+                    torch._foreach_add_(sums[number], [gradient.float() for gradient in gradients])
+                self.forwards.backward += len(part) if keep_graph else 0  # a second backward through this forward
+        names = ["train/loss"] if len(sums) == 1 else ["train/loss_keep", "train/loss_forget"]
+        losses = dict(zip(names, totals / self.latents[0].numel(), strict=False))
+        self.log_dict(losses, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        for total in sums:
+            self.average(total)
+        combined = sums[0] if len(sums) == 1 else self.combine(*sums)
+        norm = global_norm(combined)
+        self.log("train/gradient_norm", norm)
+        if self.max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_(combined, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for parameter, gradient in zip(parameters, combined, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # type: ignore[union-attr]
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """Divide by the size of the global batch, after summing over processes, in place."""
+        if self.trainer.world_size > 1:  # DDP's own averaging sees only what ``backward`` writes, and one gradient
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        torch._foreach_div_(gradients, float(self.images.batch_size))
+
+
+def square_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error (B,), summed over all other dimensions, in float32."""
+    return (output.float() - target.float()).square().flatten(1).sum(dim=1)

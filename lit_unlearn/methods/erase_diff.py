@@ -1,0 +1,44 @@
+"""EraseDiff (Wu et al., 2024), in the form that the SISS reference compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from lit_unlearn.core.importance import erase_diff_scale, global_norm
+from lit_unlearn.diffusion.sampling import add_noise, predicted_noise
+from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs, square_error
+
+
+class EraseDiff(DataUnlearning):
+    """Descends the loss of what is kept, and teaches the model to predict uniform noise on what is forgotten.
+
+    ``g = g_x + max(η − ⟨g_x, g_a⟩ / ‖g_a‖², 0) g_a``: of ``g_a``, as much as makes sure that it descends, too.
+
+    Args:
+        eta: η, the least descent of the forget loss, in parts of ``‖g_a‖²``.
+        **kwargs: See ``DataUnlearning``.
+    """
+
+    def __init__(self, eta: float = 1e-2, **kwargs: object) -> None:
+        if eta <= 0:
+            raise ValueError(f"model.eta={eta} must be positive: with 0 the forget loss may stay as it is.")
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.eta = eta
+
+    def losses(self, pairs: Pairs) -> Iterator[Tensor]:
+        """``‖ε_θ(x_t) − ε‖²`` and ``‖ε_θ(a_t) − u‖²`` with u uniform in [0, 1)."""
+        yield self.noise_error(pairs.keep, pairs, pairs.keep_states)
+        scheduler = self.components.scheduler
+        noisy = add_noise(scheduler, pairs.forget, pairs.noise, pairs.timesteps)
+        output = self.unet(noisy, pairs.timesteps, pairs.forget_states).sample
+        yield square_error(predicted_noise(scheduler, output, noisy, pairs.timesteps), pairs.uniform)
+
+    def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
+        """``g_x`` and as much of ``g_a`` as is needed."""
+        scale = erase_diff_scale(keep, forget, self.eta)
+        self.log_dict(
+            {"train/norm_keep": global_norm(keep), "train/norm_forget": global_norm(forget), "train/scale": scale}
+        )
+        return [g_x + scale * g_a for g_x, g_a in zip(keep, forget, strict=True)]
