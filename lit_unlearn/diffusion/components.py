@@ -140,12 +140,13 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
     if isinstance(path, Path):
         check_model(model)
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
+    weights = {**options, "dtype": dtype, "use_safetensors": True}  # never the pickles that some models have beside them
     # What diffusers would fall back to anyhow, with a page of advice.
-    models = {**options, "dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
+    models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
     unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **models)
     components = DiffusionComponents(
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
-        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **options),
+        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **weights),
         unet=unet,
         vae=AutoencoderKL.from_pretrained(path, subfolder="vae", **models),
         scheduler=_load_scheduler(path, options),
@@ -161,7 +162,11 @@ def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin
     import diffusers
 
     config = diffusers.DDPMScheduler.load_config(path, subfolder="scheduler", **options)
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ValueError(f"model={str(path)!r} names {name!r:.100} as its scheduler, which diffusers does not have.")
+    return kind.from_config(config)
 
 
 def save_pipeline(components: DiffusionComponents, output: str | Path) -> None:

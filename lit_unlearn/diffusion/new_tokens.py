@@ -66,7 +66,7 @@ def substitute_embeddings(text_encoder: CLIPTextModel, embeddings: Tensor, slots
         new = embeddings.to(output)[places.clamp_min(0)]  # (B, L, D)
         return torch.where((places >= 0).unsqueeze(-1), new, output)
 
-    handle = _table(text_encoder).register_forward_hook(substitute)
+    handle = token_table(text_encoder).register_forward_hook(substitute)
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ def initial_embeddings(
 
     Those of the tokens of ``words``, in turn; without words, normal noise with mean and spread of the vocabulary's.
     """
-    table = _table(text_encoder).weight.detach().float()
+    table = token_table(text_encoder).weight.detach().float()
     if words is None:
         noise = torch.randn(count, table.shape[1], generator=generator).to(table.device)
         return table.mean(0) + table.std(0) * noise
@@ -90,7 +90,7 @@ def initial_embeddings(
 
 def vocabulary_norm(text_encoder: CLIPTextModel) -> float:
     """Mean norm of the embeddings of the vocabulary; about 0.4 in Stable Diffusion 1.x."""
-    return float(_table(text_encoder).weight.detach().float().norm(dim=1).mean())
+    return float(token_table(text_encoder).weight.detach().float().norm(dim=1).mean())
 
 
 def vocabulary_of(model: str) -> tuple[str, int | None]:
@@ -139,7 +139,7 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, Mapping[str, str]]:
     return embeddings.float(), metadata
 
 
-def _table(text_encoder: CLIPTextModel) -> nn.Embedding:
+def token_table(text_encoder: CLIPTextModel) -> nn.Embedding:
     """The embeddings of the vocabulary."""
     table = text_encoder.get_input_embeddings()
     assert isinstance(table, nn.Embedding)

@@ -1,0 +1,73 @@
+"""Prompts as choices of tokens: which tokens may be chosen, and prompts in which some are mixtures of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.diffusion.new_tokens import substitute_embeddings, token_table
+from lit_unlearn.diffusion.prompts import encode
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def whole_words(
+    tokenizer: CLIPTokenizer, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()
+) -> Tensor:
+    """Tokens that a person can type as words of a prompt: each, as text, is read as itself again.
+
+    So any sequence of them, joined by spaces, is read as that sequence. Special tokens and parts of words are none.
+
+    Args:
+        tokenizer: Byte-pair tokenizer whose words end in ``</w>``.
+        forbidden: Says of a word whether it is left out, too.
+        phrases: Texts all of whose tokens are left out, too.
+
+    Returns:
+        Numbers (A,) of the tokens, ascending.
+
+    Raises:
+        ValueError: None is left.
+    """
+    left_out = {*tokenizer.all_special_ids}
+    for phrase in phrases:
+        left_out |= set(tokenizer(phrase, add_special_tokens=False).input_ids)
+    words = {
+        number: token.removesuffix("</w>")
+        for token, number in tokenizer.get_vocab().items()
+        if token.endswith("</w>") and number not in left_out
+    }
+    found = []
+    if words:
+        read = tokenizer(list(words.values()), add_special_tokens=False).input_ids
+        found = [number for number, ids in zip(words, read, strict=True) if ids == [number]]
+    found = sorted(number for number in found if forbidden is None or not forbidden(words[number]))
+    if not found:
+        raise ValueError("The tokenizer has no token that is a word by itself and may be chosen.")
+    return torch.tensor(found)
+
+
+def words_of(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
+    """The text of tokens from ``whole_words``."""
+    return " ".join(token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def encode_mixtures(
+    text_encoder: CLIPTextModel, weights: Tensor, allowed: Tensor, prompts: tuple[Tensor, Tensor]
+) -> Tensor:
+    """States (B, L, D) of prompts in which the new tokens are mixtures of those allowed; gradients reach ``weights``.
+
+    Args:
+        text_encoder: As for ``encode``.
+        weights: Of each allowed token in each new token, (k, A).
+        allowed: Numbers of the tokens, (A,).
+        prompts: ``input_ids`` and ``slots``, (B, L) each, of ``tokenize_templates``.
+    """
+    table = token_table(text_encoder).weight.detach()
+    embeddings = weights @ table[allowed.to(table.device)].to(weights)
+    with substitute_embeddings(text_encoder, embeddings, prompts[1]):
+        return encode(text_encoder, prompts[0])

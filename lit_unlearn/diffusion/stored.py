@@ -1,0 +1,123 @@
+"""All weights of a model by name, one at a time from its files: hashed and compared without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
+from lit_unlearn.diffusion.parameters import fingerprint
+
+WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
+
+# What diffusers renames when it loads an autoencoder of 2022.
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def parameter_name(part: str, stored: str) -> str:
+    """The name that the parameter ``stored`` in a file of ``part`` has in the loaded model."""
+    if part == "text_encoder":
+        return stored.removeprefix("text_model.")
+    if part == "vae":
+        for old, new in OLD_ATTENTION.items():
+            stored = stored.replace(old, new)
+    return stored
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The weight files of a part that are loaded: not those of other variants, such as ``model.fp16.safetensors``."""
+    return sorted(path for path in (folder / part).glob("*.safetensors") if len(path.suffixes) == 1)
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """Parameters of one part of a model folder, each read when it is asked for.
+
+    Args:
+        folder: The model.
+        part: ``text_encoder``, ``unet`` or ``vae``.
+        dtype: Type in which they are returned; as stored by default.
+
+    Raises:
+        ValueError: A file is corrupt.
+    """
+
+    def __init__(self, folder: Path, part: str, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self._places: dict[str, tuple[Path, str]] = {}
+        for file in weight_files(folder, part):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for stored in tensors.keys():  # noqa: SIM118 - it is no mapping
+                        if not stored.endswith("position_ids"):  # a buffer of 2022, no weight
+                            self._places[parameter_name(part, stored)] = (file, stored)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self._places[name]
+        with safe_open(file, framework="pt") as tensors:
+            value: Tensor = tensors.get_tensor(stored)
+        return value if self.dtype is None else value.to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """All weights of a model.
+
+    Attributes:
+        parts: ``text_encoder``, ``unet`` and ``vae``, each its parameters by name within the part.
+        commit: The commit of a model from the hub, if known.
+    """
+
+    parts: dict[str, Mapping[str, Tensor]]
+    commit: str | None = None
+
+    @classmethod
+    def loaded(cls, components: DiffusionComponents) -> WholeModel:
+        """The weights of a loaded pipeline; they are its own, no copies."""
+        parts = {part: dict(module.named_parameters()) for part, module in components.modules().items()}
+        return cls(parts, getattr(components.text_encoder.config, "_commit_hash", None))
+
+    @classmethod
+    def of(cls, model: str, dtype: torch.dtype | None = None, revision: str | None = None) -> WholeModel:
+        """The weights of ``model`` in ``dtype``: read from a folder's files as needed; loaded, if it is a hub id.
+
+        Raises:
+            ValueError: As ``check_model``.
+        """
+        path = resolve_model(model)
+        if isinstance(path, str):
+            return cls.loaded(load_components(model, dtype or torch.float32, revision))
+        check_model(model)
+        return cls.in_folder(path, dtype)
+
+    @classmethod
+    def in_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> WholeModel:
+        """The weights in the files of ``folder``, whatever else it holds."""
+        return cls({part: StoredWeights(folder, part, dtype) for part in WEIGHTED_PARTS})
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, _, rest = name.partition(".")
+        return self.parts[part][rest]
+
+    def names(self) -> list[str]:
+        """Full names of all weights."""
+        return [f"{part}.{name}" for part, weights in self.parts.items() for name in weights]
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of each part: of the names, shapes and values of all its weights, in the type they are returned in.
+
+        It is of the weights, not of the files: a model split into other files, or with the names of 2022, has the same.
+        """
+        return {part: fingerprint(weights) for part, weights in self.parts.items()}
