@@ -46,6 +46,7 @@ def test_groups_select_what_they_say(components: DiffusionComponents) -> None:
         },
         "selfattn": attention_parameters(unet, cross=False),
         "full": everything,
+        "embedding": {"text_encoder.embeddings.token_embedding.weight"},
         "text-fc1": {f"text_encoder.encoder.layers.{i}.mlp.fc1.weight" for i in range(3)},
         "text-fc2": {f"text_encoder.encoder.layers.{i}.mlp.fc2.weight" for i in range(3)},
     }
