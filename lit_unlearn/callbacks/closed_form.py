@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal
 
 import lightning as L
 import torch
@@ -19,8 +20,7 @@ from lit_unlearn.core.closed_form import (
     null_space,
     null_space_update,
 )
-from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
+from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.evaluation.figures import spectrum_figure
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
@@ -57,9 +57,8 @@ class ClosedFormEdit(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not on_fit_start, where the module's own comes after the callbacks': its moments are there only now.
         assert isinstance(pl_module, ValueRefinement)
-        self.ids = tokenize(pl_module.components.tokenizer, pl_module.retain_prompts)
         with pl_module.pretrained.restored():
-            self.retained_states = self._encode(pl_module)
+            self.retained_outputs = pl_module.retained_outputs()
         self.prepare(pl_module)
         if pl_module.progress["applied"] < pl_module.current_epoch:
             # Resumed from between a layer's last step and its edit: Lightning does not end that epoch again.
@@ -72,11 +71,21 @@ class ClosedFormEdit(L.Callback):
 
     @torch.no_grad()
     def edit(self, trainer: L.Trainer, pl_module: ValueRefinement, epoch: int) -> None:
-        """Write V1 into the layer of ``epoch``."""
-        state = pl_module.state or pl_module.prepare_layer(epoch)
-        mask = pl_module.mask
-        keys = state.keys[mask].double()
-        values = pl_module.values[..., : state.layer.out_features][mask].double()
+        """Write V1 into what ``epoch`` edits: one layer, or one after the other."""
+        for state, values in pl_module.edits(epoch):
+            self.write(trainer, pl_module, state, values, epoch // pl_module.epochs_per_round + 1)
+        pl_module.state = None
+        pl_module.progress["applied"] = epoch + 1
+        if pl_module.progress["applied"] == trainer.max_epochs:  # before the last checkpoint, which holds the report
+            drift = (pl_module.retained_outputs() - self.retained_outputs).norm() / self.retained_outputs.norm()
+            pl_module.report["retained_state_drift"] = float(drift)
+            pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()
+
+    def write(
+        self, trainer: L.Trainer, pl_module: ValueRefinement, state: LayerState, values: Tensor, round_number: int
+    ) -> None:
+        """Solve for V1, ``values`` (n, L, d_out), of one layer, write its weight and report."""
+        keys, values = state.keys[state.mask].double(), values[state.mask].double()
         weight = state.layer.weight.detach().double().clone()
         delta = self.solve(pl_module, state, keys, values)
         # One process decides, since solvers may differ in the last bit. The broadcast pickles, so it goes by the CPU.
@@ -85,18 +94,8 @@ class ClosedFormEdit(L.Callback):
         report = self.describe(pl_module, state, keys, state.layer.weight.double() - weight, weight)
         if pl_module.errors:  # none with values that are not refined
             report["first_error"], report["last_error"] = float(pl_module.errors[0]), float(pl_module.errors[-1])
-        round_number = epoch // len(pl_module.edited_names) + 1
         pl_module.report.setdefault("layers", {})[state.name] = {"round": round_number, **report}
         pl_module.log_dict({f"edit/{name}": value for name, value in report.items()}, rank_zero_only=True)
-        pl_module.state = None
-        pl_module.progress["applied"] = epoch + 1
-        if pl_module.progress["applied"] == trainer.max_epochs:  # before the last checkpoint, which holds the report
-            drift = (self._encode(pl_module) - self.retained_states).norm() / self.retained_states.norm()
-            pl_module.report["retained_state_drift"] = float(drift)
-            pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()
-
-    def _encode(self, module: ValueRefinement) -> Tensor:
-        return torch.cat([encode(module.text_encoder, part) for part in self.ids.split(ENCODE_BATCH)]).float()
 
 
 class NullSpaceEdit(ClosedFormEdit):
@@ -136,7 +135,7 @@ class NullSpaceEdit(ClosedFormEdit):
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in self.null_spaces.items()}
         module.report["spectrum"] = spectra
         if isinstance(module.logger, TensorBoardLogger):
-            layers = {name: f"layer {layer_index(name)}" for name in spectra}
+            layers = {name: layer_label(name) for name in spectra}
             figure = spectrum_figure(
                 {label: spectra[name] for name, label in layers.items()},
                 {label: self.null_spaces[name].cutoff for name, label in layers.items()},
@@ -161,17 +160,27 @@ class LeastSquaresEdit(ClosedFormEdit):
 
     Args:
         ridge: Weight of the penalty on the size of the edit.
-        retain_weight: Weight of the retained keys' second moment.
+        retain_weight: Weight of the retained keys' second moment; MEMIT's lambda, 15000 on language models.
+        moment: That moment as the ``sum`` over the retained keys (Eq. 6), or as their ``mean`` (MEMIT).
+
+    Raises:
+        ValueError: A weight is negative, or ``moment`` is neither.
     """
 
-    def __init__(self, ridge: float = 1e-2, retain_weight: float = 1.0) -> None:
-        self.ridge, self.retain_weight = ridge, retain_weight
+    def __init__(self, ridge: float = 1e-2, retain_weight: float = 1.0, moment: Literal["sum", "mean"] = "sum") -> None:
+        for field, value in {"ridge": ridge, "retain_weight": retain_weight}.items():
+            if not value >= 0:
+                raise ValueError(f"{type(self).__name__}.{field}={value} must be zero or larger.")
+        if moment not in ("sum", "mean"):
+            raise ValueError(f"{type(self).__name__}.moment={moment!r} is unknown: choose sum or mean.")
+        self.ridge, self.retain_weight, self.moment = ridge, retain_weight, moment
 
     @override
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        moment, _ = module.moments[state.name]
+        moment, count = module.moments[state.name]
         weight = state.layer.weight.detach().double()
-        return least_squares_update(weight, keys, values, moment, self.ridge, self.retain_weight)
+        retained = moment if self.moment == "sum" else moment / count
+        return least_squares_update(weight, keys, values, retained, self.ridge, self.retain_weight)
 
     @override
     def describe(

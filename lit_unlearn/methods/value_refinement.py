@@ -10,7 +10,7 @@ into the weight. The second moment of the retained prompts' inputs (K0) is gathe
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,12 +37,14 @@ class LayerState:
         layer: The linear layer, W (d_out, d_in).
         keys: K1, inputs at the edit prompts, (n, L, d_in).
         initial: W K1, (n, L, d_out), where V1 starts.
+        mask: Which of the positions are edited, (n, L) bool.
     """
 
     name: str
     layer: nn.Linear
     keys: Tensor
     initial: Tensor
+    mask: Tensor
 
 
 class ValueRefinement(ConceptEditor):
@@ -177,7 +179,7 @@ class ValueRefinement(ConceptEditor):
     def on_fit_start(self) -> None:
         """Set the length of the run and compute what the frozen model must provide."""
         super().on_fit_start()
-        self.trainer.fit_loop.max_epochs = self.rounds * len(self.layers)
+        self.trainer.fit_loop.max_epochs = self.rounds * self.epochs_per_round
         tokenizer = self.components.tokenizer
         eos = tokenizer.eos_token_id
         self.edit_ids = tokenize(tokenizer, self.edit_prompts)
@@ -188,12 +190,21 @@ class ValueRefinement(ConceptEditor):
         )
         self.target_ids = target_ids
         with self.pretrained.restored(), torch.no_grad():
-            self.gather_moments()
-            self.goal_states = encode(self.text_encoder, target_ids)
-            if self.start == "residual":
-                self.goal_residual = self.align(residual_stream(self.text_encoder, target_ids))
-            if self.value_choice == "refined":
-                self.latents = self.edit_latents()
+            self.gather()
+
+    @property
+    def epochs_per_round(self) -> int:
+        """Epochs that it takes to edit every layer once."""
+        return len(self.edited_names)
+
+    def gather(self) -> None:
+        """Compute what the unedited model must provide; its weights are restored while this runs."""
+        self.gather_moments()
+        self.goal_states = encode(self.text_encoder, self.target_ids)
+        if self.start == "residual":
+            self.goal_residual = self.align(self.stream(self.target_ids))
+        if self.value_choice == "refined":
+            self.latents = self.edit_latents()
 
     def gather_moments(self) -> None:
         """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
@@ -211,22 +222,30 @@ class ValueRefinement(ConceptEditor):
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
         states = encode(self.text_encoder, self.edit_ids)
-        empty = encode(self.text_encoder, tokenize(self.components.tokenizer, [""]))
-        latents = []
-        for number in range(self.latents_per_prompt):
-            seeds = [self.seed + 100_000 * number + place for place in range(len(states))]
-            latents.append(
-                sample_latents(
-                    self.unet,
-                    self.components.scheduler,
-                    states,
-                    empty,
-                    initial_noise(self.unet, seeds),
-                    self.num_inference_steps,
-                    self.guidance_scale,
-                )
-            )
-        return torch.stack(latents)
+        return torch.stack(
+            [
+                self.picture_latents(states, [self.seed + 100_000 * number + place for place in range(len(states))])
+                for number in range(self.latents_per_prompt)
+            ]
+        )
+
+    def picture_latents(self, states: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), each from its own seed."""
+        return sample_latents(
+            self.unet,
+            self.components.scheduler,
+            states,
+            encode(self.text_encoder, tokenize(self.components.tokenizer, [""])),
+            initial_noise(self.unet, seeds),
+            self.num_inference_steps,
+            self.guidance_scale,
+        )
+
+    @torch.no_grad()
+    def retained_outputs(self) -> Tensor:
+        """What an edit should leave as it is, float32: the states (n, L, D) of the retained prompts."""
+        ids = tokenize(self.components.tokenizer, self.retain_prompts)
+        return torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)]).float()
 
     # --- one (round, layer)
 
@@ -236,7 +255,7 @@ class ValueRefinement(ConceptEditor):
         with torch.no_grad():
             start = self.start_values(state)
             self.values.zero_()
-            self.values[..., : start.shape[-1]] = start
+            self.values_of(state).copy_(start)
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.progress["prepared"] = self.current_epoch
@@ -245,11 +264,24 @@ class ValueRefinement(ConceptEditor):
     @torch.no_grad()
     def prepare_layer(self, epoch: int) -> LayerState:
         """Gather the inputs of the layer of ``epoch`` at the edit prompts, from the model as it is now."""
-        name = self.edited_names[epoch % len(self.edited_names)]
+        self.state = self.layer_state(self.edited_names[epoch % len(self.edited_names)])
+        return self.state
+
+    def layer_state(self, name: str) -> LayerState:
+        """The layer ``name`` with its inputs at the edit prompts, from the model as it is now."""
         keys = self.capture_keys(name, self.edit_ids)
         weight = self.layers[name].weight.float()
-        self.state = LayerState(name, self.layers[name], keys, keys @ weight.mT)
-        return self.state
+        return LayerState(name, self.layers[name], keys, keys @ weight.mT, self.mask)
+
+    def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
+        """What the end of ``epoch`` writes: a layer and its V1 (n, L, d_out); a next one comes after the write."""
+        state = self.state or self.prepare_layer(epoch)
+        yield state, self.values_of(state)
+
+    def values_of(self, state: LayerState, items: Tensor | slice = slice(None)) -> Tensor:
+        """The part of ``values`` that is V1 (n, L, d_out) of the layer of ``state``, at ``items`` of the pairs."""
+        _, length, d_out = state.initial.shape
+        return self.values[items, :length, :d_out]
 
     def capture_keys(self, name: str, input_ids: Tensor) -> Tensor:
         """Inputs (n, L, d_in), float32, of the layer ``name`` for ``input_ids`` (n, L)."""
@@ -265,9 +297,13 @@ class ValueRefinement(ConceptEditor):
         if self.start == "target":
             return self.align(self.capture_keys(state.name, self.target_ids)) @ state.layer.weight.float().mT
         if self.start == "residual":
-            missing = self.goal_residual - residual_stream(self.text_encoder, self.edit_ids)
+            missing = self.goal_residual - self.stream(self.edit_ids)
             return state.initial + missing / (len(self.edited_names) - self.edited_names.index(state.name))
         return state.initial
+
+    def stream(self, input_ids: Tensor) -> Tensor:
+        """The residual stream (n, L, D), float32, whose lack ``residual`` makes up for: the last layer's output."""
+        return residual_stream(self.text_encoder, input_ids)
 
     def align(self, rows: Tensor) -> Tensor:
         """Rows of the target prompts, (n, L, D), each moved to the edit position that is aligned with it."""
@@ -284,22 +320,28 @@ class ValueRefinement(ConceptEditor):
             self.on_train_epoch_start()
         state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
         pairs = batch % self.num_pairs
-        values = self.values[pairs, :, : state.layer.out_features]
+        values = self.values_of(state, pairs)
         if self.value_choice != "refined":
             return values.sum() * 0  # V1 stays as it is
-        latents, noise, timesteps = self.noise(batch, batch_idx)
-        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
-        with replace_output(state.layer, values, self.mask[pairs]):
-            states = encode(self.text_encoder, self.edit_ids[pairs.cpu()])
-        with torch.no_grad():
-            goal = self.unet(noisy, timesteps, self.goal_states[pairs]).sample
-        error = F.mse_loss(self.unet(noisy, timesteps, states).sample.float(), goal.float())
-        distance = (values - state.initial[pairs]).square()[self.mask[pairs]].mean()
+        prediction, goal = self.predictions(state, values, batch, batch_idx)
+        error = F.mse_loss(prediction.float(), goal.float())
+        distance = (values - state.initial[pairs]).square()[state.mask[pairs]].mean()
         self.log_dict(
             {"train/error": error, "train/distance": distance}, prog_bar=True, batch_size=len(batch), sync_dist=True
         )
         self.errors.append(error.detach())
         return error + self.pull * distance
+
+    def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """What the UNet makes of the edit prompts with V1 in place, and of the target prompts, (B, C, H, W) each."""
+        pairs = batch % self.num_pairs
+        latents, noise, timesteps = self.noise(batch, batch_idx)
+        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
+        with replace_output(state.layer, values, state.mask[pairs]):
+            states = encode(self.text_encoder, self.edit_ids[pairs.cpu()])
+        with torch.no_grad():
+            goal = self.unet(noisy, timesteps, self.goal_states[pairs]).sample
+        return self.unet(noisy, timesteps, states).sample, goal
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.

@@ -1,0 +1,103 @@
+"""MEMIT (Meng et al., 2023): one goal for the residual stream, spread over the edited layers.
+
+Data flow: one epoch is one round. During it the residual stream behind the *last* edited layer descends to a goal z, as
+V1 of that layer does in ``ValueRefinement``. At its end every layer is written, from first to last: each takes its
+share of what the stream, measured anew with all earlier layers written, still lacks of z. With ``LeastSquaresEdit``
+this is MEMIT; with ``NullSpaceEdit`` it is AlphaEdit as published for language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.diffusion.parameters import layer_index
+from lit_unlearn.diffusion.prompts import residual_stream
+from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+
+
+class MEMIT(ValueRefinement):
+    """Finds a goal for the residual stream and spreads the way there over the layers; a ``ClosedFormEdit`` writes.
+
+    Layer i of L (from 0) takes ``V1 = W K1 + (z - z_i) / (L - i)``, where ``z_i`` is the stream behind the last edited
+    layer as the layers before i have left it.
+
+    Args:
+        max_shift: Largest ``||z - z_0|| / ||z_0||`` at any position, ``z_0`` being the stream at the start of the
+            round; the reference takes 0.75, null sets no bound.
+        shift_penalty: Weight of the mean of ``||z - z_0|| / ||z_0||^2`` over the positions, added to the error of the
+            noise prediction; the reference takes 0.5 beside a language model's log-likelihood.
+        **kwargs: See ``ValueRefinement``. ``values`` and ``start`` are about z: ``refined`` finds it by descent,
+            ``residual`` takes the stream of the target prompts itself.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(self, max_shift: float | None = None, shift_penalty: float = 0.0, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        if max_shift is not None and not max_shift > 0:
+            raise ValueError(f"model.max_shift={max_shift} must be positive, or null for no bound.")
+        if not shift_penalty >= 0:
+            raise ValueError(f"model.shift_penalty={shift_penalty} must be zero or larger.")
+        self.max_shift, self.shift_penalty = max_shift, shift_penalty
+
+    @property
+    def epochs_per_round(self) -> int:
+        """One: all layers are written at its end."""
+        return 1
+
+    def stream(self, input_ids: Tensor) -> Tensor:
+        """The residual stream (n, L, D), float32, behind the last edited layer."""
+        return residual_stream(self.text_encoder, input_ids, layer_index(self.edited_names[-1]))
+
+    def on_train_epoch_start(self) -> None:
+        """Start the round's z (anew, with a fresh optimizer), within its bound."""
+        super().on_train_epoch_start()
+        self.bound()
+
+    @torch.no_grad()
+    def prepare_layer(self, epoch: int) -> LayerState:
+        """The last edited layer, and the stream behind it, from the model as it is now."""
+        self.state = self.layer_state(self.edited_names[-1])
+        self.initial_stream = self.stream(self.edit_ids)
+        return self.state
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Algorithm 1, line 3, for the last edited layer, and the penalty on the shift of its stream."""
+        loss = super().training_step(batch, batch_idx)
+        if not self.shift_penalty or self.value_choice != "refined":
+            return loss
+        assert self.state is not None
+        pairs = batch % self.num_pairs
+        shift = (self.values_of(self.state, pairs) - self.state.initial[pairs]).norm(dim=-1)
+        relative = shift / self.initial_stream[pairs].square().sum(-1)
+        return loss + self.shift_penalty * relative[self.state.mask[pairs]].mean()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step and keep z within its bound, before a checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
+        self.bound()
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Shorten ``z - z_0``, position by position, to ``max_shift`` times the length of ``z_0``."""
+        if self.max_shift is None:
+            return
+        assert self.state is not None
+        values, initial = self.values_of(self.state), self.state.initial
+        shift = values - initial
+        length = self.max_shift * self.initial_stream.norm(dim=-1, keepdim=True)
+        values.copy_(initial + shift * (length / shift.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1))
+
+    def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
+        """Every layer with its V1 (n, L, d_out): its share of what the stream lacks once the one before is written."""
+        state = self.state or self.prepare_layer(epoch)
+        goal = self.initial_stream + self.values_of(state) - state.initial  # z: the layer adds its output to the stream
+        for place, name in enumerate(self.edited_names):
+            state = self.layer_state(name)
+            missing = goal - self.stream(self.edit_ids)
+            yield state, state.initial + missing / (len(self.edited_names) - place)

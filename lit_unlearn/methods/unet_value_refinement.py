@@ -1,0 +1,323 @@
+"""The null-space edit in the UNet instead of the text encoder (the paper's ablation): cross-attention K, V, or FFN.
+
+Data flow: as in ``ValueRefinement`` one epoch is one (round, layer), V1 stands in for the layer's output and descends
+the error between two noise predictions, and a ``ClosedFormEdit`` callback writes it. Here the text encoder is left
+alone, and the goal is what the UNet with its pretrained weights predicts for the target prompts. The inputs of
+``attn2.to_k`` and ``attn2.to_v`` are the text states, the same in every round. Those of ``ff.net.2`` depend on x_t and
+t too, of which a few are fixed for each prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
+from lit_unlearn.diffusion.sampling import add_noise, seeded
+from lit_unlearn.methods.base import ConceptEditor, linear_layer
+from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+
+UNET_BATCH = 16
+"""Latents that go through the UNet at once where many are; its inner states are large."""
+
+WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000
+"""Added to the seeds of pictures, so that they are none of the edit prompts'."""
+
+
+class UNetValueRefinement(ValueRefinement):
+    """Finds V1 for one ``attn2.to_k`` or ``attn2.to_v`` after the other, in the order in which the UNet calls them.
+
+    Args:
+        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
+        values: What V1 is: ``refined`` (Algorithm 1); or, with no descent, ``target`` (``W K1*`` of the unedited UNet).
+        start: Where the descent of ``refined`` starts: ``output`` (``W K1``) or ``target`` (``W K1*``).
+        retain_empty: Retain the empty prompt too, as often as all retained prompts together: in classifier-free
+            guidance it stands beside every one of them.
+        watched_prompts: How many of the retained prompts, spread over the set, ``retained_state_drift`` is measured on.
+        **kwargs: See ``ValueRefinement``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    suffixes: tuple[str, ...] = ("attn2.to_k.weight", "attn2.to_v.weight")
+    """What the names of edited weights end with."""
+
+    def __init__(
+        self,
+        edited_parameters: str = "xattn-kv",
+        values: Literal["refined", "target"] = "refined",
+        start: Literal["output", "target"] = "output",
+        retain_empty: bool = True,
+        watched_prompts: int = 24,
+        **kwargs: object,
+    ) -> None:
+        for field, value, known in (("values", values, "refined"), ("start", start, "output")):
+            if value not in (known, "target"):
+                raise ValueError(f"model.{field}={value!r} is not for {type(self).__name__}: choose {known} or target.")
+        if watched_prompts < 1:
+            raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
+        super().__init__(
+            edited_parameters=edited_parameters,
+            values=values,
+            start=start,
+            first_layer=0,
+            last_layer=None,
+            **kwargs,  # type: ignore[arg-type]
+        )
+        self.retain_empty, self.watched_prompts = retain_empty, watched_prompts
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights that the pattern selects, in the order in which the UNet calls them.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        selected = super(ValueRefinement, self).select(names)
+        for name in selected:
+            if not (name.startswith("unet.") and name.endswith(self.suffixes)):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}: {type(self).__name__} edits only "
+                    f"{' and '.join(self.suffixes)} of the UNet."
+                )
+        return sorted(selected, key=call_order)
+
+    # --- set-up
+
+    def configure_model(self) -> None:
+        """Load the pipeline and make room for V1."""
+        if hasattr(self, "components"):
+            return
+        ConceptEditor.configure_model(self)
+        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        d_out = max(layer.out_features for layer in self.layers.values())
+        self.values = nn.Parameter(torch.zeros(self.num_pairs, self.num_positions(), d_out))
+
+    def num_positions(self) -> int:
+        """Most positions at which an edited layer is called: the length of a text."""
+        return self.components.tokenizer.model_max_length
+
+    def gather(self) -> None:
+        """Compute what the unedited model must provide; its weights are restored while this runs."""
+        self.edit_states = self.text_states(self.edit_ids)
+        super().gather()
+        self.watch()
+
+    def text_states(self, input_ids: Tensor) -> Tensor:
+        """States (n, L, D) of ``input_ids`` (n, L)."""
+        return torch.cat([encode(self.text_encoder, part) for part in input_ids.split(ENCODE_BATCH)])
+
+    def gather_moments(self) -> None:
+        """``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys: states of the retained prompts, alike for all layers."""
+        tokenizer = self.components.tokenizer
+        states = self.text_states(tokenize(tokenizer, self.retain_prompts)).flatten(0, 1)
+        moment, count = second_moment(states), len(states)
+        if self.retain_empty:
+            empty = self.text_states(tokenize(tokenizer, [""]))[0]
+            moment, count = moment + len(self.retain_prompts) * second_moment(empty), 2 * count
+        self.moments = dict.fromkeys(self.edited_names, (moment, count))
+
+    def watch(self) -> None:
+        """Make what ``retained_outputs`` asks the UNet; the pictures are no cost of the edit."""
+        every = max(1, len(self.retain_prompts) // self.watched_prompts)
+        prompts = self.retain_prompts[::every][: self.watched_prompts]
+        self.watched_states = self.text_states(tokenize(self.components.tokenizer, prompts))
+        with self.uncounted():
+            pictures = self.pictures(self.watched_states, WATCHED_SEED)
+        self.watched_noisy, self.watched_timesteps = self.noised(pictures, "watched")
+
+    @torch.no_grad()
+    def retained_outputs(self) -> Tensor:
+        """What an edit should leave as it is, float32: noise predictions (n, C, H, W) for the watched prompts."""
+        asked = (self.watched_noisy, self.watched_timesteps, self.watched_states)
+        parts = zip(*(tensor.split(UNET_BATCH) for tensor in asked), strict=True)
+        with self.uncounted():
+            return torch.cat([self.unet(*part).sample.float() for part in parts])
+
+    def pictures(self, states: Tensor, first_seed: int) -> Tensor:
+        """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), shared out among processes."""
+
+        def make(places: list[int]) -> Tensor:
+            parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
+            return torch.cat(
+                [
+                    self.picture_latents(states[part], [self.seed + first_seed + place for place in part])
+                    for part in parts
+                ]
+            )
+
+        return self.made_once(len(states), make)
+
+    def noised(self, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
+        """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""
+        noise, timesteps = [], []
+        for place in range(len(latents)):
+            generator = seeded(self.seed, label, place)
+            timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
+            noise.append(torch.randn(latents.shape[1:], generator=generator))
+        times = torch.stack(timesteps).to(latents.device)
+        return add_noise(self.components.scheduler, latents, torch.stack(noise).to(latents), times), times
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Measuring is no part of what an edit costs: forwards inside the block are not counted."""
+        counts = self.forwards.count, self.forwards.backward
+        try:
+            yield
+        finally:
+            self.forwards.count, self.forwards.backward = counts
+
+    # --- one (round, layer)
+
+    def layer_state(self, name: str) -> LayerState:
+        """The layer ``name`` with its inputs at the edit prompts, the text states."""
+        keys = self.edit_states.float()
+        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, self.mask)
+
+    def start_values(self, state: LayerState) -> Tensor:
+        """V1 (n, L, d_out) at the start of a layer; see ``start``."""
+        if self.start != "target":
+            return state.initial
+        # Of the unedited UNet, so that further rounds come nearer to the same goal.
+        return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
+
+    def target_keys(self, name: str) -> Tensor:
+        """K1* (n, L, d_in), float32: the states of the target prompts, each at the edit position aligned with it."""
+        return self.align(self.goal_states.float())
+
+    def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
+        pairs = batch % self.num_pairs
+        latents, noise, timesteps = self.noise(batch, batch_idx)
+        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
+        goal = self.pretrained("unet", self.unet, noisy, timesteps, self.goal_states[pairs]).sample
+        with replace_output(state.layer, values, state.mask[pairs]):
+            return self.unet(noisy, timesteps, self.edit_states[pairs]).sample, goal
+
+
+class UNetFeedForwardRefinement(UNetValueRefinement):
+    """Finds V1 for one ``ff.net.2`` after the other, the second linear layer of the FFN of a transformer block.
+
+    Its inputs depend on x_t and t, so V1 is found at a few of these, fixed for each prompt: a key is a place in a
+    picture.
+
+    Args:
+        edited_parameters: Group or pattern of weights of ``ff.net.2``.
+        noises_per_prompt: Pairs of x_t and t at which each edit prompt is edited.
+        noises_per_retained_prompt: Pairs of x_t and t, made of pictures of its own, at which each is retained.
+        **kwargs: See ``UNetValueRefinement``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    suffixes = ("ff.net.2.weight",)
+
+    def __init__(
+        self,
+        edited_parameters: str = r"^unet\..*\.ff\.net\.2\.weight$",
+        noises_per_prompt: int = 4,
+        noises_per_retained_prompt: int = 1,
+        **kwargs: object,
+    ) -> None:
+        for field, value in {
+            "noises_per_prompt": noises_per_prompt,
+            "noises_per_retained_prompt": noises_per_retained_prompt,
+        }.items():
+            if value < 1:
+                raise ValueError(f"model.{field}={value} must be at least 1.")
+        super().__init__(edited_parameters=edited_parameters, positions="all", **kwargs)  # type: ignore[arg-type]
+        self.noises_per_prompt, self.noises_per_retained_prompt = noises_per_prompt, noises_per_retained_prompt
+        self.num_pairs = noises_per_prompt * len(self.edit_prompts)  # item = number of the noise * prompts + prompt
+
+    def num_positions(self) -> int:
+        """Most places that a layer's picture has."""
+        return max(num_places(self.unet.config, name) for name in self.edited_names)
+
+    def gather(self) -> None:
+        """Also fix x_t and t of every item, and the goal there."""
+        super().gather()
+        latents = self.latents if self.value_choice == "refined" else self.edit_latents()
+        numbers = [number % len(latents) for number in range(self.noises_per_prompt)]
+        self.noisy, self.timesteps = self.noised(latents[numbers].flatten(0, 1), "edited")
+        self.goals = torch.cat(
+            [self.unet(*part).sample for part in self.queries(self.noisy, self.timesteps, self.goal_states)]
+        )
+
+    def queries(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of what to ask the UNet: the items' x_t and t, and the states of their prompts, in turn."""
+        for items in torch.arange(len(noisy)).split(UNET_BATCH):
+            yield noisy[items], timesteps[items], states[items % len(states)]
+
+    def inputs(self, names: Sequence[str], query: tuple[Tensor, Tensor, Tensor]) -> Mapping[str, Tensor]:
+        """Inputs (B, places, d_in) of the layers ``names`` when the UNet is asked ``query``."""
+        with capture_inputs({name: self.layers[name] for name in names}) as captured, torch.no_grad():
+            self.unet(*query)
+        return captured
+
+    def gather_moments(self) -> None:
+        """Stream pictures of the retained prompts through the UNet: ``K0 K0ᵀ``, float64, and how many keys."""
+        tokenizer = self.components.tokenizer
+        states = self.text_states(tokenize(tokenizer, self.retain_prompts))
+        latents = self.pictures(states, RETAINED_SEED)
+        noisy, timesteps = self.noised(latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
+        conditions = [states]
+        if self.retain_empty:
+            conditions.append(self.text_states(tokenize(tokenizer, [""])))
+        sums: dict[str, tuple[Tensor, int]] = {}
+        for condition in conditions:
+            for query in self.queries(noisy, timesteps, condition):
+                for name, keys in self.inputs(self.edited_names, query).items():
+                    rows = keys.flatten(0, 1)
+                    moment, count = sums.get(name, (torch.zeros((), dtype=torch.float64, device=rows.device), 0))
+                    sums[name] = (moment + second_moment(rows), count + len(rows))
+        self.moments = sums
+
+    def layer_state(self, name: str) -> LayerState:
+        """The layer ``name`` with its inputs at the items, from the UNet as it is now."""
+        keys = self.keys_at(name, self.edit_states)
+        mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+
+    def keys_at(self, name: str, states: Tensor) -> Tensor:
+        """Inputs (n, places, d_in), float32, of the layer ``name`` at the items, with ``states`` as their prompts."""
+        queries = self.queries(self.noisy, self.timesteps, states)
+        return torch.cat([self.inputs([name], query)[name].float() for query in queries])
+
+    def target_keys(self, name: str) -> Tensor:
+        """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited."""
+        with self.pretrained.restored():
+            return self.keys_at(name, self.goal_states)
+
+    def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
+        items = batch % self.num_pairs
+        states = self.edit_states[items % len(self.edit_states)]
+        with replace_output(state.layer, values, state.mask[items]):
+            prediction = self.unet(self.noisy[items], self.timesteps[items], states).sample
+        return prediction, self.goals[items]
+
+
+def call_order(name: str) -> tuple[int, list[int], str]:
+    """Sorts weights of the UNet's blocks as these are called: down, mid, up, by number."""
+    place = name.removeprefix("unet.").split("_")[0]
+    return ["down", "mid", "up"].index(place), [int(digits) for digits in re.findall(r"\.(\d+)\.", name)], name
+
+
+def num_places(config: Mapping[str, object], name: str) -> int:
+    """Positions (height times width) that the block of the UNet's weight ``name`` works on, by the UNet's config."""
+    place, _, blocks = name.removeprefix("unet.").partition("_blocks.")
+    last = len(config["down_block_types"]) - 1  # type: ignore[arg-type]
+    number = int(blocks.split(".")[0]) if blocks else 0
+    halvings = {"down": number, "up": last - number}.get(place, last)
+    side = int(config["sample_size"])  # type: ignore[call-overload]
+    for _ in range(halvings):
+        side = -(-side // 2)
+    return side * side
