@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from lit_unlearn import recipes, training
 from lit_unlearn.errors import UserError
 from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.data_unlearning import DataUnlearning
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -18,6 +20,7 @@ CONTENT: dict[str, dict[str, Any]] = {name: yaml.safe_load((CONFIGS / name).read
 COMPLETE = [name for name in RECIPES if "class_path" in CONTENT[name].get("model", {})]
 OVERLAYS = [name for name in RECIPES if name not in COMPLETE]
 EDITS = [name for name in COMPLETE if "concept" in CONTENT[name]]
+UNLEARNINGS = [name for name in COMPLETE if CONTENT[name]["data"]["class_path"] == "KeepForgetImages"]
 
 
 class ParsedCLI(training.UnlearnCLI):
@@ -116,8 +119,27 @@ def test_an_edit_recipe_is_complete(empty_folder: Path, tiny_sd: Path, name: str
     assert not list(empty_folder.iterdir())
 
 
+@pytest.fixture
+def memorised(empty_folder: Path, tiny_sd: Path, keep_forget: dict[str, str]) -> Path:
+    """What recipes of data unlearning find where ``emoji/memorise.yaml`` has written it."""
+    folder = empty_folder / "checkpoints" / "emoji-sd-memorised"
+    shutil.copytree(tiny_sd, folder)
+    for name, source in {**keep_forget, "held_out": keep_forget["keep"]}.items():
+        shutil.copytree(source, folder / "images" / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", UNLEARNINGS)
+def test_a_recipe_of_data_unlearning_is_complete(memorised: Path, empty_folder: Path, name: str) -> None:
+    training.prepare()
+    cli = ParsedCLI(["fit", "--config", str(CONFIGS / name)])
+    assert isinstance(cli.model, DataUnlearning)
+    assert cli.trainer.log_dir == f"logs/{CONTENT[name]['method']}/version_0"
+    assert [path.name for path in empty_folder.iterdir()] == ["checkpoints"]
+
+
 def test_methods_of_recipes_differ() -> None:
-    labels = [CONTENT[name]["method"] for name in EDITS]
+    labels = [CONTENT[name]["method"] for name in (*EDITS, *UNLEARNINGS)]
     assert len(set(labels)) == len(labels) > 0
 
 
@@ -129,7 +151,7 @@ def contains(whole: Any, part: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_changes_a_recipe(empty_folder: Path, name: str) -> None:
+def test_an_overlay_changes_a_recipe(memorised: Path, name: str) -> None:
     training.prepare()
     recipe = name.removeprefix("sd14_") if name.startswith("sd14_") else "null_space.yaml"
     args = ["fit", "--config", str(CONFIGS / recipe)]

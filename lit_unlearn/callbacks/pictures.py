@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.data.images import CaptionItem
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.evaluation.pictures import save_png, to_pil
 from lit_unlearn.methods.base import ConceptEditor
@@ -18,6 +20,8 @@ from lit_unlearn.methods.base import ConceptEditor
 
 class SavePictures(BasePredictionWriter):
     """Saves each picture as ``CONCEPT/PROMPT-IMAGE.png`` (numbers from 0, direct prompts first), batch by batch.
+
+    Pictures of captions go to ``forget/CAPTION-IMAGE.png`` and ``keep/CAPTION-IMAGE.png``.
 
     Args:
         output: Folder to write; null takes ``pictures`` in the run's folder.
@@ -38,17 +42,20 @@ class SavePictures(BasePredictionWriter):
         pl_module: L.LightningModule,
         prediction: Any,
         batch_indices: Sequence[int] | None,
-        batch: list[PictureItem],
+        batch: list[Any],
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        assert isinstance(pl_module, ConceptEditor)
-        names = list(pl_module.concepts.concepts)
         for item, picture in zip(batch, prediction, strict=True):
-            path = (
-                self.folder
-                / names[item.concept_index].replace(" ", "_")
-                / f"{item.prompt_index}-{item.image_index}.png"
-            )
+            path = self.folder / _name(pl_module, item)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, to_pil(picture.float() / 255))
+
+
+def _name(module: L.LightningModule, item: PictureItem | CaptionItem) -> str:
+    if isinstance(item, CaptionItem):
+        caption = re.sub(r"[^\w.-]+", "_", item.prompt)[:80]
+        return f"{item.kind}/{item.caption_index:03}_{caption}-{item.image_index}.png"
+    assert isinstance(module, ConceptEditor)
+    concept = list(module.concepts.concepts)[item.concept_index].replace(" ", "_")
+    return f"{concept}/{item.prompt_index}-{item.image_index}.png"

@@ -207,6 +207,8 @@ def test_names_match_as_whole_words_only(tmp_path: Path) -> None:
         "guide-dog",
         None,
     ]
+    # The same words are the ones that something else takes the place of, wherever they stand.
+    assert dog.replace_names("A Dog, a guide-dog and a hotdog", "{}") == "A {}, a {} and a hotdog"
 
 
 def test_set_of_ones_own_may_declare_other_counts_and_leave_out_optional_fields(tmp_path: Path) -> None:

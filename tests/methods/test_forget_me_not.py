@@ -219,6 +219,11 @@ def test_weights_that_attention_does_not_depend_on(build: Build) -> None:
         build(edited_parameters="conv_in")
 
 
+def test_weights_behind_the_last_attention(build: Build, fit: Fit) -> None:
+    with pytest.raises(ValueError, match=r"edited_parameters='unet.conv_out' selects only weights behind the last"):
+        fit(build(edited_parameters="unet.conv_out"))
+
+
 # --- the concept's tokens
 
 
