@@ -140,7 +140,11 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
     if isinstance(path, Path):
         check_model(model)
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
-    weights = {**options, "dtype": dtype, "use_safetensors": True}  # never the pickles that some models have beside them
+    weights = {
+        **options,
+        "dtype": dtype,
+        "use_safetensors": True,
+    }  # never the pickles that some models have beside them
     # What diffusers would fall back to anyhow, with a page of advice.
     models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
     unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **models)
@@ -166,7 +170,7 @@ def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
         raise ValueError(f"model={str(path)!r} names {name!r:.100} as its scheduler, which diffusers does not have.")
-    return kind.from_config(config)
+    return kind.from_config(config)  # type: ignore[attr-defined]
 
 
 def save_pipeline(components: DiffusionComponents, output: str | Path) -> None:

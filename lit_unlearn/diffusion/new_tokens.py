@@ -134,7 +134,7 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, Mapping[str, str]]:
         raise ValueError(f"embeddings={path} is corrupt or no safetensors ({error}): make it again.") from error
     if embeddings is None or embeddings.ndim != 2 or not {"concept", "vocabulary"} <= set(metadata):
         raise ValueError(
-            f"embeddings={path} was not made by textual_inversion.yaml: it lacks embeddings (n, D), concept or vocabulary."
+            f"embeddings={path} was not made by textual_inversion.yaml: it lacks embeddings, concept or vocabulary."
         )
     return embeddings.float(), metadata
 

@@ -86,7 +86,9 @@ class WholeModel:
     @classmethod
     def loaded(cls, components: DiffusionComponents) -> WholeModel:
         """The weights of a loaded pipeline; they are its own, no copies."""
-        parts = {part: dict(module.named_parameters()) for part, module in components.modules().items()}
+        parts: dict[str, Mapping[str, Tensor]] = {
+            part: dict(module.named_parameters()) for part, module in components.modules().items()
+        }
         return cls(parts, getattr(components.text_encoder.config, "_commit_hash", None))
 
     @classmethod

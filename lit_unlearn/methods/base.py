@@ -128,6 +128,7 @@ class DiffusionEditor(L.LightningModule):
             "model": self.model_id,
             "edited_names": self.edited_names,
             "base_fingerprint": self.base_fingerprint,
+            "concept_set_sha256": getattr(getattr(self, "concepts", None), "sha256", None),
             "cost": self.current_cost(),
             "report": self.report,
         }

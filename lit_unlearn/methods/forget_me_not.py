@@ -204,8 +204,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         loss = attention_resteering_loss(probabilities, mask, self.form)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
-                f"edited_parameters={self.edited_parameters!r} selects only weights behind the last cross-attention, which "
-                "no attention depends on: choose full, xattn or a pattern of earlier layers."
+                f"edited_parameters={self.edited_parameters!r} selects only weights behind the last cross-attention: "
+                "choose full, xattn or a pattern of earlier layers."
             )
         share = attention_share([layer.detach() for layer in probabilities], mask)
         self.log_dict(

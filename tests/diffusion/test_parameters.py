@@ -10,7 +10,14 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from lit_unlearn.diffusion.components import DiffusionComponents
-from lit_unlearn.diffusion.parameters import GROUPS, PretrainedValues, fingerprint, layer_index, match_parameters
+from lit_unlearn.diffusion.parameters import (
+    GROUPS,
+    PretrainedValues,
+    fingerprint,
+    layer_index,
+    layer_label,
+    match_parameters,
+)
 from lit_unlearn.diffusion.prompts import encode, tokenize
 
 
@@ -218,3 +225,17 @@ def test_a_small_change_of_half_precision_weights_is_not_lost() -> None:
     with torch.no_grad():
         weight[0] = 1 + 2**-7
     assert pretrained.change_ratio() == pytest.approx(2**-7 / math.sqrt(1000), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("text_encoder.encoder.layers.11.mlp.fc2.weight", "layer 11"),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", "down 1.0 K"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight", "mid 0 V"),
+        ("unet.up_blocks.10.attentions.1.transformer_blocks.2.ff.net.2.weight", "up 10.1.2 FF"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", "mid 0 attn1.to_q"),
+    ],
+)
+def test_layers_have_short_names(name: str, label: str) -> None:
+    assert layer_label(name) == label

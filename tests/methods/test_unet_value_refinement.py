@@ -13,17 +13,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_unlearn import training
 from lit_unlearn.callbacks.closed_form import LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.diffusion.hooks import capture_inputs
-from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import add_noise
 from lit_unlearn.methods.unet_value_refinement import (
     UNetFeedForwardRefinement,
     UNetValueRefinement,
-    call_order,
-    num_places,
 )
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
@@ -117,96 +113,6 @@ def started(module: Any, fit: Fit, **data: Any) -> Any:
         fit(module, At("on_train_batch_start", interrupt), **data)
     module.log_dict = lambda *_, **__: None  # nothing to log to outside of a run
     return module
-
-
-# --- what is edited
-
-
-def test_layers_come_in_the_order_of_the_unets_calls(keys_and_values: Build, feed_forward: Build) -> None:
-    for build, names in ((keys_and_values, KV), (feed_forward, FF)):
-        module = build()
-        module.configure_model()
-        assert module.edited_names == names
-        called: list[str] = []
-        for name, layer in module.layers.items():
-            layer.register_forward_hook(lambda *_, name=name: called.append(name))
-        sample = torch.zeros(1, 4, 8, 8)
-        module.unet(sample, 10, torch.zeros(1, 32, 32))
-        assert called == names
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        (KV[0], "down 1.0 K"),
-        (KV[3], "mid 0 V"),
-        (FF[3], "up 0.1 FF"),
-        (FF[3].replace("blocks.0.ff", "blocks.2.ff"), "up 0.1.2 FF"),
-        ("text_encoder.encoder.layers.11.mlp.fc2.weight", "layer 11"),
-    ],
-)
-def test_layers_have_short_names(name: str, label: str) -> None:
-    assert layer_label(name) == label
-
-
-def test_order_is_by_number_and_not_by_digit() -> None:
-    names = [f"unet.down_blocks.{n}.attentions.0.transformer_blocks.0.ff.net.2.weight" for n in (10, 2)]
-    assert sorted(names, key=call_order) == names[::-1]
-
-
-@pytest.mark.parametrize("side", [8, 12, 64])
-def test_places_are_those_of_the_blocks_picture(feed_forward: Build, side: int) -> None:
-    module = feed_forward()
-    module.configure_model()
-    with torch.no_grad(), capture_inputs(module.layers) as captured:
-        module.unet(torch.zeros(1, 4, side, side), 10, torch.zeros(1, 32, 32))
-    config = {**module.unet.config, "sample_size": side}
-    assert {name: num_places(config, name) for name in FF} == {name: captured[name].shape[1] for name in FF}
-
-
-def test_places_of_stable_diffusion() -> None:
-    config = {"sample_size": 64, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}
-    names = ["down_blocks.0.x", "down_blocks.2.x", "mid_block.x", "up_blocks.1.x", "up_blocks.3.x"]
-    assert [num_places(config, f"unet.{name}") for name in names] == [64**2, 16**2, 8**2, 16**2, 64**2]
-
-
-@pytest.mark.parametrize(
-    ("kind", "arguments", "problem"),
-    [
-        (
-            UNetValueRefinement,
-            {"edited_parameters": "text-fc2"},
-            "'text-fc2' selects text_encoder.*UNetValueRefinement",
-        ),
-        (UNetValueRefinement, {"edited_parameters": "xattn"}, r"attn2\.to_out.* edits only attn2\.to_k\.weight and"),
-        (UNetFeedForwardRefinement, {"edited_parameters": "xattn-kv"}, r"edits only ff\.net\.2\.weight of the UNet"),
-        (UNetFeedForwardRefinement, {"edited_parameters": r"ff\.net\.2"}, r"selects .*net\.2\.bias"),
-        (UNetValueRefinement, {"edited_parameters": "nothing"}, "'nothing' selects no parameter"),
-        (
-            UNetValueRefinement,
-            {"values": "residual"},
-            "values='residual' is not for UNetValueRefinement: choose refined",
-        ),
-        (
-            UNetFeedForwardRefinement,
-            {"start": "residual"},
-            "start='residual' is not for UNetFeedForward.*output or tar",
-        ),
-        (UNetValueRefinement, {"watched_prompts": 0}, r"model\.watched_prompts=0 must be at least 1"),
-        (UNetFeedForwardRefinement, {"noises_per_prompt": 0}, r"model\.noises_per_prompt=0 must be at least 1"),
-        (UNetFeedForwardRefinement, {"noises_per_retained_prompt": 0}, "noises_per_retained_prompt=0 must be at least"),
-        (UNetValueRefinement, {"concept": ["dog", "cat"]}, "leaves no prompt of pets to retain"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_anything_loads(
-    kind: type, arguments: dict[str, Any], problem: str, refinement: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=problem):
-        refinement(kind, **arguments)
-
-
-# --- keys and values of cross-attention
 
 
 def test_keys_are_the_text_states_and_v1_starts_at_the_layers_output(keys_and_values: Build, fit: Fit) -> None:
@@ -419,126 +325,3 @@ def test_the_moment_is_that_of_the_retained_prompts_pictures(feed_forward: Build
     for name in FF:
         # Float32 inputs of the UNet's last blocks.
         assert_close(module.moments[name][0], total[name], rtol=1e-3, atol=1e-3 * float(total[name].max()))
-
-
-# --- both
-
-
-@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
-def test_only_the_layer_of_the_epoch_moves_and_refinement_lowers_the_error(
-    kind: str, fit: Fit, request: pytest.FixtureRequest
-) -> None:
-    build, names = request.getfixturevalue(kind), KV if kind == "keys_and_values" else FF
-    module = build(rounds=1)
-    seen: list[dict[str, Tensor]] = []
-    trainer = fit(
-        module,
-        At("on_train_epoch_start", lambda module: seen.append(weights(module))),
-        half(),
-        At("on_train_end", lambda module: seen.append(weights(module))),
-        steps=3,
-    )
-    assert [changed(before, after) for before, after in zip(seen, seen[1:], strict=False)] == [[name] for name in names]
-    assert (trainer.current_epoch, trainer.global_step) == (len(names), 3 * len(names))
-    assert set(module.report["layers"]) == set(names) == set(module.report["spectrum"])
-    if kind == "feed_forward":  # whose noise is the same in every step
-        assert all(layer["last_error"] < layer["first_error"] for layer in module.report["layers"].values())
-
-
-@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
-def test_drift_is_that_of_noise_predictions_at_retained_prompts(
-    kind: str, fit: Fit, request: pytest.FixtureRequest
-) -> None:
-    module = request.getfixturevalue(kind)(values="target")
-    fit(module, half(), steps=1)
-    with torch.no_grad():
-        asked = (module.watched_noisy, module.watched_timesteps, states(module, ["a cat", "the cat in the rain"]))
-        after = module.unet(*asked).sample
-        with module.pretrained.restored():
-            before = module.unet(*asked).sample
-    expected = float((after - before).norm() / before.norm())
-    assert module.report["retained_state_drift"] == pytest.approx(expected, rel=1e-3)
-    assert expected > 1e-6
-
-
-def test_what_is_measured_is_no_cost(keys_and_values: Build, feed_forward: Build, fit: Fit) -> None:
-    module = keys_and_values(rounds=2)
-    fit(module, half(), steps=3)
-    # Latents of 2 prompts with guidance, one step; then 2 rounds of 8 layers of 3 steps of 2 prompts, goal and present.
-    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 8 * 3) * 2 * 2
-    assert module.current_cost()["unet_backwards"] == (2 * 8 * 3) * 2
-    direct = keys_and_values(values="target")
-    fit(direct, half(), steps=1)
-    assert direct.current_cost()["unet_forwards"] == 0
-    module = feed_forward()
-    fit(module, exact(), steps=3)
-    # Pictures of 2 retained and 2 edit prompts; K0 of 2 prompts and the empty one; goals of 4 items; then K1 and steps.
-    assert module.current_cost()["unet_forwards"] == 4 + 4 + 2 * 2 + 4 + 4 * (4 + 3 * 4)
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
-@pytest.mark.parametrize(("hook", "every"), [("on_train_epoch_start", None), ("on_train_batch_end", 1)])
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    kind: str, hook: str, every: int | None, fit: Fit, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    def stop(module: Any) -> None:
-        if module.current_epoch == 2 and module.trainer.global_step > 4 * (hook == "on_train_batch_end"):
-            raise Interrupted
-
-    # Much ridge, so that float64 rounding stays below a bit of the weights.
-    edit = partial(NullSpaceEdit, threshold=16, rule="count", ridge=0.1)
-    pattern = r"mid_block.*attn2\.to_[kv]\.weight" if kind == "keys_and_values" else r"up_blocks.*ff\.net\.2\.weight"
-    build = partial(request.getfixturevalue(kind), edited_parameters=pattern, rounds=2)
-    whole, first, resumed = build(), build(), build()
-    fit(whole, edit(), steps=2)
-    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every)
-    with pytest.raises(Interrupted):
-        fit(first, At(hook, stop), edit(), keep(), steps=2)
-    trainer = fit(resumed, edit(), keep(), steps=2, ckpt_path=tmp_path / "saved/last.ckpt")
-    assert (trainer.current_epoch, trainer.global_step) == (4, 8)
-    assert changed(weights(whole), weights(resumed)) == []
-    assert whole.pretrained.change_ratio() > 1e-4
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
-def test_velocity_prediction_and_half_precision(
-    kind: str, dtype: str, tiny_sd2: Path, fit: Fit, request: pytest.FixtureRequest
-) -> None:
-    module = request.getfixturevalue(kind)(model=str(tiny_sd2), dtype=dtype)
-    fit(module, half(), steps=1)
-    edited = weights(module)
-    assert {value.dtype for value in edited.values()} == {getattr(torch, dtype)}
-    assert all(value.isfinite().all() for value in edited.values())
-    assert module.pretrained.change_ratio() > 0
-
-
-@pytest.mark.parametrize(
-    ("recipe", "model"),
-    [(name, model) for name in ("null_space_unet", "null_space_unet_ffn") for model in ("tiny_sd", "tiny_sd2")]
-    + [("null_space_unet", "emoji-sd"), ("null_space_unet_ffn", "emoji-sd")],
-)
-def test_a_recipe_fits(
-    recipe: str, model: str, pets: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    embedded = model == "emoji-sd"
-    path, concept = ("emoji-sd", "dog") if embedded else (str(request.getfixturevalue(model)), "[dog, rain]")
-    args = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--model.init_args.model", path, "--concept", concept]
-    args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
-    args += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.init_args.steps", "1"]
-    args += ["--trainer.enable_model_summary", "false", "--model.init_args.num_inference_steps", "1"]
-    if not embedded:  # random weights have another spectrum
-        edit = {"class_path": "NullSpaceEdit", "init_args": {"threshold": 8, "rule": "count"}}
-        args += ["--trainer.callbacks", json.dumps([edit])]
-    cli = training.run(["fit", *args, "--model.init_args.rounds", "1"])
-    assert cli.trainer.global_step == len(cli.model.edited_names)
-    assert cli.model.report["weight_change_ratio"] > 0
-    (saved,) = tmp_path.glob(f"logs/{recipe}/dog*/version_0/checkpoints/last.ckpt")
-    kept = torch.load(saved, weights_only=True)["state_dict"]
-    assert set(kept) == {*cli.model.edited_names, "values"}
-    assert all(value.isfinite().all() for value in kept.values())

@@ -1,0 +1,85 @@
+"""A control, not a method: the concept's name is made to mean something else, and nothing is unlearned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.data.prompts import ConceptPrompts
+from lit_unlearn.diffusion.new_tokens import token_table
+from lit_unlearn.methods.base import ConceptEditor
+
+
+class RenameTokens(ConceptEditor):
+    """Gives the tokens of each concept's names the embeddings of those of its target.
+
+    It shows what an evaluation is worth: prompts that name the concept no longer draw it, while all that the model
+    knows of it is untouched. Prompts that describe it, and attacks, tell.
+
+    Args:
+        edited_parameters: The embeddings of the vocabulary.
+        **kwargs: See ``ConceptEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(self, edited_parameters: str = "embedding", **kwargs: object) -> None:
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        # Checkpoints are written only after an optimizer step, and DDP takes no module without a gradient.
+        self.nothing = nn.Parameter(torch.zeros(()))
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """The table of the vocabulary's embeddings.
+
+        Raises:
+            ValueError: The pattern selects another weight.
+        """
+        selected = super().select(names)
+        if len(selected) != 1 or not selected[0].endswith("token_embedding.weight"):
+            raise ValueError(
+                f"edited_parameters={self.edited_parameters!r} selects {selected[0]}: names are tokens, so set it to "
+                "embedding."
+            )
+        return selected
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer of nothing."""
+        return torch.optim.SGD([self.nothing], lr=0.0)
+
+    def on_fit_start(self) -> None:
+        """One epoch of one step."""
+        super().on_fit_start()
+        self.trainer.fit_loop.max_epochs = 1
+        if isinstance(data := self.trainer.datamodule, ConceptPrompts):  # type: ignore[attr-defined]
+            data.steps = 1
+
+    def renamed(self) -> dict[int, int]:
+        """Token of a concept's name to the token whose embedding it gets: the target's at the same place, or last."""
+        tokenizer = self.components.tokenizer
+        found: dict[int, int] = {}
+        for concept in self.edited:
+            target = tokenizer(concept.target, add_special_tokens=False).input_ids
+            for name in concept.names:
+                for place, token in enumerate(tokenizer(name, add_special_tokens=False).input_ids):
+                    found.setdefault(token, target[min(place, len(target) - 1)])
+        return found
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Write the rows; there is nothing to descend."""
+        renamed = self.renamed()
+        before = self.pretrained.values[self.edited_names[0]]
+        with torch.no_grad():
+            table = token_table(self.text_encoder).weight
+            table[list(renamed)] = before[list(renamed.values())].to(table)
+        words, others = (
+            self.components.tokenizer.convert_ids_to_tokens(list(ids)) for ids in zip(*renamed.items(), strict=True)
+        )
+        self.report["renamed"] = dict(zip(words, others, strict=True))
+        return self.nothing * 0
+
+    def on_train_epoch_end(self) -> None:
+        """Report how far the weights have moved, before the checkpoint that holds the report."""
+        self.report["weight_change_ratio"] = self.pretrained.change_ratio()

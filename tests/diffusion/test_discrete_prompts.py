@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, whole_words, words_of
+from lit_unlearn.diffusion.new_tokens import tokenize_templates
+from lit_unlearn.diffusion.prompts import encode_prompts
+
+
+def test_any_words_are_read_as_the_tokens_they_are(components: DiffusionComponents) -> None:
+    tokenizer = components.tokenizer
+    allowed = whole_words(tokenizer)
+    assert 500 < len(allowed) < len(tokenizer)
+    assert not set(allowed.tolist()) & set(tokenizer.all_special_ids)
+    rows = torch.randint(len(allowed), (50, 8), generator=torch.Generator().manual_seed(0))
+    for ids in allowed[rows].tolist():
+        assert tokenizer(words_of(tokenizer, ids), add_special_tokens=False).input_ids == ids
+    # Parts of words would be read as something else.
+    parts = [number for token, number in tokenizer.get_vocab().items() if not token.endswith("</w>")]
+    assert parts
+    assert not set(parts) & set(allowed.tolist())
+
+
+def test_what_is_left_out(components: DiffusionComponents) -> None:
+    tokenizer = components.tokenizer
+    allowed = whole_words(tokenizer, lambda word: word == "cat", ["soccer ball"])
+    missing = set(whole_words(tokenizer).tolist()) - set(allowed.tolist())
+    assert sorted(tokenizer.convert_ids_to_tokens(sorted(missing))) == ["ball</w>", "cat</w>", "soccer</w>"]
+    with pytest.raises(ValueError, match="no token that is a word by itself"):
+        whole_words(tokenizer, lambda word: True)
+
+
+def test_a_mixture_of_one_token_is_that_token(components: DiffusionComponents) -> None:
+    tokenizer, text_encoder = components.tokenizer, components.text_encoder
+    allowed = whole_words(tokenizer)
+    ids = tokenizer("dog castle", add_special_tokens=False).input_ids
+    weights = (allowed == torch.tensor(ids)[:, None]).float().requires_grad_()
+    prompts = tokenize_templates(tokenizer, ["{} in the rain", "a {}"], 2)
+    states = encode_mixtures(text_encoder, weights, allowed, prompts)
+    texts = ["dog castle in the rain", "a dog castle"]
+    assert_close(states, encode_prompts(tokenizer, text_encoder, texts))
+    other = encode_prompts(tokenizer, text_encoder, ["castle dog in the rain", "a castle dog"])
+    assert not torch.isclose(states, other).all(-1).all(-1).any()
+    (gradient,) = torch.autograd.grad(states.square().sum(), [weights])
+    assert gradient.shape == weights.shape
+    assert gradient.abs().min() > 0
+    assert all(parameter.grad is None for parameter in text_encoder.parameters())

@@ -1,0 +1,213 @@
+"""Runs of the null-space edit of the UNet: what moves, what is reported, what it costs, resuming, recipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_unlearn import training
+from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.methods.unet_value_refinement import (
+    UNetFeedForwardRefinement,
+    UNetValueRefinement,
+)
+from lit_unlearn.methods.value_refinement import ValueRefinement
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BLOCKS = [
+    f"unet.{block}.transformer_blocks.0."
+    for block in (
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    )
+]
+KV = [f"{block}attn2.{name}.weight" for block in BLOCKS for name in ("to_k", "to_v")]
+FF = [f"{block}ff.net.2.weight" for block in BLOCKS]
+Build = Callable[..., Any]
+Fit = Callable[..., L.Trainer]
+
+
+@pytest.fixture
+def keys_and_values(refinement: Callable[..., ValueRefinement]) -> Build:
+    """Makes an edit of K and V of ``tiny_sd``; takes the arguments that shall differ."""
+    return partial(refinement, UNetValueRefinement, watched_prompts=2)
+
+
+@pytest.fixture
+def feed_forward(refinement: Callable[..., ValueRefinement]) -> Build:
+    """Makes an edit of the FFN of ``tiny_sd``; takes the arguments that shall differ."""
+    return partial(refinement, UNetFeedForwardRefinement, watched_prompts=2, noises_per_prompt=2)
+
+
+def exact(ridge: float = 1e-3) -> NullSpaceEdit:
+    """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
+    return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
+
+
+def half() -> NullSpaceEdit:
+    """Half of the 32 inputs of K and V, whatever the spectrum."""
+    return NullSpaceEdit(threshold=16, rule="count", ridge=1e-3)
+
+
+def weights(module: ValueRefinement) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
+
+
+def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    return [name for name, value in first.items() if not torch.equal(value, second[name])]
+
+
+def states(module: ValueRefinement, prompts: list[str]) -> Tensor:
+    with torch.no_grad():
+        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts)
+
+
+class At(L.Callback):
+    """Calls a function with the module at one hook of the trainer, without gradients."""
+
+    def __init__(self, name: str, function: Callable[[Any], Any]) -> None:
+        def call(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+            with torch.no_grad():
+                function(module)
+
+        setattr(self, name, call)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
+def test_only_the_layer_of_the_epoch_moves_and_refinement_lowers_the_error(
+    kind: str, fit: Fit, request: pytest.FixtureRequest
+) -> None:
+    build, names = request.getfixturevalue(kind), KV if kind == "keys_and_values" else FF
+    module = build(rounds=1)
+    seen: list[dict[str, Tensor]] = []
+    trainer = fit(
+        module,
+        At("on_train_epoch_start", lambda module: seen.append(weights(module))),
+        half(),
+        At("on_train_end", lambda module: seen.append(weights(module))),
+        steps=3,
+    )
+    assert [changed(before, after) for before, after in pairwise(seen)] == [[name] for name in names]
+    assert (trainer.current_epoch, trainer.global_step) == (len(names), 3 * len(names))
+    assert set(module.report["layers"]) == set(names) == set(module.report["spectrum"])
+    if kind == "feed_forward":  # whose noise is the same in every step
+        assert all(layer["last_error"] < layer["first_error"] for layer in module.report["layers"].values())
+
+
+@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
+def test_drift_is_that_of_noise_predictions_at_retained_prompts(
+    kind: str, fit: Fit, request: pytest.FixtureRequest
+) -> None:
+    module = request.getfixturevalue(kind)(values="target")
+    fit(module, half(), steps=1)
+    with torch.no_grad():
+        asked = (module.watched_noisy, module.watched_timesteps, states(module, ["a cat", "the cat in the rain"]))
+        after = module.unet(*asked).sample
+        with module.pretrained.restored():
+            before = module.unet(*asked).sample
+    expected = float((after - before).norm() / before.norm())
+    assert module.report["retained_state_drift"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-6
+
+
+def test_what_is_measured_is_no_cost(keys_and_values: Build, feed_forward: Build, fit: Fit) -> None:
+    module = keys_and_values(rounds=2)
+    fit(module, half(), steps=3)
+    # Latents of 2 prompts with guidance, one step; then 2 rounds of 8 layers of 3 steps of 2 prompts, goal and present.
+    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 8 * 3) * 2 * 2
+    assert module.current_cost()["unet_backwards"] == (2 * 8 * 3) * 2
+    direct = keys_and_values(values="target")
+    fit(direct, half(), steps=1)
+    assert direct.current_cost()["unet_forwards"] == 0
+    module = feed_forward()
+    fit(module, exact(), steps=3)
+    # Pictures of 2 retained and 2 edit prompts; K0 of 2 prompts and the empty one; goals of 4 items; then K1 and steps.
+    assert module.current_cost()["unet_forwards"] == 4 + 4 + 2 * 2 + 4 + 4 * (4 + 3 * 4)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("kind", "hook", "every"),
+    [
+        ("keys_and_values", "on_train_epoch_start", None),
+        ("keys_and_values", "on_train_batch_end", 1),
+        ("feed_forward", "on_train_batch_end", 1),
+    ],
+)
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    kind: str, hook: str, every: int | None, fit: Fit, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    def stop(module: Any) -> None:
+        if module.current_epoch == 2 and module.trainer.global_step > 4 * (hook == "on_train_batch_end"):
+            raise Interrupted
+
+    # Much ridge, so that float64 rounding stays below a bit of the weights.
+    edit = partial(NullSpaceEdit, threshold=16, rule="count", ridge=0.1)
+    pattern = r"mid_block.*attn2\.to_[kv]\.weight" if kind == "keys_and_values" else r"up_blocks.*ff\.net\.2\.weight"
+    build = partial(request.getfixturevalue(kind), edited_parameters=pattern, rounds=2)
+    whole, first, resumed = build(), build(), build()
+    fit(whole, edit(), steps=2)
+    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every)
+    with pytest.raises(Interrupted):
+        fit(first, At(hook, stop), edit(), keep(), steps=2)
+    trainer = fit(resumed, edit(), keep(), steps=2, ckpt_path=tmp_path / "saved/last.ckpt")
+    assert (trainer.current_epoch, trainer.global_step) == (4, 8)
+    assert changed(weights(whole), weights(resumed)) == []
+    assert whole.pretrained.change_ratio() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
+def test_velocity_prediction_and_half_precision(
+    kind: str, tiny_sd2: Path, fit: Fit, request: pytest.FixtureRequest
+) -> None:
+    module = request.getfixturevalue(kind)(model=str(tiny_sd2), dtype="bfloat16")
+    fit(module, half(), steps=1)
+    edited = weights(module)
+    assert {value.dtype for value in edited.values()} == {torch.bfloat16}
+    assert all(value.isfinite().all() for value in edited.values())
+    assert module.pretrained.change_ratio() > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [(name, model) for name in ("null_space_unet", "null_space_unet_ffn") for model in ("tiny_sd", "tiny_sd2")]
+    + [("null_space_unet", "emoji-sd"), ("null_space_unet_ffn", "emoji-sd")],
+)
+def test_a_recipe_fits(
+    recipe: str, model: str, pets: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    embedded = model == "emoji-sd"
+    path, concept = ("emoji-sd", "dog") if embedded else (str(request.getfixturevalue(model)), "[dog, rain]")
+    args = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--model.init_args.model", path, "--concept", concept]
+    args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
+    args += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.init_args.steps", "1"]
+    args += ["--trainer.enable_model_summary", "false", "--model.init_args.num_inference_steps", "1"]
+    if not embedded:  # random weights have another spectrum
+        edit = {"class_path": "NullSpaceEdit", "init_args": {"threshold": 8, "rule": "count"}}
+        args += ["--trainer.callbacks", json.dumps([edit])]
+    cli = training.run(["fit", *args, "--model.init_args.rounds", "1"])
+    assert cli.trainer.global_step == len(cli.model.edited_names)
+    assert cli.model.report["weight_change_ratio"] > 0
+    (saved,) = tmp_path.glob(f"logs/{recipe}/dog*/version_0/checkpoints/last.ckpt")
+    kept = torch.load(saved, weights_only=True)["state_dict"]
+    assert set(kept) == {*cli.model.edited_names, "values"}
+    assert all(value.isfinite().all() for value in kept.values())
