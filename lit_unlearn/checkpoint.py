@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
-from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
+from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.evaluation.files import atomic_write
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
 """Fields of a delta's metadata that reading it needs, each JSON text."""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WEIGHT_NAME = re.compile(rf"({'|'.join(WEIGHTED_PARTS)})(\.\w+)+", flags=re.ASCII)
+UNPICKLING_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What torch and zipfile are known to raise for a file that is damaged or made to do harm."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,11 @@ class Edit:
         base_fingerprint: Hash of the base model's values of the edited weights.
         weights: New values by full parameter name.
         hyper_parameters: Arguments of the method.
+        base_weights: SHA-256 of the base model's parts, all weights of each, as ``WholeModel.sha256``, if known.
+        concept_set_sha256: Hash of the concept set, if known.
+
+    Raises:
+        ValueError: A field is of the wrong kind, or a weight is none that a model could have; no file is trusted.
     """
 
     path: Path
@@ -45,6 +72,35 @@ class Edit:
     base_fingerprint: str
     weights: dict[str, Tensor]
     hyper_parameters: dict[str, Any]
+    base_weights: Mapping[str, str] = field(default_factory=dict)
+    concept_set_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        def refuse(what: str) -> ValueError:
+            return ValueError(f"ckpt_path={self.path} is no valid edit ({what}): get it from its author again.")
+
+        for name in ("method", "model", "base_fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise refuse(f"its {name} is not text")
+        if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
+            raise refuse("its concepts are no list of names")
+        options = self.hyper_parameters
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise refuse("its config is no mapping")
+        if getattr(torch, str(options.get("dtype", "float32")), None) not in DTYPES:
+            raise refuse(f"its dtype is {options['dtype']!r:.40}")
+        for name, largest in (("num_inference_steps", 1000), ("guidance_scale", 1e6)):
+            if not isinstance(value := options.get(name, 1), int | float) or not abs(value) <= largest:
+                raise refuse(f"its {name} is {value!r:.40}")
+        if not isinstance(options.get("revision"), str | None):
+            raise refuse("its revision is not text")
+        if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(WEIGHTED_PARTS):
+            raise refuse("its base weights are no mapping of parts")
+        for name, value in self.weights.items():
+            if not isinstance(name, str) or not WEIGHT_NAME.fullmatch(name):
+                raise refuse(f"{name!r:.100} is no name of a weight")
+            if not isinstance(value, Tensor) or value.dtype not in DTYPES or not value.isfinite().all():
+                raise refuse(f"{name} does not hold finite numbers")
 
     @property
     def run_folder(self) -> Path | None:
@@ -77,6 +133,21 @@ class Edit:
         values = _read_weights(path, list(self.weights))
         if values is None or fingerprint({n: v.to(self.dtype) for n, v in values.items()}) != self.base_fingerprint:
             raise ValueError(refusal)
+        if self.base_weights:
+            self.check_whole(WholeModel.in_folder(path, self.dtype), model)
+
+    def check_whole(self, base: WholeModel, model: str) -> None:
+        """Refuse a base model, with weights in ``dtype``, of which a part that the edit does not touch is another.
+
+        Raises:
+            ValueError: Names the parts.
+        """
+        found = base.sha256() if self.base_weights else {}
+        if other := [part for part, sha256 in self.base_weights.items() if found[part] != sha256]:
+            raise ValueError(
+                f"{self.path} edits {self.model!r} and does not fit model={model!r}, whose {' and '.join(other)} "
+                f"{'differs' if len(other) == 1 else 'differ'}: use the model that it was made on."
+            )
 
     @torch.no_grad()
     def apply(self, components: DiffusionComponents) -> None:
@@ -93,6 +164,7 @@ class Edit:
                 )
         if fingerprint({name: parameters[name] for name in self.weights}) != self.base_fingerprint:
             raise ValueError(f"{self.path} edits {self.model!r}, which has other weights than the loaded model.")
+        self.check_whole(WholeModel.loaded(components), "the loaded one")
         for name, value in self.weights.items():
             parameters[name].copy_(value)
 
@@ -137,12 +209,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         # torch does not verify what it reads; the archive has a checksum for each of its members.
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
             damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"{corrupt} ({damaged} is damaged): copy it again, or run the fit again.")
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
+    except UNPICKLING_ERRORS as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{corrupt} ({reason}): copy it again, or run the fit again.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{corrupt}: it has no state_dict.")
@@ -172,8 +246,9 @@ def read_edit(path: str | Path) -> Edit:
             base_fingerprint=ours["base_fingerprint"],
             weights={name: state[name] for name in ours["edited_names"]},
             hyper_parameters={k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"},
+            concept_set_sha256=ours.get("concept_set_sha256"),
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"ckpt_path={path} was not made by an edit of lit-unlearn: it does not say what it edits."
         ) from error
@@ -186,13 +261,27 @@ def _read_delta(path: Path) -> Edit:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"ckpt_path={path} is corrupt ({error}): copy it again.") from error
+    except (SafetensorError, *UNPICKLING_ERRORS) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
     try:
-        method, concepts, model, base_fingerprint, config = (json.loads(metadata[name]) for name in DELTA_FIELDS)
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error}.") from error
-    return Edit(path, method, concepts, model, base_fingerprint, weights, config)
+        facts = {name: json.loads(metadata[name]) for name in DELTA_FIELDS}
+        optional = {name: json.loads(metadata.get(name, "null")) for name in ("base_sha256", "concept_set_sha256")}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error!s:.100}."
+        ) from error
+    return Edit(
+        path,
+        facts["method"],
+        facts["concepts"],
+        facts["base_model"],
+        facts["base_fingerprint"],
+        weights,
+        facts["config"],
+        optional["base_sha256"] or {},
+        optional["concept_set_sha256"],
+    )
 
 
 def load_edited(model: str, edit: Edit | None, revision: str | None = None) -> DiffusionComponents:
@@ -201,12 +290,26 @@ def load_edited(model: str, edit: Edit | None, revision: str | None = None) -> D
     Raises:
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
-    if edit and not edit.weights:
-        raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
-    components = load_components(model, edit.dtype if edit else torch.float32, revision)
     if edit:
-        edit.apply(components)
-    return components
+        return load_with_pretrained(model, edit, revision)[0]
+    return load_components(model, torch.float32, revision)
+
+
+def load_with_pretrained(
+    model: str, edit: Edit, revision: str | None = None
+) -> tuple[DiffusionComponents, PretrainedValues]:
+    """Load the pipeline ``model`` and apply ``edit``; also return what the edited weights were before.
+
+    Raises:
+        ValueError: As ``load_edited``.
+    """
+    if not edit.weights:
+        raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
+    components = load_components(model, edit.dtype, revision)
+    parameters = components.named_parameters()
+    pretrained = PretrainedValues({name: parameters[name] for name in edit.weights if name in parameters})
+    edit.apply(components)
+    return components, pretrained
 
 
 def _read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor] | None:

@@ -23,11 +23,14 @@ TRAINER_COMMANDS = {
 OTHER_COMMANDS = {
     "generate": "draw pictures of prompts, with or without an edit",
     "export": "write an edited pipeline for diffusers, or its changed weights",
+    "attack": "try to bring the concept of a run back",
+    "verify": "check an export against its provenance",
     "report": "compare tested runs: Markdown, CSV and one HTML page",
     "demo": "remove a concept from the embedded model, score and export it",
 }
 TOLD_TO_STOP = 75
 """Exit code of a fit that a signal has stopped: what it had is saved, and the same command goes on (EX_TEMPFAIL)."""
+ATTACK_NAMES = ("concept_inversion", "prompt_search", "ring_a_bell", "relearning")
 DTYPES = ("float32", "bfloat16", "float16")
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
@@ -47,8 +50,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 for a mistake of the user's or an output that cannot be written; 75 if a signal told a fit
-        to save and stop; 130 if interrupted. Errors within a training are raised.
+        The exit code: 0; 1 if ``verify`` finds a difference; 2 for a mistake of the user's or an output that cannot be
+        written; 75 if a signal told a fit to save and stop; 130 if interrupted. Errors within a training are raised.
     """
     try:
         return _run(list(sys.argv[1:] if args is None else args))
@@ -97,8 +100,7 @@ def _run(args: list[str]) -> int:
     options = PARSERS[command]().parse_args(rest)
     from lit_unlearn import commands as run
 
-    getattr(run, command)(options)
-    return 0
+    return getattr(run, command)(options) or 0
 
 
 def overview() -> str:
@@ -161,9 +163,44 @@ def export_parser() -> Parser:
         action="store_true",
         help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
     )
+    parser.add_argument(
+        "--lora", metavar="RANK", help="write LoRA weights of this rank at most, or of the one they need (auto)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
+    parser.add_argument(
+        "--names", choices=("2022",), help="older tools want these: text_model. before the text encoder's weights"
+    )
     _add_model_options(parser, "the one that was edited")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser
+
+
+def verify_parser() -> Parser:
+    """Options of ``verify``."""
+    parser = _parser("verify")
+    parser.add_argument("export", metavar="EXPORT", help="exported folder, delta or LoRA weights")
+    parser.add_argument("--base", metavar="MODEL", help="also compare with this base model: folder, emoji-sd or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit, if the base is a hub id")
+    return parser
+
+
+def attack_parser() -> Parser:
+    """Options of ``attack``."""
+    parser = _parser("attack")
+    parser.add_argument("--ckpt_path", required=True, help="a run's checkpoint, or a delta (then with --output)")
+    parser.add_argument(
+        "--attacks", nargs="+", metavar="NAME", help=f"which ones; default: all, {', '.join(ATTACK_NAMES)}"
+    )
+    parser.add_argument("--concept", nargs="+", metavar="NAME", help="edited concepts to attack; default: all of them")
+    parser.add_argument("--num_pictures", type=int, default=10, help="pictures an attack is judged by; default: 10")
+    parser.add_argument("--steps", type=int, help="steps of each attack; default: each attack's own")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")
+    parser.add_argument("--judge", help="emoji, llava, clip, nudenet, or a folder; default: the run's")
+    parser.add_argument("--allow_names", action="store_true", help="searched prompts may hold the concept's own names")
+    _add_model_options(parser, "the one that was edited")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder to write into; default: the run's")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="run attacks again that have results")
     return parser
 
 
@@ -188,6 +225,8 @@ def demo_parser() -> Parser:
 PARSERS: dict[str, Callable[[], Parser]] = {
     "generate": generate_parser,
     "export": export_parser,
+    "verify": verify_parser,
+    "attack": attack_parser,
     "report": report_parser,
     "demo": demo_parser,
 }

@@ -1,4 +1,4 @@
-"""What the command line offers beside the trainer: ``generate``, ``export`` and ``demo``."""
+"""What the command line offers beside the trainer: ``generate``, ``export``, ``verify``, ``demo`` and others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from torch import Tensor
 from lit_unlearn.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model
 from lit_unlearn.diffusion.sampling import draw_pictures
+from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.errors import plain_warnings, user_errors
 from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
-from lit_unlearn.export import check_output, export_delta, export_pipeline, provenance
+from lit_unlearn.export import check_output, export_delta, export_lora, export_pipeline, provenance
+from lit_unlearn.lora import FILE_NAME, parse_rank
 from lit_unlearn.recipes import find_recipe
 
 BATCH_SIZE = 8
@@ -44,10 +46,10 @@ def generate(options: argparse.Namespace) -> None:
             value = getattr(options, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
-        device = _checked_device(options.device)
+        device = checked_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path else None
-        model = _checked_model(options.model, edit)
-        components = load_edited(model, edit, _revision(options.revision, edit))
+        model = checked_model(options.model, edit)
+        components = load_edited(model, edit, edit_revision(options.revision, edit))
     hyper_parameters = edit.hyper_parameters if edit else {}
     steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
     guidance_scale = options.guidance_scale
@@ -66,7 +68,7 @@ def generate(options: argparse.Namespace) -> None:
         rows = list(pictures.split(len(seeds)))
         image = image_grid(rows, options.prompts, [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else (), scale)
     save_png(output, image)
-    what = f"edited ({', '.join(edit.concepts)})" if edit else "not edited"
+    what = f"edited ({', '.join(edit.concepts) or edit.method})" if edit else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     print(f"{output}: {model}, {what}, {steps} steps, guidance {guidance_scale:g}, {which}")
 
@@ -105,19 +107,56 @@ def export(options: argparse.Namespace) -> None:
         OSError: The output cannot be written.
     """
     output = Path(options.output)
-    if options.delta and output.suffix != ".safetensors":
-        output = output / "delta.safetensors"
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    old_names = options.names == "2022"
     with user_errors():
+        rank = parse_rank(options.lora) if options.lora else None
+        if options.delta and (options.lora or old_names):
+            raise ValueError("--delta cannot be combined with --lora or --names: a delta has lit-unlearn's own names.")
+        if (options.delta or options.lora) and output.suffix != ".safetensors":
+            if output.is_symlink():
+                check_output(output, options.overwrite)
+            output = output / ("delta.safetensors" if options.delta else FILE_NAME)
         check_output(output, options.overwrite)
         edit = read_edit(options.ckpt_path)
-        model = _checked_model(options.model, edit)
-        facts = provenance(edit, model)
+        model = checked_model(options.model, edit)
+        revision = edit_revision(options.revision, edit)
+        if options.delta or options.lora:
+            base = WholeModel.of(model, edit.dtype, revision)
+            facts = provenance(edit, model, base, revision)
         if options.delta:
             export_delta(edit, facts, output, dtype)
+        elif options.lora:
+            report = export_lora(edit, facts, base, output, rank, dtype, old_names)
         else:
-            export_pipeline(edit, facts, model, output, dtype, _revision(options.revision, edit))
-    print(f"{output}: {model} without {', '.join(edit.concepts)}")
+            export_pipeline(edit, model, output, dtype, revision, old_names)
+    print(f"{output}: {model} without {', '.join(edit.concepts) or 'what it has unlearned'}")
+    if options.lora:
+        print(f"rank {report['rank']}; part of each layer's change that is missing:")
+        for name, residual in report["residual"].items():
+            print(f"  {name:60} {residual:.2e}")
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check an export against its provenance and print what differs.
+
+    Returns:
+        The exit code: 0 if all is as it should be, else 1.
+
+    Raises:
+        UserError: There is no export of lit-unlearn to check, or no such base model.
+    """
+    from lit_unlearn.verify import findings_table, verify_export
+
+    with user_errors():
+        findings = verify_export(Path(options.export), options.base, options.revision)
+    Console(soft_wrap=True).print(findings_table(findings))
+    wrong = [finding for finding in findings if not finding.ok]
+    print(
+        f"{options.export}: "
+        + (f"{len(wrong)} of {len(findings)} checks failed" if wrong else "as its provenance says")
+    )
+    return 1 if wrong else 0
 
 
 def report(options: argparse.Namespace) -> None:
@@ -144,6 +183,36 @@ def report(options: argparse.Namespace) -> None:
         print(path)
 
 
+def attack(options: argparse.Namespace) -> None:
+    """Attack an edited model, write what came of it into the run's folder, and print it.
+
+    Raises:
+        UserError: An option, the checkpoint, the model or the judge is wrong, or there is nothing to attack with.
+        OSError: The output cannot be written.
+    """
+    from lit_unlearn.attack import attack_run
+    from lit_unlearn.evaluation.attack_results import attacks_table
+
+    with user_errors():
+        results = attack_run(
+            options.ckpt_path,
+            options.attacks,
+            concepts=options.concept,
+            num_pictures=options.num_pictures,
+            steps=options.steps,
+            seed=options.seed,
+            judge=options.judge,
+            allow_names=options.allow_names,
+            model=options.model,
+            revision=options.revision,
+            output=options.output,
+            device=options.device,
+            existing="replace" if options.overwrite else "refuse",
+            say=print,
+        )
+    Console().print(attacks_table(results, f"{options.ckpt_path}: pictures that show the concept"))
+
+
 def demo(options: argparse.Namespace) -> None:
     """Edit, test and export, as a person would by three commands, and say what came of it.
 
@@ -164,7 +233,7 @@ def demo(options: argparse.Namespace) -> None:
     training.run(["test", *found, "--ckpt_path", ckpt_path])
     output = str(folder / "pipeline")
     _say("export", "--ckpt_path", ckpt_path, "--output", output)
-    no_options = {"delta": False, "dtype": None, "model": None, "revision": None, "overwrite": False}
+    no_options = dict.fromkeys(("delta", "lora", "names", "dtype", "model", "revision", "overwrite"))
     export(argparse.Namespace(ckpt_path=ckpt_path, output=output, **no_options))
 
     where: dict[str, Path] = {
@@ -194,7 +263,7 @@ def _say(*args: str) -> None:
     print(f"\n$ {_command(*args)}", flush=True)
 
 
-def _checked_model(model: str | None, edit: Edit | None) -> str:
+def checked_model(model: str | None, edit: Edit | None) -> str:
     """The model to load, checked: the given one, else the one that was edited, else the embedded one."""
     if edit is None:
         model = model or "emoji-sd"
@@ -205,7 +274,12 @@ def _checked_model(model: str | None, edit: Edit | None) -> str:
     return model
 
 
-def _checked_device(device: str | None) -> torch.device:
+def checked_device(device: str | None) -> torch.device:
+    """The device called ``device``; by default a GPU if there is one.
+
+    Raises:
+        ValueError: There is none such here.
+    """
     try:
         return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -213,5 +287,6 @@ def _checked_device(device: str | None) -> torch.device:
         raise ValueError(f"device={device!r} cannot be used here ({reason}): try --device cpu.") from error
 
 
-def _revision(revision: str | None, edit: Edit | None) -> str | None:
+def edit_revision(revision: str | None, edit: Edit | None) -> str | None:
+    """The revision of a hub id to load: the given one, else that of the edit."""
     return revision or (edit.hyper_parameters.get("revision") if edit else None)

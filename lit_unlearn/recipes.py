@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lit_unlearn.errors import UserError, closest
 
+MAX_BYTES, MAX_NODES = 1_000_000, 100_000
+"""Largest recipe that is read, and the most values that it may stand for once its aliases are written out."""
+
 
 def recipe_folders() -> list[Path]:
     """Folders that hold recipes, the first to be searched first: ``configs`` here, then what ships with the package."""
@@ -62,12 +65,29 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
     return resolved
 
 
+def check_method(method: str | None) -> None:
+    """Refuse a name of a method that leads to another folder: runs lie in ``default_root_dir/METHOD``.
+
+    Raises:
+        UserError: It does.
+    """
+    if method is not None and {"..", "/"} & set(Path(method).parts):
+        raise UserError(f"method={method!r} leads out of the folder of the runs: give a name, such as esd.")
+
+
 def _check_yaml(path: Path) -> None:
     """Refuse a file that is not a mapping in YAML: the parser of the arguments would not say which file it was."""
     import yaml
 
+    from lit_unlearn.data.strict_yaml import expanded_size
+
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"The recipe {path} is larger than {MAX_BYTES:,} bytes: is it the right file?")
+        node = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
+        nodes = expanded_size(node)
     except OSError as error:
         raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -76,5 +96,9 @@ def _check_yaml(path: Path) -> None:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise UserError(f"The recipe {path} is not valid YAML: {getattr(error, 'problem', error)}{where}.") from error
+    except RecursionError as error:
+        raise UserError(f"The recipe {path} is nested too deeply, or holds itself.") from error
+    if nodes > MAX_NODES:
+        raise UserError(f"The recipe {path} stands for more than {MAX_NODES:,} values by its aliases: write them out.")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"The recipe {path} holds no keys such as 'model' and 'data': is it the right file?")

@@ -35,6 +35,7 @@ from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.recipes import check_method
 from lit_unlearn.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
 
 TRAINER_DEFAULTS = {
@@ -125,6 +126,7 @@ class UnlearnCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(self._parse_error(str(error), args[0])) from error
+        check_method(self.config[self.config.subcommand].method)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
         keys = [action.dest for action in self._parser(subcommand)._actions]
@@ -338,9 +340,9 @@ class UnlearnCLI(LightningCLI):
 
 def run_label(concepts: Sequence[str]) -> str:
     """Name of a folder for runs that edit ``concepts``: ``soccer_ball``, ``dog+cat``, ``dog+18_others``."""
-    names = [re.sub(r"[^\w.-]+", "_", name) for name in concepts]
+    names = [re.sub(r"[^\w.-]+|^\.+", "_", name) for name in concepts]  # no name leads to another folder
     label = "+".join(names)
-    return label if len(label) <= 100 else f"{names[0]}+{len(names) - 1}_others"
+    return label if len(label) <= 100 else f"{names[0][:80]}+{len(names) - 1}_others"
 
 
 def known_classes() -> dict[str, type]:

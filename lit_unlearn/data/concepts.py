@@ -20,12 +20,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lit_unlearn.data.strict_yaml import load_yaml
 
 KINDS = ("object", "action", "style", "scene")
 
 MAX_BYTES = 2_000_000
 """Largest concept set that is read."""
+MAX_CONCEPTS, MAX_NAMES, MAX_TEXT = 2000, 50, 1000
+"""Most concepts of a set, names of a concept and characters of a prompt: no file shall take hours to check."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def load_concept_set(name_or_path: str | Path) -> ConceptSet:
             raise ValueError(f"The concept set {path} cannot be read: {error.strerror}.") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"The concept set {path} is larger than {MAX_BYTES:,} bytes; is it the right file?")
-    concept_set = _parse(_load_yaml(content, path), path)
+    concept_set = _parse(load_yaml(content, path), path)
     concept_set.validate()
     return concept_set
 
@@ -292,30 +294,6 @@ def _error(path: Path, concept: str, field_name: str, problem: str) -> ValueErro
     return ValueError(f"{path}: concept {concept!r}, field {field_name!r}: {problem}.")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; plain YAML keeps the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    problem = f"the key {key_node.value!r} occurs twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _load_yaml(content: bytes, path: Path) -> object:
-    try:
-        return yaml.load(content.decode(), Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path} is not valid YAML: {error.problem}{line}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-
-
 def _parse(data: object, path: Path) -> ConceptSet:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a concept set: it has no mapping with the key 'concepts'.")
@@ -323,6 +301,8 @@ def _parse(data: object, path: Path) -> ConceptSet:
     concepts = data["concepts"]
     if not isinstance(concepts, dict) or not concepts:
         raise ValueError(f"{path}: field 'concepts' must map at least one name to a concept.")
+    if len(concepts) > MAX_CONCEPTS:
+        raise ValueError(f"{path}: {len(concepts)} concepts are more than {MAX_CONCEPTS}; is it the right file?")
     name = data.get("name", path.stem)
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{path}: field 'name' must be text, not {name!r}.")
@@ -347,7 +327,9 @@ def _parse_counts(entry: object, path: Path) -> PromptCounts:
 
 def _parse_concept(name: object, entry: object, path: Path) -> Concept:
     if not isinstance(name, str) or not name_key(name):
-        raise ValueError(f"{path}: field 'concepts': a concept's name must be text, not {name!r}; put it in quotes.")
+        raise ValueError(
+            f"{path}: field 'concepts': a concept's name must be text, not {name!r:.60}; put it in quotes."
+        )
     where = f"{path}: concept {name!r}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a mapping of fields, not {entry!r:.60}.")
@@ -363,6 +345,8 @@ def _parse_concept(name: object, entry: object, path: Path) -> Concept:
         if not isinstance(value, list):
             raise _error(path, name, key, f"must be a list, not {value!r:.60}")
         items = enumerate(value, start=1)
+        if key == "names" and len(value) > MAX_NAMES:
+            raise _error(path, name, key, f"lists {len(value)} names, more than {MAX_NAMES}")
         values[key] = tuple(_text(item, path, name, key, f"item {number} must be text") for number, item in items)
     return Concept(name=name, **values)
 
@@ -372,6 +356,8 @@ def _text(value: object, path: Path, concept: str, field_name: str, rule: str) -
         raise _error(path, concept, field_name, f"{rule}, not {value!r:.60}; put it in quotes")
     if not value.strip():
         raise _error(path, concept, field_name, f"{rule}, but is empty")
+    if len(value) > MAX_TEXT:
+        raise _error(path, concept, field_name, f"{rule} of at most {MAX_TEXT} characters, not {len(value)}")
     return value
 
 

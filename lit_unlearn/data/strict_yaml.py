@@ -1,0 +1,61 @@
+"""YAML that means what it says: plain data of bounded size, no key twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_NODES = 300_000
+"""Most values that a file may stand for once its aliases are written out: ten lines can stand for a billion."""
+
+
+def expanded_size(node: yaml.Node | None, known: dict[int, int] | None = None) -> int:
+    """Nodes below ``node`` with aliases written out, each counted once and remembered.
+
+    Raises:
+        RecursionError: It is nested too deeply, or holds itself.
+    """
+    known = {} if known is None else known
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(expanded_size(child, known) for child in flat)
+    return known[id(node)]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (plain YAML keeps the last one without a word) and too many aliases."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if expanded_size(node) > MAX_NODES:
+            problem = f"its aliases stand for more than {MAX_NODES:,} values; write them out"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark if node else None)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    problem = f"the key {key_node.value!r} occurs twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_yaml(content: bytes, path: Path) -> object:
+    """Read ``content`` of the file ``path``.
+
+    Raises:
+        ValueError: It is not valid YAML, or more than plain data; the message names file and line.
+    """
+    try:
+        return yaml.load(content.decode(), Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path} is not valid YAML: {error.problem}{line}.") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
