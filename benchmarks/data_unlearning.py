@@ -124,7 +124,7 @@ def summary(root: Path, recipes: list[str], figure: str, command: str) -> str:
         "| drift | change of weights | seconds | UNet forwards | backwards |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         row("not unlearned", first["before"], None, {}),
-        *(row(method, result, result["cost"], result["edit"]) for method, result in found.items()),
+        *(row(method, result["after"], result["cost"], result["edit"]) for method, result in found.items()),
         "",
         "How many of the pictures of the captions to forget copy each drawing (in features):",
         "",

@@ -30,3 +30,40 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]], cutoffs: Mapping[str
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
+
+
+def encoder_spectra_figure(
+    spectra: Mapping[str, Mapping[str, Sequence[float]]], thresholds: Mapping[str, float]
+) -> Figure:
+    """Eigenvalues of ``K0 K0ᵀ`` side by side, a panel for each kind of layer, relative to the mean of their layer.
+
+    Layers differ in the number of inputs, so the place of an eigenvalue is given in parts of that.
+
+    Args:
+        spectra: By kind (``text encoder``, ``UNet K, V``) and layer, eigenvalues in ascending order.
+        thresholds: By kind, what eigenvalues must stay below to span the null space, in parts of their mean.
+
+    Returns:
+        A figure that no window knows of.
+
+    Raises:
+        ValueError: There is nothing to draw, or a kind has no threshold.
+    """
+    if not spectra:
+        raise ValueError("spectra is empty: pass the eigenvalues of at least one kind of layer.")
+    if missing := [kind for kind in spectra if kind not in thresholds]:
+        raise ValueError(f"thresholds lacks {', '.join(missing)}: pass one for each kind of layer.")
+    figure = Figure(figsize=(4 * len(spectra), 4), layout="constrained")
+    panels = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
+    for axes, (kind, layers) in zip(panels, spectra.items(), strict=True):
+        for label, values in layers.items():
+            mean, size = sum(values) / len(values), len(values)
+            places = [(number + 0.5) / size for number in range(size)]
+            axes.semilogy(places, [max(value / mean, 1e-12) for value in reversed(values)], label=label)
+        axes.axhline(thresholds[kind], color="black", linestyle="--", linewidth=1)
+        axes.set_title(kind)
+        axes.set_xlabel("part of the directions, largest first")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    panels[0].set_ylabel("eigenvalue of K0 K0ᵀ relative to the mean")
+    return figure

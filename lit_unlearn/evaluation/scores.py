@@ -185,7 +185,7 @@ class Scores(Measurement):
                 "use the version of lit-unlearn that wrote it, or test the run again."
             )
         try:
-            return _read(cls, content, "scores")
+            return read_value(cls, content, "scores")
         except ValueError as error:
             raise ValueError(f"{path} is no valid file of scores: {error}") from error
 
@@ -226,12 +226,21 @@ def _plain(content: Any) -> Any:
     raise TypeError(f"{content!r} of type {type(content).__name__} has no form in JSON.")
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """Make what the type ``hint`` says of a value from JSON, or say which field is wrong."""
+def read_value(hint: Any, value: Any, where: str) -> Any:
+    """Make what the type ``hint`` says of a value from JSON.
+
+    Args:
+        hint: A type, a dataclass, or a list, tuple, dict or optional of such.
+        value: From JSON.
+        where: Name of the value for messages, to which those of its fields are added.
+
+    Raises:
+        ValueError: The value is something else; the message names the field.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):  # of one type and None
         (some,) = (argument for argument in arguments if argument is not NoneType)
-        return None if value is None else _read(some, value, where)
+        return None if value is None else read_value(some, value, where)
     expected: Any = {dict: dict, list: list, tuple: list}.get(origin, hint)
     if is_dataclass(hint):
         expected = dict
@@ -242,13 +251,13 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return _read_dataclass(hint, value, where)
     if origin is dict:
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: read_value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is list:
-        return [_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [read_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is tuple:
         if len(value) != len(arguments):
             raise ValueError(f"{where} is {value!r}, expected {len(arguments)} values.")
-        return tuple(_read(argument, item, where) for argument, item in zip(arguments, value, strict=True))
+        return tuple(read_value(argument, item, where) for argument, item in zip(arguments, value, strict=True))
     return value
 
 
@@ -260,4 +269,4 @@ def _read_dataclass(kind: Any, content: dict[str, Any], where: str) -> Any:
     if missing := [name for name in required if name not in content]:
         raise ValueError(f"{where} lacks the field {missing[0]!r}.")
     hints = get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value, f"{where}.{name}") for name, value in content.items()})
+    return kind(**{name: read_value(hints[name], value, f"{where}.{name}") for name, value in content.items()})
