@@ -20,6 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "emoji": {"core", "data", "diffusion", "evaluation"},
     "judges": {"core", "data", "diffusion", "evaluation"},
     "methods": {"core", "diffusion", "data", "evaluation", "judges"},
+    "attacks": {"core", "diffusion", "data", "evaluation", "judges", "methods"},
     "callbacks": {"core", "diffusion", "data", "evaluation", "judges", "methods"},
 }
 """What each sub-package may import besides itself. Modules at the top (``cli``) may import all of them."""

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.testing import assert_close
 
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.diffusion.components import save_pipeline
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.base import ConceptEditor, linear_layer
@@ -223,3 +226,59 @@ def test_the_unedited_methods_of_the_base_are_no_edit(tiny_sd: object, pets: str
         NullSpaceEdit().setup(
             L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit"
         )
+
+
+def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
+    refinement: Refinement, fit: Fit, tmp_path: Path
+) -> None:
+    pairs = {"dog": "a soccer ball", "cat": "a parrot", "owl": "a castle"}
+    concepts = {
+        name: {
+            "kind": "object",
+            "target": target,
+            "anchor": "a toy",
+            "question": f"Is there a {name}?",
+            "direct": [f"one {name}"],
+            "indirect": [f"number {number}"],
+            "edit_prompts": [f"a {name}"],
+            "target_prompts": [target],
+        }
+        for number, (name, target) in enumerate(pairs.items())
+    }
+    path = tmp_path / "three.yaml"
+    counts = {"direct": 1, "indirect": 1, "edit": 1}
+    path.write_text(yaml.safe_dump({"name": "three", "prompts_per_concept": counts, "concepts": concepts}))
+
+    def dog(module: ValueRefinement) -> Tensor:
+        with torch.no_grad():
+            return encode_prompts(module.components.tokenizer, module.text_encoder, ["a dog"])
+
+    first = refinement(concept_set=str(path), values="residual")
+    fit(first, exact_null_space(), steps=1)
+    with first.pretrained.restored():
+        original = dog(first)
+    written = dog(first)
+    assert relative(written, original) > 1e-2
+    save_pipeline(first.components, tmp_path / "edited")
+    arguments = {"concept": "cat", "concept_set": str(path), "model": str(tmp_path / "edited"), "values": "residual"}
+    second = refinement(**arguments)
+    fit(second, exact_null_space(), steps=1)
+    assert second.pretrained.change_ratio() > 1e-2
+    # Float32 weights and layer norms, as for any retained prompt.
+    assert relative(dog(second), written) < 1e-4
+    unconstrained = refinement(**arguments)
+    fit(unconstrained, LeastSquaresEdit(ridge=1e-3, retain_weight=0.0), steps=1)
+    assert relative(dog(unconstrained), written) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"ridge": -1.0}, r"LeastSquaresEdit\.ridge=-1\.0 must be zero or larger"),
+        ({"retain_weight": float("nan")}, r"LeastSquaresEdit\.retain_weight=nan must be zero or larger"),
+        ({"moment": "median"}, r"LeastSquaresEdit\.moment='median' is unknown: choose sum or mean"),
+    ],
+)
+def test_wrong_weights_are_refused(arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        LeastSquaresEdit(**arguments)

@@ -1,0 +1,68 @@
+"""Concept inversion (Pham et al., 2024): a token learned on the edited model takes the place of the concept's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.attacks.base import Attack, AttackedModel, Found
+from lit_unlearn.diffusion.new_tokens import PLACE, initial_embeddings, substitute_embeddings, tokenize_templates
+from lit_unlearn.diffusion.prompts import encode
+from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.methods.forget_me_not import templates_of
+from lit_unlearn.methods.textual_inversion import optimise_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptInversion(Attack):
+    """Textual inversion on the edited model, from pictures of the concept by the unedited one.
+
+    Attributes:
+        steps: Steps of AdamW.
+        num_tokens: New tokens that stand for the concept.
+        learning_rate: Of the embeddings.
+        batch_size: Noised pictures in a step.
+    """
+
+    name: ClassVar[str] = "concept_inversion"
+
+    steps: int = 150
+    num_tokens: int = 1
+    learning_rate: float = 0.02
+    batch_size: int = 4
+
+    def search(self, model: AttackedModel) -> Found:
+        """Learn the embeddings."""
+        components, concept = model.components, model.concept
+        tokenizer, text_encoder = components.tokenizer, components.text_encoder
+        named = [concept.replace_names(prompt, PLACE) for prompt, _ in model.named_pairs if concept.find_name(prompt)]
+        templates = list(dict.fromkeys(named)) or templates_of(concept, None)
+        generator = seeded(model.seed, "concept inversion")
+        start = initial_embeddings(tokenizer, text_encoder, self.num_tokens, None, generator)
+        embeddings, losses = optimise_embeddings(
+            components,
+            start,
+            templates,
+            model.references.latents,
+            self.steps,
+            self.learning_rate,
+            self.batch_size,
+            norm_decay=0.0,  # an attack may use embeddings that are unlike any word's
+            seed=model.seed,
+        )
+
+        @torch.no_grad()
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            texts = [concept.replace_names(prompt, PLACE) for prompt in prompts]
+            input_ids, slots = tokenize_templates(tokenizer, texts, self.num_tokens)
+            with substitute_embeddings(text_encoder, embeddings, slots):
+                states = encode(text_encoder, input_ids)
+            return model.draw_states(states, seeds)
+
+        quarter = max(1, len(losses) // 4)
+        report = {"first_loss": sum(losses[:quarter]) / quarter, "last_loss": sum(losses[-quarter:]) / quarter}
+        return Found(f"{self.num_tokens} learned embeddings", draw, report, embeddings.cpu())

@@ -1,0 +1,96 @@
+"""Discrete prompt search by gradient, of the family of UnlearnDiffAtk (Zhang et al., 2024), P4D (Chin et al., 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.attacks.base import Attack, AttackedModel, Found, denoising_errors, noise_draws
+from lit_unlearn.attacks.token_search import search_tokens
+from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, whole_words, words_of
+from lit_unlearn.diffusion.new_tokens import PLACE, tokenize_templates
+from lit_unlearn.diffusion.sampling import seeded
+
+SCORED = 16
+"""Noised pictures that the discrete prompts of a search are compared on, always the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSearch(Attack):
+    """One prefix of words for all prompts of the concept, with which the edited model denoises pictures of it best.
+
+    It is searched on edit prompts and the unedited model's pictures of them; the direct prompts, which it is judged
+    on, are not seen.
+
+    Attributes:
+        steps: Steps of Adam.
+        num_tokens: Words of the prefix, a token each.
+        learning_rate: Of the relaxed one-hot weights.
+        batch_size: Noised pictures in a step.
+        window: Timesteps that are drawn from, as shares of all: where the prompt matters most.
+        straight_through: Let the loss see single tokens (P4D) or, if false, mixtures (UnlearnDiffAtk).
+        exclude_names: Leave the concept's own names out of the words.
+    """
+
+    name: ClassVar[str] = "prompt_search"
+
+    steps: int = 100
+    num_tokens: int = 5
+    learning_rate: float = 0.1
+    batch_size: int = 8
+    window: tuple[float, float] = (0.3, 0.9)
+    straight_through: bool = True
+    exclude_names: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.window
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"{self.name}.window={self.window} must be two shares between 0 and 1, the lower first.")
+
+    def search(self, model: AttackedModel) -> Found:
+        """Find the prefix."""
+        components, references = model.components, model.references
+        tokenizer, text_encoder = components.tokenizer, components.text_encoder
+        latents, num_timesteps = references.latents, len(components.scheduler.alphas_cumprod)
+        allowed = allowed_words(model, self.exclude_names)
+        templates = [f"{PLACE} {prompt}" for prompt in references.prompts]
+        input_ids, slots = tokenize_templates(tokenizer, templates, self.num_tokens)
+
+        def errors(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            rows, noise, timesteps = noise_draws(latents, num_timesteps, generators, self.window)
+            states = encode_mixtures(text_encoder, weights[0], allowed, (input_ids[rows], slots[rows]))
+            return denoising_errors(components, states, latents[rows], noise, timesteps).mean()[None]
+
+        def losses(weights: Tensor, step: int) -> Tensor:
+            return errors(weights, [seeded(model.seed, self.name, step, item) for item in range(self.batch_size)])
+
+        def score(weights: Tensor) -> Tensor:
+            return errors(weights, [seeded(model.seed, self.name, "score", item) for item in range(SCORED)])
+
+        (places,) = search_tokens(
+            losses,
+            (1, self.num_tokens, len(allowed)),
+            self.steps,
+            self.learning_rate,
+            seeded(model.seed, self.name),
+            latents.device,
+            self.straight_through,
+            score,
+        )
+        prefix = words_of(tokenizer, allowed[places.cpu()].tolist())
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            return model.draw([f"{prefix} {prompt}" for prompt in prompts], seeds)
+
+        return Found(f"{prefix} {model.prompts[0]}", draw, {"prefix": prefix})
+
+
+def allowed_words(model: AttackedModel, exclude_names: bool) -> Tensor:
+    """Numbers (A,) of the tokens that a searched prompt may hold."""
+    tokenizer, concept = model.components.tokenizer, model.concept
+    return whole_words(tokenizer, concept.find_name, concept.names) if exclude_names else whole_words(tokenizer)

@@ -1,0 +1,85 @@
+"""Relearning: a few steps of fine-tuning on pictures of the concept, to see how near the edited weights still are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.attacks.base import Attack, AttackedModel, Found, denoising_errors, noise_draws
+from lit_unlearn.diffusion.parameters import PretrainedValues
+from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.diffusion.sampling import seeded
+
+
+@contextmanager
+def trained(parameters: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Let ``parameters`` learn for the length of a block; they then have the values that they had before, frozen."""
+    weights = list(parameters.values())
+    with PretrainedValues(parameters).restored():
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield weights
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+                weight.grad = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearning(Attack):
+    """Trains the edited weights, and no others, on pictures of the concept by the unedited model and their prompts.
+
+    Attributes:
+        steps: Steps of Adam.
+        learning_rate: Of the edited weights.
+        batch_size: Noised pictures in a step.
+        threshold: The concept counts as back when this share of the pictures shows it.
+    """
+
+    name: ClassVar[str] = "relearning"
+
+    steps: int = 50
+    learning_rate: float = 1e-4
+    batch_size: int = 4
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"{self.name}.threshold={self.threshold} must lie above 0 and not above 1.")
+
+    def search(self, model: AttackedModel) -> Found:
+        """Train, look after 1, 2, 4, ... steps and the last one whether the concept is back, and undo it all."""
+        components, references = model.components, model.references
+        latents, num_timesteps = references.latents, len(components.scheduler.alphas_cumprod)
+        input_ids = tokenize(components.tokenizer, references.prompts)
+        edited = model.pretrained.parameters
+        curve: list[list[float]] = []
+        with trained(edited) as weights:
+            optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
+            for step in range(1, self.steps + 1):
+                generators = [seeded(model.seed, self.name, step, item) for item in range(self.batch_size)]
+                rows, noise, timesteps = noise_draws(latents, num_timesteps, generators)
+                states = encode(components.text_encoder, input_ids[rows])
+                loss = denoising_errors(components, states, latents[rows], noise, timesteps).mean()
+                for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                    weight.grad = gradient
+                optimizer.step()
+                if step & (step - 1) == 0 or step == self.steps:
+                    verdicts = model.verdicts(model.draw(model.prompts, model.seeds))
+                    curve.append([step, sum(verdicts) / len(verdicts)])
+            relearned = PretrainedValues(edited)
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            with relearned.restored():
+                return model.draw(prompts, seeds)
+
+        needed = next((int(step) for step, share in curve if share >= self.threshold), None)
+        text = f"back after {needed} steps" if needed else f"not back after {self.steps} steps"
+        return Found(text, draw, {"steps_needed": needed, "curve": curve})

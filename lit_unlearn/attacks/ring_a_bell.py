@@ -1,0 +1,85 @@
+"""Ring-A-Bell (Tsai et al., 2024): prompts whose text states are those of a concept, found without the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.attacks.base import Attack, AttackedModel, Found
+from lit_unlearn.attacks.prompt_search import allowed_words
+from lit_unlearn.attacks.token_search import search_tokens
+from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, words_of
+from lit_unlearn.diffusion.new_tokens import PLACE, tokenize_templates
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.sampling import seeded
+
+
+def concept_vector(states: Tensor, without: Tensor) -> Tensor:
+    """Mean difference (L, D) of the states (n, L, D) of prompts with a concept and of the same prompts without it."""
+    return (states - without).mean(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingABell(Attack):
+    """A prompt of other words for each direct prompt, whose states are near the prompt's plus the concept's vector.
+
+    Goal and vector are read off the unedited text encoder, and the words are sought for the edited one.
+
+    Attributes:
+        steps: Steps of Adam; the paper takes a genetic algorithm.
+        num_tokens: Words of a prompt, a token each.
+        learning_rate: Of the relaxed one-hot weights.
+        strength: η, how much of the concept's vector is added.
+        exclude_names: Leave the concept's own names out of the words.
+    """
+
+    name: ClassVar[str] = "ring_a_bell"
+    learns_from_pictures: ClassVar[bool] = False
+
+    steps: int = 100
+    num_tokens: int = 8
+    learning_rate: float = 0.1
+    strength: float = 1.0
+    exclude_names: bool = True
+
+    def search(self, model: AttackedModel) -> Found:
+        """Find the prompts."""
+        tokenizer, text_encoder = model.components.tokenizer, model.components.text_encoder
+        originals = list(dict.fromkeys(model.prompts))
+        with torch.no_grad(), model.pretrained.restored():
+            named, targets = (list(prompts) for prompts in zip(*model.named_pairs, strict=True))
+            vector = concept_vector(
+                encode_prompts(tokenizer, text_encoder, named), encode_prompts(tokenizer, text_encoder, targets)
+            )
+            goal = encode_prompts(tokenizer, text_encoder, originals) + self.strength * vector
+        allowed = allowed_words(model, self.exclude_names)
+        input_ids, slots = tokenize_templates(tokenizer, [PLACE] * len(originals), self.num_tokens)
+        # Each prompt has tokens of its own, one behind the other's.
+        first = self.num_tokens * torch.arange(len(originals)).unsqueeze(1)
+        slots = torch.where(slots >= 0, slots + first, slots)
+
+        def losses(weights: Tensor, step: int = 0) -> Tensor:
+            states = encode_mixtures(text_encoder, weights.flatten(0, 1), allowed, (input_ids, slots))
+            return (states - goal).square().mean(dim=(1, 2))
+
+        places = search_tokens(
+            losses,
+            (len(originals), self.num_tokens, len(allowed)),
+            self.steps,
+            self.learning_rate,
+            seeded(model.seed, self.name),
+            goal.device,
+        )
+        found = {
+            original: words_of(tokenizer, allowed[row].tolist())
+            for original, row in zip(originals, places.cpu(), strict=True)
+        }
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            return model.draw([found[prompt] for prompt in prompts], seeds)
+
+        return Found(found[originals[0]], draw, {"prompts": found})

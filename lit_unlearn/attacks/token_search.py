@@ -1,0 +1,78 @@
+"""Search for discrete tokens by gradient: weights on the simplex, read off by their arg-max."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_unlearn.core.simplex import project_to_simplex
+
+
+def one_hot(places: Tensor, count: int) -> Tensor:
+    """Weights (..., count), float32, that are all on ``places`` (...)."""
+    return F.one_hot(places, count).float()
+
+
+def search_tokens(
+    losses: Callable[[Tensor, int], Tensor],
+    shape: tuple[int, int, int],
+    steps: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    device: torch.device,
+    straight_through: bool = True,
+    score: Callable[[Tensor], Tensor] | None = None,
+    score_every: int = 10,
+) -> Tensor:
+    """Find tokens of low loss for each of n prompts, by Adam on relaxed one-hot weights.
+
+    The weights of a token are projected onto the probability simplex after every step (UnlearnDiffAtk, Zhang et al.,
+    2024). With ``straight_through`` the loss sees the arg-max and its gradient goes to the weights (as with P4D, Chin
+    et al., 2024): mixtures of many embeddings do what no token does.
+
+    Args:
+        losses: From weights (n, k, A) and the number of the step to losses (n,).
+        shape: n prompts, k tokens each, A tokens to choose from.
+        steps: Steps of Adam.
+        learning_rate: Of the weights.
+        generator: Of the weights at the start, on the CPU.
+        device: Where the weights are.
+        straight_through: Whether the loss sees one token per place, or the mixture.
+        score: From one-hot weights (n, k, A) to what says how good they are (n,), lower is better; it is asked every
+            ``score_every`` steps, and the best of what it has seen is returned. None takes the losses of all steps if
+            these saw single tokens, else the last arg-max.
+        score_every: See ``score``.
+
+    Returns:
+        Places (n, k) among the tokens to choose from.
+    """
+    count = shape[-1]
+    start = project_to_simplex(torch.rand(shape, generator=generator)).to(device)
+    weights = nn.Parameter(start)
+    optimizer = torch.optim.Adam([weights], lr=learning_rate)
+    best = torch.full(shape[:1], torch.inf, device=device)
+    chosen = start.argmax(-1)
+
+    def keep_better(places: Tensor, values: Tensor) -> None:
+        nonlocal best, chosen
+        better = values.detach().to(best) < best
+        best = torch.where(better, values.detach().to(best), best)
+        chosen = torch.where(better[:, None], places, chosen)
+
+    for step in range(steps):
+        places = weights.detach().argmax(-1)
+        seen = weights + (one_hot(places, count) - weights).detach() if straight_through else weights
+        each = losses(seen, step)
+        if score is None and straight_through:
+            keep_better(places, each)
+        (weights.grad,) = torch.autograd.grad(each.sum(), [weights])
+        optimizer.step()
+        with torch.no_grad():
+            weights.copy_(project_to_simplex(weights))
+            if score is not None and ((step + 1) % score_every == 0 or step + 1 == steps):
+                places = weights.argmax(-1)
+                keep_better(places, score(one_hot(places, count)))
+    return chosen if score is not None or straight_through else weights.detach().argmax(-1)

@@ -1,0 +1,23 @@
+"""The probability simplex: where a choice among tokens is relaxed to weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project_to_simplex(points: Tensor) -> Tensor:
+    """The nearest point of the probability simplex, in Euclidean distance, of each row (Duchi et al., 2008, Fig. 1).
+
+    Args:
+        points: (..., n), float.
+
+    Returns:
+        (..., n): no entry is negative, and each row sums to 1.
+    """
+    ordered = points.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(-1) - 1
+    counts = torch.arange(1, points.shape[-1] + 1, device=points.device, dtype=points.dtype)
+    support = (ordered * counts > excess).sum(-1, keepdim=True)  # how many entries stay positive
+    shift = excess.gather(-1, support - 1) / support
+    return (points - shift).clamp_min(0)

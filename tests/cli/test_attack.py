@@ -1,0 +1,150 @@
+"""``lit-unlearn attack`` on a tiny run whose judge sees dogs everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lit_unlearn import attack, cli
+from lit_unlearn.attacks.relearning import Relearning
+from lit_unlearn.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
+from lit_unlearn.evaluation.attack_results import AttackReport
+
+SMALL = ["--steps", "2", "--num_pictures", "2"]
+
+
+@pytest.fixture
+def judge(recipe: Path, workplace: Path) -> str:
+    """The recipe's judge, but for its bias towards dogs."""
+    folder = workplace / "judge"
+    shutil.copytree(recipe.parent / "judge", folder)
+    place = json.loads((folder / "config.json").read_text())["attributes"]["subject"].index("dog")
+    weights = load_file(folder / "model.safetensors")
+    weights["heads.subject.bias"][place] += 100
+    save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_a_run_is_attacked_in_its_folder(
+    run_folder: Path, judge: str, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt_path = run_folder / "checkpoints/last.ckpt"
+    checkpoint = ckpt_path.read_bytes()
+    args = ["attack", "--ckpt_path", str(ckpt_path), "--judge", judge, *SMALL]
+    assert cli.main([*args, "--attacks", "relearning", "ring_a_bell"]) == 0
+    assert cli.main([*args, "--attacks", "concept_inversion", "prompt_search"]) == 0  # added to the others
+    assert ckpt_path.read_bytes() == checkpoint
+    report = AttackReport.load(run_folder / "attacks.json")
+    assert (report.method, report.concepts, report.checkpoint) == ("null_space", ["dog"], str(ckpt_path))
+    names = ["relearning", "ring_a_bell", "concept_inversion", "prompt_search"]
+    assert [result.attack for result in report.attacks] == names
+    for result in report.attacks:
+        assert (result.pictures, result.pre_attack, result.shown, result.unedited) == (2, 1.0, 1.0, 1.0)
+        assert result.settings["steps"] == 2
+        assert result.settings["num_inference_steps"] == 2  # as in the run
+        assert result.seconds > 0
+        with Image.open(run_folder / f"attacks/dog_{result.attack}.png") as grid:
+            assert grid.size[0] > 2 * 96
+            assert grid.size[1] > 3 * 96
+    found = {result.attack: result for result in report.attacks}
+    assert found["ring_a_bell"].unet_forwards == 0
+    assert found["prompt_search"].unet_backwards == 2 * 8
+    embeddings, metadata = read_embeddings(run_folder / found["concept_inversion"].found)
+    assert embeddings.shape == (1, 32)
+    assert metadata["concept"] == "dog"
+    assert metadata["vocabulary"] == vocabulary_of(str(tiny_sd))[0]
+    out = capsys.readouterr().out
+    assert "dog: relearning: back after 1 steps" in out
+    assert "under attack" in out
+
+    # Again: only on request, and the same is found.
+    assert cli.main([*args, "--attacks", "ring_a_bell"]) == 2
+    assert f"{run_folder}/attacks.json has a result of ring_a_bell on dog" in capsys.readouterr().err
+    assert cli.main([*args, "--attacks", "ring_a_bell", "--overwrite"]) == 0
+    again = AttackReport.load(run_folder / "attacks.json")
+    assert [result.attack for result in again.attacks] == names
+    assert again.attacks[1].found == report.attacks[1].found
+    assert again.attacks[1].seconds != report.attacks[1].seconds
+
+
+def test_from_python_what_is_there_is_kept(run_folder: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt_path = run_folder / "checkpoints/last.ckpt"
+    mine = Relearning(steps=1, threshold=0.9)
+    (first,) = attack.attack_run(ckpt_path, [mine], num_pictures=2, judge=judge)
+    assert first.settings["threshold"] == 0.9
+
+    def loaded(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(attack, "load_with_pretrained", loaded)
+    assert attack.attack_run(ckpt_path, ["relearning"], existing="keep") == [first]
+
+
+def test_a_delta_needs_a_folder(run_folder: Path, judge: str, workplace: Path) -> None:
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "delta.safetensors", "--delta"]) == 0
+    args = ["attack", "--ckpt_path", "delta.safetensors", "--judge", judge, "--attacks", "ring_a_bell", *SMALL]
+    assert cli.main([*args, "--output", "found"]) == 0
+    assert AttackReport.load("found/attacks.json").method == "ValueRefinement"
+    assert not (run_folder / "attacks.json").exists()
+
+
+def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
+    edit = read_edit(run_folder / "checkpoints/last.ckpt")
+    components, pretrained = load_with_pretrained(str(tiny_sd), edit)
+    parameters, base = components.named_parameters(), load_components(str(tiny_sd)).named_parameters()
+    for name in edit.weights:
+        assert torch.equal(parameters[name], edit.weights[name])
+        assert not torch.equal(parameters[name], base[name])
+    with pretrained.restored():
+        assert all(torch.equal(parameters[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--attacks", "prompt_serch"], "attacks='prompt_serch' is no attack (closest: prompt_search)."),
+        (["--concept", "cat"], "concept='cat' was not edited by logs/null_space/dog/version_0/checkpoints/last.ckpt"),
+        (["--concept", "dgo"], "The concept set 'emoji20' has no concept 'dgo'; closest names: dog"),
+        (["--num_pictures", "0"], "num_pictures=0 must be at least 1."),
+        (["--steps", "-3"], "steps=-3 must be at least 1."),
+        (["--seed", "-1"], "seed=-1 must be zero or larger."),
+        (["--judge", "lava"], "judge='lava' is no judge and no folder (closest: llava)."),
+        (["--model", "nowhere"], "model='nowhere' is no folder and no hub id"),
+        (["--device", "abacus"], "device='abacus' cannot be used here"),
+        (["--output", "logs/null_space/dog/version_0/config.yaml"], "output=logs/null_space/dog/version_0/config.yaml"),
+        (["--attcks", "all"], "attack: unrecognized arguments: --attcks all"),
+    ],
+)
+def test_bad_input(run_folder: Path, refuses: Callable[..., str], args: list[str], message: str) -> None:
+    assert refuses("attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), *args).startswith(message)
+
+
+def test_a_checkpoint_that_is_none_or_lies_alone(run_folder: Path, refuses: Callable[..., str]) -> None:
+    assert refuses("attack", "--ckpt_path", "nowhere").startswith("ckpt_path=nowhere does not exist")
+    shutil.copy(run_folder / "checkpoints/last.ckpt", "moved.ckpt")
+    expected = "ckpt_path=moved.ckpt does not lie in a run's folder: say with --output where to write."
+    assert refuses("attack", "--ckpt_path", "moved.ckpt") == expected
+
+
+def test_results_of_another_edit_are_not_mixed(run_folder: Path, refuses: Callable[..., str]) -> None:
+    AttackReport(method="esd", concepts=["cat"], checkpoint="x.ckpt", attacks=[]).save(run_folder / "attacks.json")
+    message = refuses("attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"))
+    assert message.startswith("logs/null_space/dog/version_0/attacks.json is about an edit of cat")
+
+
+def test_a_judge_without_the_question(run_folder: Path, judge: str, refuses: Callable[..., str]) -> None:
+    config = json.loads((Path(judge) / "config.json").read_text())
+    config["questions"] = {"Is there an owl?": ["subject", "owl"]}
+    (Path(judge) / "config.json").write_text(json.dumps(config))
+    message = refuses("attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--judge", judge)
+    assert "cannot answer 'Is there a dog in this picture?'" in message
