@@ -52,6 +52,7 @@ def test_plain_diffusers_draws_the_same_picture(kind: type[DiffusionPipeline], j
     assert judge(ours, [load_concept_set("emoji20").get("dog").question]).item() > 0.5
 
 
+@pytest.mark.slow
 def test_an_edit_takes_one_concept_out_and_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_unlearn.cli import main
 

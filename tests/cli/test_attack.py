@@ -35,8 +35,13 @@ def judge(recipe: Path, workplace: Path) -> str:
 
 
 def test_a_run_is_attacked_in_its_folder(
-    run_folder: Path, judge: str, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    judge: str,
+    tiny_sd: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # or the table wraps its headings
     ckpt_path = run_folder / "checkpoints/last.ckpt"
     checkpoint = ckpt_path.read_bytes()
     args = ["attack", "--ckpt_path", str(ckpt_path), "--judge", judge, *SMALL]
