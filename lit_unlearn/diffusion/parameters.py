@@ -81,7 +81,8 @@ def layer_label(name: str) -> str:
     number, _, layer = layer.partition(".")
     place = blocks.removeprefix("unet.").split("_")[0]
     numbers = [*re.findall(r"\.(\d+)(?!\d)", blocks), *([number] if number != "0" else [])]
-    kind = {"attn2.to_k": "K", "attn2.to_v": "V", "ff.net.2": "FF"}.get(layer.removesuffix(".weight"), layer)
+    layer = layer.removesuffix(".weight")
+    kind = {"attn2.to_k": "K", "attn2.to_v": "V", "ff.net.2": "FF"}.get(layer, layer)
     return f"{place} {'.'.join(numbers)} {kind}"
 
 
