@@ -95,7 +95,9 @@ def attack_run(
         loaded_judge = _load_judge(edit, judge, concept_set, targets)
         components, pretrained = load_with_pretrained(base, edit, edit_revision(revision, edit))
         for module in components.modules().values():
-            module.to(found_device, torch.float32)  # searches and training need more than half precision
+            module.to(found_device)
+            if edit.dtype != torch.float32:  # searches and training need more than half precision
+                module.float()
     for concept in dict.fromkeys(concept for _, concept in todo):
         attacked = AttackedModel(
             components,

@@ -139,24 +139,22 @@ def attacks_table(results: Sequence[AttackResult], title: str) -> Table:
     table = Table(
         title=Text(title, style="bold", overflow="fold"), title_justify="left", header_style="bold", box=HORIZONTALS
     )
-    table.add_column("attack", no_wrap=True)
-    table.add_column("concept")
-    for header in ("before", "under attack", "unedited", "seconds", "UNet forwards", "backwards"):
-        table.add_column(header, justify="right")
-    table.add_column("found", overflow="fold")
+    several = len({result.concept for result in results}) > 1
+    if several:
+        table.add_column("concept", overflow="fold")
+    for header in ("attack", "before", "under attack", "unedited", "seconds", "forwards"):
+        table.add_column(header, justify="left" if header == "attack" else "right", no_wrap=True)
     for result in results:
         low, high = result.intervals["shown"]
         style = "bold red" if result.shown > result.pre_attack else ""
         table.add_row(
+            *([result.concept] if several else []),
             result.attack,
-            result.concept,
             f"{result.pre_attack:.2f}",
             Text(f"{result.shown:.2f} ({low:.2f}-{high:.2f})", style=style),
             f"{result.unedited:.2f}",
             f"{result.seconds:.0f}",
             str(result.unet_forwards),
-            str(result.unet_backwards),
-            Text(result.found),
         )
     if any(result.shown <= result.pre_attack for result in results):
         table.caption = "An attack that fails proves nothing: another one may succeed."
