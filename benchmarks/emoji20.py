@@ -9,8 +9,9 @@ Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as
     ten      ten concepts at once
 
 A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where
-it stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. What
-follows the options is passed on to ``fit`` and ``test``.
+it stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. With
+``--attacks`` each cell of one concept is then attacked; attacks that its ``attacks.json`` has are skipped. What follows
+the options is passed on to ``fit`` and ``test``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ PROTOCOLS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 TITLES = {"single": "One concept at a time", "five": "Five concepts at once", "ten": "Ten concepts at once"}
 
-Cell = tuple[str, tuple[str, ...], str, tuple[str, ...]]
+Cell = tuple[str, tuple[str, ...], str, tuple[str, ...], list[str] | None]
 
 
 def cell_folder(root: str | Path, recipe: str, concepts: tuple[str, ...]) -> Path:
@@ -66,8 +67,8 @@ def cell_folder(root: str | Path, recipe: str, concepts: tuple[str, ...]) -> Pat
 
 
 def run_cell(cell: Cell) -> str:
-    """Fit and test one method on some concepts, one thread; return a line to print."""
-    recipe, concepts, root, extra = cell
+    """Fit, test and perhaps attack one method on some concepts, one thread; return a line to print."""
+    recipe, concepts, root, extra, attacks = cell
     import torch
 
     torch.set_num_threads(1)
@@ -95,9 +96,16 @@ def run_cell(cell: Cell) -> str:
                 sys.stdout.flush(), sys.stderr.flush()
                 os.dup2(stdout, 1), os.dup2(stderr, 2)
         seconds = f"{time.perf_counter() - started:.0f} s"
+    under_attack = ""
+    if attacks is not None and len(concepts) == 1:
+        from lit_unlearn.attack import attack_run
+
+        results = attack_run(scores.parent / "checkpoints/last.ckpt", attacks or None, existing="keep")
+        under_attack = "".join(f" {result.attack} {result.shown:.2f}" for result in results)
     found = Scores.load(scores)
     method = recipe.removesuffix(".yaml")
-    return f"{method:24} {folder.name:40.40} forget {found.forget:.3f} retain {found.retain:.3f} ({seconds})"
+    scored = f"forget {found.forget:.3f} retain {found.retain:.3f}{under_attack}"
+    return f"{method:24} {folder.name:40.40} {scored} ({seconds})"
 
 
 def forget_peak_memory() -> None:
@@ -149,6 +157,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     parser.add_argument("--concepts", nargs="+", default=None, help="only these, of the protocol `single`")
+    parser.add_argument("--attacks", nargs="*", metavar="NAME", help="attack single concepts: by these, or by all")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", default=None, help="Markdown file to write")
     parser.add_argument("--summary_only", action="store_true", help="run nothing, only write the tables")
@@ -161,7 +170,7 @@ def main() -> None:
         for concepts in PROTOCOLS[protocol]:
             if protocol == "single" and arguments.concepts and concepts[0] not in arguments.concepts:
                 continue
-            cells += [(recipe, concepts, str(root), tuple(extra)) for recipe in arguments.recipes]
+            cells += [(recipe, concepts, str(root), tuple(extra), arguments.attacks) for recipe in arguments.recipes]
     if not arguments.summary_only:
         # Fresh processes, since torch's threads do not survive a fork; a few cells each, so that memory is given back.
         context = multiprocessing.get_context("spawn")

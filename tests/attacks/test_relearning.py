@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.relearning import Relearning, trained
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.diffusion.parameters import PretrainedValues
+from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.judges.load import judge_folder
 
 Attacked = Callable[..., AttackedModel]
 
@@ -74,3 +80,25 @@ def test_weights_return_after_an_error(attacked: Attacked, untouched: Callable[.
         with torch.no_grad():
             weights[0].add_(1)
         _ = 1 / 0
+
+
+def test_an_edit_that_is_none_is_back_at_once() -> None:
+    """The whole chain on the embedded model: what was never gone is shown before and under attack."""
+    components = load_components("emoji-sd")
+    name = "text_encoder.embeddings.token_embedding.weight"
+    model = AttackedModel(
+        components,
+        PretrainedValues({name: components.named_parameters()[name]}),
+        load_concept_set("emoji20").get("apple"),
+        ClassifierJudge(judge_folder("emoji")),
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        num_pictures=4,
+    )
+    assert model.verdicts(model.draw(model.prompts, model.seeds)) == [True] * 4
+    found = Relearning(steps=1).run(model)
+    assert found.report["curve"] == [[1, 1.0]]
+    assert found.report["steps_needed"] == 1
+    assert model.verdicts(found.draw(model.prompts, model.seeds)) == [True] * 4
+    other = replace(model, concept=load_concept_set("emoji20").get("castle"))
+    assert model.verdicts(other.draw(other.prompts, other.seeds)) == [False] * 4  # the judge does not see it everywhere

@@ -188,8 +188,8 @@ def test_refinement_lowers_the_error(memit: Refinement, fit: Fit) -> None:
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(float(outputs["loss"]))
 
-    fit(memit.func(SameNoise), Record(), steps=20)  # type: ignore[attr-defined]
-    assert losses[-1] < 0.3 * losses[0]
+    fit(memit.func(SameNoise), Record(), steps=12)  # type: ignore[attr-defined]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 # --- bound and penalty
@@ -304,7 +304,11 @@ def test_with_a_projector_it_is_alphaedit_and_retains(memit: Refinement, fit: Fi
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize(
     ("hook", "epoch", "every", "steps_in_checkpoint"),
-    [("on_train_epoch_start", 1, None, 3), ("on_train_batch_end", 1, 1, 3), ("on_train_epoch_end", 0, 3, 3)],
+    [
+        pytest.param("on_train_epoch_start", 1, None, 3, marks=pytest.mark.slow),
+        ("on_train_batch_end", 1, 1, 3),
+        pytest.param("on_train_epoch_end", 0, 3, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     hook: str, epoch: int, every: int | None, steps_in_checkpoint: int, memit: Refinement, fit: Fit, tmp_path: Path
@@ -338,7 +342,12 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 
 @pytest.mark.parametrize(
     ("recipe", "model"),
-    [("memit", "tiny_sd"), ("memit", "tiny_sd2"), ("memit_descent", "tiny_sd"), ("memit", "emoji-sd")],
+    [
+        pytest.param("memit", "tiny_sd", marks=pytest.mark.slow),
+        ("memit", "tiny_sd2"),
+        ("memit_descent", "tiny_sd"),
+        ("memit", "emoji-sd"),
+    ],
 )
 def test_a_recipe_fits(
     recipe: str, model: str, pets: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

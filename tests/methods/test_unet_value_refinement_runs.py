@@ -147,7 +147,7 @@ def test_what_is_measured_is_no_cost(keys_and_values: Build, feed_forward: Build
 @pytest.mark.parametrize(
     ("kind", "hook", "every"),
     [
-        ("keys_and_values", "on_train_epoch_start", None),
+        pytest.param("keys_and_values", "on_train_epoch_start", None, marks=pytest.mark.slow),
         ("keys_and_values", "on_train_batch_end", 1),
         ("feed_forward", "on_train_batch_end", 1),
     ],
@@ -188,8 +188,14 @@ def test_velocity_prediction_and_half_precision(
 
 @pytest.mark.parametrize(
     ("recipe", "model"),
-    [(name, model) for name in ("null_space_unet", "null_space_unet_ffn") for model in ("tiny_sd", "tiny_sd2")]
-    + [("null_space_unet", "emoji-sd"), ("null_space_unet_ffn", "emoji-sd")],
+    [
+        pytest.param("null_space_unet", "tiny_sd", marks=pytest.mark.slow),
+        ("null_space_unet", "tiny_sd2"),
+        ("null_space_unet", "emoji-sd"),
+        ("null_space_unet_ffn", "tiny_sd"),
+        pytest.param("null_space_unet_ffn", "tiny_sd2", marks=pytest.mark.slow),
+        pytest.param("null_space_unet_ffn", "emoji-sd", marks=pytest.mark.slow),
+    ],
 )
 def test_a_recipe_fits(
     recipe: str, model: str, pets: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
