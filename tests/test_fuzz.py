@@ -32,7 +32,7 @@ FUZZ = settings(
     max_examples=100, derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-LONG_FUZZ = settings(FUZZ, max_examples=5000)
+LONG_FUZZ = settings(FUZZ, max_examples=1000)
 
 
 def delta(facts: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None) -> bytes:
