@@ -92,18 +92,9 @@ GRADIENT_ARGS = ["--data.init_args.steps", "2", "--data.init_args.batch_size", "
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [
-        ("uce.yaml", []),
-        ("speed.yaml", []),
-        ("memit.yaml", ["--data.init_args.steps", "2"]),
-        ("esd.yaml", GRADIENT_ARGS),
-        ("concept_ablation.yaml", GRADIENT_ARGS),
-        ("forget_me_not.yaml", GRADIENT_ARGS),
-    ],
+    [("uce.yaml", []), ("esd.yaml", GRADIENT_ARGS)],
 )
 def test_a_recipe(name: str, extra: list[str], workplace: Path, recipe: Path, tiny_sd: Path) -> None:
-    if not (CONFIGS / name).is_file():
-        pytest.skip(f"there is no {name}")
     judge = recipe.parent / "judge"
     args = ["--config", str(CONFIGS / name), "--model.init_args.model", str(tiny_sd), "--model.init_args.judge"]
     args += [str(judge), "--model.init_args.num_inference_steps", "2", "--data.init_args.images_per_prompt", "1"]
