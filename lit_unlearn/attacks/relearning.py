@@ -44,8 +44,8 @@ class Relearning(Attack):
 
     name: ClassVar[str] = "relearning"
 
-    steps: int = 50
-    learning_rate: float = 1e-4
+    steps: int = 32
+    learning_rate: float = 1e-3
     batch_size: int = 4
     threshold: float = 0.5
 

@@ -142,7 +142,7 @@ def attacks_table(results: Sequence[AttackResult], title: str) -> Table:
     several = len({result.concept for result in results}) > 1
     if several:
         table.add_column("concept", overflow="fold")
-    for header in ("attack", "before", "under attack", "unedited", "seconds", "forwards"):
+    for header in ("attack", "before", "under attack", "unedited", "time", "forwards"):
         table.add_column(header, justify="left" if header == "attack" else "right", no_wrap=True)
     for result in results:
         low, high = result.intervals["shown"]
@@ -153,7 +153,7 @@ def attacks_table(results: Sequence[AttackResult], title: str) -> Table:
             f"{result.pre_attack:.2f}",
             Text(f"{result.shown:.2f} ({low:.2f}-{high:.2f})", style=style),
             f"{result.unedited:.2f}",
-            f"{result.seconds:.0f}",
+            f"{result.seconds:.0f} s",
             str(result.unet_forwards),
         )
     if any(result.shown <= result.pre_attack for result in results):
