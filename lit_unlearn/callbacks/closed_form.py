@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
+from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.core.closed_form import (
     NullSpace,
     NullSpaceRule,
@@ -46,11 +47,7 @@ class ClosedFormEdit(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, ValueRefinement):
-            raise ValueError(
-                f"{type(self).__name__} writes what ValueRefinement has refined, but the module is "
-                f"{type(pl_module).__name__}: take it out of trainer.callbacks."
-            )
+        expect_module(self, pl_module, ValueRefinement, "writes what ValueRefinement has refined")
 
     @override
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.methods.cross_attention import CrossAttentionEditor
 
 
@@ -29,11 +30,7 @@ class CrossAttentionEdit(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, self.module_class):
-            raise ValueError(
-                f"{type(self).__name__} edits what {self.module_class.__name__} prepares, but the module is "
-                f"{type(pl_module).__name__}: take it out of trainer.callbacks."
-            )
+        expect_module(self, pl_module, self.module_class, f"edits what {self.module_class.__name__} prepares")
 
     @override
     @torch.no_grad()

@@ -8,6 +8,7 @@ from safetensors.torch import save
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.methods.textual_inversion import TextualInversion
 
@@ -22,11 +23,7 @@ class SaveEmbeddings(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, TextualInversion):
-            raise ValueError(
-                f"SaveEmbeddings writes what TextualInversion learns, but the module is {type(pl_module).__name__}: "
-                "take it out of trainer.callbacks."
-            )
+        expect_module(self, pl_module, TextualInversion, "writes what TextualInversion learns")
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

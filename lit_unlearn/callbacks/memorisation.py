@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.data.images import CaptionItem, load_image
 from lit_unlearn.evaluation.memorisation import copies_grid
 from lit_unlearn.evaluation.pictures import save_png
@@ -45,11 +46,7 @@ class MemorisationReport(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, DataUnlearning):
-            raise ValueError(
-                f"MemorisationReport reports on data unlearning, but the module is {type(pl_module).__name__}: "
-                "take it out of trainer.callbacks."
-            )
+        expect_module(self, pl_module, DataUnlearning, "reports on data unlearning")
 
     @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

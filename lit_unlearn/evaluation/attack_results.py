@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_unlearn.evaluation.metrics import wilson_interval
-from lit_unlearn.evaluation.scores import read_value, write_json
+from lit_unlearn.evaluation.scores import read_json, read_value, write_json
 
 SCHEMA = 1
 """Version of ``attacks.json``; raised when a field changes its meaning or goes."""
@@ -101,14 +100,7 @@ class AttackReport:
                 or an interval that is none, or an attack twice.
         """
         path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"There is no {path}; `lit-unlearn attack` writes it.") from error
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:  # covers broken JSON and broken UTF-8
-            raise ValueError(f"{path} is not JSON ({error}); was it cut short or edited by hand?") from error
+        content = read_json(path, "`lit-unlearn attack` writes it")
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else None
             raise ValueError(f"{path} has schema {found!r}, this version reads schema {SCHEMA}: attack the run again.")

@@ -10,7 +10,6 @@ import base64
 import csv
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -22,6 +21,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from lit_unlearn.evaluation.attack_results import FILE as ATTACKS_FILE
+from lit_unlearn.evaluation.attack_results import AttackReport, AttackResult
 from lit_unlearn.evaluation.figures import spectrum_figure
 from lit_unlearn.evaluation.metrics import both_harmonic_means, harmonic_mean
 from lit_unlearn.evaluation.paper import load_challenge_baselines, load_paper_tables
@@ -40,7 +41,7 @@ class RunResult:
 
     folder: Path
     scores: Scores
-    attacks: list[dict[str, Any]] = field(default_factory=list)
+    attacks: list[AttackResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ class Group:
     @property
     def attacks(self) -> dict[str, dict[str, float]]:
         """Method to attack to the average share of pictures that show the concept under it."""
-        return _average_attacks(self.methods, "shown")
+        found: dict[str, dict[str, float]] = {}
+        for method, runs in self.methods.items():
+            for name, results in _by_attack(runs).items():
+                found.setdefault(method, {})[name] = fmean(result.shown for result in results)
+        return found
 
 
 def collect(folders: Sequence[str | Path]) -> list[RunResult]:
@@ -144,11 +149,10 @@ def attacks_markdown(part: Group) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, runs in part.methods.items():
-        for name in dict.fromkeys(attack["attack"] for run in runs for attack in run.attacks):
-            of_name = [attack for run in runs for attack in run.attacks if attack["attack"] == name]
-            cells = [f"{fmean(a[key] for a in of_name):.3f}" for key in ("pre_attack", "shown", "unedited")]
-            cells += [f"{fmean(a[key] for a in of_name):.0f}" for key in ("seconds", "unet_forwards")]
-            lines.append(f"| {method} | {name.replace('_', ' ')} | {len(of_name)} | {' | '.join(cells)} |")
+        for name, results in _by_attack(runs).items():
+            cells = [f"{fmean(getattr(r, key) for r in results):.3f}" for key in ("pre_attack", "shown", "unedited")]
+            cells += [f"{fmean(getattr(r, key) for r in results):.0f}" for key in ("seconds", "unet_forwards")]
+            lines.append(f"| {method} | {name.replace('_', ' ')} | {len(results)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,7 +182,7 @@ def paper_markdown() -> str:
 
 def report_csv(runs: Sequence[RunResult]) -> str:
     """A row per run with every single number, and a column per attack."""
-    attacks = list(dict.fromkeys(attack["attack"] for run in runs for attack in run.attacks))
+    attacks = list(_by_attack(runs))
     rows = []
     for run in runs:
         s = run.scores
@@ -212,9 +216,8 @@ def report_csv(runs: Sequence[RunResult]) -> str:
             **{f"attack_{name}": None for name in attacks},
             "folder": str(run.folder),
         }
-        for name in attacks:
-            shown = [attack["shown"] for attack in run.attacks if attack["attack"] == name]
-            row[f"attack_{name}"] = fmean(shown) if shown else None
+        for name, results in _by_attack([run]).items():
+            row[f"attack_{name}"] = fmean(result.shown for result in results)
         rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -285,29 +288,18 @@ def _cutoff(values: Sequence[float], layer: Mapping[str, float]) -> float:
     return values[dimension] if dimension < len(values) else float("inf")
 
 
-def _average_attacks(methods: Mapping[str, list[RunResult]], key: str) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for method, runs in methods.items():
-        for name in dict.fromkeys(attack["attack"] for run in runs for attack in run.attacks):
-            of_name = [attack[key] for run in runs for attack in run.attacks if attack["attack"] == name]
-            found.setdefault(method, {})[name] = fmean(of_name)
+def _by_attack(runs: Sequence[RunResult]) -> dict[str, list[AttackResult]]:
+    """Attack to its results, in the order in which attacks were found."""
+    found: dict[str, list[AttackResult]] = {}
+    for run in runs:
+        for result in run.attacks:
+            found.setdefault(result.attack, []).append(result)
     return found
 
 
-def _read_attacks(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "attacks.json"
-    if not path.is_file():
-        return []
-    try:
-        attacks = json.loads(path.read_text(encoding="utf-8"))["attacks"]
-        for attack in attacks:
-            for key in ("attack", "concept", "pre_attack", "shown", "unedited", "seconds", "unet_forwards"):
-                attack[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"report: {path} is no file of attacks ({error!r}): run `lit-unlearn attack` again."
-        ) from error
-    return attacks
+def _read_attacks(folder: Path) -> list[AttackResult]:
+    path = folder / ATTACKS_FILE
+    return AttackReport.load(path).attacks if path.is_file() else []
 
 
 def _protocol_line(runs: Sequence[RunResult]) -> str:

@@ -169,14 +169,7 @@ class Scores(Measurement):
             ValueError: The file is missing, is not JSON, has another schema, or lacks or misspells a field.
         """
         path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"There is no {path}; a run writes its scores when it is tested.") from error
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:  # covers broken JSON and broken UTF-8
-            raise ValueError(f"{path} is not JSON ({error}); was it cut short or edited by hand?") from error
+        content = read_json(path, "a run writes its scores when it is tested")
         if not isinstance(content, dict) or "schema" not in content:
             raise ValueError(f"{path} is JSON but holds no scores: the field 'schema' is missing.")
         if content["schema"] != SCHEMA:
@@ -188,6 +181,26 @@ class Scores(Measurement):
             return read_value(cls, content, "scores")
         except ValueError as error:
             raise ValueError(f"{path} is no valid file of scores: {error}") from error
+
+
+def read_json(path: Path, origin: str) -> Any:
+    """Read JSON.
+
+    Args:
+        path: The file.
+        origin: What writes it, for the sentence that says that it is missing.
+
+    Raises:
+        ValueError: The file is missing, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no {path}; {origin}.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # covers broken JSON and broken UTF-8
+        raise ValueError(f"{path} is not JSON ({error}); was it cut short or edited by hand?") from error
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

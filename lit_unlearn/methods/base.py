@@ -74,7 +74,6 @@ class DiffusionEditor(L.LightningModule):
         if names:
             self.select(names)
         self.forwards = ForwardCount()
-        self.cost = dict(NO_COST)
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
@@ -88,6 +87,23 @@ class DiffusionEditor(L.LightningModule):
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods narrow it."""
         return match_parameters(self.edited_parameters, names)
+
+    def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
+        """As ``DiffusionEditor.select``, for methods that cannot edit every weight.
+
+        Args:
+            names: Full parameter names.
+            allowed: Whether a weight can be edited.
+            why: How the sentence ends that refuses another: what the method edits, and what to choose.
+
+        Raises:
+            ValueError: The pattern selects nothing, or a weight that is not allowed.
+        """
+        selected = DiffusionEditor.select(self, names)
+        for name in selected:
+            if not allowed(name):
+                raise ValueError(f"edited_parameters={self.edited_parameters!r} selects {name}{why}")
+        return selected
 
     # --- set-up and checkpoints
 
@@ -370,3 +386,15 @@ def linear_layer(components: DiffusionComponents, weight_name: str) -> nn.Linear
     if not isinstance(layer, nn.Linear) or not weight_name.endswith(".weight"):
         raise ValueError(f"edited_parameters selects {weight_name}, which is not the weight of a linear layer.")
     return layer
+
+
+def check_timesteps(min_timestep: int, max_timestep: int) -> None:
+    """Check a range of timesteps, the upper end exclusive.
+
+    Raises:
+        ValueError: It is empty, or leaves the 1000 timesteps.
+    """
+    if not 0 <= min_timestep < max_timestep <= 1000:
+        raise ValueError(
+            f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
+        )

@@ -123,14 +123,8 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         Raises:
             ValueError: It selects one that no prediction depends on.
         """
-        selected = super().select(names)
-        for name in selected:
-            if name.startswith("vae."):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}, which predicts no noise: choose "
-                    "weights of unet and text_encoder."
-                )
-        return selected
+        why = ", which predicts no noise: choose weights of unet and text_encoder."
+        return self.select_only(names, lambda name: not name.startswith("vae."), why)
 
     # --- set-up
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
-from lit_unlearn.methods.base import ConceptEditor, linear_layer
+from lit_unlearn.methods.base import linear_layer
+from lit_unlearn.methods.one_step import OneStepEditor
 
 
-class CrossAttentionEditor(ConceptEditor):
+class CrossAttentionEditor(OneStepEditor):
     """Prepares a closed form; a ``CrossAttentionEdit`` callback solves it at the end of the only epoch.
 
     The inputs of ``attn2.to_k`` and ``attn2.to_v`` are the text encoder's states, the same for all of them: they are
@@ -32,14 +32,8 @@ class CrossAttentionEditor(ConceptEditor):
         Raises:
             ValueError: It selects another weight.
         """
-        selected = super().select(names)
-        for name in selected:
-            if not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}: this method edits only weights of "
-                    "attn2.to_k and attn2.to_v; choose xattn-kv or a pattern within it."
-                )
-        return selected
+        why = ": this method edits only weights of attn2.to_k and attn2.to_v; choose xattn-kv or a pattern within it."
+        return self.select_only(names, lambda name: name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")), why)
 
     def configure_model(self) -> None:
         """Load the pipeline and find the layers."""
@@ -47,23 +41,6 @@ class CrossAttentionEditor(ConceptEditor):
             return
         super().configure_model()
         self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
-        # Checkpoints are written only after an optimizer step, and DDP takes no module without a gradient.
-        self.nothing = nn.Parameter(torch.zeros(()))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer of nothing."""
-        return torch.optim.SGD([self.nothing], lr=0.0)
-
-    def on_fit_start(self) -> None:
-        """One epoch of one step, at whose end the callback writes."""
-        super().on_fit_start()
-        self.trainer.fit_loop.max_epochs = 1
-        if isinstance(data := self.trainer.datamodule, ConceptPrompts):  # type: ignore[attr-defined]
-            data.steps = 1
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """There is nothing to descend: all is known before the first step."""
-        return self.nothing * 0
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ over the parts and over processes, ``combine`` makes one of them, and it is clip
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from lit_unlearn.core.importance import choose_forget, global_norm
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, noise_levels, training_target
+from lit_unlearn.methods.base import check_timesteps
 from lit_unlearn.methods.gradient import GradientEditor
 from lit_unlearn.methods.image_editor import ImageEditor
 
@@ -85,10 +87,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         edited_parameters: str = "full",
         **kwargs: object,
     ) -> None:
-        if not 0 <= min_timestep < max_timestep <= 1000:
-            raise ValueError(
-                f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
-            )
+        check_timesteps(min_timestep, max_timestep)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"model.micro_batch_size={micro_batch_size} must be at least 1, or null.")
         if max_grad_norm is not None and max_grad_norm <= 0:
@@ -104,14 +103,8 @@ class DataUnlearning(GradientEditor, ImageEditor):
         Raises:
             ValueError: It selects another weight.
         """
-        selected = super().select(names)
-        for name in selected:
-            if not name.startswith("unet."):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}: data is unlearned in the UNet; "
-                    "choose full, xattn or a pattern within unet."
-                )
-        return selected
+        why = ": data is unlearned in the UNet; choose full, xattn or a pattern within unet."
+        return self.select_only(names, lambda name: name.startswith("unet."), why)
 
     # --- fit
 
@@ -158,17 +151,17 @@ class DataUnlearning(GradientEditor, ImageEditor):
             k=counts[:, 1].to(self.device),
         )
 
+    @abstractmethod
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """Losses (B,) of ``pairs``: one to descend, or one of what is kept and one of what is forgotten.
 
         Of two from separate forwards, the second is asked for after the first has been differentiated, so that only
         one graph is in memory at a time.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
         """The gradient to descend, from those of the two losses."""
-        raise NotImplementedError
 
     def noise_error(self, latents: Tensor, pairs: Pairs, states: Tensor, target: Tensor | None = None) -> Tensor:
         """The model's training loss, summed over a picture's numbers, (B,), on ``latents`` (B, C, H, W) of ``pairs``.

@@ -129,14 +129,9 @@ class ESD(GradientEditor, ConceptEditor):
         Raises:
             ValueError: It selects another weight.
         """
-        selected = super().select(names)
-        for name in selected:
-            if not name.startswith("unet."):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}: ESD edits weights of the UNet only; "
-                    "choose xattn, xattn-kv, noxattn, selfattn, full or a pattern within unet."
-                )
-        return selected
+        groups = "xattn, xattn-kv, noxattn, selfattn, full"
+        why = f": ESD edits weights of the UNet only; choose {groups} or a pattern within unet."
+        return self.select_only(names, lambda name: name.startswith("unet."), why)
 
     def on_fit_start(self) -> None:
         """Encode the prompts, and forget what another run may have kept."""

@@ -125,14 +125,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         Raises:
             ValueError: It selects weights that attention does not depend on.
         """
-        selected = super().select(names)
-        for name in selected:
-            if name.startswith("vae."):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}, which no attention depends on: "
-                    "choose weights of the UNet, such as full or xattn."
-                )
-        return selected
+        why = ", which no attention depends on: choose weights of the UNet, such as full or xattn."
+        return self.select_only(names, lambda name: not name.startswith("vae."), why)
 
     # --- what a step draws from
 

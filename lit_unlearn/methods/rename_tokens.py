@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.new_tokens import token_table
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.one_step import OneStepEditor
 
 
-class RenameTokens(ConceptEditor):
+class RenameTokens(OneStepEditor):
     """Gives the tokens of each concept's names the embeddings of those of its target.
 
     It shows what an evaluation is worth: prompts that name the concept no longer draw it, while all that the model
@@ -28,8 +27,6 @@ class RenameTokens(ConceptEditor):
 
     def __init__(self, edited_parameters: str = "embedding", **kwargs: object) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        # Checkpoints are written only after an optimizer step, and DDP takes no module without a gradient.
-        self.nothing = nn.Parameter(torch.zeros(()))
 
     def select(self, names: Sequence[str]) -> list[str]:
         """The table of the vocabulary's embeddings.
@@ -37,24 +34,8 @@ class RenameTokens(ConceptEditor):
         Raises:
             ValueError: The pattern selects another weight.
         """
-        selected = super().select(names)
-        if len(selected) != 1 or not selected[0].endswith("token_embedding.weight"):
-            raise ValueError(
-                f"edited_parameters={self.edited_parameters!r} selects {selected[0]}: names are tokens, so set it to "
-                "embedding."
-            )
-        return selected
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer of nothing."""
-        return torch.optim.SGD([self.nothing], lr=0.0)
-
-    def on_fit_start(self) -> None:
-        """One epoch of one step."""
-        super().on_fit_start()
-        self.trainer.fit_loop.max_epochs = 1
-        if isinstance(data := self.trainer.datamodule, ConceptPrompts):  # type: ignore[attr-defined]
-            data.steps = 1
+        why = ": names are tokens, so set it to embedding."
+        return self.select_only(names, lambda name: name.endswith("token_embedding.weight"), why)
 
     def renamed(self) -> dict[int, int]:
         """Token of a concept's name to the token whose embedding it gets: the target's at the same place, or last."""
@@ -78,7 +59,7 @@ class RenameTokens(ConceptEditor):
             self.components.tokenizer.convert_ids_to_tokens(list(ids)) for ids in zip(*renamed.items(), strict=True)
         )
         self.report["renamed"] = dict(zip(words, others, strict=True))
-        return self.nothing * 0
+        return super().training_step(batch, batch_idx)
 
     def on_train_epoch_end(self) -> None:
         """Report how far the weights have moved, before the checkpoint that holds the report."""

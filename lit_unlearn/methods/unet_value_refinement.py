@@ -80,13 +80,8 @@ class UNetValueRefinement(ValueRefinement):
         Raises:
             ValueError: It selects another weight.
         """
-        selected = super(ValueRefinement, self).select(names)
-        for name in selected:
-            if not (name.startswith("unet.") and name.endswith(self.suffixes)):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}: {type(self).__name__} edits only "
-                    f"{' and '.join(self.suffixes)} of the UNet."
-                )
+        why = f": {type(self).__name__} edits only {' and '.join(self.suffixes)} of the UNet."
+        selected = self.select_only(names, lambda name: name.startswith("unet.") and name.endswith(self.suffixes), why)
         return sorted(selected, key=call_order)
 
     # --- set-up

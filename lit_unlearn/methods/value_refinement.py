@@ -25,7 +25,7 @@ from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents, seeded
-from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
+from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps, linear_layer
 
 
 @dataclass
@@ -96,10 +96,7 @@ class ValueRefinement(ConceptEditor):
         for field, value in {"rounds": rounds, "latents_per_prompt": latents_per_prompt}.items():
             if value < 1:
                 raise ValueError(f"model.{field}={value} must be at least 1.")
-        if not 0 <= min_timestep < max_timestep <= 1000:
-            raise ValueError(
-                f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
-            )
+        check_timesteps(min_timestep, max_timestep)
         self.rounds, self.positions, self.value_choice, self.pull = rounds, positions, values, pull
         self.start = start if values == "refined" else values
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
@@ -128,12 +125,10 @@ class ValueRefinement(ConceptEditor):
         Raises:
             ValueError: Nothing is left, or a weight outside of the text encoder is selected.
         """
-        selected = super().select(names)
-        for name in selected:
-            if not name.startswith("text_encoder.") or not re.search(r"layers\.\d+\..*weight$", name):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}: only weights of text layers."
-                )
+        of_text_layers = re.compile(r"text_encoder\..*layers\.\d+\..*weight$")
+        selected = self.select_only(
+            names, lambda name: bool(of_text_layers.match(name)), ": only weights of text layers."
+        )
         last = self.last_layer if self.last_layer is not None else max(map(layer_index, selected))
         kept = [name for name in selected if self.first_layer <= layer_index(name) <= last]
         if not kept:

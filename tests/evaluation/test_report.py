@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lit_unlearn.evaluation.attack_results import AttackReport, make_result
 from lit_unlearn.evaluation.metrics import wilson_interval
 from lit_unlearn.evaluation.report import collect, group, paper_markdown, report_csv, report_html, report_markdown
 from lit_unlearn.evaluation.report_figures import heat_map_figure, pareto_front, robustness_figure, tradeoff_figure
-from lit_unlearn.evaluation.scores import ConceptScore, Cost, Measurement, Part, Scores, Source, write_json
+from lit_unlearn.evaluation.scores import ConceptScore, Cost, Measurement, Part, Scores, Source
 from lit_unlearn.evaluation.summary import summarise
 
 SCORES = {"uce": {"dog": (1.0, 0.9), "cat": (0.5, 1.0)}, "esd": {"dog": (0.8, 0.95), "cat": (0.9, 0.9)}}
@@ -55,11 +56,12 @@ def logs(tmp_path: Path) -> Path:
         scores(method, ["dog", "cat"], 0.6, 0.8).save(root / method / "dog+cat" / "version_0" / "scores.json")
     folder = root / "uce" / "dog" / "version_0"
     Image.new("RGB", (40, 20), "red").save(folder / "grid.png")
-    attack = {
-        "attack": "concept_inversion", "concept": "dog", "pictures": 10, "pre_attack": 0.1, "shown": 0.75,
-        "unedited": 1.0, "seconds": 60.0, "unet_forwards": 900, "unet_backwards": 300,
-    }  # fmt: skip
-    write_json(folder / "attacks.json", {"schema": 1, "attacks": [attack]})
+    verdicts = {"pre_attack": [True, *[False] * 9], "shown": [True, True, True, False], "unedited": [True] * 10}
+    attack = make_result(
+        verdicts=verdicts, attack="concept_inversion", concept="dog", pictures=10, seconds=60.0, unet_forwards=900,
+        unet_backwards=300, found="a token",
+    )  # fmt: skip
+    AttackReport(method="uce", concepts=["dog"], checkpoint="last.ckpt", attacks=[attack]).save(folder / "attacks.json")
     return root
 
 
@@ -127,7 +129,7 @@ def test_what_is_no_set_of_runs(logs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty holds no scores\.json"):
         collect([logs, tmp_path / "empty"])
     (logs / "uce/dog/version_0/attacks.json").write_text(json.dumps({"attacks": [{"attack": "x"}]}))
-    with pytest.raises(ValueError, match=r"attacks\.json is no file of attacks \(KeyError\('concept'\)\)"):
+    with pytest.raises(ValueError, match=r"attacks\.json has schema None, this version reads schema 1"):
         collect([logs])
 
 
