@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from quiet import QUIET, output_to
+
 RECIPES = ("siss.yaml", "two_pass.yaml", "bernoulli.yaml", "erase_diff.yaml", "neg_grad.yaml", "naive_deletion.yaml")
 MEMORISE = "emoji/memorise.yaml"
-QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
 SHOWN = 6
 """Pictures of each method in the figure."""
 
@@ -33,16 +33,9 @@ def quietly(log: Path, *commands: list[str]) -> None:
     torch.set_num_threads(1)
     from lit_unlearn.training import run
 
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        stdout, stderr = os.dup(1), os.dup(2)
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        try:
-            for command in commands:
-                run(command)
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os.dup2(stdout, 1), os.dup2(stderr, 2)
+    with output_to(log):
+        for command in commands:
+            run(command)
 
 
 def make_model(model: Path, log: Path, steps: int | None) -> None:

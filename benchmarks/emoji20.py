@@ -20,12 +20,13 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 import time
 from datetime import date
 from pathlib import Path
+
+from quiet import QUIET, output_to
 
 RECIPES = (
     "null_space.yaml",
@@ -83,18 +84,11 @@ def run_cell(cell: Cell) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
         common = ["--config", str(find_recipe(recipe)), "--concept", json.dumps(list(concepts))]
-        common += ["--trainer.default_root_dir", root, "--trainer.enable_progress_bar", "false"]
-        common += ["--trainer.enable_model_summary", "false", *extra]
+        common += ["--trainer.default_root_dir", root, *QUIET, *extra]
         forget_peak_memory()
-        with Path(root, "output.log").open("a") as file:
-            stdout, stderr = os.dup(1), os.dup(2)
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            try:
-                run(["fit", *common])
-                run(["test", *common])
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os.dup2(stdout, 1), os.dup2(stderr, 2)
+        with output_to(Path(root, "output.log")):
+            run(["fit", *common])
+            run(["test", *common])
         seconds = f"{time.perf_counter() - started:.0f} s"
     under_attack = ""
     if attacks is not None and len(concepts) == 1:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shlex
 import shutil
 import sys
@@ -21,6 +20,8 @@ from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from quiet import QUIET, output_to
 
 POLICIES = ("all", "one")
 HELD_OUT_CHAINS = 30
@@ -72,24 +73,16 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
     scores, cost = folder / "version_0" / "scores.json", folder / "version_0" / "esd_cost.json"
     if not (scores.exists() and cost.exists()):
         shutil.rmtree(folder, ignore_errors=True)
-        top.mkdir(parents=True, exist_ok=True)
         common = ["--config", str(find_recipe(recipe)), "--method", "esd", "--concept", concept]
         common += ["--model.init_args.states_per_chain", policy, "--model.init_args.seed", str(seed)]
-        common += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        common += ["--trainer.default_root_dir", str(top), *extra]
+        common += ["--trainer.default_root_dir", str(top), *QUIET, *extra]
         started = time.perf_counter()
-        with (top / "output.log").open("a") as file:
-            stdout, stderr = os.dup(1), os.dup(2)
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            try:
-                cli = run(["fit", *common])
-                module = cli.model
-                spent = module.current_cost()
-                before, after = held_out_loss(module)
-                run(["test", *common])
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os.dup2(stdout, 1), os.dup2(stderr, 2)
+        with output_to(top / "output.log"):
+            cli = run(["fit", *common])
+            module = cli.model
+            spent = module.current_cost()
+            before, after = held_out_loss(module)
+            run(["test", *common])
         found = {
             "steps": cli.trainer.global_step,
             "seconds": spent["seconds"],

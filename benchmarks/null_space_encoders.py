@@ -14,10 +14,11 @@ import argparse
 import multiprocessing
 import shutil
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from quiet import QUIET, output_to
 
 FROM_OUTPUT = [
     "--model.init_args.values",
@@ -69,15 +70,13 @@ def run_chain(chain: tuple[str, str, list[int], str, list[str]]) -> str:
             _, recipe, changes = SETTINGS[setting]
             common = ["--config", str(find_recipe(recipe)), "--method", setting, "--concept", concept]
             common += [*changes, "--model.init_args.rounds", str(rounds)]
-            common += ["--trainer.default_root_dir", str(folder.parents[1]), "--trainer.enable_progress_bar", "false"]
-            common += ["--trainer.enable_model_summary", "false", *extra]
+            common += ["--trainer.default_root_dir", str(folder.parents[1]), *QUIET, *extra]
             start: list[str] = []
             if before is not None:
                 folder.mkdir(parents=True)
                 # Beside the run's folder, not in that of the earlier run, where a resumed fit would go on.
                 start = ["--ckpt_path", str(shutil.copy(before, folder / "start.ckpt"))]
-            log = root / f"{setting}_{concept.replace(' ', '_')}.log"
-            with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            with output_to(root / f"{setting}_{concept.replace(' ', '_')}.log"):
                 run(["fit", *common, *start])
                 run(["test", *common])
         before = checkpoint

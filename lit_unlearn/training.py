@@ -157,8 +157,10 @@ class UnlearnCLI(LightningCLI):
                 concepts = [concept.name for concept in found]
             if config.ckpt_path == "last" or (config.ckpt_path is None and subcommand != "fit"):
                 config.ckpt_path = str(self._newest_checkpoint(concepts))
-            if subcommand == "fit" and config.ckpt_path is None:
-                self._find_earlier_run(concepts)
+            if subcommand == "fit":
+                self.sha256 = config_sha256(config.as_dict())
+                if config.ckpt_path is None:
+                    self._find_earlier_run(concepts)
             if config.ckpt_path is None:
                 return
             edit = read_edit(config.ckpt_path)
@@ -185,7 +187,6 @@ class UnlearnCLI(LightningCLI):
     def _find_earlier_run(self, concepts: Sequence[str]) -> None:
         """Go on with the run that the same command has left unfinished; find out whether it has finished one."""
         config = self.config[self.config.subcommand]
-        self.sha256 = config_sha256(config.as_dict())
         earlier = newest_run(Path(config.trainer.default_root_dir, self._run_name(concepts)), self.sha256)
         if earlier is None or config.fresh:
             return

@@ -21,24 +21,13 @@ from lit_unlearn.callbacks import preemption
 from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.checkpoint import read_edit
 from lit_unlearn.core.signals import note_signal
-from lit_unlearn.runs import read_run
+from lit_unlearn.runs import Run, read_run
 
 RUN = Path("logs/null_space/dog")
 
 
 class Killed(BaseException):
     """Ends a fit without any of Lightning's tidying up."""
-
-
-class At(L.Callback):
-    """Calls a function once, after so many steps."""
-
-    def __init__(self, step: int, function: Callable[[], Any]) -> None:
-        self.step, self.function = step, function
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            self.function()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -178,3 +167,13 @@ def test_the_same_command_twice_at_once_is_refused(workplace: Path, recipe: Path
         first.kill()
     assert "version_0 is being written by process" in capsys.readouterr().err
     assert [path.name for path in RUN.iterdir()] == ["version_0"]
+
+
+def test_a_run_that_is_named_is_locked_as_well(workplace: Path, recipe: Path, capsys: Any) -> None:
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    run = Run(RUN / "version_0", "another")
+    run.claim()
+    assert cli.main(["fit", "--config", str(recipe), "--ckpt_path", "last"]) == 2
+    assert "version_0 is being written by process" in capsys.readouterr().err
+    run.release()
+    assert cli.main(["fit", "--config", str(recipe), "--ckpt_path", "last"]) == 0
