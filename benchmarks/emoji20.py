@@ -8,10 +8,14 @@ Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as
     five     two sets of five concepts of all kinds, each edited at once
     ten      ten concepts at once
 
+``--training_seeds`` makes every edit anew with other seeds, below ``ROOT/training_<seed>``; methods that draw nothing
+at random are left out there. ``--evaluation_seeds`` draws other pictures of the edits of the first training seed, below
+``ROOT/evaluation_<seed>``. The first of either is that of the cells in ``ROOT`` itself.
+
 A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where
 it stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. With
-``--attacks`` each cell of one concept is then attacked; attacks that its ``attacks.json`` has are skipped. What follows
-the options is passed on to ``fit`` and ``test``.
+``--attacks`` each cell of one concept and the first seeds is then attacked; attacks that its ``attacks.json`` has are
+skipped. What follows the options is passed on to ``fit`` and ``test``.
 """
 
 from __future__ import annotations
@@ -23,10 +27,15 @@ import multiprocessing
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from quiet import QUIET, output_to
+
+from lit_unlearn.evaluation.report import collect, report_markdown
 
 RECIPES = (
     "null_space.yaml",
@@ -50,56 +59,127 @@ FIVE = (
     ("dog", "castle", "sketch", "rain", "walking"),
     ("apple", "owl", "cartoon", "sunset", "surfing"),
 )
+SETTINGS = {
+    # Some of the ten are each other's anchors, which the recipe refuses to train on the model that it changes.
+    ("concept_ablation.yaml", 10): ("--model.init_args.reference", "frozen"),
+}
+"""Recipe and number of concepts -> options that it needs there."""
 TEN = (("dog", "castle", "apple", "owl", "sketch", "cartoon", "rain", "sunset", "walking", "surfing"),)
 PROTOCOLS: dict[str, tuple[tuple[str, ...], ...]] = {
     "single": tuple((concept,) for concept in SINGLE),
     "five": FIVE,
     "ten": TEN,
 }
-TITLES = {"single": "One concept at a time", "five": "Five concepts at once", "ten": "Ten concepts at once"}
-
-Cell = tuple[str, tuple[str, ...], str, tuple[str, ...], list[str] | None]
 
 
-def cell_folder(root: str | Path, recipe: str, concepts: tuple[str, ...]) -> Path:
-    from lit_unlearn.training import run_label
+@dataclass(frozen=True)
+class Cell:
+    """A method on some concepts with two seeds; ``attacks`` is None for none, empty for all."""
 
-    return Path(root, recipe.removesuffix(".yaml"), run_label(concepts))
+    recipe: str
+    concepts: tuple[str, ...]
+    root: Path
+    training_seed: int = 0
+    evaluation_seed: int = 0
+    edit_of: Path | None = None
+    """Root of the cell whose edit is tested with other pictures; None to make an edit."""
+    attacks: tuple[str, ...] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the method and the concepts; its runs are below it."""
+        return self._folder(self.root)
+
+    @property
+    def scores(self) -> Path:
+        """Where the scores of the cell are."""
+        return self.folder / "version_0" / "scores.json"
+
+    def _folder(self, root: Path) -> Path:
+        from lit_unlearn.training import run_label
+
+        return root / self.recipe.removesuffix(".yaml") / run_label(self.concepts)
+
+    def make(self, extra: Sequence[str]) -> None:
+        """Fit and test, or test the edit of another cell."""
+        from lit_unlearn.recipes import find_recipe
+        from lit_unlearn.training import run
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+        common = ["--config", str(find_recipe(self.recipe)), "--concept", json.dumps(list(self.concepts))]
+        common += ["--trainer.default_root_dir", str(self.root), *QUIET, *extra]
+        common += SETTINGS.get((self.recipe, len(self.concepts)), ())
+        common += ["--seed_everything", str(self.training_seed), "--data.init_args.seed", str(self.evaluation_seed)]
+        with output_to(self.root / "output.log"):
+            if self.edit_of is None:
+                run(["fit", *common])
+            else:
+                edit = Path("version_0", "checkpoints", "last.ckpt")
+                (self.folder / edit).parent.mkdir(parents=True)
+                shutil.copyfile(self._folder(self.edit_of) / edit, self.folder / edit)
+            run(["test", *common])
 
 
-def run_cell(cell: Cell) -> str:
+def has_seed(recipe: str) -> bool:
+    """Whether the recipe's method draws anything at random."""
+    import inspect
+
+    import yaml
+
+    from lit_unlearn.classes import known_classes, prepare
+    from lit_unlearn.recipes import find_recipe
+
+    prepare()
+    name = yaml.safe_load(find_recipe(recipe).read_text())["model"]["class_path"]
+    bases = known_classes()[name].__mro__[:-1]
+    return any("seed" in inspect.signature(kind.__init__).parameters for kind in bases)
+
+
+def make_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """All cells, the first seeds of all concepts first."""
+    root, first = Path(arguments.root), (arguments.training_seeds[0], arguments.evaluation_seeds[0])
+    attacks = None if arguments.attacks is None else tuple(arguments.attacks)
+    wanted = [
+        (recipe, concepts)
+        for protocol in arguments.protocols
+        for concepts in PROTOCOLS[protocol]
+        if protocol != "single" or not arguments.concepts or concepts[0] in arguments.concepts
+        for recipe in arguments.recipes
+    ]
+    cells = [Cell(recipe, c, root, *first, attacks=attacks if len(c) == 1 else None) for recipe, c in wanted]
+    for seed in arguments.training_seeds[1:]:
+        where = root / f"training_{seed}"
+        cells += [Cell(recipe, c, where, seed, first[1]) for recipe, c in wanted if has_seed(recipe)]
+    for seed in arguments.evaluation_seeds[1:]:
+        where = root / f"evaluation_{seed}"
+        cells += [Cell(recipe, c, where, first[0], seed, edit_of=root) for recipe, c in wanted]
+    return cells
+
+
+def run_cell(cell: Cell, extra: Sequence[str]) -> str:
     """Fit, test and perhaps attack one method on some concepts, one thread; return a line to print."""
-    recipe, concepts, root, extra, attacks = cell
     import torch
 
     torch.set_num_threads(1)
     from lit_unlearn.evaluation.scores import Scores
-    from lit_unlearn.recipes import find_recipe
-    from lit_unlearn.training import run
 
-    folder = cell_folder(root, recipe, concepts)
-    scores = folder / "version_0" / "scores.json"
     seconds = "there already"
-    if not scores.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    if not cell.scores.exists():
         started = time.perf_counter()
-        common = ["--config", str(find_recipe(recipe)), "--concept", json.dumps(list(concepts))]
-        common += ["--trainer.default_root_dir", root, *QUIET, *extra]
         forget_peak_memory()
-        with output_to(Path(root, "output.log")):
-            run(["fit", *common])
-            run(["test", *common])
+        cell.make(extra)
         seconds = f"{time.perf_counter() - started:.0f} s"
     under_attack = ""
-    if attacks is not None and len(concepts) == 1:
+    if cell.attacks is not None:
         from lit_unlearn.attack import attack_run
 
-        results = attack_run(scores.parent / "checkpoints/last.ckpt", attacks or None, existing="keep")
+        results = attack_run(cell.scores.parent / "checkpoints/last.ckpt", cell.attacks or None, existing="keep")
         under_attack = "".join(f" {result.attack} {result.shown:.2f}" for result in results)
-    found = Scores.load(scores)
-    method = recipe.removesuffix(".yaml")
+    found = Scores.load(cell.scores)
     scored = f"forget {found.forget:.3f} retain {found.retain:.3f}{under_attack}"
-    return f"{method:24} {folder.name:40.40} {scored} ({seconds})"
+    return (
+        f"{cell.folder.relative_to(cell.root)!s:60.60} {cell.training_seed} {cell.evaluation_seed} {scored} ({seconds})"
+    )
 
 
 def forget_peak_memory() -> None:
@@ -110,38 +190,21 @@ def forget_peak_memory() -> None:
         counter.write_text("5")
 
 
-def run_cell_or_say(cell: Cell) -> str:
+def run_cell_or_say(cell: Cell, extra: Sequence[str]) -> str:
     """As ``run_cell``, but a cell that fails is a line, and the bench goes on; its folder has no scores."""
     try:
-        return run_cell(cell)
+        return run_cell(cell, extra)
     except Exception as error:  # the bench reports any failure of a method and tries the next
-        return f"FAILED {cell[0]} {', '.join(cell[1])}: {type(error).__name__}: {error}"
+        return f"FAILED {cell.folder}: {type(error).__name__}: {error}"
 
 
-def summary(root: Path, recipes: list[str], protocols: list[str], command: str) -> str:
-    """Markdown: for each protocol a row per method with what was measured so far, then the single concepts."""
-    from lit_unlearn.evaluation.scores import Scores
-    from lit_unlearn.evaluation.summary import summaries_markdown, summarise
-    from lit_unlearn.evaluation.tables import summary_markdown
-
-    lines = [f"Made on {date.today()} by `{command}`, one thread per run.", ""]
-    details = []
-    for protocol in protocols:
-        rows, everything = [], []
-        for recipe in recipes:
-            paths = [cell_folder(root, recipe, c) / "version_0" / "scores.json" for c in PROTOCOLS[protocol]]
-            runs = [Scores.load(path) for path in paths if path.exists()]
-            if not runs:
-                continue
-            everything += runs
-            rows.append(summarise(runs))
-            if protocol == "single":
-                details += [f"### {runs[0].method}", "", summary_markdown(runs)]
-        if rows:
-            lines += [f"## {TITLES[protocol]}", ""]
-            unedited = list({run.edited[0]: run for run in everything}.values())
-            lines += [summaries_markdown([summarise(unedited, before=True), *rows])]
-    return "\n".join([*lines, "## Each concept", "", *details]) + "\n"
+def summary(cells: Sequence[Cell], command: str) -> str:
+    """Markdown: the report's tables of the cells that are done."""
+    folders = [cell.scores.parent for cell in cells if cell.scores.exists()]
+    if not folders:
+        return "No cell is done.\n"
+    made = f"Made on {date.today()} by `{command}`, one thread per run."
+    return report_markdown(collect(folders)).replace("# Report\n", f"{made}\n", 1)
 
 
 def main() -> None:
@@ -152,6 +215,8 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     parser.add_argument("--concepts", nargs="+", default=None, help="only these, of the protocol `single`")
     parser.add_argument("--attacks", nargs="*", metavar="NAME", help="attack single concepts: by these, or by all")
+    parser.add_argument("--training_seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--evaluation_seeds", nargs="+", type=int, default=[0], help="some 1000 apart: one per prompt")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", default=None, help="Markdown file to write")
     parser.add_argument("--summary_only", action="store_true", help="run nothing, only write the tables")
@@ -159,21 +224,16 @@ def main() -> None:
 
     root = Path(arguments.root)
     root.mkdir(parents=True, exist_ok=True)
-    cells: list[Cell] = []
-    for protocol in arguments.protocols:
-        for concepts in PROTOCOLS[protocol]:
-            if protocol == "single" and arguments.concepts and concepts[0] not in arguments.concepts:
-                continue
-            cells += [(recipe, concepts, str(root), tuple(extra), arguments.attacks) for recipe in arguments.recipes]
+    cells = make_cells(arguments)
     if not arguments.summary_only:
         # Fresh processes, since torch's threads do not survive a fork; a few cells each, so that memory is given back.
         context = multiprocessing.get_context("spawn")
         with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
-            for line in pool.imap_unordered(run_cell_or_say, cells):
+            for line in pool.imap_unordered(partial(run_cell_or_say, extra=extra), cells):
                 print(line, flush=True)
     command = "python benchmarks/emoji20.py " + " ".join(sys.argv[1:])
-    text = summary(root, arguments.recipes, arguments.protocols, command)
-    print(text.split("\n## Each")[0])
+    text = summary(cells, command)
+    print(text)
     if arguments.output:
         Path(arguments.output).write_text(text)
 

@@ -74,7 +74,7 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
     if not (scores.exists() and cost.exists()):
         shutil.rmtree(folder, ignore_errors=True)
         common = ["--config", str(find_recipe(recipe)), "--method", "esd", "--concept", concept]
-        common += ["--model.init_args.states_per_chain", policy, "--model.init_args.seed", str(seed)]
+        common += ["--model.init_args.states_per_chain", policy, "--seed_everything", str(seed)]
         common += ["--trainer.default_root_dir", str(top), *QUIET, *extra]
         started = time.perf_counter()
         with output_to(top / "output.log"):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 import re
 import shlex
 import shutil
@@ -16,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lit_unlearn import callbacks, data, emoji, methods
-from lit_unlearn.advice import keep_advice_quiet
 from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.callbacks.memorisation import MemorisationReport
 from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
 from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
+from lit_unlearn.classes import class_of, known_classes, prepare
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
@@ -55,6 +51,14 @@ FROM_COMMAND_LINE = {
     "guidance_scale",
 }
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
+
+LINKED = {
+    "--model.init_args.seed": "--seed_everything",
+    "--model.init_args.concept": "--concept",
+    "--data.init_args.concept": "--concept",
+    "--data.init_args.concept_set": "--model.init_args.concept_set",
+}
+"""Options that take their value from another one; jsonargparse would drop what is given for them."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -119,13 +123,19 @@ class UnlearnCLI(LightningCLI):
         parser.link_arguments("concept", "model.init_args.concept")
         parser.link_arguments("concept", "data.init_args.concept")
         parser.link_arguments("model.init_args.concept_set", "data.init_args.concept_set")
+        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for given in (arg.partition("=")[0] for arg in args):
+            if given in LINKED:
+                raise UserError(f"{given} is set by {LINKED[given]}: give that instead.")
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(self._parse_error(str(error), args[0])) from error
+        if self.config[self.config.subcommand].seed_everything is True:
+            raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
         check_method(self.config[self.config.subcommand].method)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
@@ -141,7 +151,7 @@ class UnlearnCLI(LightningCLI):
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         arguments = config.model.init_args
-        kind = _class(config.model.class_path)
+        kind = class_of(config.model.class_path)
         if not issubclass(kind, DiffusionEditor):
             if config.ckpt_path not in (None, "best", "last", "hpc"):
                 with user_errors():
@@ -344,31 +354,6 @@ def run_label(concepts: Sequence[str]) -> str:
     names = [re.sub(r"[^\w.-]+|^\.+", "_", name) for name in concepts]  # no name leads to another folder
     label = "+".join(names)
     return label if len(label) <= 100 else f"{names[0][:80]}+{len(names) - 1}_others"
-
-
-def known_classes() -> dict[str, type]:
-    """Classes that a recipe may name without their module, by name."""
-    found: dict[str, type] = {}
-    bases: list[type] = [L.LightningModule, L.LightningDataModule, Callback, Logger]
-    while bases:
-        cls = bases.pop()
-        bases += cls.__subclasses__()
-        if not inspect.isabstract(cls):
-            found[cls.__name__] = cls
-    return found
-
-
-def prepare() -> None:
-    """Keep Lightning's advice from the terminal and import what recipes may name; short names need that."""
-    keep_advice_quiet()
-    for package in (methods, callbacks, data, emoji):
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
-
-
-def _class(class_path: str) -> type:
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def run(args: Sequence[str]) -> UnlearnCLI:

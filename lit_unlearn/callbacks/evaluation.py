@@ -207,6 +207,7 @@ class EvaluationReport(L.Callback):
             judge=module.judge.name,
             images_per_concept=module.after.images_per_concept,
             seed=data.seed,
+            training_seed=module.hparams.get("seed"),
             before=Measurement.from_metric(before),
             cost=Cost(
                 float(cost["seconds"]),

@@ -252,7 +252,7 @@ class KeepForgetImages(L.LightningDataModule):
                 raise ValueError(f"data.{field}={value} must be at least 1.")
         if keep_captions < 0:
             raise ValueError(f"data.keep_captions={keep_captions} must not be negative.")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the logger merges them with the method's, which have a seed too
         self.keep_folder, self.forget_folder = keep, forget
         self.keep = read_folder(keep, "data.keep", caption)
         self.forget = read_folder(forget, "data.forget", caption)
@@ -308,12 +308,13 @@ class KeepForgetImages(L.LightningDataModule):
             epoch: Number of the epoch; each has another order.
             from_all: Whether x is drawn from X; else from keep.
         """
-        forget = _passes(list(range(len(self.forget))), self.seed, epoch, "forget")
+        seed = getattr(self.trainer and self.trainer.lightning_module, "seed", 0)
+        forget = _passes(list(range(len(self.forget))), seed, epoch, "forget")
         of_forget = self._groups(self.forget)
         keep = {}
         for name, numbers in of_forget.items():
             pool = self.groups[name] + ([len(self.keep) + number for number in numbers] if from_all else [])
-            keep[name] = _passes(pool, self.seed, epoch, "keep", name)
+            keep[name] = _passes(pool, seed, epoch, "keep", name)
         batches = []
         for _ in range(self.steps):
             batch = []

@@ -140,7 +140,7 @@ class ConceptPrompts(L.LightningDataModule):
         steps: Training steps per epoch (the null-space edit: steps of V1 per layer and round).
         images_per_prompt: Pictures of each evaluation prompt in ``test``.
         eval_batch_size: Pictures generated at once.
-        seed: Seed of the evaluation pictures and of the order of the prompt pairs.
+        seed: Seed of the evaluation pictures. The order of the prompt pairs is by the method's seed.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class ConceptPrompts(L.LightningDataModule):
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{field}={value} must be at least 1.")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the logger merges them with the method's, which have a seed too
         self.concepts = load_concept_set(concept_set)
         self.edited = edited_concepts(concept, self.concepts)
         self.num_pairs = sum(len(item.edit_prompts) for item in self.edited)
@@ -175,10 +175,11 @@ class ConceptPrompts(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[int]:
         """Indices of prompt pairs: each step takes ``batch_size`` of them, in turn, in a shuffled order."""
-        generator = torch.Generator().manual_seed(self.seed)
+        module = self.trainer and self.trainer.lightning_module
+        generator = torch.Generator().manual_seed(getattr(module, "seed", 0))
         rank, world_size = self._share()
         # A method may edit with other pairs than those of the concept set.
-        num_pairs = getattr(self.trainer and self.trainer.lightning_module, "num_pairs", self.num_pairs)
+        num_pairs = getattr(module, "num_pairs", self.num_pairs)
         batch_size = self.batch_size or num_pairs
         if batch_size < world_size:
             raise ValueError(f"data.batch_size={batch_size} is less than the {world_size} processes: raise it.")

@@ -134,6 +134,9 @@ class Scores(Measurement):
     judge: str
     images_per_concept: int
     seed: int
+    """Of the pictures: another one draws the same prompts anew."""
+    training_seed: int | None = None
+    """``seed_everything`` of the fit; None if the method draws nothing at random."""
     before: Measurement | None = None
     """The unedited model on the same prompts and seeds: the floor of forget, the ceiling of retain."""
     cost: Cost | None = None
