@@ -53,10 +53,10 @@ FROM_COMMAND_LINE = {
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
 
 LINKED = {
-    "--model.init_args.seed": "--seed_everything",
-    "--model.init_args.concept": "--concept",
-    "--data.init_args.concept": "--concept",
-    "--data.init_args.concept_set": "--model.init_args.concept_set",
+    "--model.seed": "--seed_everything",
+    "--model.concept": "--concept",
+    "--data.concept": "--concept",
+    "--data.concept_set": "--model.init_args.concept_set",
 }
 """Options that take their value from another one; jsonargparse would drop what is given for them."""
 
@@ -128,8 +128,8 @@ class UnlearnCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         for given in (arg.partition("=")[0] for arg in args):
-            if given in LINKED:
-                raise UserError(f"{given} is set by {LINKED[given]}: give that instead.")
+            if source := LINKED.get(given.replace(".init_args.", ".")):
+                raise UserError(f"{given} is set by {source}: give that instead.")
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:

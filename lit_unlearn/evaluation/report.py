@@ -28,9 +28,13 @@ from lit_unlearn.evaluation.metrics import both_harmonic_means, harmonic_mean
 from lit_unlearn.evaluation.paper import load_challenge_baselines, load_paper_tables
 from lit_unlearn.evaluation.report_figures import cost_figure, heat_map_figure, robustness_figure, tradeoff_figure
 from lit_unlearn.evaluation.scores import Scores
-from lit_unlearn.evaluation.summary import MethodSummary, summaries_markdown, summarise
-from lit_unlearn.evaluation.tables import summary_markdown
+from lit_unlearn.evaluation.summary import MethodSummary, seeds_markdown, summaries_markdown, summarise
+from lit_unlearn.evaluation.tables import concepts_markdown
 
+SEEDS = (
+    "Mean ± standard deviation between runs that differ in the seed of the fit alone, and between tests of the same "
+    "edit with other pictures."
+)
 PROTOCOL = ("concepts", "judge", "images_per_concept")
 """Fields of the scores that must agree."""
 
@@ -131,12 +135,12 @@ def report_markdown(runs: Sequence[RunResult]) -> str:
         unedited = part.unedited
         rows = ([unedited] if unedited else []) + part.summaries
         lines += [f"## {part.title}", "", summaries_markdown(rows)]
+        if seeds := seeds_markdown([run.scores for run in part.runs]):
+            lines += ["### Seeds", "", SEEDS, "", seeds]
         if part.attacks:
             lines += ["### Under attack", "", attacks_markdown(part)]
         if part.number == 1:
-            lines += ["### Each concept", ""]
-            for method, of_method in part.methods.items():
-                lines += [f"#### {method}", "", summary_markdown([run.scores for run in of_method])]
+            lines += ["### Each concept: forget / retain", "", concepts_markdown([run.scores for run in part.runs])]
     if first.concepts.name == "paper20":
         lines += ["## The paper's figures", "", paper_markdown()]
     return "\n".join(lines) + "\n"
@@ -189,6 +193,7 @@ def report_csv(runs: Sequence[RunResult]) -> str:
         row: dict[str, Any] = {
             "method": s.method,
             "edited": "+".join(s.edited),
+            "training_seed": s.training_seed,
             "seed": s.seed,
             "judge": s.judge,
             "images_per_concept": s.images_per_concept,
@@ -237,7 +242,8 @@ def report_html(runs: Sequence[RunResult], grids: int = 1) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     parts = [_html_part(part, grids) for part in group(runs)]
     paper = Markup(_table(paper_markdown())) if runs[0].scores.concepts.name == "paper20" else None
-    return environment.from_string(template).render(protocol=_protocol_line(runs), parts=parts, paper=paper)
+    page = environment.from_string(template)
+    return page.render(protocol=_protocol_line(runs), parts=parts, paper=paper, seeds_say=SEEDS)
 
 
 def _html_part(part: Group, grids: int) -> dict[str, Any]:
@@ -265,6 +271,7 @@ def _html_part(part: Group, grids: int) -> dict[str, Any]:
     return {
         "title": part.title,
         "tables": [Markup(_table(text)) for text in summaries_markdown(rows).split("\n\n")],
+        "seeds": Markup(_table(seeds)) if (seeds := seeds_markdown([run.scores for run in part.runs])) else None,
         "attacks": Markup(_table(attacks_markdown(part))) if part.attacks else None,
         "figures": [(title, Markup(_svg(figure))) for title, figure in figures],
         "pictures": pictures,

@@ -1,10 +1,14 @@
-"""Many runs as one row per method: averages over the edited concepts, with intervals that resample concepts."""
+"""Many runs as one row per method: averages over the edited concepts, with intervals that resample concepts.
+
+Runs that edit the same concepts differ in a seed: in that of the fit or in that of the pictures. They count as one in
+averages, and ``seed_spreads`` says how far they lie apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, variance
 
 import numpy as np
 
@@ -22,17 +26,20 @@ OWN_INTERVALS = {"adversarial": "forget_adversarial"}
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float],
     rows: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of ``statistic`` over resampled rows (Efron, 1979).
+    """Percentile interval of ``statistic`` over resampled rows (Efron, 1979), clusters first (Davison & Hinkley, 1997).
 
-    A row is one run, so pictures of one concept, which fail together, are drawn together.
+    A row is one run, so pictures of one concept, which fail together, are drawn together; a cluster is the runs of the
+    same concepts with other seeds. With a single cluster its rows are drawn.
 
     Args:
-        statistic: From rows (n, columns) to a number.
+        statistic: From rows (clusters, columns), each the mean of a cluster's drawn rows, to a number.
         rows: What is resampled, (n, columns), one row per run.
+        clusters: Which cluster each row belongs to; None for one of its own each.
         resamples: Draws with replacement.
         confidence: Of the interval.
         seed: Of the draws.
@@ -40,8 +47,16 @@ def bootstrap_interval(
     Returns:
         Lower and upper bound.
     """
-    places = np.random.default_rng(seed).integers(len(rows), size=(resamples, len(rows)))
-    draws = [statistic(rows[place]) for place in places]
+    generator = np.random.default_rng(seed)
+    if clusters is None or len(set(clusters)) == len(rows):
+        places = generator.integers(len(rows), size=(resamples, len(rows)))
+        draws = [statistic(rows[place]) for place in places]
+    else:
+        found = [rows[[c == cluster for c in clusters]] for cluster in dict.fromkeys(clusters)]
+        draws = []
+        for chosen in generator.integers(len(found), size=(resamples, len(found))):
+            drawn = [found[i][generator.integers(len(found[i]), size=len(found[i]))].mean(axis=0) for i in chosen]
+            draws.append(statistic(np.stack(drawn)))
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -53,7 +68,7 @@ class MethodSummary:
     Attributes:
         method: Name of the recipe's method.
         runs: How many runs.
-        scores: ``SCORE_NAMES`` to their average over runs; those that no run has are left out.
+        scores: ``SCORE_NAMES`` to their average over sets of concepts; those that no run has are left out.
         hm_of_averages: Harmonic mean of the average forget and the average retain score (the paper's).
         average_of_hms: Average of the runs' harmonic means; a concept that stays counts 0.
         least_hm: Harmonic mean of the worst run.
@@ -93,27 +108,29 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
     if len(methods) > 1 and not before:
         raise ValueError(f"Runs of several methods ({', '.join(methods)}) are summed up one method at a time.")
     measurements: list[Measurement] = [run.before or run for run in runs] if before else list(runs)
+    clusters = [tuple(run.edited) for run in runs]
     columns = {name: [_score(m, name) for m in measurements] for name in SCORE_NAMES}
     for name in ("forget", "retain"):
         if None in columns[name]:
             run = runs[columns[name].index(None)]
             raise ValueError(f"The run of {run.method} on {', '.join(run.edited)} has no {name} score: test it again.")
-    complete = {name: [v for v in values if v is not None] for name, values in columns.items()}
-    scores = {name: fmean(values) for name, values in complete.items() if values}
-    pairs = np.array(list(zip(complete["forget"], complete["retain"], strict=True)))
-    each = [harmonic_mean(float(f), float(r)) for f, r in pairs]
-    intervals = {
-        name: bootstrap_interval(lambda rows: float(rows.mean()), np.array(values)[:, None])
-        for name, values in complete.items()
-        if values
+    columns |= {
+        "hm": [harmonic_mean(m.forget or 0.0, m.retain or 0.0) for m in measurements],
+        "err": [m.err for m in measurements],
     }
+    scores, intervals = {}, {}
+    for name, values in columns.items():
+        judged = [(value, c) for value, c in zip(values, clusters, strict=True) if value is not None]
+        if judged:
+            rows, of_rows = np.array([[value] for value, _ in judged]), [cluster for _, cluster in judged]
+            scores[name] = float(_cluster_means(rows, of_rows).mean())
+            intervals[name] = bootstrap_interval(lambda rows: float(rows.mean()), rows, of_rows)
+    pairs = np.array([[m.forget, m.retain] for m in measurements])
     intervals["hm_of_averages"] = bootstrap_interval(
-        lambda rows: harmonic_mean(float(rows[:, 0].mean()), float(rows[:, 1].mean())), pairs
+        lambda rows: harmonic_mean(float(rows[:, 0].mean()), float(rows[:, 1].mean())), pairs, clusters
     )
-    intervals["average_of_hms"] = bootstrap_interval(lambda rows: float(rows.mean()), np.array(each)[:, None])
-    errs = [m.err for m in measurements if m.err is not None]
-    if errs:
-        intervals["err"] = bootstrap_interval(lambda rows: float(rows.mean()), np.array(errs)[:, None])
+    average_of_hms, err = scores.pop("hm"), scores.pop("err", None)
+    intervals["average_of_hms"] = intervals.pop("hm")
     if len(runs) == 1:  # nothing to resample: the run's own intervals, of its pictures
         own = measurements[0].intervals
         intervals = {
@@ -127,9 +144,9 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
         runs=len(runs),
         scores=scores,
         hm_of_averages=harmonic_mean(scores["forget"], scores["retain"]),
-        average_of_hms=fmean(each),
-        least_hm=min(each),
-        err=fmean(errs) if errs else None,
+        average_of_hms=average_of_hms,
+        least_hm=min(hm for hm in columns["hm"] if hm is not None),
+        err=err,
         intervals=intervals,
         drift=0.0 if before else fmean(drifts) if drifts else None,
         costs={} if before else _costs(runs),
@@ -168,6 +185,74 @@ def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
             cells.append(f"{costs[name] / scale:.0f}" if name in costs else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How far apart runs lie that differ in one seed alone.
+
+    Attributes:
+        seeds: Most seeds that a set of concepts has.
+        deviations: Name of a score to the standard deviation between seeds: the root of the mean, over sets of concepts
+            with two seeds or more, of the unbiased variance.
+    """
+
+    seeds: int
+    deviations: dict[str, float]
+
+
+def seed_spreads(runs: Sequence[Scores]) -> dict[str, SeedSpread]:
+    """Spread between training seeds (same pictures' seed) and between evaluation seeds (same edit), apart.
+
+    Args:
+        runs: Runs of one method.
+
+    Returns:
+        ``training`` and ``evaluation`` to the spread; a seed that no two runs differ in alone is left out.
+    """
+    found = {}
+    for kind, own, other in (("training", "training_seed", "seed"), ("evaluation", "seed", "training_seed")):
+        groups: dict[Hashable, dict[Hashable, Scores]] = {}
+        for run in runs:
+            groups.setdefault((*run.edited, getattr(run, other)), {})[getattr(run, own)] = run
+        several = [list(group.values()) for group in groups.values() if len(group) > 1]
+        if several:
+            deviations = {}
+            for name in ("forget", "retain", "adjacent", "adversarial"):
+                values = [[v for run in group if (v := _score(run, name)) is not None] for group in several]
+                variances = [variance(of_group) for of_group in values if len(of_group) > 1]
+                if variances:
+                    deviations[name] = fmean(variances) ** 0.5
+            found[kind] = SeedSpread(max(map(len, several)), deviations)
+    return found
+
+
+def seeds_markdown(runs: Sequence[Scores]) -> str:
+    """Markdown: mean and spread by training seed and by evaluation seed; empty if no runs differ in a seed alone."""
+    of_methods: dict[str, list[Scores]] = {}
+    for run in runs:
+        of_methods.setdefault(run.method, []).append(run)
+    lines = []
+    for method, of_method in of_methods.items():
+        summary, spreads = summarise(of_method), seed_spreads(of_method)
+        cells = [method]
+        for kind in ("training", "evaluation"):
+            spread = spreads.get(kind)
+            cells.append(str(spread.seeds) if spread else "-")
+            for name in ("forget", "retain"):
+                value = spread.deviations.get(name) if spread else None
+                cells.append("-" if value is None else f"{summary.scores[name]:.3f} ± {value:.3f}")
+        if spreads:
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    head = "| method | training seeds | forget | retain | evaluation seeds | forget | retain |"
+    return "\n".join([head, "| --- |" + " ---: |" * 6, *lines]) + "\n"
+
+
+def _cluster_means(rows: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
+    """Mean row (clusters, columns) of each cluster of ``rows`` (n, columns)."""
+    return np.stack([rows[[c == cluster for c in clusters]].mean(axis=0) for cluster in dict.fromkeys(clusters)])
 
 
 def _score(measurement: Measurement, name: str) -> float | None:

@@ -101,6 +101,23 @@ def summary_markdown(runs: Sequence[Scores]) -> str:
     return "\n".join(f"### {method}\n\n{table}" for method, table in zip(methods, tables, strict=True))
 
 
+def concepts_markdown(runs: Sequence[Scores]) -> str:
+    """Return a table of what each method reached on each set of edited concepts: forget / retain, means over seeds."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    lines = [f"| concept | {' | '.join(methods)} |", "| --- |" + " ---: |" * len(methods)]
+    for edited in dict.fromkeys(_edited(run) for run in runs):
+        cells = []
+        for method in methods:
+            own = [run for run in runs if run.method == method and _edited(run) == edited]
+            means = []
+            for name in ("forget", "retain"):
+                values = [value for run in own if (value := getattr(run, name)) is not None]
+                means.append(_number(fmean(values) if values else None, 2))
+            cells.append(" / ".join(means) if own else NO_SCORE)
+        lines.append(f"| {' | '.join([edited.replace('|', chr(92) + '|'), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
 def _method_markdown(runs: Sequence[Scores]) -> str:
     names = [_edited(run) for run in runs]
     lines = ["| Concept | Forget | Retain | HM |", "| --- | ---: | ---: | ---: |"]

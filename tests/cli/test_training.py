@@ -103,6 +103,31 @@ def test_one_concept_set_rules_model_and_data(recipe: Path, workplace: Path) -> 
     assert parsed.model.concepts.path == parsed.datamodule.concepts.path == path
 
 
+def test_the_seed_of_a_fit_is_one_and_not_that_of_the_pictures(recipe: Path, workplace: Path) -> None:
+    parsed = parse("fit", "--config", str(recipe), "--seed_everything", "3", "--data.init_args.seed", "5")
+    assert (parsed.model.hparams["seed"], parsed.datamodule.seed) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "source"),
+    [
+        ("--model.init_args.seed=3", "--seed_everything"),
+        ("--model.seed", "--seed_everything"),
+        ("--data.concept", "--concept"),
+        ("--data.init_args.concept_set", "--model.init_args.concept_set"),
+    ],
+)
+def test_an_option_that_follows_another_is_refused(
+    refuses: Callable[..., str], recipe: Path, option: str, source: str
+) -> None:
+    given = [option] if "=" in option else [option, "3"]
+    assert f"{option.partition('=')[0]} is set by {source}" in refuses("fit", "--config", str(recipe), *given)
+
+
+def test_a_seed_of_chance_is_refused(refuses: Callable[..., str], recipe: Path) -> None:
+    assert "give a number" in refuses("fit", "--config", str(recipe), "--seed_everything", "true")
+
+
 def test_a_training_without_concepts_has_no_links(workplace: Path) -> None:
     path = Path(__file__).parents[2] / "configs" / "emoji" / "judge.yaml"
     parsed = parse("fit", "--config", str(path))

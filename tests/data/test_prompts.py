@@ -178,10 +178,13 @@ def test_the_method_says_how_many_pairs_there_are() -> None:
     assert [sorted(pair for _, pair in batch) for batch in train_batches(data, num_pairs=2)] == [[0, 0, 1, 1]] * 2
 
 
-def test_the_order_is_the_seeds() -> None:
+def test_the_order_is_by_the_seed_of_the_method_not_of_the_pictures() -> None:
     first = train_batches(prompts(batch_size=4))
     assert train_batches(prompts(batch_size=4)) == first
-    assert train_batches(prompts(batch_size=4, seed=1)) != first
+    assert train_batches(prompts(batch_size=4, seed=1)) == first
+    data = prompts(batch_size=4)
+    data.trainer = trainer(seed=1)
+    assert train_batches(data) != first
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 20, None])

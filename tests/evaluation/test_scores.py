@@ -66,7 +66,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert content["schema"] == SCHEMA == 1
     assert next(iter(content)) == "schema"
     assert set(content) == {
-        *("schema", "method", "backbone", "concepts", "edited", "judge", "images_per_concept", "seed"),
+        *("schema", "method", "backbone", "concepts", "edited", "judge", "images_per_concept", "seed", "training_seed"),
         *("forget", "retain", "harmonic_mean", "intervals", "direct", "indirect", "per_concept"),
         *("adjacent", "adversarial", "err", "before", "cost", "edit", "drift", "agreement"),
     }

@@ -7,7 +7,13 @@ import pytest
 
 from lit_unlearn.evaluation.metrics import both_harmonic_means
 from lit_unlearn.evaluation.scores import Cost, Measurement, Part, Scores, Source
-from lit_unlearn.evaluation.summary import bootstrap_interval, summaries_markdown, summarise
+from lit_unlearn.evaluation.summary import (
+    bootstrap_interval,
+    seed_spreads,
+    seeds_markdown,
+    summaries_markdown,
+    summarise,
+)
 
 
 def run(forget: float, retain: float, concept: str = "dog", method: str = "esd", err: float | None = 0.5) -> Scores:
@@ -66,6 +72,56 @@ def test_bootstrap_agrees_with_the_normal_interval_of_a_mean() -> None:
     low, high = bootstrap_interval(lambda r: float(r.mean()), rows, resamples=4000)
     half = 1.96 * rows.std() / 20
     assert (low, high) == pytest.approx((rows.mean() - half, rows.mean() + half), abs=0.1 * half)
+
+
+def seeded_run(forget: float, concept: str, training_seed: int | None, seed: int) -> Scores:
+    return dataclasses.replace(run(forget, 0.9, concept), training_seed=training_seed, seed=seed)
+
+
+def test_more_seeds_of_a_concept_neither_weigh_more_nor_narrow_the_interval() -> None:
+    one_seed = [run(1.0, 0.8, "dog"), run(0.0, 1.0, "cat"), run(0.5, 0.9, "owl")]
+    many = [seeded_run(r.forget or 0.0, r.edited[0], s, 0) for r in one_seed for s in range(4 if r is RUNS[0] else 2)]
+    many += [seeded_run(1.0, "dog", s, 0) for s in range(5, 9)]
+    assert summarise(many).scores["forget"] == pytest.approx(0.5)
+    assert summarise(many).intervals["forget"] == summarise(one_seed).intervals["forget"] == (0.0, 1.0)
+
+
+def test_clusters_are_drawn_before_their_rows() -> None:
+    # Between two clusters at 0 and 1 a resample is 0, 1/2 or 1, with probability 1/4, 1/2 and 1/4.
+    rows = np.array([[0.0]] * 50 + [[1.0]] * 50)
+    draws: list[float] = []
+    bootstrap_interval(lambda r: draws.append(float(r.mean())) or draws[-1], rows, ["a"] * 50 + ["b"] * 50)
+    assert set(draws) == {0.0, 0.5, 1.0}
+    assert np.mean([draw == 0.5 for draw in draws]) == pytest.approx(0.5, abs=0.04)
+    # A single cluster draws its rows.
+    low, high = bootstrap_interval(lambda r: float(r.mean()), rows, ["a"] * 100)
+    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)
+
+
+def test_spread_by_training_seed_and_by_evaluation_seed_apart() -> None:
+    runs = [
+        *(seeded_run(forget, "dog", seed, 0) for seed, forget in enumerate([0.9, 1.0, 0.8])),
+        seeded_run(0.5, "dog", 0, 1000),
+        *(seeded_run(forget, "cat", seed, 0) for seed, forget in enumerate([0.2, 0.4])),
+    ]
+    spreads = seed_spreads(runs)
+    assert spreads["training"].seeds == 3
+    # Variances 0.01 (0.8, 0.9, 1.0) and 0.02 (0.2, 0.4).
+    assert spreads["training"].deviations["forget"] == pytest.approx(0.015**0.5)
+    assert spreads["evaluation"].seeds == 2
+    assert spreads["evaluation"].deviations["forget"] == pytest.approx(0.08**0.5)
+    assert spreads["training"].deviations["retain"] == 0.0
+    row = seeds_markdown(runs).splitlines()[2]
+    # Means: dog 0.8, cat 0.3.
+    assert row == "| esd | 3 | 0.550 ± 0.122 | 0.900 ± 0.000 | 2 | 0.550 ± 0.283 | 0.900 ± 0.000 |"
+
+
+def test_no_spread_without_two_runs_that_differ_in_one_seed() -> None:
+    runs = [seeded_run(0.9, "dog", 0, 0), seeded_run(0.5, "dog", 1, 1000), seeded_run(0.5, "cat", 1, 0)]
+    assert seed_spreads(runs) == {}
+    assert seeds_markdown(runs) == ""
+    # A method that draws nothing at random has evaluation seeds only.
+    assert list(seed_spreads([seeded_run(0.9, "dog", None, 0), seeded_run(0.5, "dog", None, 1)])) == ["evaluation"]
 
 
 def test_what_cannot_be_summed_up() -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lit_unlearn.evaluation.metrics import harmonic_mean
 from lit_unlearn.evaluation.scores import ConceptScore, Measurement, Part, Scores, Source
-from lit_unlearn.evaluation.tables import scores_table, summary_markdown
+from lit_unlearn.evaluation.tables import concepts_markdown, scores_table, summary_markdown
 
 
 def run(forget: float | None, retain: float, concept: str = "dog", **changes: Any) -> Scores:
@@ -125,3 +125,15 @@ def test_summary_refuses_other_protocols_and_nothing() -> None:
         summary_markdown([run(0.9, 0.8), run(0.9, 0.8, concepts=Source("emoji20", "2" * 64))])
     with pytest.raises(ValueError, match="no scores"):
         summary_markdown([])
+
+
+def test_a_row_per_concept_with_means_over_seeds() -> None:
+    runs = [
+        run(0.9, 0.8, seed=0),
+        run(0.7, 0.8, seed=1),
+        run(0.5, 0.8, method="uce"),
+        dataclasses.replace(run(1.0, 0.8, "cat"), retain=None),
+    ]
+    text = concepts_markdown(runs).splitlines()
+    assert text[0] == "| concept | null_space | uce |"
+    assert text[2:] == ["| dog | 0.80 / 0.80 | 0.50 / 0.80 |", "| cat | 1.00 / - | - |"]
