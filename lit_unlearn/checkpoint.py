@@ -18,7 +18,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
+from lit_unlearn.diffusion.components import (
+    DiffusionComponents,
+    check_model,
+    load_components,
+    resolve_model,
+    weight_files,
+)
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.evaluation.files import atomic_write
@@ -317,8 +323,7 @@ def _read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor] | Non
     values: dict[str, Tensor] = {}
     for part in sorted({name.split(".")[0] for name in names}):
         wanted = {name.removeprefix(f"{part}."): name for name in names if name.startswith(f"{part}.")}
-        # Files of other variants, such as model.fp16.safetensors, are not what is loaded.
-        for file in sorted(path for path in (folder / part).glob("*.safetensors") if len(path.suffixes) == 1):
+        for file in weight_files(folder, part):
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118 - it is no mapping
                     if (name := stored.removeprefix("text_model.")) in wanted:

@@ -75,6 +75,17 @@ def resolve_model(model: str) -> Path | str:
     )
 
 
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The weight files of a part that are loaded.
+
+    Beside them may lie copies of another variant, such as ``model.fp16.safetensors`` or ``....non_ema.safetensors``:
+    those of half precision are taken where there are no others.
+    """
+    found = sorted((folder / part).glob("*.safetensors"))
+    plain = [file for file in found if len(file.suffixes) == 1]
+    return plain or [file for file in found if file.suffixes[0].startswith(".fp16")]
+
+
 def check_model(model: str) -> dict[str, list[str]]:
     """Check a model folder without loading its weights.
 
@@ -107,8 +118,7 @@ def check_model(model: str) -> dict[str, list[str]]:
         )
     names: dict[str, list[str]] = {}
     for part in ("text_encoder", "unet", "vae"):
-        # Half-precision copies lie beside the weights in some folders.
-        weights = sorted(file for file in (path / part).glob("*.safetensors") if ".fp16." not in file.name)
+        weights = weight_files(path, part)
         if not weights:
             raise ValueError(f"model={model!r} has no *.safetensors in {part}/: convert it with save_pretrained first.")
         names[part] = []
@@ -140,19 +150,15 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
     if isinstance(path, Path):
         check_model(model)
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
-    weights = {
-        **options,
-        "dtype": dtype,
-        "use_safetensors": True,
-    }  # never the pickles that some models have beside them
+    # Never the pickles that some models have beside them.
+    weights = {**options, "dtype": dtype, "use_safetensors": True}
     # What diffusers would fall back to anyhow, with a page of advice.
     models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **models)
     components = DiffusionComponents(
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
-        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **weights),
-        unet=unet,
-        vae=AutoencoderKL.from_pretrained(path, subfolder="vae", **models),
+        text_encoder=_load_part(CLIPTextModel, path, "text_encoder", weights),
+        unet=_load_part(UNet2DConditionModel, path, "unet", models),
+        vae=_load_part(AutoencoderKL, path, "vae", models),
         scheduler=_load_scheduler(path, options),
     )
     for module in components.modules().values():
@@ -160,6 +166,20 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
     components.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     components.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return components
+
+
+def _load_part(kind: Any, path: Path | str, part: str, options: dict[str, Any]) -> Any:
+    """Load a part from a folder or the hub; from its half-precision files if there are no others."""
+    if isinstance(path, Path):
+        half = all(len(file.suffixes) > 1 for file in weight_files(path, part))
+        return kind.from_pretrained(path, subfolder=part, variant="fp16" if half else None, **options)
+    try:
+        return kind.from_pretrained(path, subfolder=part, **options)
+    except OSError as error:
+        try:
+            return kind.from_pretrained(path, subfolder=part, variant="fp16", **options)
+        except OSError:
+            raise error from None  # what is missing is something else
 
 
 def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin:

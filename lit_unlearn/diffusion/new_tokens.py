@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.components import resolve_model
+from lit_unlearn.diffusion.components import resolve_model, weight_files
 from lit_unlearn.diffusion.parameters import fingerprint
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ def vocabulary_of(model: str) -> tuple[str, int | None]:
     path = resolve_model(model)
     if isinstance(path, str):
         return path, None
-    for file in sorted((path / "text_encoder").glob("*.safetensors")):
-        if ".fp16." in file.name:
-            continue
+    for file in weight_files(path, "text_encoder"):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 if name.endswith("token_embedding.weight"):

@@ -10,7 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components, resolve_model
+from lit_unlearn.diffusion.components import (
+    DiffusionComponents,
+    check_model,
+    load_components,
+    resolve_model,
+    weight_files,
+)
 from lit_unlearn.diffusion.parameters import fingerprint
 
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
@@ -27,11 +33,6 @@ def parameter_name(part: str, stored: str) -> str:
         for old, new in OLD_ATTENTION.items():
             stored = stored.replace(old, new)
     return stored
-
-
-def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a part that are loaded: not those of other variants, such as ``model.fp16.safetensors``."""
-    return sorted(path for path in (folder / part).glob("*.safetensors") if len(path.suffixes) == 1)
 
 
 class StoredWeights(Mapping[str, Tensor]):

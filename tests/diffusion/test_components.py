@@ -4,17 +4,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import lit_unlearn
 from lit_unlearn.diffusion.components import (
     PARTS,
     DiffusionComponents,
+    _load_part,
     check_model,
     load_components,
     resolve_model,
@@ -22,6 +24,7 @@ from lit_unlearn.diffusion.components import (
 )
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.stored import WholeModel
 
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a dog at sunset", "an owl"], [11, 5], 3, 4.0
 
@@ -171,6 +174,48 @@ def test_the_names_of_2022_load_with_equal_weights(tiny_sd_2022: Path, component
         assert torch.equal(old.text_encoder.get_parameter(name), parameter), name
         assert torch.equal(stored[f"text_model.{name}"], parameter), name
     assert torch.equal(pictures(old), pictures(components))
+
+
+def half_precision(folder: Path, beside: bool) -> Path:
+    """Adds a copy of all weights in half precision to ``folder``, or leaves nothing else."""
+    for file in folder.glob("*/*.safetensors"):
+        halves = {name: value.half() for name, value in load_file(file).items()}
+        save_file(halves, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        if not beside:
+            file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_files_of_half_precision_are_taken_where_there_are_no_others(
+    beside: bool, broken_model: Callable[..., Path], components: DiffusionComponents
+) -> None:
+    folder = broken_model(lambda copy: half_precision(copy, beside))
+    names = check_model(str(folder))
+    assert sum(len(found) for found in names.values()) == len(components.named_parameters())
+    loaded = load_components(str(folder)).named_parameters()
+    for name, value in components.named_parameters().items():
+        expected = value if beside else value.half().float()
+        assert torch.equal(loaded[name], expected), name
+    stored = WholeModel.in_folder(folder)
+    assert {stored[name].dtype for name in stored.names()} == {torch.float32 if beside else torch.float16}
+
+
+def test_the_hub_is_asked_for_half_precision_where_it_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Part:
+        @staticmethod
+        def from_pretrained(path: str, subfolder: str, variant: str | None = None) -> str:
+            asked.append(variant)
+            if path == "owner/none" or variant is None:
+                raise OSError(f"{path} does not have a file named model.safetensors.")
+            return "loaded"
+
+    assert _load_part(Part, "owner/half", "unet", {}) == "loaded"
+    assert asked == [None, "fp16"]
+    with pytest.raises(OSError, match="owner/none"):
+        _load_part(Part, "owner/none", "unet", {})
 
 
 @pytest.mark.parametrize("pipeline_class", [DiffusionPipeline, StableDiffusionPipeline])
