@@ -10,7 +10,8 @@ Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as
 
 ``--training_seeds`` makes every edit anew with other seeds, below ``ROOT/training_<seed>``; methods that draw nothing
 at random are left out there. ``--evaluation_seeds`` draws other pictures of the edits of the first training seed, below
-``ROOT/evaluation_<seed>``. The first of either is that of the cells in ``ROOT`` itself.
+``ROOT/evaluation_<seed>``. The first of either is that of the cells in ``ROOT`` itself. Both are for the protocols of
+``--repeat``.
 
 A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where
 it stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. With
@@ -139,20 +140,27 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
     """All cells, the first seeds of all concepts first."""
     root, first = Path(arguments.root), (arguments.training_seeds[0], arguments.evaluation_seeds[0])
     attacks = None if arguments.attacks is None else tuple(arguments.attacks)
-    wanted = [
-        (recipe, concepts)
-        for protocol in arguments.protocols
-        for concepts in PROTOCOLS[protocol]
-        if protocol != "single" or not arguments.concepts or concepts[0] in arguments.concepts
-        for recipe in arguments.recipes
+
+    def wanted(protocols: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+        return [
+            (recipe, concepts)
+            for protocol in protocols
+            for concepts in PROTOCOLS[protocol]
+            if protocol != "single" or not arguments.concepts or concepts[0] in arguments.concepts
+            for recipe in arguments.recipes
+        ]
+
+    again = wanted([protocol for protocol in arguments.protocols if protocol in arguments.repeat])
+    cells = [
+        Cell(recipe, c, root, *first, attacks=attacks if len(c) == 1 else None)
+        for recipe, c in wanted(arguments.protocols)
     ]
-    cells = [Cell(recipe, c, root, *first, attacks=attacks if len(c) == 1 else None) for recipe, c in wanted]
     for seed in arguments.training_seeds[1:]:
         where = root / f"training_{seed}"
-        cells += [Cell(recipe, c, where, seed, first[1]) for recipe, c in wanted if has_seed(recipe)]
+        cells += [Cell(recipe, c, where, seed, first[1]) for recipe, c in again if has_seed(recipe)]
     for seed in arguments.evaluation_seeds[1:]:
         where = root / f"evaluation_{seed}"
-        cells += [Cell(recipe, c, where, first[0], seed, edit_of=root) for recipe, c in wanted]
+        cells += [Cell(recipe, c, where, first[0], seed, edit_of=root) for recipe, c in again]
     return cells
 
 
@@ -215,6 +223,7 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     parser.add_argument("--concepts", nargs="+", default=None, help="only these, of the protocol `single`")
     parser.add_argument("--attacks", nargs="*", metavar="NAME", help="attack single concepts: by these, or by all")
+    parser.add_argument("--repeat", nargs="+", default=["five"], choices=list(PROTOCOLS), help="with all seeds")
     parser.add_argument("--training_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--evaluation_seeds", nargs="+", type=int, default=[0], help="some 1000 apart: one per prompt")
     parser.add_argument("--processes", type=int, default=1)

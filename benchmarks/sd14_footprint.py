@@ -161,7 +161,7 @@ def main() -> None:
     common += ["--trainer.default_root_dir", str(folder / "logs")]
     threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     lines = [
-        f"Made on {date.today()} by `python benchmarks/sd14_footprint.py --dtype {arguments.dtype}`, {threads} threads, "
+        f"Made on {date.today()} by `python benchmarks/sd14_footprint.py --dtype {arguments.dtype}`, threads: {threads}, "
         f"{platform.machine()}, no GPU; random weights of the architecture of Stable Diffusion 1.4, 512 × 512 pixels.",
         "",
         "Parameters, millions: " + ", ".join(f"{name} {count / 1e6:.1f}" for name, count in parameters.items()) + ".",
