@@ -4,7 +4,7 @@
 
 Builds a pipeline of exactly that architecture (512 × 512 pixels) with random weights, in ``--folder``, then runs the
 commands that a user runs, each in a process of its own, with few steps: what an edit needs does not depend on what the
-weights are, nor on how many steps there are. Prints parameters, then seconds, peak resident memory and UNet forwards of
+weights are, nor on how many steps there are. A phase that was measured in the folder is not run again. Prints parameters, then seconds, peak resident memory and UNet forwards of
 each phase. The tokenizer is the embedded model's, at a length of 77.
 """
 
@@ -26,6 +26,7 @@ import yaml
 LENGTH, VOCABULARY = 77, 49408
 EDITED, OTHER = "apple", "lemon"
 STEPS = 2
+PICTURES = 4
 
 COMMON = [
     *("--config", "sd14.yaml", "--concept", EDITED, "--model.init_args.revision", "null"),
@@ -40,6 +41,7 @@ class Phase:
     """A command whose footprint is measured."""
 
     name: str
+    command: str
     recipe: str
     options: tuple[str, ...]
 
@@ -106,26 +108,23 @@ def concept_set(path: Path) -> Path:
 
 
 def phases() -> list[Phase]:
-    """The edits, each followed by a test."""
-    null_space = [
+    """Three edits, and a test of one of them: what a test needs does not depend on the method."""
+    null_space = (
         *("--model.init_args.first_layer", "1", "--model.init_args.last_layer", "2", "--model.init_args.rounds", "1"),
         *("--data.init_args.steps", "2", "--data.init_args.batch_size", "1"),
         *("--trainer.callbacks", "[NullSpaceEdit, EvaluationReport]"),
-    ]
-    esd = ["--trainer.max_epochs", "1", "--data.init_args.steps", "4", "--data.init_args.batch_size", "1"]
-    esd += [
-        "--trainer.callbacks",
-        "[EvaluationReport]",
-        "--model.init_args.num_chain_steps",
-        "2",
-        "--model.init_args.chains",
-        "1",
-    ]
-    uce = ["--trainer.callbacks", "[UCEEdit, EvaluationReport]"]
+    )
+    esd = (
+        *("--trainer.max_epochs", "1", "--data.init_args.steps", "4", "--data.init_args.batch_size", "1"),
+        *("--model.init_args.num_chain_steps", "2", "--model.init_args.chains", "1"),
+        *("--trainer.callbacks", "[EvaluationReport]"),
+    )
+    uce = ("--trainer.callbacks", "[UCEEdit, EvaluationReport]")
     return [
-        Phase("null_space: one round, two layers, two steps each", "null_space.yaml", tuple(null_space)),
-        Phase("esd: four steps, one chain of two", "esd.yaml", tuple(esd)),
-        Phase("uce: all keys and values", "uce.yaml", tuple(uce)),
+        Phase("null_space: one round, two layers, two steps each", "fit", "null_space.yaml", null_space),
+        Phase("test of null_space: four pictures before, four after", "test", "null_space.yaml", null_space),
+        Phase("esd: four steps, one chain of two", "fit", "esd.yaml", esd),
+        Phase("uce: all keys and values", "fit", "uce.yaml", uce),
     ]
 
 
@@ -159,10 +158,11 @@ def main() -> None:
     common = [*COMMON, "--model.init_args.model", str(model), "--model.init_args.dtype", arguments.dtype]
     common += ["--model.init_args.concept_set", str(concept_set(folder / "two.yaml"))]
     common += ["--trainer.default_root_dir", str(folder / "logs")]
-    threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    threads = os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
     lines = [
-        f"Made on {date.today()} by `python benchmarks/sd14_footprint.py --dtype {arguments.dtype}`, threads: {threads}, "
-        f"{platform.machine()}, no GPU; random weights of the architecture of Stable Diffusion 1.4, 512 × 512 pixels.",
+        f"Made on {date.today()} by `python benchmarks/sd14_footprint.py --dtype {arguments.dtype}`, "
+        f"{threads} thread(s), {platform.machine()}, no GPU.",
+        "Random weights of the architecture of Stable Diffusion 1.4, 512 × 512 pixels.",
         "",
         "Parameters, millions: " + ", ".join(f"{name} {count / 1e6:.1f}" for name, count in parameters.items()) + ".",
         "",
@@ -170,21 +170,23 @@ def main() -> None:
         "| --- | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
+    done_path = folder / f"phases_{arguments.dtype}.json"
+    done = json.loads(done_path.read_text()) if done_path.exists() else {}
     for phase in phases():
-        method = phase.recipe.removesuffix(".yaml")
-        recipe = ["--config", phase.recipe, *common, *phase.options]
-        for command, name in (("fit", phase.name), ("test", f"test of {method}: four pictures before, four after")):
-            seconds, memory = measure([command, *recipe, *(["--overwrite"] if command == "test" else ["--fresh"])],
-                                      folder / f"{method}.log")  # fmt: skip
+        if phase.name not in done:
+            method = phase.recipe.removesuffix(".yaml")
+            options = [*common, *phase.options, "--overwrite" if phase.command == "test" else "--fresh"]
+            seconds, memory = measure(
+                [phase.command, "--config", phase.recipe, *options], folder / f"{method}_{phase.command}.log"
+            )
             run = max((folder / "logs" / method / EDITED).iterdir(), key=lambda path: path.stat().st_mtime)
-            forwards = 8 * 2 * STEPS
-            if command == "fit":
-                forwards = read_forwards(run)
-            lines.append(f"| {name} | {seconds:.0f} | {memory:.1f} | {forwards} |")
-            print(lines[-1], flush=True)
-        scores = json.loads((run / "scores.json").read_text())
-        change = scores["edit"]["weight_change_ratio"]
-        lines.append(f"| {method}: relative change of the edited weights {change:.2e} | | | |")
+            forwards = read_forwards(run) if phase.command == "fit" else PICTURES * 2 * 2 * STEPS
+            done[phase.name] = {"seconds": seconds, "memory_gb": memory, "unet_forwards": forwards}
+            done_path.write_text(json.dumps(done, indent=2))
+        found = done[phase.name]
+        cells = [phase.name, f"{found['seconds']:.0f}", f"{found['memory_gb']:.1f}", str(found["unet_forwards"])]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
     if arguments.output:
         Path(arguments.output).write_text("\n".join(lines) + "\n")
 
