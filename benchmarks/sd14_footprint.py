@@ -4,8 +4,9 @@
 
 Builds a pipeline of exactly that architecture (512 × 512 pixels) with random weights, in ``--folder``, then runs the
 commands that a user runs, each in a process of its own, with few steps: what an edit needs does not depend on what the
-weights are, nor on how many steps there are. A phase that was measured in the folder is not run again. Prints parameters, then seconds, peak resident memory and UNet forwards of
-each phase. The tokenizer is the embedded model's, at a length of 77.
+weights are, nor on how many steps there are. Prints parameters, then seconds, peak resident memory and UNet forwards of
+each phase; one that was measured in the folder before is not run again. The tokenizer is the embedded model's, at a
+length of 77.
 """
 
 from __future__ import annotations
