@@ -1,6 +1,10 @@
-"""Edits and scores concepts of emoji20 with every method: the tables of docs/results/emoji20.md.
+r"""Edits and scores concepts of emoji20 with every method: the tables of docs/results/emoji20.md.
 
-    python benchmarks/emoji20.py --processes 2 --data.init_args.images_per_prompt 1
+    python benchmarks/emoji20.py --processes 2 --concepts dog rain sketch walking --attacks \
+        --training_seeds 0 1 2 --evaluation_seeds 0 1000 2000 --data.init_args.images_per_prompt 1 \
+        --output docs/results/emoji20.md
+
+takes about an hour and a half on two cores. Without ``--concepts`` it goes on to the other sixteen concepts alone.
 
 Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``fit`` and ``test`` make it:
 
@@ -25,6 +29,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import shlex
 import shutil
 import sys
 import time
@@ -211,8 +216,19 @@ def summary(cells: Sequence[Cell], command: str) -> str:
     folders = [cell.scores.parent for cell in cells if cell.scores.exists()]
     if not folders:
         return "No cell is done.\n"
-    made = f"Made on {date.today()} by `{command}`, one thread per run."
-    return report_markdown(collect(folders)).replace("# Report\n", f"{made}\n", 1)
+    missing = len(cells) - len(folders)
+    lines = [
+        "# emoji20: every method on the same bench",
+        "",
+        f"Made on {date.today()}, one thread per run, by",
+        "",
+        f"    {command}",
+        "",
+        f"{len(folders)} of {len(cells)} cells are done." if missing else f"All {len(cells)} cells are done.",
+        "What it says: [comparison.md](../comparison.md).",
+        "",
+    ]
+    return report_markdown(collect(folders)).replace("# Report\n\n", "\n".join(lines), 1)
 
 
 def main() -> None:
@@ -240,7 +256,8 @@ def main() -> None:
         with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
             for line in pool.imap_unordered(partial(run_cell_or_say, extra=extra), cells):
                 print(line, flush=True)
-    command = "python benchmarks/emoji20.py " + " ".join(sys.argv[1:])
+    given = [argument for argument in sys.argv[1:] if argument != "--summary_only"]
+    command = f"python benchmarks/emoji20.py {shlex.join(given)}"
     text = summary(cells, command)
     print(text)
     if arguments.output:

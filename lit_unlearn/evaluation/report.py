@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -28,7 +29,13 @@ from lit_unlearn.evaluation.metrics import both_harmonic_means, harmonic_mean
 from lit_unlearn.evaluation.paper import load_challenge_baselines, load_paper_tables
 from lit_unlearn.evaluation.report_figures import cost_figure, heat_map_figure, robustness_figure, tradeoff_figure
 from lit_unlearn.evaluation.scores import Scores
-from lit_unlearn.evaluation.summary import MethodSummary, seeds_markdown, summaries_markdown, summarise
+from lit_unlearn.evaluation.summary import (
+    MethodSummary,
+    bootstrap_interval,
+    seeds_markdown,
+    summaries_markdown,
+    summarise,
+)
 from lit_unlearn.evaluation.tables import concepts_markdown
 
 SEEDS = (
@@ -155,9 +162,19 @@ def attacks_markdown(part: Group) -> str:
     for method, runs in part.methods.items():
         for name, results in _by_attack(runs).items():
             cells = [f"{fmean(getattr(r, key) for r in results):.3f}" for key in ("pre_attack", "shown", "unedited")]
+            low, high = _shown_interval(results)
+            cells[1] += f" ({low:.2f}–{high:.2f})"
             cells += [f"{fmean(getattr(r, key) for r in results):.0f}" for key in ("seconds", "unet_forwards")]
             lines.append(f"| {method} | {name.replace('_', ' ')} | {len(results)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown_interval(results: Sequence[AttackResult]) -> tuple[float, float]:
+    """Of the average share under attack, at 95 %: concepts resampled, or a single result's own."""
+    if len(results) == 1:
+        return results[0].intervals["shown"]
+    shown = np.array([[result.shown] for result in results])
+    return bootstrap_interval(lambda rows: float(rows.mean()), shown, [result.concept for result in results])
 
 
 def paper_markdown() -> str:
@@ -316,8 +333,24 @@ def _protocol_line(runs: Sequence[RunResult]) -> str:
     return (
         f"{len(runs)} runs on {models}; concept set {first.concepts.name}, {first.images_per_concept} pictures per "
         f"concept, judge {first.judge}, evaluation seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
-        "Intervals: 95 %, runs resampled (bootstrap)."
+        f"{_judge_line(runs)}Intervals: 95 %, runs resampled (bootstrap)."
     )
+
+
+def _judge_line(runs: Sequence[RunResult]) -> str:
+    """How well the judge tells the edited concepts on the unedited model's pictures, if it was asked."""
+    found = {
+        (concept, numbers["average_precision"])
+        for run in runs
+        for concept, numbers in (run.scores.calibration or {}).items()
+        if numbers["average_precision"] is not None
+    }
+    if not found:
+        return ""
+    low, high = (limit(value for _, value in found) for limit in (min, max))
+    concepts = len({concept for concept, _ in found})
+    told = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+    return f"Average precision of the judge on unedited pictures, {concepts} concepts: {told}. "
 
 
 def _table(markdown: str) -> str:
