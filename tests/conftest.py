@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from helpers import SHARED, load_copy
 from lit_unlearn.data.prompts import ConceptPrompts
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
+from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
@@ -39,7 +42,10 @@ HIDDEN, INTERMEDIATE = 32, 128
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # the tests' tensors are too small to share, and threads wait for busy neighbours
+    # The tests' tensors are too small to share, and threads wait for busy neighbours: other processes of tests, one for
+    # each core. The variable is for those and for the commands that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     for line in NOT_OURS:
         config.addinivalue_line("filterwarnings", line)
 
@@ -110,6 +116,7 @@ def build_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(output)
+    SHARED.add(str(output))
     return output
 
 
@@ -138,9 +145,15 @@ def tiny_sd_2022(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
+def loads_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods take copies of pipelines: loading took a third of their tests' time, and has its own in ``diffusion``."""
+    monkeypatch.setattr("lit_unlearn.methods.base.load_components", load_copy)
+
+
+@pytest.fixture
 def components(tiny_sd: Path) -> DiffusionComponents:
-    """The parts of ``tiny_sd``, loaded anew for each test."""
-    return load_components(str(tiny_sd))
+    """The parts of ``tiny_sd``, each test's own."""
+    return load_copy(str(tiny_sd))
 
 
 @pytest.fixture
@@ -251,11 +264,18 @@ def ablation(tiny_sd: Path, pets: str, tmp_path: Path) -> Callable[..., ConceptA
 
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., L.Trainer]:
-    """Fits a method with the callbacks that follow it, and returns the trainer."""
+    """Fits a method for one epoch of two steps, with the callbacks that follow it, and returns the trainer."""
 
-    def run(module: ValueRefinement, *callbacks: L.Callback, ckpt_path: Path | None = None, **data: Any) -> L.Trainer:
+    def run(
+        module: ConceptEditor,
+        *callbacks: L.Callback,
+        ckpt_path: Path | None = None,
+        max_epochs: int = 1,
+        precision: Any = None,
+        **data: Any,
+    ) -> L.Trainer:
         prompts = ConceptPrompts(module.hparams["concept"], module.hparams["concept_set"], **{"steps": 2, **data})
-        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=0)
+        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=max_epochs, precision=precision, limit_val_batches=0)
         trainer.fit(module, prompts, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
         return trainer
 
@@ -276,3 +296,21 @@ def quiet_trainer(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.T
 def trainer_with(tmp_path: Path) -> Callable[..., L.Trainer]:
     """Makes a trainer on one CPU with the given callbacks that shows and saves nothing."""
     return partial(quiet_trainer, tmp_path)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Chromium without a window, as selenium's driver."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    binary, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver_path is None:
+        pytest.skip("needs chromium and chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
+    options.add_argument("--window-size=1500,1000")
+    driver = selenium.Chrome(service=selenium.ChromeService(driver_path), options=options)
+    yield driver
+    driver.quit()

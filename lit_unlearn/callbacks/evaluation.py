@@ -19,10 +19,11 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
+from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.evaluation.pictures import before_after_grid, image_grid, save_png, to_pil
-from lit_unlearn.evaluation.quality import PairedDrift, compute_kernel_distance, kernel_distance
+from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
 from lit_unlearn.evaluation.tables import scores_table
 from lit_unlearn.methods.base import ConceptEditor
@@ -69,7 +70,6 @@ class UneditedPictures(L.Callback):
             with module.pretrained.restored():
                 made = module.generate([batch[i].prompt for i in missing], [batch[i].seed for i in missing])
             for place, picture in zip(missing, made, strict=True):
-                paths[place].parent.mkdir(parents=True, exist_ok=True)
                 save_png(paths[place], to_pil(picture.float() / 255))
                 pictures[place] = picture
         return torch.stack([picture for picture in pictures if picture is not None])
@@ -110,10 +110,23 @@ class EvaluationReport(L.Callback):
     Args:
         columns: Pictures in a row of the grid.
         others: Pictures of other concepts in the grid, beside those of the edited ones.
+        features: Features in which the sets of other concepts' pictures are compared (KID, FID): ``judge`` (if it has
+            any), or ``inception`` (torch-fidelity's).
+        judge_negatives: For the judge's precision and recall: pictures of each other concept of a kind about which it
+            is asked if they show the edited one. Null takes all with a classifier and leaves it out with a slow judge.
+
+    Raises:
+        ValueError: A field is wrong, or torch-fidelity is missing.
     """
 
-    def __init__(self, columns: int = 10, others: int = 10) -> None:
+    def __init__(
+        self, columns: int = 10, others: int = 10, features: str = "judge", judge_negatives: int | None = None
+    ) -> None:
+        check_features(features)
+        if judge_negatives is not None and judge_negatives < 0:
+            raise ValueError(f"judge_negatives={judge_negatives} must be at least 0, which leaves the curve out.")
         self.columns, self.others = columns, others
+        self.features, self.judge_negatives = features, judge_negatives
         self._shown: list[tuple[PictureItem, Tensor, Tensor]] = []
 
     @override
@@ -122,7 +135,15 @@ class EvaluationReport(L.Callback):
         self._shown = []
         features = getattr(pl_module.judge, "features", None)
         self._drift = PairedDrift(features).to(pl_module.device)
-        self._distance = kernel_distance(features).to(pl_module.device) if features is not None else None
+        compared = of_bytes(features) if features is not None else None
+        if self.features == "inception":
+            compared = inception_features(pl_module.device)
+        self._distance = SetDistance(compared, pl_module.device) if compared is not None else None
+        images_per_prompt = trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
+        self._curve = JudgeCurve(
+            pl_module.judge, pl_module.concepts, pl_module.edited, images_per_prompt, self.judge_negatives
+        )
+        self._curve.metric.to(pl_module.device)
 
     @override
     def on_test_batch_end(
@@ -141,8 +162,8 @@ class EvaluationReport(L.Callback):
         pair = [outputs[key][others] for key in ("before", "after")]
         self._drift.update(*(pictures.float() / 255 for pictures in pair))
         if self._distance is not None and others:
-            for pictures, real in zip(pair, (True, False), strict=True):
-                self._distance.update(pictures.to(pl_module.device), real=real)
+            self._distance.update(*pair)
+        self._curve.update(outputs["before"], batch)
         for item, before, after in zip(batch, outputs["before"], outputs["after"], strict=True):
             is_edited = names[item.concept_index] in edited
             # The grid shows every prompt of the edited concepts and the first prompt of some others, once.
@@ -153,17 +174,18 @@ class EvaluationReport(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ConceptEditor)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
-        drift: dict[str, float] = self._drift.compute()  # so do these
+        drift: dict[str, float | None] = {**self._drift.compute()}  # so do these
         if self._distance is not None:
-            drift |= compute_kernel_distance(self._distance)
+            drift |= self._distance.compute()
+        curves = self._curve.compute()
         folder = run_folder(trainer)
         agreement = None
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
         if not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        scores = self._scores(folder, trainer, pl_module, before, after, drift, agreement)
+        calibration = {name: curve.numbers() for name, curve in curves.items()}
+        scores = self._scores(folder, trainer, pl_module, before, after, drift, agreement, calibration)
         scores.save(folder / "scores.json")
         grid = self._grid(pl_module)
         save_png(folder / "grid.png", grid)
@@ -173,6 +195,7 @@ class EvaluationReport(L.Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_image("test/before_above_after", np.asarray(grid), 0, dataformats="HWC")
             self._log_hyperparameters(trainer.logger, pl_module, scores)
+        draw_curves(trainer.logger, curves)
         Console().print(scores_table(scores.before, scores))
         rank_zero_info(f"Scores: {folder / 'scores.json'}\nPictures: {folder / 'grid.png'}")
 
@@ -193,8 +216,9 @@ class EvaluationReport(L.Callback):
         module: ConceptEditor,
         before: dict[str, Any],
         after: dict[str, Any],
-        drift: dict[str, float],
+        drift: dict[str, float | None],
         agreement: dict[str, Any] | None,
+        calibration: dict[str, Any],
     ) -> Scores:
         data = trainer.datamodule  # type: ignore[attr-defined]
         cost = module.current_cost()
@@ -222,6 +246,7 @@ class EvaluationReport(L.Callback):
             },
             drift=drift or None,
             agreement=agreement,
+            calibration=calibration or None,
         )
 
     def _grid(self, module: ConceptEditor) -> Image.Image:

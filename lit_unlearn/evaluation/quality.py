@@ -1,7 +1,7 @@
 """What an edit does to pictures that it should leave alone: how far each moved, and how the set of them changed.
 
 Both compare pictures of the same prompts and seeds before and after the edit. Drift is paired, picture by picture; the
-kernel distance (KID) compares the sets.
+kernel distance (KID) and the Fréchet distance (FID) compare the sets.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 Features = Callable[[Tensor], Tensor]
 """From pictures (B, 3, H, W), float in [0, 1], to features (B, D)."""
+
+FEATURES = ("judge", "inception")
+"""What sets of pictures can be compared in."""
 
 
 class PairedDrift(Metric):
@@ -72,50 +78,108 @@ class PairedDrift(Metric):
         return {**drift, "pictures": int(count)}
 
 
-class _OfBytes(nn.Module):
-    """Features as torchmetrics asks for them: of pictures in bytes."""
-
-    def __init__(self, features: Features) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, D) of ``images`` (B, 3, H, W), uint8."""
-        return self.features(images.float() / 255).to(images.device)
+def of_bytes(features: Features) -> Features:
+    """``features`` of pictures (B, 3, H, W) in bytes, as they are kept."""
+    return lambda images: features(images.float() / 255)
 
 
-def kernel_distance(features: Features | None) -> KernelInceptionDistance:
-    """KID (Bińkowski et al., 2018) in ``features``, or in Inception's if they are None.
+def inception_features(device: str | torch.device = "cpu") -> Features:
+    """Features (B, 2048) of Inception v3 as published FIDs use them, by torch-fidelity, of pictures in bytes.
+
+    Args:
+        device: Where the network runs.
 
     Raises:
-        ValueError: There are no features, and torch-fidelity, which has Inception's, is not installed.
+        ValueError: torch-fidelity is not installed, or its weights cannot be had.
     """
-    if features is not None:
+    check_features("inception")
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    except (OSError, RuntimeError, UnpicklingError) as error:  # no network; another file; a damaged one
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"features='inception' needs the weights {URL_INCEPTION_V3}, which cannot be had ({reason}): "
+            f"put that file at {file}, or take features='judge'."
+        ) from error
+    return network.to(device)
+
+
+def check_features(features: str) -> None:
+    """Check the name of the features that sets of pictures are compared in, without loading anything.
+
+    Raises:
+        ValueError: It is unknown, or torch-fidelity is missing.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"features={features!r} is unknown: choose {' or '.join(FEATURES)}.")
+    if features == "inception" and importlib.util.find_spec("torch_fidelity") is None:
+        raise ValueError("features='inception' needs torch-fidelity: pip install 'lit-unlearn[fid]'.")
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics expects a network, since features are computed once for both distances."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features as they are."""
+        return features
+
+
+class SetDistance:
+    """KID (Bińkowski et al., 2018) and FID (Heusel et al., 2017) of pictures after an edit from those before.
+
+    Args:
+        features: From pictures (B, 3, H, W), uint8, to features (B, D): ``of_bytes(judge.features)`` or
+            ``inception_features()``.
+        device: Where they are collected.
+    """
+
+    def __init__(self, features: Features, device: str | torch.device = "cpu") -> None:
+        self.features, self.device = features, torch.device(device)
+        self.num_features = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)).shape[1]
+        given = _Given(self.num_features)
         with warnings.catch_warnings():  # of the memory that features of very many pictures take
             warnings.filterwarnings("ignore", ".*will save all extracted features")
-            return KernelInceptionDistance(feature=_OfBytes(features), subsets=50, subset_size=50)
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError(
-            "KID needs features: take a classifier as judge, or install Inception's: pip install 'lit-unlearn[fid]'."
-        )
-    return KernelInceptionDistance(feature=2048, subsets=50, subset_size=50)
+            self.kernel = KernelInceptionDistance(feature=given, subsets=50, subset_size=50).to(self.device)
+        self.frechet = FrechetInceptionDistance(feature=given).to(self.device)
 
+    @torch.no_grad()
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Enter pictures (B, 3, H, W), uint8."""
+        for pictures, real in ((before, True), (after, False)):
+            features = self.features(pictures.to(self.device)).to(self.device)
+            self.kernel.update(features, real=real)
+            self.frechet.update(features.double(), real=real)
 
-def compute_kernel_distance(metric: KernelInceptionDistance, seed: int = 0) -> dict[str, float]:
-    """Mean and standard deviation over subsets, drawn from ``seed``; of fewer pictures than a subset all are taken.
+    def compute(self, seed: int = 0) -> dict[str, float | None]:
+        """The distances; to be called on every rank.
 
-    Returns:
-        ``kid`` and ``kid_std``; empty if there are fewer than two pictures.
-    """
-    metric.sync(should_sync=torch.distributed.is_available() and torch.distributed.is_initialized())
-    try:
-        size = min(sum(map(len, metric.real_features)), sum(map(len, metric.fake_features)))
-    finally:
-        metric.unsync(should_unsync=metric._is_synced)
-    if size < 2:
-        return {}
-    metric.subset_size = min(50, size)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        mean, deviation = metric.compute()
-    return {"kid": float(mean), "kid_std": float(deviation)}
+        Args:
+            seed: Of the subsets of KID; of fewer pictures than a subset all are taken.
+
+        Returns:
+            ``kid`` and ``kid_std``, mean and standard deviation over subsets, and ``fid``: None unless there are more
+            pictures than features, since the covariance is singular below that, and its distance mostly tells how few
+            they are. Empty if there are fewer than two pictures.
+        """
+        kernel = self.kernel
+        kernel.sync(should_sync=torch.distributed.is_available() and torch.distributed.is_initialized())
+        try:
+            size = min(sum(map(len, kernel.real_features)), sum(map(len, kernel.fake_features)))
+        finally:
+            kernel.unsync(should_unsync=kernel._is_synced)
+        if size < 2:
+            return {}
+        kernel.subset_size = min(50, size)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            mean, deviation = kernel.compute()
+        fid = float(self.frechet.compute()) if size > self.num_features else None
+        return {"kid": float(mean), "kid_std": float(deviation), "fid": fid}

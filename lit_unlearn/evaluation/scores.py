@@ -146,6 +146,9 @@ class Scores(Measurement):
     """How far pictures of unrelated prompts moved, same seeds."""
     agreement: dict[str, Any] | None = None
     """Name of the second judge, and Cohen's kappa of both judges' verdicts on the same pictures."""
+    calibration: dict[str, Any] | None = None
+    """How well the judge tells the unedited model's pictures of each edited concept from those of others of its kind:
+    the numbers of ``lit_unlearn.evaluation.judge_curve.Curve`` by concept."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

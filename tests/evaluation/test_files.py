@@ -6,8 +6,13 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.checkpoint import AtomicCheckpointIO
+from lit_unlearn.evaluation.files import WRITING, WriteError, atomic_write, naming
+from lit_unlearn.evaluation.pictures import save_png
+from lit_unlearn.evaluation.scores import write_json
 
 
 def write(path: Path, content: bytes) -> None:
@@ -43,11 +48,71 @@ def test_no_space_left_leaves_the_old_file_and_nothing_else(tmp_path: Path, monk
     for function in ("replace", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, function, full)
-            with pytest.raises(OSError, match=r"Could not write .*file: No space left.*unchanged") as caught:
+            with pytest.raises(WriteError) as caught:
                 write(path, b"new")
         assert caught.value.errno == errno.ENOSPC
+        assert str(caught.value) == (
+            f"Could not write {path}: No space left on device (what was there is unchanged); free some space, then run "
+            "the same command again."
+        )
         assert path.read_bytes() == b"old"
         assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("room", [0, 700, 90_000])
+def test_a_file_that_cannot_grow_under_the_writer_of_a_library(room: int, tmp_path: Path) -> None:
+    # The system refuses to write more than so many bytes: none, within the head of torch's archive, in the middle of
+    # the numbers. Torch's own error says nothing of it.
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
+    picture = Image.effect_noise((400, 400), 50)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for save in (
+        lambda: AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, path),
+        lambda: save_png(path, picture),
+        lambda: write_json(path, list(range(100_000))),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(WriteError) as caught:
+                save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.errno == errno.EFBIG
+        assert f"{path}: File too large (what was there is unchanged); raise the limit" in str(caught.value)
+        assert os.listdir(tmp_path) == ["last.ckpt"]
+        assert torch.equal(torch.load(path, weights_only=True)["weight"], torch.zeros(2))
+
+
+def test_an_error_that_is_not_the_disk_s_is_left_alone(tmp_path: Path) -> None:
+    for error in (RuntimeError("of torch"), ValueError("of ours")):
+        with pytest.raises(type(error), match=str(error)), atomic_write(tmp_path / "file"):
+            raise error
+        with pytest.raises(type(error), match=str(error)), naming(tmp_path / "file"):
+            raise error
+    with pytest.raises(FileNotFoundError), naming(tmp_path, only=WRITING):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "data")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space, then run the same command again"),
+        (errno.EDQUOT, "free some space or ask for more, then run the same command again"),
+        (errno.EROFS, "name a folder that you may write to"),
+        (errno.EACCES, "name a folder that you may write to"),
+        (errno.ENOTDIR, "a file stands where a folder should be, so name another folder"),
+        (errno.EIO, "name another place"),
+    ],
+)
+def test_libraries_in_rust_say_the_number_only(number: int, remedy: str, tmp_path: Path) -> None:
+    reason = os.strerror(number)
+    with pytest.raises(WriteError) as caught, naming(tmp_path / "out"):
+        raise Exception(f"Error while serializing: I/O error: {reason} (os error {number})")
+    assert caught.value.errno == number
+    assert str(caught.value) == f"Could not write {tmp_path / 'out'}: {reason}; {remedy}."
 
 
 def test_an_interrupted_block_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

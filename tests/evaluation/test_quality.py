@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lit_unlearn.evaluation.quality import PairedDrift, compute_kernel_distance, kernel_distance
+from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 
 
 def pictures(n: int, seed: int) -> Tensor:
@@ -60,33 +63,145 @@ def unbiased_kid(x: Tensor, y: Tensor) -> float:
     return same - 2 * sum(kernel(a, b) for a in x for b in y) / n**2
 
 
+def distances(before: Tensor, after: Tensor, features: Callable[[Tensor], Tensor] = means) -> dict[str, float | None]:
+    """All distances between two sets of pictures, uint8, entered in two unequal parts."""
+    metric = SetDistance(of_bytes(features))
+    for part in (slice(0, 2), slice(2, None)):
+        metric.update(before[part], after[part])
+    return metric.compute()
+
+
 def test_kid_equals_its_definition() -> None:
     before, after = ((pictures(6, seed) * 255).byte() for seed in (0, 1))
     after = after // 2
-    metric = kernel_distance(means)
-    metric.update(before, real=True)
-    metric.update(after, real=False)
-    found = compute_kernel_distance(metric)
+    found = distances(before, after)
     # Six pictures are fewer than a subset, so all subsets are alike but for their order.
     expected = unbiased_kid(means(before.float() / 255).double(), means(after.float() / 255).double())
     assert found["kid"] == pytest.approx(expected, rel=1e-4)
-    assert found["kid_std"] < 1e-5 < found["kid"]
+    assert found["kid_std"] is not None
+    assert found["kid_std"] < 1e-5 < expected
 
 
-def test_kid_is_reproducible_and_leaves_the_global_state_alone() -> None:
-    metric = kernel_distance(means)
-    metric.update((pictures(80, 0) * 255).byte(), real=True)
-    metric.update((pictures(80, 1).sqrt() * 255).byte(), real=False)
+def square_root(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.mT
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    """‖μ − ν‖² + tr(A + B − 2 (A^½ B A^½)^½) with the means and covariances of rows (Dowson & Landau, 1982)."""
+    sigma, tau = torch.cov(x.mT), torch.cov(y.mT)
+    root = square_root(sigma)
+    mean = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    return float(mean + (sigma + tau).trace() - 2 * square_root(root @ tau @ root).trace())
+
+
+class TinyNetwork(torch.nn.Module):
+    """Stands for Inception: random convolutions with five features, of pictures in [0, 1], in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 5, 3, stride=2, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.convolution(images.double()).relu().mean(dim=(2, 3))
+
+
+def test_fid_equals_its_closed_form() -> None:
+    network = TinyNetwork()
+    before, after = (pictures(40, 0) * 255).byte(), (pictures(40, 1).square() * 255).byte()
+    with torch.no_grad():
+        features = [network(images.float() / 255) for images in (before, after)]
+    expected = frechet(*features)
+    assert expected > 0.1
+    assert distances(before, after, network)["fid"] == pytest.approx(expected, rel=1e-9)
+    assert distances(before, before, network)["fid"] == pytest.approx(0, abs=1e-9)
+
+
+def test_fid_needs_more_pictures_than_features() -> None:
+    network = TinyNetwork()
+    before, after = ((pictures(6, seed) * 255).byte() for seed in (0, 1))
+    few = distances(before[:5], after[:5], network)
+    assert few["fid"] is None
+    assert few["kid"] is not None
+    assert distances(before, after, network)["fid"] is not None
+
+
+def test_distances_are_reproducible_and_leave_the_global_state_alone() -> None:
+    before, after = (pictures(80, 0) * 255).byte(), (pictures(80, 1).sqrt() * 255).byte()
     state = torch.random.get_rng_state()
-    first = compute_kernel_distance(metric)
+    first = distances(before, after)
     assert torch.equal(torch.random.get_rng_state(), state)
-    metric._computed = None
     torch.manual_seed(5)
-    assert compute_kernel_distance(metric) == first
-    assert compute_kernel_distance(kernel_distance(means)) == {}
+    assert distances(before, after) == first
+    assert SetDistance(of_bytes(means)).compute() == {}
 
 
-def test_inception_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="features='clip' is unknown: choose judge or inception"):
+        check_features("clip")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_features("judge")
     with pytest.raises(ValueError, match=r"pip install 'lit-unlearn\[fid\]'"):
-        kernel_distance(None)
+        check_features("inception")
+
+
+def fidelity() -> None:
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("needs torch-fidelity: pip install 'lit-unlearn[fid]'")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that torch-fidelity keeps its weights in, in an empty folder."""
+    fidelity()
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    return tmp_path / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+
+
+def test_inception_without_its_weights(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    with pytest.raises(
+        ValueError, match=r"cannot be had \(no network here\): put that file at .*pth, or take"
+    ) as error:
+        inception_features()
+    assert str(hub) in str(error.value)
+    hub.parent.mkdir(parents=True, exist_ok=True)
+    hub.write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match=r"cannot be had .*: put that file at .*pth, or take features='judge'\.$"):
+        inception_features()
+
+
+@pytest.mark.slow
+def test_inception_with_weights(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights in place of the real ones: everything but their values."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        network = inception_features()
+    hub.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), hub)  # type: ignore[attr-defined]
+    images = (pictures(3, 0) * 255).byte()
+    loaded = inception_features()
+    features = loaded(images)
+    assert features.shape == (3, 2048)
+    assert features.std(dim=0).max() > 0
+    assert torch.equal(features, network(images))
+    metric = SetDistance(loaded)
+    metric.update(images, images // 2)
+    found = metric.compute()
+    assert metric.num_features == 2048
+    assert found["fid"] is None  # three pictures
+    assert found["kid"] is not None

@@ -5,14 +5,13 @@ import io
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from lit_unlearn.evaluation import report
 from lit_unlearn.evaluation.attack_results import AttackReport, make_result
 from lit_unlearn.evaluation.metrics import wilson_interval
 from lit_unlearn.evaluation.report import collect, group, paper_markdown, report_csv, report_html, report_markdown
@@ -85,7 +84,9 @@ def test_markdown_and_csv_hold_the_numbers(logs: Path) -> None:
     assert "## One concept at a time" in text
     assert "## 2 concepts at once" in text
     assert re.search(r"^\| uce \| 2 \| 0\.750 \(0\.50–1\.00\) ", text, flags=re.MULTILINE)
-    assert "| uce | concept inversion | 1 | 0.100 | 0.750 | 1.000 | 60 | 900 |" in text
+    low, high = wilson_interval(3, 4)
+    shown = f"0.750 ({low:.2f}–{high:.2f})"
+    assert f"| uce | concept inversion | 1 | 0.100 | {shown} | 1.000 | 60 | 900 |" in text
     rows = list(csv.DictReader(io.StringIO(report_csv(runs))))
     assert len(rows) == 6
     found = {(row["method"], row["edited"]): row for row in rows}
@@ -96,6 +97,18 @@ def test_markdown_and_csv_hold_the_numbers(logs: Path) -> None:
             assert float(row["forget_low"]) == wilson_interval(round(20 * forget), 20)[0]
     assert float(found["uce", "dog"]["attack_concept_inversion"]) == 0.75
     assert found["esd", "dog"]["attack_concept_inversion"] == ""
+
+
+def test_the_protocol_says_how_well_the_judge_tells_concepts(logs: Path) -> None:
+    assert "Average precision" not in report._protocol_line(collect([logs]))
+    numbers = {"recall": 1.0, "false_yes": 0.0, "positives": 20, "negatives": 60, "failed": 0}
+    found = {
+        name: {**numbers, "average_precision": value} for name, value in (("owl", 0.9), ("cat", 1.0), ("dog", None))
+    }
+    run = scores("uce", ["owl", "cat", "dog"], 1.0, 1.0, calibration=found)
+    run.save(logs / "uce" / "owl+cat+dog" / "version_0" / "scores.json")
+    line = "Average precision of the judge on unedited pictures, 2 concepts: 0.900 to 1.000."
+    assert line in report._protocol_line(collect([logs]))
 
 
 def test_the_page_needs_no_network(logs: Path) -> None:
@@ -165,25 +178,6 @@ def test_the_paper_s_tables_stand_beside_the_challenge_s() -> None:
     # Both harmonic means of the paper's method; the second from its Tables 1 to 4.
     assert re.search(r"harmonic mean of the averages .* 0\.642 \|", text)
     assert re.search(r"average of the harmonic means .* 0\.582 \|", text)
-
-
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    selenium = pytest.importorskip("selenium.webdriver")
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("needs chromium and chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(argument)
-    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
-    options.add_argument("--window-size=1500,1000")
-    driver = selenium.Chrome(service=selenium.ChromeService(DRIVER), options=options)
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.slow

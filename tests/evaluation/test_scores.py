@@ -68,7 +68,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert set(content) == {
         *("schema", "method", "backbone", "concepts", "edited", "judge", "images_per_concept", "seed", "training_seed"),
         *("forget", "retain", "harmonic_mean", "intervals", "direct", "indirect", "per_concept"),
-        *("adjacent", "adversarial", "err", "before", "cost", "edit", "drift", "agreement"),
+        *("adjacent", "adversarial", "err", "before", "cost", "edit", "drift", "agreement", "calibration"),
     }
     assert set(content["per_concept"]["dog"]) == {"share_with_concept", "n", "missing", "failed", "edited"}
     assert content["per_concept"]["dog"]["edited"] is True
