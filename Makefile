@@ -27,8 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## remove a concept from the embedded model and score it
 	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)"
 
+# One process for each core, which keeps to one thread (tests/conftest.py). A process that has no tests left takes some
+# of another's; until then neighbours stay together and share what they prepare.
 test: $(STAMP) ## run the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow

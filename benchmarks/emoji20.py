@@ -227,6 +227,7 @@ def summary(cells: Sequence[Cell], command: str) -> str:
         f"{len(folders)} of {len(cells)} cells are done." if missing else f"All {len(cells)} cells are done.",
         "What it says: [comparison.md](../comparison.md).",
         "",
+        "",
     ]
     return report_markdown(collect(folders)).replace("# Report\n\n", "\n".join(lines), 1)
 

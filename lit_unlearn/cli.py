@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from lit_unlearn import __version__
 from lit_unlearn.core.signals import Preempted, note_signal
-from lit_unlearn.errors import UserError, closest, essence
+from lit_unlearn.errors import UserError, closest, essence, plain_threads
 from lit_unlearn.recipes import recipe_names, resolve_recipes
 
 TRAINER_COMMANDS = {
@@ -32,7 +32,7 @@ TOLD_TO_STOP = 75
 """Exit code of a fit that a signal has stopped: what it had is saved, and the same command goes on (EX_TEMPFAIL)."""
 ATTACK_NAMES = ("concept_inversion", "prompt_search", "ring_a_bell", "relearning")
 DTYPES = ("float32", "bfloat16", "float16")
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +54,8 @@ def main(args: Sequence[str] | None = None) -> int:
         written; 75 if a signal told a fit to save and stop; 130 if interrupted. Errors within a training are raised.
     """
     try:
-        return _run(list(sys.argv[1:] if args is None else args))
+        with plain_threads():
+            return _run(list(sys.argv[1:] if args is None else args))
     except UserError as error:
         message = essence(error)
     except KeyboardInterrupt:
@@ -64,14 +65,25 @@ def main(args: Sequence[str] | None = None) -> int:
         print(told, file=sys.stderr)
         return TOLD_TO_STOP
     except OSError as error:
-        # Without a number it is what libraries say of a model that they cannot fetch.
-        if error.errno is not None and error.errno not in WRITE_ERRORS:
-            raise
-        message = essence(error)
+        message = essence(_shown(error))
     except SystemExit as error:  # --help, --print_config
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     print(f"lit-unlearn: error: {message}", file=sys.stderr)
     return 2
+
+
+def _shown(error: OSError) -> OSError:
+    """``error`` as the person at the terminal is told of it; raised if it is none of the person's concern."""
+    from lit_unlearn.evaluation.files import WRITING, WriteError
+
+    # Without a number it is what libraries say of a model that they cannot fetch.
+    if isinstance(error, WriteError) or error.errno is None:
+        return error
+    if error.errno in WRITING:
+        return WriteError(error.filename or "the output", error)
+    if error.errno in FORBIDDEN:
+        return error
+    raise error
 
 
 def _run(args: list[str]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +34,26 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+@contextmanager
+def plain_threads() -> Iterator[None]:
+    """Say in a line that a thread of the block could not write; TensorBoard writes its curves in one."""
+    from lit_unlearn.evaluation.files import WRITING
+
+    before = threading.excepthook
+
+    def say(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError) and args.exc_value.errno in WRITING:
+            print(f"lit-unlearn: warning: curves are not complete: {args.exc_value.strerror}.", file=sys.stderr)
+        else:
+            before(args)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def essence(error: BaseException) -> str:

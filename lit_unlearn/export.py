@@ -23,7 +23,7 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.components import load_components, resolve_model, save_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
-from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.evaluation.files import atomic_write, naming
 from lit_unlearn.evaluation.scores import Scores, write_json
 from lit_unlearn.lora import low_rank
 
@@ -169,7 +169,7 @@ def export_pipeline(
         old_names: Put ``text_model.`` before the weights of the text encoder, as transformers 4 names them.
 
     Raises:
-        OSError: The folder cannot be written; what was there is unchanged.
+        WriteError: The folder cannot be written; what was there is unchanged.
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
     components = load_components(model, edit.dtype, revision)
@@ -211,26 +211,22 @@ def replaced_folder(output: Path) -> Iterator[Path]:
     """Make a temporary folder beside ``output``; when the block ends it takes the place of ``output``, or nothing does.
 
     Raises:
-        OSError: A file cannot be written; the message names the output.
+        WriteError: A file cannot be written; the message names the output.
     """
     token = secrets.token_hex(4)
     temporary, old = (output.with_name(f".{output.name}.{token}.{suffix}") for suffix in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if output.exists():
-            output.rename(old)
-        try:
+        with naming(output, kept=output.exists()):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if output.exists():
+                output.rename(old)
             temporary.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
-    except OSError as error:
-        raise OSError(error.errno, f"Could not write {output}: {error.strerror or error}.") from error
     finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not output.exists():
+            old.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def model_card(facts: dict[str, Any], name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_unlearn.errors import UserError
+from lit_unlearn.evaluation.files import WriteError, naming
 from lit_unlearn.evaluation.scores import write_json
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
@@ -86,8 +88,21 @@ class Run:
 
         Raises:
             UserError: Another process has it.
+            WriteError: It cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        is_new = not self.folder.exists()
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_it()
+        try:
+            self._write(RUNNING)
+        except WriteError:
+            self.release()
+            if is_new:  # nothing says whose it is, so no command would go on with it
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _lock_it(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -96,7 +111,6 @@ class Run:
                 f"{self.folder} is being written by {owner}: wait until it ends, or start a separate run with another "
                 "--method or --trainer.default_root_dir."
             ) from error
-        self._write(RUNNING)
 
     def finish(self) -> None:
         """Say that the fit came to its end."""

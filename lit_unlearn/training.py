@@ -30,6 +30,7 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.errors import UserError, essence, parse_error, user_errors
+from lit_unlearn.evaluation.files import WRITING, atomic_write, naming
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
 from lit_unlearn.recipes import check_method
 from lit_unlearn.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
@@ -68,7 +69,13 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own would leave half a file
+            file.write(self.parser.dump(self.config, skip_none=False).encode())
 
 
 class UnlearnCLI(LightningCLI):
@@ -90,7 +97,7 @@ class UnlearnCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},  # a requeued job returns to its folder
+            save_config_kwargs={"save_to_log_dir": False},  # it does that itself
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in self.subcommands()}},
@@ -293,6 +300,12 @@ class UnlearnCLI(LightningCLI):
             missing = [kind() for kind in (SaveOnSignal, CheckNumbers) if not any(isinstance(c, kind) for c in given)]
             kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
         return super().instantiate_trainer(**kwargs)
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
+        with naming(folder, only=WRITING):  # TensorBoard and others do not say where they write
+            super()._run_subcommand(subcommand)
 
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; one that has nothing to edit leaves nothing behind."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import SHARED, load_copy
 from lit_unlearn.data.prompts import ConceptPrompts
+from lit_unlearn.data.strict_yaml import load_yaml
 from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.base import ConceptEditor
@@ -118,6 +120,15 @@ def build_pipeline(
     ).save_pretrained(output)
     SHARED.add(str(output))
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parse_once() -> Iterator[None]:
+    """The same bytes are parsed once: a fit reads its concept set three times, each a tenth of a second."""
+    known = cache(load_yaml)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_unlearn.data.concepts.load_yaml", lambda *source: copy.deepcopy(known(*source)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,18 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers import LAYERS
 from lit_unlearn.checkpoint import load_edited, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.methods.base import CHECKPOINT_KEY
 
-NAMES = [f"text_encoder.encoder.layers.{layer}.mlp.fc2.weight" for layer in (1, 2)]
-
 
 @pytest.fixture
 def content(components: DiffusionComponents, tiny_sd: Path) -> dict[str, Any]:
     """A checkpoint as a run writes it: two weights, one larger."""
-    values = {name: components.named_parameters()[name].detach().clone() for name in NAMES}
+    values = {name: components.named_parameters()[name].detach().clone() for name in LAYERS}
     return {
         "state_dict": {name: value + 1 for name, value in values.items()},
         "hyper_parameters": {"rounds": 1, "dtype": "float32", "_instantiator": "x"},
@@ -30,7 +29,7 @@ def content(components: DiffusionComponents, tiny_sd: Path) -> dict[str, Any]:
             "method": "ValueRefinement",
             "concepts": ["dog"],
             "model": str(tiny_sd),
-            "edited_names": NAMES,
+            "edited_names": LAYERS,
             "base_fingerprint": fingerprint(values),
         },
     }
@@ -59,8 +58,8 @@ def test_an_edit_is_read_and_applied(
     assert edit.run_folder is not None and edit.run_folder.name == "run"
     edit.check_base(str(tiny_sd))
     edited, before = load_edited(str(tiny_sd), edit).named_parameters(), components.named_parameters()
-    assert [name for name in before if not torch.equal(before[name], edited[name])] == NAMES
-    assert all(torch.equal(edited[name], content["state_dict"][name]) for name in NAMES)
+    assert [name for name in before if not torch.equal(before[name], edited[name])] == LAYERS
+    assert all(torch.equal(edited[name], content["state_dict"][name]) for name in LAYERS)
 
 
 def test_names_of_2022_are_the_same_model(
@@ -75,7 +74,7 @@ def test_names_of_2022_are_the_same_model(
 def test_other_variants_beside_the_weights_do_not_matter(
     content: dict[str, Any], write: Callable[..., Path], broken_model: Callable[..., Path], name: str
 ) -> None:
-    values = {name.removeprefix("text_encoder."): torch.zeros(1) for name in NAMES}
+    values = {name.removeprefix("text_encoder."): torch.zeros(1) for name in LAYERS}
     folder = broken_model(lambda path: save_file(values, path / "text_encoder" / name))
     read_edit(write(content)).check_base(str(folder))
 
@@ -115,7 +114,7 @@ class Unwelcome:
     [
         (lambda content: content.pop(CHECKPOINT_KEY), "was not made by an edit of lit-unlearn"),
         (lambda content: content[CHECKPOINT_KEY].pop("base_fingerprint"), "was not made by an edit of lit-unlearn"),
-        (lambda content: content["state_dict"].pop(NAMES[0]), "was not made by an edit of lit-unlearn"),
+        (lambda content: content["state_dict"].pop(LAYERS[0]), "was not made by an edit of lit-unlearn"),
         (lambda content: content.pop("state_dict"), "has no state_dict"),
         (lambda content: content.update(unwelcome=Unwelcome()), "is corrupt or no checkpoint"),
     ],
@@ -158,7 +157,7 @@ def test_another_model_is_refused(
 def test_weights_that_the_model_lacks(
     content: dict[str, Any], write: Callable[..., Path], components: DiffusionComponents
 ) -> None:
-    content["state_dict"][NAMES[0]] = torch.zeros(3, 3)
+    content["state_dict"][LAYERS[0]] = torch.zeros(3, 3)
     with pytest.raises(
         ValueError, match=r"layers\.1\.mlp\.fc2\.weight of shape \(3, 3\), which the model does not have"
     ):

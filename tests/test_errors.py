@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import threading
+
 import pytest
 
-from lit_unlearn.errors import UserError, closest, essence, parse_error, user_errors
+from lit_unlearn.errors import UserError, closest, essence, parse_error, plain_threads, user_errors
 
 
 class Base:
@@ -90,6 +93,23 @@ def test_only_value_errors_are_mistakes_of_the_user() -> None:
         raise ValueError("too few")
     with pytest.raises(TypeError), user_errors():
         raise TypeError("ours")
+
+
+def test_a_thread_that_cannot_write_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    seen: list[type[BaseException]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", outer := lambda args: seen.append(args.exc_type))
+        with plain_threads():
+            for error in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "?"), ValueError()):
+                thread = threading.Thread(target=fail, args=(error,))
+                thread.start()
+                thread.join()
+        assert threading.excepthook is outer
+    assert capsys.readouterr().err == "lit-unlearn: warning: curves are not complete: No space left on device.\n"
+    assert seen == [OSError, ValueError]
 
 
 def test_closest() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import CONFIGS
 from lit_unlearn import recipes, training
 from lit_unlearn.errors import UserError
 from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.data_unlearning import DataUnlearning
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 CONTENT: dict[str, dict[str, Any]] = {name: yaml.safe_load((CONFIGS / name).read_text()) for name in RECIPES}
 COMPLETE = [name for name in RECIPES if "class_path" in CONTENT[name].get("model", {})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lit_unlearn.errors import UserError
+from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.runs import FINISHED, RUNNING, Run, config_sha256, newest_run, read_run
 
 CONFIG = {
@@ -64,6 +66,29 @@ sys.stdin.read()
     run.claim()  # the system let go of it when the process was killed
     assert read_run(folder)["process"] == f"process {os.getpid()}"
     run.release()
+
+
+def test_a_folder_that_cannot_be_claimed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run, old = Run(tmp_path / "version_1", "abc"), Run(tmp_path / "version_0", "abc")
+    old.claim()
+    old.release()
+    before = (old.folder / "run.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for each in (run, old):
+            with pytest.raises(WriteError, match=rf"Could not write {each.folder}/run.json: No space left"):
+                each.claim()
+    assert os.listdir(tmp_path) == ["version_0"]  # not the one that was new
+    assert (old.folder / "run.json").read_bytes() == before
+    for each in (run, old):
+        each.claim()
+        each.release()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError, match=r"Could not write \S+/file/version_0: .*; a file stands where"):
+        Run(tmp_path / "file/version_0", "abc").claim()
 
 
 def test_the_newest_run_of_a_configuration(tmp_path: Path) -> None:

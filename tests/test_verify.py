@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers import LAYERS
 from lit_unlearn import cli
 from lit_unlearn.checkpoint import read_edit
 from lit_unlearn.data.concepts import load_concept_set
@@ -23,15 +24,13 @@ from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.methods.base import CHECKPOINT_KEY
 from lit_unlearn.verify import verify_export
 
-NAMES = [f"text_encoder.encoder.layers.{layer}.mlp.fc2.weight" for layer in (1, 2)]
-
 
 @pytest.fixture(scope="session")
 def exports(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``folder``, ``delta.safetensors`` and ``lora.safetensors`` of one edit; not to be written to."""
     root = tmp_path_factory.mktemp("exports")
     parameters = load_components(str(tiny_sd)).named_parameters()
-    values = {name: parameters[name].detach().clone() for name in NAMES}
+    values = {name: parameters[name].detach().clone() for name in LAYERS}
     content = {
         "state_dict": {name: value + 0.5 for name, value in values.items()},  # of rank 1
         "hyper_parameters": {"dtype": "float32", "concept_set": "emoji20"},
@@ -39,7 +38,7 @@ def exports(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "method": "ValueRefinement",
             "concepts": ["dog"],
             "model": str(tiny_sd),
-            "edited_names": NAMES,
+            "edited_names": LAYERS,
             "base_fingerprint": fingerprint(values),
         },
     }
@@ -78,7 +77,7 @@ def test_provenance_has_every_hash(exports: Path, tiny_sd: Path, tiny_sd_2022: P
     assert facts["concept_set_sha256"] == load_concept_set("emoji20").sha256
     names = {p.relative_to(exports / "folder").as_posix() for p in (exports / "folder").rglob("*") if p.is_file()}
     assert set(facts["files"]) == names - {"provenance.json"}
-    assert set(facts["weights_sha256"]) == set(NAMES)
+    assert set(facts["weights_sha256"]) == set(LAYERS)
     assert read_edit(exports / "delta.safetensors").base_weights == facts["base_sha256"]
 
 
@@ -114,23 +113,23 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Non
 
 
 def test_a_changed_weight_is_named(folder: Path, tiny_sd: Path) -> None:
-    own = NAMES[0].removeprefix("text_encoder.")
+    own = LAYERS[0].removeprefix("text_encoder.")
     rewrite(folder / "text_encoder/model.safetensors", lambda tensors: tensors[own].view(-1)[0].add_(1e-3))
     other = "encoder.layers.0.mlp.fc1.weight"
     rewrite(folder / "text_encoder/model.safetensors", lambda tensors: tensors[other].view(-1)[0].add_(1e-3))
     assert wrong(folder, tiny_sd) == [
         "text_encoder/model.safetensors has changed",
-        f"{NAMES[0]} has changed",
+        f"{LAYERS[0]} has changed",
         f"text_encoder.{other} is not that of the base model",
     ]
 
 
 def test_a_delta_with_another_value_or_name(exports: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(exports / "delta.safetensors", tmp_path / "delta.safetensors"))
-    rewrite(path, lambda tensors: tensors.update({NAMES[0]: tensors[NAMES[0]] + 1, "unet.extra": torch.ones(1)}))
-    assert wrong(path) == [f"{NAMES[0]} has changed", "unexpected unet.extra", "unexpected weight unet.extra"]
-    rewrite(path, lambda tensors: tensors.pop(NAMES[1]))
-    assert f"{NAMES[1]} is missing" in wrong(path)
+    rewrite(path, lambda tensors: tensors.update({LAYERS[0]: tensors[LAYERS[0]] + 1, "unet.extra": torch.ones(1)}))
+    assert wrong(path) == [f"{LAYERS[0]} has changed", "unexpected unet.extra", "unexpected weight unet.extra"]
+    rewrite(path, lambda tensors: tensors.pop(LAYERS[1]))
+    assert f"{LAYERS[1]} is missing" in wrong(path)
 
 
 def test_another_base_is_refused_though_its_edited_weights_are_equal(

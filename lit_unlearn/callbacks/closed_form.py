@@ -12,11 +12,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.modules import expect_module
+from lit_unlearn.callbacks.numbers import solving, write_finite
 from lit_unlearn.core.closed_form import (
     NullSpace,
     NullSpaceRule,
     RidgeRule,
     edit_report,
+    least_squares_condition,
     least_squares_update,
     null_space,
     null_space_update,
@@ -31,6 +33,11 @@ class ClosedFormEdit(L.Callback):
 
     Stands before callbacks that look at the edited model: callbacks run in the order of the recipe.
     """
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a system that is ill-conditioned."""
+        return f"raise {type(self).__name__}.ridge"
 
     def prepare(self, module: ValueRefinement) -> None:
         """Compute what serves all edits from ``module.moments``."""
@@ -84,10 +91,11 @@ class ClosedFormEdit(L.Callback):
         """Solve for V1, ``values`` (n, L, d_out), of one layer, write its weight and report."""
         keys, values = state.keys[state.mask].double(), values[state.mask].double()
         weight = state.layer.weight.detach().double().clone()
-        delta = self.solve(pl_module, state, keys, values)
+        with solving(state.name):
+            delta = self.solve(pl_module, state, keys, values)
         # One process decides, since solvers may differ in the last bit. The broadcast pickles, so it goes by the CPU.
         delta = trainer.strategy.broadcast(delta.cpu()).to(weight)
-        state.layer.weight.copy_(weight + delta)
+        write_finite(state.name, state.layer.weight, weight + delta)
         report = self.describe(pl_module, state, keys, state.layer.weight.double() - weight, weight)
         if pl_module.errors:  # none with values that are not refined
             report["first_error"], report["last_error"] = float(pl_module.errors[0]), float(pl_module.errors[-1])
@@ -125,10 +133,10 @@ class NullSpaceEdit(ClosedFormEdit):
     @override
     def prepare(self, module: ValueRefinement) -> None:
         # K0 is what the unedited model sees; an edit within the null space does not change it, so P serves all rounds.
-        self.null_spaces = {
-            name: null_space(moment, self.threshold, self.rule, count, self.minimum)
-            for name, (moment, count) in module.moments.items()
-        }
+        self.null_spaces = {}
+        for name, (moment, count) in module.moments.items():
+            with solving(name):
+                self.null_spaces[name] = null_space(moment, self.threshold, self.rule, count, self.minimum)
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in self.null_spaces.items()}
         module.report["spectrum"] = spectra
         if isinstance(module.logger, TensorBoardLogger):
@@ -174,10 +182,13 @@ class LeastSquaresEdit(ClosedFormEdit):
 
     @override
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        moment, count = module.moments[state.name]
         weight = state.layer.weight.detach().double()
-        retained = moment if self.moment == "sum" else moment / count
-        return least_squares_update(weight, keys, values, retained, self.ridge, self.retain_weight)
+        return least_squares_update(weight, keys, values, self._retained(module, state), self.ridge, self.retain_weight)
+
+    def _retained(self, module: ValueRefinement, state: LayerState) -> Tensor:
+        """The retained keys' second moment, (d_in, d_in), as ``moment`` says."""
+        moment, count = module.moments[state.name]
+        return moment if self.moment == "sum" else moment / count
 
     @override
     def describe(
@@ -185,4 +196,10 @@ class LeastSquaresEdit(ClosedFormEdit):
     ) -> dict[str, float]:
         moment, _ = module.moments[state.name]
         leak = ((delta @ moment) * delta).sum().clamp_min(0).sqrt() / ((weight @ moment) * weight).sum().sqrt()
-        return {"leak": float(leak), "relative_norm": float(delta.norm() / weight.norm())}
+        return {
+            "leak": float(leak),
+            "relative_norm": float(delta.norm() / weight.norm()),
+            "condition_number": least_squares_condition(
+                keys, self._retained(module, state), self.ridge, self.retain_weight
+            ),
+        }

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.modules import expect_module
+from lit_unlearn.callbacks.numbers import write_finite
 from lit_unlearn.methods.cross_attention import CrossAttentionEditor
 
 
@@ -23,6 +24,8 @@ class CrossAttentionEdit(L.Callback):
 
     module_class: type[CrossAttentionEditor] = CrossAttentionEditor
     """The methods that it can edit."""
+    remedy = "raise its ridge"
+    """What to do about a system that is ill-conditioned."""
 
     @abstractmethod
     def solve(self, module: Any) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -40,6 +43,6 @@ class CrossAttentionEdit(L.Callback):
         for name, layer in pl_module.layers.items():
             # One process decides: solvers may differ in the last bit. The broadcast pickles, so it goes by the CPU.
             delta = trainer.strategy.broadcast(deltas[name].cpu()).to(layer.weight.device)
-            layer.weight.copy_(layer.weight.double() + delta)
+            write_finite(name, layer.weight, layer.weight.double() + delta)
         pl_module.report.update(report)
         pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()

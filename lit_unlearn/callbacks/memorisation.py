@@ -78,7 +78,6 @@ class MemorisationReport(L.Callback):
         folder = run_folder(trainer)  # so does this
         if not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILE, self._content(folder, pl_module, before, after))
         grid = self._grid(pl_module)
         save_png(folder / "grid.png", grid)

@@ -1,7 +1,9 @@
-"""Stops a fit whose numbers go wrong, with the weights as they were before, and warns of edits that are too large."""
+"""Stops a fit whose numbers go wrong, and warns of edits that hang on rounding or are too large."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -11,31 +13,74 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.core.matrices import SingularSystemError
+from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.methods.base import DiffusionEditor
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"
 
 
 class NumericalError(ArithmeticError):
-    """A number that is not finite: where, and what it likely comes from."""
+    """A number that is not finite, or a system that cannot be solved: where, and what it likely comes from."""
+
+
+@contextmanager
+def solving(where: str, ridge: str = "") -> Iterator[None]:
+    """Say of which layer the numbers are that a closed form refuses.
+
+    Args:
+        where: Name of the weight.
+        ridge: How the user finds what a singular system calls its ridge, as a sentence.
+
+    Raises:
+        NumericalError: Keys, values or a moment are not finite, or the system is singular.
+        EmptyNullSpaceError: As the block raises it; it says all that there is to say.
+    """
+    try:
+        yield
+    except EmptyNullSpaceError:
+        raise
+    except ValueError as error:
+        more = f" {ridge}" if ridge and isinstance(error, SingularSystemError) else ""
+        raise NumericalError(f"{where}: {error}{more}") from error
+
+
+def write_finite(name: str, weight: Tensor, edited: Tensor) -> None:
+    """Write ``edited`` into the weight called ``name``, rounded to its type.
+
+    Raises:
+        NumericalError: It is not finite in that type; the weight is as it was.
+    """
+    rounded = edited.to(weight)
+    if not bool(rounded.isfinite().all()):
+        raise NumericalError(
+            f"{name}: the edited weight, at most {float(edited.abs().max()):.3g}, is not finite in {weight.dtype}: "
+            "raise the ridge, or load the model in another type (model.dtype)."
+        )
+    weight.copy_(rounded)
 
 
 class CheckNumbers(L.Callback):
     """Stops at a loss or gradient that is not finite, before the optimizer steps, and saves the weights as they are.
 
     Args:
-        max_weight_change: Warn at the end of an epoch if the weights have moved by more than this fraction of their
-            norm; null never warns.
+        max_weight_change: Warn at the end if the edited weights have moved by more than this many times their norm
+            (Frobenius, all together); null never warns.
+        max_condition_number: Warn if a closed form has solved a system of a larger condition number; null never warns.
+            Beyond 1e9 what float64 rounds is more than what float32 weights resolve.
 
     Raises:
-        ValueError: ``max_weight_change`` is not positive.
+        ValueError: A limit is not positive.
         NumericalError: A loss or gradient is not finite.
     """
 
-    def __init__(self, max_weight_change: float | None = None) -> None:
-        if max_weight_change is not None and max_weight_change <= 0:
-            raise ValueError(f"max_weight_change={max_weight_change} must be positive, or null for no warning.")
-        self.max_weight_change = max_weight_change
+    def __init__(self, max_weight_change: float | None = 10.0, max_condition_number: float | None = 1e9) -> None:
+        limits = {"max_weight_change": max_weight_change, "max_condition_number": max_condition_number}
+        for field, value in limits.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{field}={value} must be positive, or null for no warning.")
+        self.max_weight_change, self.max_condition_number = max_weight_change, max_condition_number
+        self._said: set[tuple[str, float]] = set()
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -55,15 +100,43 @@ class CheckNumbers(L.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.max_weight_change is None or not isinstance(pl_module, DiffusionEditor):
+        self._check_conditions(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_conditions(trainer, pl_module)  # again, for a recipe that names this callback before the edit
+        if self.max_weight_change is None or not isinstance(pl_module, DiffusionEditor) or not trainer.is_global_zero:
             return
         ratio = pl_module.pretrained.change_ratio()
         if ratio > self.max_weight_change:
+            changes = pl_module.pretrained.change_ratios()
+            most = max(changes, key=lambda name: changes[name])
             rank_zero_warn(
-                f"The edited weights have moved by {ratio:.2f} of their norm, more than max_weight_change="
-                f"{self.max_weight_change}: look at other concepts' pictures; a larger ridge, fewer steps or a lower "
-                "learning rate make a smaller edit."
+                f"The edited weights have moved by {ratio:.2f} times their norm ({most} by {changes[most]:.2f}), more "
+                f"than max_weight_change={self.max_weight_change:g}: look at other concepts' pictures; a larger ridge, "
+                "fewer steps or a lower learning rate make a smaller edit."
             )
+
+    def _check_conditions(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Warn of the worst system among those solved since the last check."""
+        if self.max_condition_number is None or not isinstance(module, DiffusionEditor):
+            return
+        found = {
+            (name, float(layer["condition_number"]))
+            for name, layer in module.report.get("layers", {}).items()
+            if layer.get("condition_number", 0.0) > self.max_condition_number
+        } - self._said
+        if not found:
+            return
+        self._said |= found
+        name, number = max(found, key=lambda pair: (pair[1], pair[0]))
+        others = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+        remedies = [callback.remedy for callback in trainer.callbacks if hasattr(callback, "remedy")]  # type: ignore[attr-defined]
+        rank_zero_warn(
+            f"{name}{others}: the system that was solved has the condition number {number:.1e}, more than "
+            f"max_condition_number={self.max_condition_number:g}, so the edit hangs on how numbers were rounded: "
+            f"{' or '.join(remedies) or 'raise its ridge'}."
+        )
 
     def _stop(self, trainer: L.Trainer, what: str) -> Any:
         path = run_folder(trainer) / "checkpoints" / "last.ckpt"

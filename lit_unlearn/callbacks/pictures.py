@@ -48,7 +48,6 @@ class SavePictures(BasePredictionWriter):
     ) -> None:
         for item, picture in zip(batch, prediction, strict=True):
             path = self.folder / _name(pl_module, item)
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, to_pil(picture.float() / 255))
 
 

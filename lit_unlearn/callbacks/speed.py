@@ -10,12 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.cross_attention import CrossAttentionEdit
+from lit_unlearn.callbacks.numbers import solving
 from lit_unlearn.core.speed import (
     augmented,
     erasing_update,
     most_influenced,
     relative_output,
     retained_null_space,
+    speed_condition,
     speed_update,
 )
 from lit_unlearn.diffusion.sampling import seeded
@@ -30,13 +32,15 @@ class SPEEDEdit(CrossAttentionEdit):
     """
 
     module_class = SPEED
+    remedy = "raise model.retain_scale"
 
     @override
     def solve(self, module: SPEED) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         keys = module.keys()
         deltas, layers = {}, {}
         for number, (name, layer) in enumerate(module.layers.items()):
-            deltas[name], layers[name] = self.solve_layer(module, keys, layer.weight.detach(), number)
+            with solving(name):
+                deltas[name], layers[name] = self.solve_layer(module, keys, layer.weight.detach(), number)
         means = {key: sum(layer[key] for layer in layers.values()) / len(layers) for key in next(iter(layers.values()))}
         module.log_dict({f"edit/{key}": value for key, value in means.items()}, rank_zero_only=True)
         return deltas, {"layers": layers, "edited_keys": len(keys.edited), "retained_keys": len(keys.retained)}
@@ -65,6 +69,7 @@ class SPEEDEdit(CrossAttentionEdit):
             "leak": relative_output(rounded, weight, keys.retained),
             "kept_leak": relative_output(rounded, weight, kept),
             "relative_norm": float(rounded.norm() / weight.norm()),
+            "condition_number": speed_condition(keys.edited, free, module.retain_scale, keys.num_texts),
         }
         wished = (keys.anchors - keys.edited) @ weight.mT
         report["remaining_error"] = float((wished - keys.edited @ rounded.mT).norm() / wished.norm())

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.cross_attention import CrossAttentionEdit
-from lit_unlearn.core.cross_attention_maps import map_report, map_updates
+from lit_unlearn.callbacks.numbers import solving
+from lit_unlearn.core.cross_attention_maps import map_condition, map_report, map_updates
 from lit_unlearn.methods.uce import PhraseMap
 
 
@@ -21,6 +22,7 @@ class UCEEdit(CrossAttentionEdit):
     """
 
     module_class = PhraseMap
+    remedy = "raise model.lamb"
 
     @override
     def solve(self, module: PhraseMap) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -29,22 +31,18 @@ class UCEEdit(CrossAttentionEdit):
         }
         started = time.perf_counter()
         targets = [module.layer_targets(weight.double()) for weight in weights.values()]
-        updates = map_updates(
-            list(weights.values()),
-            module.keys,
-            targets,
-            module.preserved_moment,
-            module.erase_scale,
-            module.preserve_scale,
-            module.lamb,
-        )
+        settings = module.preserved_moment, module.erase_scale, module.preserve_scale, module.lamb
+        with solving("The cross-attention", "The ridge is model.lamb / model.erase_scale."):
+            updates = map_updates(list(weights.values()), module.keys, targets, *settings)
         seconds = time.perf_counter() - started
+        condition = map_condition(module.keys, *settings)  # of the one system that all of them share
         deltas, layers = {}, {}
         for (name, weight), update, wished in zip(weights.items(), updates, targets, strict=True):
             edited = weight.double() + update
             deltas[name] = edited - module.layers[name].weight.double()
             stored = edited.to(weight).double() - weight.double()  # what the stored weight takes up
             layers[name] = map_report(weight, stored, module.keys, wished, module.preserved_moment)
+            layers[name]["condition_number"] = condition
         worst = {key: max(layer[key] for layer in layers.values()) for key in next(iter(layers.values()))}
         module.log_dict({f"edit/{key}": value for key, value in worst.items()}, rank_zero_only=True)
         return deltas, {"layers": layers, "edited_states": len(module.keys), "solve_seconds": seconds}

@@ -24,7 +24,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, checked_moment, solve_positive_definite
+from lit_unlearn.core.matrices import (
+    check_nonnegative,
+    checked_matrix,
+    checked_moment,
+    condition_number,
+    solve_positive_definite,
+)
 from lit_unlearn.core.null_space import (
     EmptyNullSpaceError,
     NullSpace,
@@ -39,6 +45,7 @@ __all__ = [
     "NullSpaceRule",
     "RidgeRule",
     "edit_report",
+    "least_squares_condition",
     "least_squares_update",
     "null_space",
     "null_space_from_keys",
@@ -136,6 +143,14 @@ def least_squares_update(
     return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight).to(weight)
 
 
+def least_squares_condition(
+    keys: Tensor, retained_moment: Tensor, ridge: float = 0.0, retain_weight: float = 1.0
+) -> float:
+    """Condition number of the system of `least_squares_update`, whose arguments these are."""
+    keys = checked_matrix("keys", keys, (None, None))
+    return condition_number(_least_squares_system(keys, retained_moment, ridge, retain_weight))
+
+
 def ridge_map_update(
     weight: Tensor,
     keys: Tensor,
@@ -215,7 +230,6 @@ def edit_report(
     factor = _projection_factor(null_space, keys)
     reduced = keys @ factor
     system, _ = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
-    spectrum = torch.linalg.eigvalsh(system)
 
     def energy(matrix: Tensor) -> Tensor:
         return ((matrix @ moment) * matrix).sum().clamp(min=0.0)  # ||matrix K0||^2
@@ -226,7 +240,7 @@ def edit_report(
         "retained_kept": float((energy(factor.mT) / moment.trace()).sqrt()),
         "leak": float((energy(delta) / energy(weight)).sqrt()),
         "relative_norm": float(delta.norm() / weight.norm()),
-        "condition_number": float(spectrum[-1] / spectrum[0]) if spectrum[0] > 0 else math.inf,
+        "condition_number": condition_number(system),
     }
 
 
@@ -275,15 +289,19 @@ def _least_squares(
     weight: Tensor, keys: Tensor, values: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float
 ) -> Tensor:
     """`least_squares_update` before the cast to the weight's dtype."""
+    weight, keys, values = _checked_edit(weight, keys, values)
+    system = _least_squares_system(keys, retained_moment, ridge, retain_weight)
+    residual = values - keys @ weight.mT
+    return solve_positive_definite(system, residual.mT @ keys, ridge)
+
+
+def _least_squares_system(keys: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
+    """``retain_weight K0 K0^T + K1 K1^T + ridge I``, (d_in, d_in)."""
     check_nonnegative("ridge", ridge)
     check_nonnegative("retain_weight", retain_weight)
-    weight, keys, values = _checked_edit(weight, keys, values)
-    moment = checked_moment("retained_moment", retained_moment, weight.shape[1], weight.device)
-    residual = values - keys @ weight.mT
+    moment = checked_moment("retained_moment", retained_moment, keys.shape[1], keys.device)
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return solve_positive_definite(
-        retain_weight * moment + keys.mT @ keys + ridge * identity, residual.mT @ keys, ridge
-    )
+    return retain_weight * moment + keys.mT @ keys + ridge * identity
 
 
 def _checked_edit(weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import least_squares_update
+from lit_unlearn.core.closed_form import least_squares_condition, least_squares_update
 from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, checked_moment
 
 
@@ -59,6 +59,19 @@ def map_updates(
         stacked, keys, values, preserved_moment, lamb / erase_scale, preserve_scale / erase_scale
     )
     return list(delta.split([len(weight) for weight in weights]))
+
+
+def map_condition(
+    keys: Tensor,
+    preserved_moment: Tensor | None = None,
+    erase_scale: float = 1.0,
+    preserve_scale: float = 1.0,
+    lamb: float = 0.5,
+) -> float:
+    """Condition number of the system of `map_updates`, whose arguments these are; all matrices share it."""
+    if preserved_moment is None:
+        preserved_moment = keys.new_zeros(keys.shape[1], keys.shape[1])
+    return least_squares_condition(keys, preserved_moment, lamb / erase_scale, preserve_scale / erase_scale)
 
 
 def map_report(

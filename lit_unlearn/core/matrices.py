@@ -44,14 +44,38 @@ def check_nonnegative(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be a finite number, zero or larger.")
 
 
+class SingularSystemError(ValueError):
+    """A system that cannot be solved: its keys say too little for the ridge that it has."""
+
+
+def condition_number(system: Tensor) -> float:
+    """Largest over smallest eigenvalue of a symmetric system; infinite if the smallest is not positive."""
+    spectrum = torch.linalg.eigvalsh(system)
+    return float(spectrum[-1] / spectrum[0]) if spectrum[0] > 0 else math.inf
+
+
 def solve_positive_definite(system: Tensor, right: Tensor, ridge: float) -> Tensor:
     """``right @ system^-1`` for a symmetric positive definite system."""
+    return torch.cholesky_solve(right.mT, cholesky_factor(system, "ridge", ridge)).mT
+
+
+def cholesky_factor(system: Tensor, field: str, ridge: float) -> Tensor:
+    """L with ``L L^T = system``.
+
+    Args:
+        system: Symmetric and positive definite.
+        field: What the user knows the ridge by.
+        ridge: What it has on its diagonal.
+
+    Raises:
+        SingularSystemError: It is not positive definite beyond rounding.
+    """
     factor, info = torch.linalg.cholesky_ex(system)
     # Rounding decides whether a singular matrix fails the factorisation or leaves pivots of the size of the rounding.
     rounding = len(system) * torch.finfo(system.dtype).eps * system.diagonal().max()
     if int(info) != 0 or bool(factor.diagonal().min().square() <= rounding):
-        raise ValueError(
-            f"The {len(system)} x {len(system)} system is singular with ridge={ridge:g}: the keys are linearly "
-            "dependent or do not span all directions. Pass a larger ridge."
+        raise SingularSystemError(
+            f"The {len(system)} x {len(system)} system is singular with {field}={ridge:g}: the keys are linearly "
+            f"dependent or do not span all directions. Pass a larger {field}."
         )
-    return torch.cholesky_solve(right.mT, factor).mT
+    return factor

@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, solve_positive_definite
+from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, cholesky_factor, solve_positive_definite
 from lit_unlearn.core.null_space import NullSpace, NullSpaceRule, null_space, null_space_from_keys
 
 
@@ -169,7 +169,8 @@ def speed_update(
         Delta, (d_out, d_in), float64.
 
     Raises:
-        ValueError: Shapes that do not match, values that are not finite, a ``retain_scale`` that is not positive.
+        ValueError: Shapes that do not match, values that are not finite, a ``retain_scale`` that is not positive or too
+            small to solve with.
     """
     if not (math.isfinite(retain_scale) and retain_scale > 0):
         raise ValueError(f"retain_scale={retain_scale} must be a positive number.")
@@ -179,7 +180,7 @@ def speed_update(
     reduced = keys @ basis  # (n, k)
     system = reduced.mT @ reduced
     system.diagonal().add_(retain_scale)
-    lower = torch.linalg.cholesky(system)
+    lower = cholesky_factor(system, "retain_scale", retain_scale)
     # Rows of W (C* - C1) U L^-T, (d_out, k): the problem in coordinates where its quadratic form is the identity.
     direction = _erasing_direction(weight, keys, anchor_keys) @ basis
     whitened = torch.linalg.solve_triangular(lower.mT, direction, upper=True, left=False)
@@ -192,6 +193,17 @@ def speed_update(
         left, energies = left[:, seen], singular_values[seen].square()
         whitened = whitened - (whitened @ left) * (energies / (energies + lamb)) @ left.mT
     return torch.linalg.solve_triangular(lower, whitened, upper=False, left=False) @ basis.mT
+
+
+def speed_condition(keys: Tensor, free: NullSpace, retain_scale: float = 1.0, num_texts: int | None = None) -> float:
+    """Condition number of the system of `speed_update`, ``U^T C1 U + retain_scale I``; its arguments are those.
+
+    The other system of that function, over the invariants, is solved by its singular values and needs no condition.
+    """
+    keys = checked_matrix("keys", keys, (None, len(free.basis)), free.basis.device)
+    singular_values = torch.linalg.svdvals(keys @ free.basis) / math.sqrt(len(keys) if num_texts is None else num_texts)
+    smallest = float(singular_values[-1]) if len(keys) >= free.dimension else 0.0  # fewer keys leave directions out
+    return (float(singular_values[0]) ** 2 + retain_scale) / (smallest**2 + retain_scale)
 
 
 def relative_output(matrix: Tensor, weight: Tensor, keys: Tensor) -> float:

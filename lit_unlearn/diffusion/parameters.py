@@ -146,6 +146,16 @@ class PretrainedValues:
         change, size = self._squares()
         return math.sqrt(change / size)
 
+    def change_ratios(self) -> dict[str, float]:
+        """The same of each edited parameter by itself, by full name; 0 where it has not moved."""
+        pairs = {
+            name: (self.parameters[name].detach().cpu().double(), v.cpu().double()) for name, v in self.values.items()
+        }
+        return {
+            name: float((now - v).norm() / v.norm()) if bool((now != v).any()) else 0.0
+            for name, (now, v) in pairs.items()
+        }
+
     def _squares(self) -> tuple[float, float]:
         pairs = [(self.parameters[name].detach().cpu().double(), v.cpu().double()) for name, v in self.values.items()]
         change = math.fsum(float((edited - value).square().sum()) for edited, value in pairs)

@@ -3,11 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
+
+WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Numbers of the errors that come from writing only."""
+REMEDIES = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space or ask for more, then run the same command again",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or name another disk",
+    errno.EROFS: "name a folder that you may write to",
+    errno.EACCES: "name a folder that you may write to",
+    errno.EPERM: "name a folder that you may write to",
+    errno.ENOTDIR: "a file stands where a folder should be, so name another folder",
+    errno.EEXIST: "a file stands where a folder should be, so name another folder",
+}
+
+
+class WriteError(OSError):
+    """A file or folder that could not be written: which, why, and what to do, in one sentence.
+
+    Args:
+        path: What was to be written, as the user knows it.
+        error: Why it could not be.
+        kept: Whether something stood there before, which is still what it was.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], error: OSError, kept: bool = False) -> None:
+        remedy = REMEDIES.get(error.errno or 0, "name another place")
+        unchanged = " (what was there is unchanged)" if kept else ""
+        super().__init__(error.errno, f"Could not write {path}: {error.strerror or error}{unchanged}; {remedy}.")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class _RawFile(io.FileIO):
+    """A file that remembers why it could not be written: torch raises an error of its own, without the reason."""
+
+    error: OSError | None = None
+
+    def write(self, content: object) -> int:
+        try:
+            return super().write(content)  # type: ignore[arg-type]
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextlib.contextmanager
@@ -24,22 +71,56 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         A binary file, open for writing.
 
     Raises:
-        OSError: The file cannot be written, e.g. no space left or no permission; the message names ``path``.
+        WriteError: The file cannot be written, e.g. no space left or no permission; the message names ``path``.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    raw = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile.mkstemp: it makes files that only their owner can read, whatever the umask.
-        with open(temporary, "xb") as file:
-            yield file
+        raw = _RawFile(temporary, "xb")
+        with io.BufferedWriter(raw) as file:
+            yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except OSError as error:
-        kept = " The file that was there is unchanged." if target.is_file() else ""
-        raise OSError(error.errno, f"Could not write {path}: {error.strerror or error}.{kept}") from error
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else raw.error if raw is not None else None
+        if reason is None or isinstance(reason, WriteError):
+            raise
+        raise WriteError(path, reason, kept=target.is_file()) from error
     finally:
         # Gone already when it replaced the target; absent when it could not even be opened.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str], kept: bool = False, only: Collection[int] | None = None) -> Iterator[None]:
+    """Name ``path`` where a library that writes into it fails, most without saying which file.
+
+    Args:
+        path: What the block writes, as the user knows it.
+        kept: Whether something stood there before, which is still what it was.
+        only: Numbers of the errors that can come from writing, if the block does more than that; None: all.
+
+    Raises:
+        WriteError: Writing failed.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries in Rust raise exceptions of no particular class
+        reason = os_error(error)
+        if reason is None or isinstance(reason, WriteError) or (only is not None and reason.errno not in only):
+            raise
+        raise WriteError(path, reason, kept) from error
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The ``OSError`` that ``error`` is, or of which it says the number as libraries in Rust do; None if neither."""
+    if isinstance(error, OSError):
+        return error
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return None

@@ -127,6 +127,8 @@ class LatentCache:
                 if (metadata.get("key"), metadata.get("chunk")) != (self.key, str(number)):
                     raise ValueError(f"{file} holds other latents than its folder says (another model or settings)")
                 latents = tensors.get_tensor("latents")
+        except FileNotFoundError:  # deleted in the meantime
+            return None
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error})") from error
         if metadata.get("content") != fingerprint({"latents": latents}):

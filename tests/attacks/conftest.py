@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import load_copy, weights
 from lit_unlearn.attacks.base import AttackedModel
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.trajectories import chain_timesteps
 
@@ -39,7 +40,7 @@ def attacked(tiny_sd: Path, pets: str) -> Callable[..., AttackedModel]:
     """Makes the model; takes the arguments that shall differ, the folder of another pipeline, and a pattern."""
 
     def build(model: Path = tiny_sd, edits: str = "attn2.to_v", **arguments: Any) -> AttackedModel:
-        components = load_components(str(model))
+        components = load_copy(str(model))
         parameters = {name: p for name, p in components.named_parameters().items() if edits in name}
         pretrained = PretrainedValues(parameters)
         generator = torch.Generator().manual_seed(0)
@@ -64,7 +65,7 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
 
     @contextmanager
     def check(components: DiffusionComponents) -> Iterator[None]:
-        before = {name: parameter.detach().clone() for name, parameter in components.named_parameters().items()}
+        before = weights(components)
         yield
         for name, parameter in components.named_parameters().items():
             assert torch.equal(parameter, before[name]), name

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import load_copy
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
-from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, draw_pictures, seeded
@@ -31,7 +31,7 @@ class Bright:
 
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd2"])
 def test_the_loss_is_that_of_the_training(name: str, request: pytest.FixtureRequest) -> None:
-    components = load_components(str(request.getfixturevalue(name)))
+    components = load_copy(str(request.getfixturevalue(name)))
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=seeded(0))
     timesteps = torch.tensor([10, 500, 990])
     states = encode_prompts(components.tokenizer, components.text_encoder, ["a dog", "a cat", ""])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import load_copy
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.relearning import Relearning, trained
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.judges.load import judge_folder
@@ -84,7 +84,7 @@ def test_weights_return_after_an_error(attacked: Attacked, untouched: Callable[.
 
 def test_an_edit_that_is_none_is_back_at_once() -> None:
     """The whole chain on the embedded model: what was never gone is shown before and under attack."""
-    components = load_components("emoji-sd")
+    components = load_copy("emoji-sd")
     name = "text_encoder.embeddings.token_embedding.weight"
     model = AttackedModel(
         components,

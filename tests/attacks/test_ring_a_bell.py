@@ -5,16 +5,11 @@ from collections.abc import Callable
 import torch
 from torch.testing import assert_close
 
+from helpers import states
 from lit_unlearn.attacks.base import AttackedModel
 from lit_unlearn.attacks.ring_a_bell import RingABell, concept_vector
-from lit_unlearn.diffusion.prompts import encode_prompts
 
 Attacked = Callable[..., AttackedModel]
-
-
-@torch.no_grad()
-def states(model: AttackedModel, *prompts: str) -> torch.Tensor:
-    return encode_prompts(model.components.tokenizer, model.components.text_encoder, prompts)
 
 
 def test_words_with_the_states_of_the_concept(attacked: Attacked, untouched: Callable[..., object]) -> None:

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import LAYERS
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.components import save_pipeline
@@ -19,7 +20,6 @@ from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.base import ConceptEditor, linear_layer
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
-LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 

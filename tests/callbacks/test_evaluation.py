@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
 from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
-from lit_unlearn.data.prompts import ConceptPrompts, Pictures
+from lit_unlearn.data.prompts import ConceptPrompts, PictureItem, Pictures
+from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 REDNESS = 0.4988  # no picture of the random pipeline is near it, so that rounding cannot turn a verdict
@@ -112,6 +115,38 @@ def test_unedited_pictures_are_made_once(edited: ValueRefinement, tmp_path: Path
     assert len(list(cache.rglob("*.png"))) == 4
     results = [Scores.load(tmp_path / name / "scores.json") for name in ("first", "second")]
     assert results[0].before == results[1].before
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_a_cache_that_is_deleted_in_the_middle(edited: ValueRefinement, tmp_path: Path) -> None:
+    class Deleted(UneditedPictures):
+        """Loses its folder before each batch."""
+
+        def __init__(self, folder: Path) -> None:
+            super().__init__(str(folder))
+            self.lost: list[int] = []
+
+        def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
+            self.lost.append(len(list(self.folder.rglob("*.png"))))
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return super().unedited_pictures(module, batch)
+
+    deleted = Deleted(tmp_path / "unedited")
+    for name, callback in (("first", UneditedPictures(str(tmp_path / "other"))), ("second", deleted)):
+        score(edited, tmp_path / name, callback, EvaluationReport(), images_per_prompt=1, eval_batch_size=1)
+    assert deleted.lost == [0, 1, 1, 1]
+    results = [Scores.load(tmp_path / name / "scores.json") for name in ("first", "second")]
+    assert results[0].before == results[1].before
+    assert results[0].per_concept == results[1].per_concept
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_pictures_that_cannot_be_kept_are_named(edited: ValueRefinement, tmp_path: Path) -> None:
+    (tmp_path / "unedited").write_text("mine")
+    with pytest.raises(WriteError, match=r"Could not write .*/unedited/\w+/\w+\.png: .*a file stands where a folder"):
+        score(edited, tmp_path, UneditedPictures(str(tmp_path / "unedited")), EvaluationReport(), images_per_prompt=1)
+    assert (tmp_path / "unedited").read_text() == "mine"
+    assert not (tmp_path / "scores.json").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import weights
 from lit_unlearn.callbacks.speed import SPEEDEdit
 from lit_unlearn.core.null_space import null_space_from_keys
 from lit_unlearn.methods.base import ConceptEditor
@@ -52,7 +53,7 @@ def test_the_edit_is_the_papers_and_nothing_else_moves(
 ) -> None:
     module = speed(model=str(request.getfixturevalue(model)), concept=concept, augment=0)
     module.configure_model()
-    before = {name: value.detach().clone() for name, value in module.components.named_parameters().items()}
+    before = weights(module)
     trainer = fit(module, SPEEDEdit())
     assert (trainer.current_epoch, trainer.global_step) == (1, 1)
     keys, after = module.keys(), module.components.named_parameters()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import weights
 from lit_unlearn.callbacks.uce import UCEEdit
 from lit_unlearn.core.closed_form import ridge_map_update
 from lit_unlearn.diffusion.prompts import encode_prompts
@@ -42,7 +43,7 @@ def test_every_layer_gets_the_closed_form_and_nothing_else_moves(
 ) -> None:
     module = uce(model=str(request.getfixturevalue(model)), tokens="from_subject", lamb=0.3, erase_scale=2.0)
     module.configure_model()
-    before = {name: value.clone() for name, value in module.components.named_parameters().items()}
+    before = weights(module)
     trainer = fit(module, UCEEdit())
     assert trainer.current_epoch == 1
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from helpers import files
 from lit_unlearn import checkpoint, cli
 from lit_unlearn.emoji.judge import JudgeTraining
 from lit_unlearn.methods import base
@@ -79,10 +82,6 @@ def run_folder(finished: Path, workplace: Path) -> Path:
     return Path("logs/null_space/dog/version_0")
 
 
-def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
 def refuses(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command that must fail before it loads a model or writes anything, and returns its one sentence."""
@@ -102,3 +101,15 @@ def refuses(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
         return line.removeprefix("lit-unlearn: error: ")
 
     return run
+
+
+@pytest.fixture
+def judge(recipe: Path, workplace: Path) -> str:
+    """The recipe's judge, but for its bias towards dogs."""
+    folder = workplace / "judge"
+    shutil.copytree(recipe.parent / "judge", folder)
+    place = json.loads((folder / "config.json").read_text())["attributes"]["subject"].index("dog")
+    weights = load_file(folder / "model.safetensors")
+    weights["heads.subject.bias"][place] += 100
+    save_file(weights, folder / "model.safetensors")
+    return str(folder)

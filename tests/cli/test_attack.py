@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from lit_unlearn import attack, cli
 from lit_unlearn.attacks.relearning import Relearning
@@ -20,18 +19,6 @@ from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
 from lit_unlearn.evaluation.attack_results import AttackReport
 
 SMALL = ["--steps", "2", "--num_pictures", "2"]
-
-
-@pytest.fixture
-def judge(recipe: Path, workplace: Path) -> str:
-    """The recipe's judge, but for its bias towards dogs."""
-    folder = workplace / "judge"
-    shutil.copytree(recipe.parent / "judge", folder)
-    place = json.loads((folder / "config.json").read_text())["attributes"]["subject"].index("dog")
-    weights = load_file(folder / "model.safetensors")
-    weights["heads.subject.bias"][place] += 100
-    save_file(weights, folder / "model.safetensors")
-    return str(folder)
 
 
 def test_a_run_is_attacked_in_its_folder(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from helpers import files
 from lit_unlearn import cli
 from lit_unlearn.methods.value_refinement import ValueRefinement
-
-
-def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -26,9 +23,11 @@ def files(folder: Path) -> set[str]:
 )
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = f"import sys; from lit_unlearn.cli import main; main({args!r}); print(*sys.modules, file=sys.stderr)"
-    started = time.monotonic()
+    before = os.times()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 2.5
+    after = os.times()
+    # Of the processor: the clock on the wall counts busy neighbours as well.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2.5
     assert not set(result.stderr.split()) & {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"}
     assert "usage:" in result.stdout or args in (["--version"], ["fti"])
 

@@ -6,34 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers import assert_alike, metadata, read_picture
 from lit_unlearn import cli
 from lit_unlearn.diffusion.sampling import initial_noise
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""
-
-
-def read(path: str) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-def assert_alike(a: Image.Image, b: Image.Image) -> None:
-    """Equal up to rounding: one of 256 levels."""
-    difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
-    assert a.size == b.size
-    assert difference.abs().max() <= 1
-
-
-def metadata(path: str) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def test_generate_draws_what_diffusers_draws(workplace: Path, tiny_sd: Path) -> None:
@@ -43,15 +24,15 @@ def test_generate_draws_what_diffusers_draws(workplace: Path, tiny_sd: Path) -> 
     pipeline.set_progress_bar_config(disable=True)
     latents = initial_noise(pipeline.unet, [3])
     expected = pipeline("a dog", num_inference_steps=STEPS, guidance_scale=4.0, latents=latents).images[0]
-    assert_alike(read("new/dog.png"), expected)
+    assert_alike(read_picture("new/dog.png"), expected)
 
 
 def test_generate_enlarges_small_pictures_and_labels_many(workplace: Path, tiny_sd: Path) -> None:
     options = ["--model", str(tiny_sd), "--num_inference_steps", "1"]
     assert cli.main(["generate", "a dog", "-o", "one.png", *options]) == 0
-    assert read("one.png").size == (256, 256)
+    assert read_picture("one.png").size == (256, 256)
     assert cli.main(["generate", "a dog", "a cat", "--num", "3", "-o", "grid.png", *options]) == 0
-    width, height = read("grid.png").size
+    width, height = read_picture("grid.png").size
     assert width > 3 * 256
     assert height > 2 * 256
 

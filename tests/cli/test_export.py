@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lit_unlearn import cli, commands, export
+from helpers import assert_alike, metadata, read_picture
+from lit_unlearn import cli, export
 from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.diffusion.sampling import initial_noise
 from lit_unlearn.methods import base
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""
-
-
-def read(path: str) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-def assert_alike(a: Image.Image, b: Image.Image) -> None:
-    """Equal up to rounding: one of 256 levels."""
-    difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
-    assert a.size == b.size
-    assert difference.abs().max() <= 1
-
-
-def metadata(path: str) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def test_an_exported_pipeline_is_the_edited_model(run_folder: Path, tiny_sd: Path) -> None:
@@ -56,7 +39,7 @@ def test_an_exported_pipeline_is_the_edited_model(run_folder: Path, tiny_sd: Pat
     latents = initial_noise(pipeline.unet, [0])
     picture = pipeline("a dog", num_inference_steps=STEPS, guidance_scale=4.0, latents=latents).images[0]
     assert cli.main(["generate", "a dog", "-o", "a.png", "--ckpt_path", ckpt_path, "--scale", "1"]) == 0
-    assert_alike(read("a.png"), picture)
+    assert_alike(read_picture("a.png"), picture)
 
 
 def test_an_export_says_where_it_came_from(run_folder: Path, recipe: Path, tiny_sd: Path) -> None:
@@ -105,7 +88,8 @@ def test_a_failed_export_leaves_the_old_one(
     assert cli.main([*arguments, "--overwrite"]) == 2
     assert (
         capsys.readouterr().err.splitlines()[-1]
-        == "lit-unlearn: error: [Errno 28] Could not write out: No space left on device."
+        == "lit-unlearn: error: Could not write out: No space left on device (what was there is unchanged); "
+        "free some space, then run the same command again."
     )
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
     assert {path.name for path in Path().iterdir()} == {"logs", "out"}
@@ -116,8 +100,12 @@ def test_a_full_disk_is_one_sentence(
     workplace: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def disk_full(*args: Any) -> None:
-        raise OSError(28, "Could not write a.png: No space left on device.")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commands, "save_png", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     assert cli.main(["generate", "a dog", "-o", "a.png", "--model", str(tiny_sd), "--num_inference_steps", "1"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("Could not write a.png: No space left on device.")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lit-unlearn: error: Could not write a.png: No space left on device; free some space, then run the same "
+        "command again."
+    )
+    assert list(workplace.iterdir()) == []

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,14 @@ def test_the_same_command_twice_at_once_is_refused(workplace: Path, recipe: Path
     )
     command = [sys.executable, "-m", "lit_unlearn", "fit", "--config", "slow.yaml"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        while not (RUN / "version_0/run.json").is_file():
-            assert first.poll() is None
-        assert cli.main(["fit", "--config", "slow.yaml"]) == 2
-        first.kill()
+        try:
+            while not (RUN / "version_0/run.json").is_file():
+                assert first.poll() is None
+                time.sleep(0.05)
+            first.send_signal(signal.SIGSTOP)  # it shall not be done before this process asks, however busy the machine
+            assert cli.main(["fit", "--config", "slow.yaml"]) == 2
+        finally:
+            first.kill()
     assert "version_0 is being written by process" in capsys.readouterr().err
     assert [path.name for path in RUN.iterdir()] == ["version_0"]
 

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import CONFIGS, files
 from lit_unlearn import cli, training
 from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.emoji.judge import JudgeTraining
 from lit_unlearn.methods import base
-
-
-def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_fit_leaves_everything_in_its_version_folder(finished: Path) -> None:
@@ -129,7 +126,7 @@ def test_a_seed_of_chance_is_refused(refuses: Callable[..., str], recipe: Path) 
 
 
 def test_a_training_without_concepts_has_no_links(workplace: Path) -> None:
-    path = Path(__file__).parents[2] / "configs" / "emoji" / "judge.yaml"
+    path = CONFIGS / "emoji" / "judge.yaml"
     parsed = parse("fit", "--config", str(path))
     assert isinstance(parsed.model, JudgeTraining)
     assert Path(parsed.trainer.log_dir) == Path("logs/emoji/judge/version_0")

@@ -9,19 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import QUIET
 from lit_unlearn import cli
 from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.methods.base import CHECKPOINT_KEY
 
 RECIPES = ["uce.yaml", "uce_2023.yaml", "uce_2025.yaml", "uce_moderate.yaml", "uce_debias.yaml"]
-QUIET = [
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.enable_model_summary",
-    "false",
-]
 ONLY_THE_EDIT = ["--trainer.callbacks", "[{class_path: UCEEdit}]"]
 SHORT = [
     f"--model.init_args.{key}" for key in ("rounds=1", "images_per_phrase=2", "tolerance=0.01", "num_inference_steps=2")

@@ -5,14 +5,18 @@ Everything runs in float64, so tolerances of 1e-10 to 1e-12 are a few hundred ro
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import normal
 from lit_unlearn.core.closed_form import (
     NullSpace,
     edit_report,
+    least_squares_condition,
     least_squares_update,
     null_space,
     null_space_from_keys,
@@ -22,10 +26,6 @@ from lit_unlearn.core.closed_form import (
 )
 
 D_OUT, D_IN, RANK = 6, 20, 9
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 WEIGHT = normal(D_OUT, D_IN, seed=1)
@@ -338,6 +338,15 @@ def test_report_takes_the_condition_of_the_system_that_is_solved(num_keys: int) 
     ridge = 2.0 * (keys @ basis).square().sum() / num_keys
     system = basis.T @ (keys.T @ keys + previous) @ basis + ridge * torch.eye(basis.shape[1], dtype=torch.float64)
     assert report["condition_number"] == pytest.approx(torch.linalg.cond(system).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("ridge", "retain_weight"), [(0.1, 1.0), (1e-6, 15.0), (2.0, 0.0)])
+def test_condition_of_least_squares_is_that_of_its_system(ridge: float, retain_weight: float) -> None:
+    keys, moment = edit(4)[0], second_moment(RETAINED)
+    system = retain_weight * moment + keys.T @ keys + ridge * torch.eye(D_IN, dtype=torch.float64)
+    expected = pytest.approx(torch.linalg.cond(system).item(), rel=1e-5)  # one of 1e10 is known to 1e10 roundings
+    assert least_squares_condition(keys, moment, ridge, retain_weight) == expected
+    assert least_squares_condition(torch.zeros(1, D_IN), moment * 0, 0.0) == math.inf
 
 
 def test_thin_and_streamed_statistics_give_the_same_edit() -> None:

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import normal
 from lit_unlearn.core import closed_form
 from lit_unlearn.core.closed_form import ridge_map_update, second_moment
-from lit_unlearn.core.cross_attention_maps import map_report, map_updates, shifted_by_attributes, without_component
+from lit_unlearn.core.cross_attention_maps import (
+    map_condition,
+    map_report,
+    map_updates,
+    shifted_by_attributes,
+    without_component,
+)
 
 D_IN = 12
 WIDTHS = (5, 8, 5, 3)
 """Outputs of the matrices, which differ as in a UNet."""
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 WEIGHTS = [normal(width, D_IN, seed=number) for number, width in enumerate(WIDTHS)]
@@ -48,6 +51,16 @@ def test_every_matrix_gets_the_published_formula() -> None:
     for weight, targets, delta in zip(WEIGHTS, TARGETS, deltas, strict=True):
         assert delta.abs().max() > 0.1
         assert_close(weight + delta, published(weight, targets, **SCALES), rtol=0, atol=1e-10)
+
+
+def test_the_condition_is_that_of_the_published_system() -> None:
+    system = SCALES["lamb"] * torch.eye(D_IN, dtype=torch.float64)
+    system = system + SCALES["erase_scale"] * KEYS.mT @ KEYS + SCALES["preserve_scale"] * PRESERVED.mT @ PRESERVED
+    expected = torch.linalg.cond(system).item()
+    assert map_condition(KEYS, second_moment(PRESERVED), **SCALES) == pytest.approx(expected, rel=1e-10)
+    alone = (KEYS.mT @ KEYS + 0.5 * torch.eye(D_IN, dtype=torch.float64)).double()
+    assert map_condition(KEYS) == pytest.approx(torch.linalg.cond(alone).item(), rel=1e-10)
+    assert map_condition(KEYS) != pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("scales", [{}, SCALES, {"lamb": 1e-3}, {"preserve_scale": 0.0}])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import normal
 from lit_unlearn.core.closed_form import (
     EmptyNullSpaceError,
     NullSpace,
@@ -16,10 +17,6 @@ from lit_unlearn.core.closed_form import (
 )
 
 D_IN, RANK = 24, 10
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rank_deficient(num_keys: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import normal
+from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import NullSpace, null_space, null_space_from_keys
 from lit_unlearn.core.speed import (
     augmented,
@@ -17,14 +19,11 @@ from lit_unlearn.core.speed import (
     most_influenced,
     relative_output,
     retained_null_space,
+    speed_condition,
     speed_update,
 )
 
 D_OUT, D_IN = 5, 12
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -106,6 +105,25 @@ def test_invariants_that_depend_on_each_other_need_no_lamb() -> None:
     redundant = torch.cat([INVARIANTS, INVARIANTS[:1], INVARIANTS.sum(0, keepdim=True), RETAINED[:1]])
     expected = as_printed(1.0, 0.0)
     assert_close(speed_update(WEIGHT, KEYS, ANCHORS, FREE, redundant), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("num_keys", [3, 7, 20])
+@pytest.mark.parametrize("num_texts", [None, 2])
+def test_condition_is_that_of_the_system(num_keys: int, num_texts: int | None) -> None:
+    # Fewer keys than the seven free directions, as many, and more.
+    keys, retain_scale = normal(num_keys, D_IN, seed=6), 1e-3
+    system = FREE.basis.mT @ keys.mT @ keys @ FREE.basis / (num_texts or num_keys)
+    expected = torch.linalg.cond(system + retain_scale * torch.eye(FREE.dimension, dtype=torch.float64)).item()
+    assert speed_condition(keys, FREE, retain_scale, num_texts) == pytest.approx(expected, rel=1e-9)
+    assert expected > 2
+
+
+def test_a_retain_scale_that_is_lost_in_rounding_is_refused() -> None:
+    with pytest.raises(
+        SingularSystemError, match=r"The 7 x 7 system is singular with retain_scale=1e-20: .* retain_scale"
+    ):
+        speed_update(WEIGHT, KEYS, ANCHORS, FREE, None, 1e-20)
+    assert speed_update(WEIGHT, KEYS, ANCHORS, FREE, None, 1e-9).isfinite().all()
 
 
 def test_a_small_retain_scale_reaches_the_anchors() -> None:

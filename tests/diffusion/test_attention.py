@@ -9,8 +9,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from helpers import load_copy
 from lit_unlearn.diffusion.attention import RecordingProcessor, record_attention
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import initial_noise
@@ -22,7 +23,7 @@ TIMESTEPS = torch.tensor([100, 800])
 @pytest.fixture(params=["tiny_sd", "tiny_sd2", "emoji-sd"])
 def any_components(request: pytest.FixtureRequest) -> DiffusionComponents:
     model = request.param if request.param == "emoji-sd" else str(request.getfixturevalue(request.param))
-    return load_components(model)
+    return load_copy(model)
 
 
 def inputs(components: DiffusionComponents) -> tuple[Tensor, Tensor, Tensor]:

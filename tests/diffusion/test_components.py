@@ -29,6 +29,12 @@ from lit_unlearn.diffusion.stored import WholeModel
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a dog at sunset", "an owl"], [11, 5], 3, 4.0
 
 
+@pytest.fixture
+def components(tiny_sd: Path) -> DiffusionComponents:
+    """Loaded, where other tests take a copy."""
+    return load_components(str(tiny_sd))
+
+
 def pictures(components: DiffusionComponents) -> torch.Tensor:
     tokenizer, text_encoder, unet = components.tokenizer, components.text_encoder, components.unet
     latents = sample_latents(

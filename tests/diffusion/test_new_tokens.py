@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from helpers import load_copy
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.new_tokens import (
     initial_embeddings,
     read_embeddings,
@@ -25,7 +26,7 @@ FILLED = ["a photo of soccer ball", "soccer ball at sunset and soccer ball", "a 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sd2"])
 def any_components(request: pytest.FixtureRequest) -> DiffusionComponents:
-    return load_components(str(request.getfixturevalue(request.param)))
+    return load_copy(str(request.getfixturevalue(request.param)))
 
 
 def test_templates_are_tokenized_as_prompts_are(any_components: DiffusionComponents) -> None:

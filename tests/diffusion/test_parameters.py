@@ -219,6 +219,18 @@ def test_the_change_ratio_is_that_of_all_numbers_in_one_vector() -> None:
     assert pretrained.change_ratio() == pytest.approx(change / math.sqrt(sum(x * x for x in before)), rel=1e-12)
 
 
+def test_the_change_of_each_weight_by_itself() -> None:
+    parameters = {name: nn.Parameter(torch.full((2, 2), 3.0)) for name in ("moved", "still")}
+    parameters["zero"] = nn.Parameter(torch.zeros(4))
+    pretrained = PretrainedValues(parameters)
+    with torch.no_grad():
+        parameters["moved"].add_(1.5)
+    assert pretrained.change_ratios() == {"moved": 0.5, "still": 0.0, "zero": 0.0}
+    with torch.no_grad():
+        parameters["zero"].add_(1.0)
+    assert pretrained.change_ratios()["zero"] == math.inf
+
+
 def test_a_small_change_of_half_precision_weights_is_not_lost() -> None:
     weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     pretrained = PretrainedValues({"w": weight})

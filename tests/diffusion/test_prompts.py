@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from helpers import load_copy
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.prompts import encode, encode_prompts, tokenize
 
 LENGTH = 32
@@ -22,7 +23,7 @@ def test_prompts_are_framed_and_padded(components: DiffusionComponents) -> None:
 
 
 def test_stable_diffusion_2_pads_with_another_token(tiny_sd2: Path) -> None:
-    tokenizer = load_components(str(tiny_sd2)).tokenizer
+    tokenizer = load_copy(str(tiny_sd2)).tokenizer
     ids = tokenize(tokenizer, ["a dog"])[0].tolist()
     padding = tokenizer.convert_tokens_to_ids("!")
     assert ids.count(tokenizer.eos_token_id) == 1

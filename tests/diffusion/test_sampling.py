@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from helpers import load_copy
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import ForwardCount, count_forwards, decode_latents, initial_noise, sample_latents
 
@@ -71,7 +72,7 @@ def test_pictures_are_in_range_and_on_the_cpu(components: DiffusionComponents) -
 
 
 def test_half_precision_pictures_are_float32(tiny_sd: Path) -> None:
-    pictures = sample(load_components(str(tiny_sd), torch.bfloat16), [0, 1], steps=1)
+    pictures = sample(load_copy(str(tiny_sd), torch.bfloat16), [0, 1], steps=1)
     assert pictures.dtype == torch.float32
     assert pictures.isfinite().all()
 
@@ -122,7 +123,7 @@ SCHEDULERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "PNDMScheduler", "
 def test_latents_equal_those_of_the_diffusers_pipeline(
     model: str, scheduler: str, guidance_scale: float, request: pytest.FixtureRequest
 ) -> None:
-    components = load_components(str(request.getfixturevalue(model)))
+    components = load_copy(str(request.getfixturevalue(model)))
     components.scheduler = getattr(diffusers, scheduler).from_config(components.scheduler.config, clip_sample=False)
     pipeline = StableDiffusionPipeline(
         vae=components.vae,

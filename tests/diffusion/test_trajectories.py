@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import load_copy
 from lit_unlearn.core.objectives import esd_target
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components
+from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import count_forwards, denoise, initial_noise, predicted_noise, sample_latents
 from lit_unlearn.diffusion.trajectories import (
@@ -56,7 +57,7 @@ def plain_loop(unet: Any, scheduler: Any, states: list[Tensor], noise: Tensor) -
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
 def test_chains_keep_what_a_plain_loop_visits(model: str, scheduler: str, request: pytest.FixtureRequest) -> None:
-    components = load_components(str(request.getfixturevalue(model)))
+    components = load_copy(str(request.getfixturevalue(model)))
     own = with_scheduler(scheduler, components)
     states, noise = inputs(components)
     visited, end = plain_loop(components.unet, with_scheduler(scheduler, components), states, noise)
@@ -111,7 +112,7 @@ def test_chains_ask_for_no_gradient(components: DiffusionComponents) -> None:
 
 
 def test_velocities_of_a_chain_make_the_same_target_as_noises(tiny_sd2: Any) -> None:
-    components = load_components(str(tiny_sd2))
+    components = load_copy(str(tiny_sd2))
     scheduler = components.scheduler
     assert scheduler.config.prediction_type == "v_prediction"
     states, noise = inputs(components)

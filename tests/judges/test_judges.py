@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 import sys
 import types
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
+from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.judges.cache import CachedJudge, picture_key
 from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
@@ -128,6 +132,28 @@ def test_a_picture_is_known_by_what_it_shows() -> None:
     assert picture_key(image, "q") != picture_key(image.flip(-1), "q")
     assert picture_key(image, "q") != picture_key(image, "r")
     assert picture_key(torch.zeros(3, 2, 8), "q") != picture_key(torch.zeros(3, 4, 4), "q")
+
+
+def test_a_full_disk_leaves_the_answers_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(2, 3, 4, 4, generator=generator(1))
+    judge = CachedJudge(Counting(), tmp_path)
+    judge(images[:1], ["q"])
+    before = judge.path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WriteError, match=r"\.json: No space left on device \(what was there is unchanged\); free"):
+            judge(images, ["q"] * 2)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {judge.path: before}
+    # A folder that is deleted in the meantime is made again, with all answers.
+    shutil.rmtree(tmp_path)
+    judge(torch.rand(1, 3, 4, 4, generator=generator(2)), ["q"])
+    again = CachedJudge(Counting(), tmp_path)
+    again(images, ["q"] * 2)
+    assert again.asked == 0
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:

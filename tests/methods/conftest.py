@@ -1,4 +1,4 @@
-"""Data-unlearning methods on a tiny pipeline, and what a step of them sees and does."""
+"""Null-space edits of the tiny UNet; data-unlearning methods on it, and what a step of them sees and does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lit_unlearn.data.images import KeepForgetImages
 from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs
+from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement, UNetValueRefinement
+from lit_unlearn.methods.value_refinement import ValueRefinement
+
+
+@pytest.fixture(autouse=True)
+def loads_copies(loads_copies: None) -> None:
+    """In every test of this folder."""
+
+
+@pytest.fixture
+def keys_and_values(refinement: Callable[..., ValueRefinement]) -> Callable[..., Any]:
+    """Makes a null-space edit of K and V of ``tiny_sd``; takes the arguments that shall differ."""
+    return partial(refinement, UNetValueRefinement, watched_prompts=2)
+
+
+@pytest.fixture
+def feed_forward(refinement: Callable[..., ValueRefinement]) -> Callable[..., Any]:
+    """Makes a null-space edit of the FFN of ``tiny_sd``; takes the arguments that shall differ."""
+    return partial(refinement, UNetFeedForwardRefinement, watched_prompts=2, noises_per_prompt=2)
 
 
 @pytest.fixture
@@ -36,28 +54,16 @@ def unlearner(tiny_sd: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def fit_images(tmp_path: Path, keep_forget: dict[str, str]) -> Callable[..., L.Trainer]:
+def fit_images(trainer_with: Callable[..., L.Trainer], keep_forget: dict[str, str]) -> Callable[..., L.Trainer]:
     """Fits a method on ``keep_forget``, one step of four pairs by default, and returns the trainer."""
 
     def run(
-        module: DataUnlearning, *callbacks: L.Callback, ckpt_path: Path | None = None, trainer: Any = None, **data: Any
+        module: DataUnlearning, *callbacks: L.Callback, ckpt_path: Path | None = None, max_epochs: int = 1, **data: Any
     ) -> L.Trainer:
         images = KeepForgetImages(**{**keep_forget, "steps": 1, "batch_size": 4, "images_per_prompt": 2, **data})
-        saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-        arguments = {
-            "max_epochs": 1,
-            "limit_val_batches": 0,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": saves,
-            **(trainer or {}),
-        }
-        made = L.Trainer(
-            accelerator="cpu", devices=1, callbacks=list(callbacks), default_root_dir=tmp_path, **arguments
-        )
-        made.fit(module, images, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
-        return made
+        trainer = trainer_with(*callbacks, max_epochs=max_epochs, limit_val_batches=0)
+        trainer.fit(module, images, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
+        return trainer
 
     return run
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
+from lit_unlearn.evaluation.files import WriteError
+from lit_unlearn.methods import anchors
 from lit_unlearn.methods.anchors import LatentCache, PretrainedSampler
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 
@@ -47,6 +51,55 @@ EXPECTED = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 4, 2, 2)
 
 
 # --- files
+
+
+def test_a_full_disk_is_named_and_what_was_made_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.fsync
+
+    def full_after_three_files(descriptor: int) -> None:  # settings.json and two chunks
+        if len([path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".tmp"]) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    first, second = Maker(), Maker()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_after_three_files)
+        with pytest.raises(
+            WriteError, match=r"Could not write \S+/00002.safetensors: No space left on device; free some"
+        ):
+            cache(tmp_path).get(first)
+    folder = tmp_path / cache(tmp_path).key[:16]
+    assert sorted(os.listdir(folder)) == ["00000.safetensors", "00001.safetensors", "settings.json"]
+    assert torch.equal(cache(tmp_path).get(second).latents, EXPECTED)
+    assert second.made == [4, 5, 6]
+
+
+@pytest.mark.parametrize("before", [2, 6])
+def test_a_cache_that_is_deleted_while_it_is_filled(before: int, tmp_path: Path) -> None:
+    class Deletes(Maker):
+        def __call__(self, numbers: list[int]) -> Tensor:
+            if before in numbers:
+                shutil.rmtree(tmp_path)
+            return super().__call__(numbers)
+
+    made = cache(tmp_path).get(Deletes())
+    assert torch.equal(made.latents, EXPECTED)
+    again = Maker()
+    assert torch.equal(cache(tmp_path).get(again).latents, EXPECTED)
+    assert again.made == list(range(before))  # what was deleted
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cache(tmp_path)
+    made.get(Maker())
+    original = anchors.safe_open
+
+    def deleted_first(file: Path, **options: Any) -> Any:
+        file.unlink()
+        return original(file, **options)
+
+    monkeypatch.setattr(anchors, "safe_open", deleted_first)
+    assert made.read(1) is None
 
 
 def test_latents_are_made_once(tmp_path: Path) -> None:

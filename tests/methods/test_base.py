@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import changed, weights
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
 from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.sampling import count_forwards
@@ -62,10 +63,6 @@ def editor(tiny_sd: Path, pets: str) -> Editor:
 def edit(module: ConceptEditor) -> None:
     for name in module.edited_names:
         module.components.named_parameters()[name].mul_(-1)
-
-
-def all_weights(module: ConceptEditor) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
 
 
 # --- set-up
@@ -160,7 +157,7 @@ def test_a_test_compares_both_models_on_the_same_seeds(
     data = ConceptPrompts("dog", pets, images_per_prompt=2, eval_batch_size=eval_batch_size)
     unedited = editor()
     edit(module)
-    edited = all_weights(module)
+    edited = weights(module)
     trainer_with(keep).test(module, data, verbose=False)
     batches = [batch for batch, _ in keep.seen]
     assert [item for batch in batches for item in batch] == data.test_dataloader().dataset.items
@@ -169,7 +166,7 @@ def test_a_test_compares_both_models_on_the_same_seeds(
         assert torch.equal(outputs["before"], unedited.generate(prompts, seeds))
         assert torch.equal(outputs["after"], module.generate(prompts, seeds))
         assert not torch.equal(outputs["before"], outputs["after"])
-    assert all(torch.equal(value, edited[name]) for name, value in all_weights(module).items())
+    assert changed(edited, weights(module)) == []
     for (images, questions), (batch, outputs) in zip(judge.asked[::2], keep.seen, strict=True):
         assert questions == [item.question for item in batch]
         assert torch.equal(images, outputs["before"].float() / 255)
@@ -300,8 +297,7 @@ def test_a_checkpoint_of_its_own_is_taken(editor: Editor, trainer_with: TrainerW
     edit(module)
     module.report["leak"] = 0.5
     load(again, checkpoint_of(module, trainer_with, pets, tmp_path / "edit.ckpt"))
-    weights = all_weights(again)
-    assert all(torch.equal(value, weights[name]) for name, value in all_weights(module).items())
+    assert changed(weights(module), weights(again)) == []
     assert again.report == {"leak": 0.5}
     assert again.pretrained.change_ratio() == 2.0  # every edited weight has changed its sign
 

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import changed, started, weights
 from lit_unlearn.data.augmentation import WORDS
 from lit_unlearn.diffusion.parameters import match_parameters
 from lit_unlearn.diffusion.prompts import encode_prompts
@@ -27,27 +28,9 @@ PAIRS = [("a dog", "a soccer ball"), ("the dog at sunset", "the soccer ball at s
 EMBEDDING = "text_encoder.embeddings.token_embedding.weight"
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(hook: str, step: int = 0) -> L.Callback:
-    """Ends a run as a crash does, when it comes to ``hook`` after so many steps."""
-
-    def stop(trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == step:
-            raise Interrupted
-
-    callback = L.Callback()
-    setattr(callback, hook, stop)
-    return callback
-
-
-def started(module: ConceptAblation, fit: Fit, **data: Any) -> ConceptAblation:
+def begun(module: ConceptAblation, fit: Fit, **data: Any) -> ConceptAblation:
     """``module`` as it is before its first step, its weights moved as if by earlier ones."""
-    with pytest.raises(Interrupted):
-        fit(module, interrupt("on_train_batch_start"), **data)
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # nothing to log to outside of a run
+    started(module, fit, **data)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.pretrained.parameters.values():
@@ -58,14 +41,6 @@ def started(module: ConceptAblation, fit: Fit, **data: Any) -> ConceptAblation:
 def gradients(module: ConceptAblation, loss: Tensor) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(module.pretrained.parameters.values()))
     return dict(zip(module.edited_names, found, strict=True))
-
-
-def weights(module: ConceptAblation) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
 # --- the loss
@@ -106,7 +81,7 @@ def plain_loss(
 def test_loss_and_gradient_equal_those_of_two_networks(
     options: dict[str, Any], model: str, ablation: Ablation, fit: Fit, request: pytest.FixtureRequest
 ) -> None:
-    module = started(ablation(model=str(request.getfixturevalue(model)), **options), fit)
+    module = begun(ablation(model=str(request.getfixturevalue(model)), **options), fit)
     batch = torch.tensor([0, 3, 5, 6])
     student, teacher, text_encoder = (copy.deepcopy(part) for part in (module.unet, module.unet, module.text_encoder))
     if options.get("reference") == "frozen":
@@ -123,7 +98,7 @@ def test_loss_and_gradient_equal_those_of_two_networks(
 
 
 def test_no_gradient_flows_into_the_target(ablation: Ablation, fit: Fit) -> None:
-    module = started(ablation(), fit)
+    module = begun(ablation(), fit)
     batch = torch.tensor([0, 1])
     ours = gradients(module, module.training_step(batch, 1))
     text_encoder, options = module.text_encoder, {"objective": "model", "prior_weight": 0.0}
@@ -151,7 +126,7 @@ def test_the_frozen_reference_is_the_model_as_it_was(ablation: Ablation, fit: Fi
 def test_steps_lower_the_error(ablation: Ablation, fit: Fit) -> None:
     module = ablation()
     batch = torch.arange(8)
-    first = started(ablation(), fit)
+    first = begun(ablation(), fit)
     with first.pretrained.restored():
         before = first.training_step(batch, 50).item()
     fit(module, steps=25, batch_size=4)
@@ -160,7 +135,7 @@ def test_steps_lower_the_error(ablation: Ablation, fit: Fit) -> None:
 
 
 def test_the_first_token_can_be_kept_from_learning(ablation: Ablation, fit: Fit) -> None:
-    free, frozen = (started(ablation(freeze_bos=freeze), fit) for freeze in (False, True))
+    free, frozen = (begun(ablation(freeze_bos=freeze), fit) for freeze in (False, True))
     batch = torch.tensor([0, 1])
     layer = free.attention_inputs[0]
     inputs: list[Tensor] = []
@@ -205,7 +180,7 @@ def test_the_error_counts_where_the_mask_is_true() -> None:
 
 
 def test_anchors_are_pictures_of_the_anchors_prompts(ablation: Ablation, fit: Fit) -> None:
-    module = started(ablation(concept=["dog", "cat"], images=3), fit)
+    module = begun(ablation(concept=["dog", "cat"], images=3), fit)
     assert module.num_pairs == 6
     prompts = [module.anchor_prompts[place] for place in module.places]
     assert prompts == [PAIRS[0][1], PAIRS[1][1], PAIRS[0][1], "a parrot", "the parrot in the rain", "a parrot"]
@@ -226,14 +201,14 @@ def test_anchors_are_pictures_of_the_anchors_prompts(ablation: Ablation, fit: Fi
 
 
 def test_anchors_have_their_own_sampling(ablation: Ablation, fit: Fit) -> None:
-    plain = started(ablation(), fit)
-    own = started(ablation(anchor_inference_steps=3, anchor_guidance_scale=1.0), fit)
+    plain = begun(ablation(), fit)
+    own = begun(ablation(anchor_inference_steps=3, anchor_guidance_scale=1.0), fit)
     assert (plain.forwards.count, own.forwards.count) == (4 * 1 * 2, 4 * 3)  # with guidance, without it
     assert not torch.equal(plain.latents, own.latents)
 
 
 def test_a_draw_belongs_to_seed_step_and_item(ablation: Ablation, fit: Fit) -> None:
-    module = started(ablation(augmentation=True), fit)
+    module = begun(ablation(augmentation=True), fit)
     state = torch.get_rng_state()
     batch = torch.arange(12)
     together = module.draw(batch, 3)
@@ -251,7 +226,7 @@ def test_a_draw_belongs_to_seed_step_and_item(ablation: Ablation, fit: Fit) -> N
 
 
 def test_two_processes_descend_the_loss_of_one(ablation: Ablation, fit: Fit) -> None:
-    module = started(ablation(prior_weight=0.2), fit)
+    module = begun(ablation(prior_weight=0.2), fit)
     whole, first, second = (
         gradients(module, module.training_step(torch.tensor(batch), 1)) for batch in ([0, 3, 5, 6], [0, 5], [3, 6])
     )
@@ -261,7 +236,7 @@ def test_two_processes_descend_the_loss_of_one(ablation: Ablation, fit: Fit) -> 
 
 
 def test_augmented_pictures_have_masks_and_words(ablation: Ablation, fit: Fit) -> None:
-    plain, module = (started(ablation(augmentation=augmentation), fit) for augmentation in (False, True))
+    plain, module = (begun(ablation(augmentation=augmentation), fit) for augmentation in (False, True))
     batch = torch.arange(40)
     assert plain.draw(batch, 0).mask.all()
     draw = module.draw(batch, 0)
@@ -331,7 +306,7 @@ def test_rows_of_words_that_the_anchor_has_stay(ablation: Ablation) -> None:
 
 
 def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fit) -> None:
-    module = started(ablation(edited_parameters="embedding", prior_weight=0.2), fit)
+    module = begun(ablation(edited_parameters="embedding", prior_weight=0.2), fit)
     batch, options = torch.tensor([0, 3]), {"objective": "model", "prior_weight": 0.2}
     constant = copy.deepcopy(module.unet)
     (ours,) = gradients(module, module.training_step(batch, 1)).values()

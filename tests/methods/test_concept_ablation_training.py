@@ -12,36 +12,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
+from helpers import Interrupted, changed, interrupt, weights
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 
 Ablation = Callable[..., ConceptAblation]
 Fit = Callable[..., L.Trainer]
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(step: int) -> L.Callback:
-    """Ends a run as a crash does, after so many steps."""
-
-    def stop(trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == step:
-            raise Interrupted
-
-    callback = L.Callback()
-    callback.on_train_batch_end = stop  # type: ignore[method-assign]
-    return callback
-
-
-def weights(module: ConceptAblation) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +106,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     whole, first, resumed = (ablation(edited_parameters=group, prior_weight=0.2) for _ in range(3))
     keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=1)
     with pytest.raises(Interrupted):
-        fit(first, interrupt(3), keep(), steps=5, batch_size=2)
+        fit(first, interrupt("on_train_batch_end", step=3), keep(), steps=5, batch_size=2)
     last = tmp_path / "saved/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 2
     fit(whole, steps=5, batch_size=2)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import CONFIGS
 from lit_unlearn import training
 from lit_unlearn.checkpoint import read_edit
 from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.esd import ESD
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {
     "esd": ["esd.yaml"],
     "esd_2023": ["esd_2023.yaml"],

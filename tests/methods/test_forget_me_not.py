@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_unlearn.data.prompts import ConceptPrompts
+from helpers import Interrupted, changed, hook, interrupt, started, weights
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import GROUPS, match_parameters
@@ -46,42 +46,9 @@ def build(tiny_sd: Path, pets: str, tmp_path: Path) -> Build:
 
 
 @pytest.fixture
-def fit(trainer_with: Fit) -> Fit:
+def fit(fit: Fit) -> Fit:
     """Fits it in batches of one, and returns the trainer."""
-
-    def run(module: ForgetMeNot, *callbacks: L.Callback, max_epochs: int = 1, **data: Any) -> L.Trainer:
-        ckpt_path = data.pop("ckpt_path", None)
-        prompts = ConceptPrompts(
-            module.hparams["concept"], module.hparams["concept_set"], **{"steps": 2, "batch_size": 1, **data}
-        )
-        trainer = trainer_with(*callbacks, max_epochs=max_epochs, limit_val_batches=0)
-        trainer.fit(module, prompts, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
-        return trainer
-
-    return run
-
-
-class Interrupted(Exception):
-    pass
-
-
-def hook(name: str, function: Callable[..., Any]) -> L.Callback:
-    """A callback that calls ``function`` at one hook of the trainer."""
-    callback = L.Callback()
-    setattr(callback, name, lambda trainer, module, *rest: function(trainer, module, *rest))
-    return callback
-
-
-def interrupt(*_: Any) -> None:
-    raise Interrupted
-
-
-def started(module: ForgetMeNot, fit: Fit, **data: Any) -> ForgetMeNot:
-    """``module`` as it is before its first step, able to take steps without a trainer."""
-    with pytest.raises(Interrupted):
-        fit(module, hook("on_train_batch_start", interrupt), **data)
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # nothing to log to outside of a run
-    return module
+    return partial(fit, batch_size=1)
 
 
 def prepared(module: ForgetMeNot) -> ForgetMeNot:
@@ -89,14 +56,6 @@ def prepared(module: ForgetMeNot) -> ForgetMeNot:
     module.configure_model()
     module.prepare_prompts()
     return module
-
-
-def weights(module: ForgetMeNot) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
 def marked(module: ForgetMeNot) -> list[list[str]]:
@@ -378,16 +337,12 @@ def test_two_steps_on(model: str, build: Build, fit: Fit, request: pytest.Fixtur
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     every_n_train_steps: int | None, build: Build, fit: Fit, tmp_path: Path
 ) -> None:
-    def stop(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step == 5:
-            raise Interrupted
-
     make = partial(build, templates=["a {}", "the {}", "one {}"])
     whole, first, resumed = make(), make(), make()
     fit(whole, max_epochs=2, steps=3)
     keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every_n_train_steps)
     with pytest.raises(Interrupted):
-        fit(first, hook("on_train_batch_end", stop), keep(), max_epochs=2, steps=3)
+        fit(first, interrupt("on_train_batch_end", step=5), keep(), max_epochs=2, steps=3)
     last = tmp_path / "saved/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == (3 if every_n_train_steps is None else 4)
     fit(resumed, keep(), max_epochs=2, steps=3, ckpt_path=last)

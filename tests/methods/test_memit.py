@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import CONFIGS, LAYERS, QUIET, Interrupted, changed, interrupt, weights
 from lit_unlearn import training
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.diffusion.hooks import capture_inputs
@@ -19,8 +20,6 @@ from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
 Refinement = Callable[..., MEMIT]
 Fit = Callable[..., L.Trainer]
 
@@ -69,14 +68,6 @@ def stream(module: ValueRefinement, layer: int) -> Tensor:
     module.text_encoder(module.edit_ids)
     handle.remove()
     return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-
-
-def weights(module: ValueRefinement) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
 # --- the formula
@@ -313,25 +304,13 @@ def test_with_a_projector_it_is_alphaedit_and_retains(memit: Refinement, fit: Fi
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     hook: str, epoch: int, every: int | None, steps_in_checkpoint: int, memit: Refinement, fit: Fit, tmp_path: Path
 ) -> None:
-    class Stop(L.Callback):
-        pass
-
-    class Interrupted(Exception):
-        pass
-
-    def stop(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if module.current_epoch == epoch:
-            raise Interrupted
-
-    interrupt = Stop()
-    setattr(interrupt, hook, stop)
     edit = partial(LeastSquaresEdit, ridge=0.1, retain_weight=10.0, moment="mean")
     build = partial(memit, rounds=2, max_shift=0.5, positions="no_bos")
     whole, first, resumed = build(), build(), build()
     fit(whole, edit(), steps=3)
     keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every)
     with pytest.raises(Interrupted):
-        fit(first, interrupt, edit(), keep(), steps=3)
+        fit(first, interrupt(hook, epoch=epoch), edit(), keep(), steps=3)
     last = tmp_path / "saved/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == steps_in_checkpoint
     trainer = fit(resumed, edit(), keep(), steps=3, ckpt_path=last)
@@ -357,8 +336,7 @@ def test_a_recipe_fits(
     path, concept = ("emoji-sd", "dog") if embedded else (str(request.getfixturevalue(model)), "[dog, rain]")
     args = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--model.init_args.model", path, "--concept", concept]
     args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
-    args += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.init_args.steps", "2"]
-    args += ["--trainer.enable_model_summary", "false", "--model.init_args.num_inference_steps", "1"]
+    args += [*QUIET, "--data.init_args.steps", "2", "--model.init_args.num_inference_steps", "1"]
     cli = training.run(["fit", *args])
     assert isinstance(cli.model, MEMIT)
     assert cli.trainer.global_step == 2

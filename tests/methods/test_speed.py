@@ -8,18 +8,17 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import CONFIGS, states
 from lit_unlearn.callbacks.speed import SPEEDEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
-from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
+from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods import base
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]
 Build = Callable[..., SPEED]
-CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTH = 32
 
 
@@ -37,11 +36,6 @@ def speed(tiny_sd: Path, pets: str) -> Build:
 def loaded(module: SPEED) -> SPEED:
     module.configure_model()
     return module
-
-
-def states(module: SPEED, *prompts: str) -> Tensor:
-    with torch.no_grad():
-        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts).double()
 
 
 # --- which texts
@@ -101,26 +95,29 @@ def test_keys_are_states_of_the_last_token_of_the_name(
     ids = tokenize(module.components.tokenizer, ["the soccer ball"])[0].tolist()
     assert ids[4] == module.components.tokenizer.eos_token_id
     keys = module.keys()
-    assert torch.equal(keys.edited, states(module, "cat")[:, 1])
-    assert torch.equal(keys.anchors, states(module, "parrot")[:, 1])
-    assert_close(keys.retained, torch.cat([states(module, "dog")[:, 1], states(module, "the soccer ball")[:, 3]]))
+    assert torch.equal(keys.edited, states(module, "cat").double()[:, 1])
+    assert torch.equal(keys.anchors, states(module, "parrot").double()[:, 1])
+    assert_close(
+        keys.retained,
+        torch.cat([states(module, "dog").double()[:, 1], states(module, "the soccer ball").double()[:, 3]]),
+    )
     assert keys.num_texts == 1
     assert keys.edited.dtype == torch.float64
 
 
 def test_the_empty_anchor_is_the_start_of_text(speed: Build) -> None:
     module = loaded(speed(towards="empty"))
-    assert torch.equal(module.keys().anchors, states(module, "")[:, 0])
+    assert torch.equal(module.keys().anchors, states(module, "").double()[:, 0])
 
 
 def test_all_tokens_are_aligned_with_the_anchors(speed: Build) -> None:
     module = loaded(speed(prompts="edit_prompts", tokens="all"))
     keys = module.keys()
-    assert_close(keys.edited, states(module, *module.edited_texts)[:, 1:].flatten(0, 1))
+    assert_close(keys.edited, states(module, *module.edited_texts).double()[:, 1:].flatten(0, 1))
     # "dog" takes "ball", the last of its anchor's two tokens, and all behind it shifts by one.
     places = [1, 3, *range(4, LENGTH), LENGTH - 1]
-    assert_close(keys.anchors, states(module, *module.anchor_texts)[:, places].flatten(0, 1))
-    assert_close(keys.retained, states(module, *module.retained_texts)[:, 1:].flatten(0, 1))
+    assert_close(keys.anchors, states(module, *module.anchor_texts).double()[:, places].flatten(0, 1))
+    assert_close(keys.retained, states(module, *module.retained_texts).double()[:, 1:].flatten(0, 1))
     assert keys.num_texts == 2
 
 
@@ -134,7 +131,7 @@ def test_invariants_are_start_of_text_and_centres_of_the_padding(
         assert count is None
         return
     assert len(rows) == count
-    empty = states(module, "")[0]
+    empty = states(module, "").double()[0]
     assert torch.equal(rows[0], empty[0])
     if count == 4:
         nearest = torch.cdist(empty[1:], rows[1:]).argmin(1)

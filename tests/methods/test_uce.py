@@ -8,12 +8,12 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import states
 from lit_unlearn.core.cross_attention_maps import without_component
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
+from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.uce import UCE
 
 Fit = Callable[..., L.Trainer]
@@ -30,11 +30,6 @@ def uce(tiny_sd: Path, pets: str) -> Build:
         return UCE(**{**defaults, **arguments})
 
     return build
-
-
-def states(module: UCE, *prompts: str) -> Tensor:
-    with torch.no_grad():
-        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts).double()
 
 
 # --- what is edited into what
@@ -114,7 +109,7 @@ def test_the_state_of_the_last_token(model: str, towards: str, uce: Build, fit: 
     ends, guide_ends = (2, 4), {"target": (3, 5), "empty": (0, 0)}[towards]
     pad = int(tokenize(module.components.tokenizer, [""])[0, -1])
     assert (pad == module.components.tokenizer.eos_token_id) is (model == "tiny_sd")
-    keys, guides = states(module, *module.phrases), states(module, *module.guides[0])
+    keys, guides = states(module, *module.phrases).double(), states(module, *module.guides[0]).double()
     assert torch.equal(module.keys, torch.stack([keys[0, ends[0]], keys[1, ends[1]]]))
     assert torch.equal(module.guide_keys[0], torch.stack([guides[0, guide_ends[0]], guides[1, guide_ends[1]]]))
 
@@ -124,8 +119,8 @@ def test_the_states_from_the_last_token_on(model: str, uce: Build, fit: Fit, req
     module = uce(model=str(request.getfixturevalue(model)), tokens="from_subject")
     fit(module)
     # "dog" ends at 1 and "soccer ball" at 2, so the window of the guide ends one position earlier.
-    assert torch.equal(module.keys, states(module, "dog")[0, 1 : LENGTH - 1])
-    assert torch.equal(module.guide_keys[0], states(module, "soccer ball")[0, 2:])
+    assert torch.equal(module.keys, states(module, "dog").double()[0, 1 : LENGTH - 1])
+    assert torch.equal(module.guide_keys[0], states(module, "soccer ball").double()[0, 2:])
     assert module.rows.tolist() == [0] * (LENGTH - 2)
 
 
@@ -134,7 +129,7 @@ def test_the_preserved_states(model: str, uce: Build, fit: Fit, request: Any) ->
     for tokens in ("last_subject", "all"):
         module = uce(model=str(request.getfixturevalue(model)), preserve=["a cat", "parrot"], preserve_tokens=tokens)
         fit(module)
-        found = states(module, "a cat", "parrot", "")
+        found = states(module, "a cat", "parrot", "").double()
         rows = found.flatten(0, 1) if tokens == "all" else torch.stack([found[0, 2], found[1, 1]])
         assert module.preserved_moment is not None
         # A sum of up to 96 products in float64.

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +12,19 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_unlearn.callbacks.closed_form import LeastSquaresEdit, NullSpaceEdit
+from helpers import FF, KV, PROMPTS, TARGETS, changed, exact, half, hook, started, states, weights
+from lit_unlearn.callbacks.closed_form import LeastSquaresEdit
 from lit_unlearn.diffusion.hooks import capture_inputs
-from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import add_noise
 from lit_unlearn.methods.unet_value_refinement import (
     UNetFeedForwardRefinement,
-    UNetValueRefinement,
 )
-from lit_unlearn.methods.value_refinement import ValueRefinement
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-BLOCKS = [
-    f"unet.{block}.transformer_blocks.0."
-    for block in (
-        "down_blocks.1.attentions.0",
-        "mid_block.attentions.0",
-        "up_blocks.0.attentions.0",
-        "up_blocks.0.attentions.1",
-    )
-]
-KV = [f"{block}attn2.{name}.weight" for block in BLOCKS for name in ("to_k", "to_v")]
-FF = [f"{block}ff.net.2.weight" for block in BLOCKS]
-PROMPTS, TARGETS = ["a dog", "the dog at sunset"], ["a soccer ball", "the soccer ball at sunset"]
 ALIGNMENT = [0, 1, 3, *range(4, 32), 31]
 """Target position of each edit position: "dog" takes "ball", the last token of its target, and all behind it shifts."""
 
 Build = Callable[..., Any]
 Fit = Callable[..., L.Trainer]
-
-
-@pytest.fixture
-def keys_and_values(refinement: Callable[..., ValueRefinement]) -> Build:
-    """Makes an edit of K and V of ``tiny_sd``; takes the arguments that shall differ."""
-    return partial(refinement, UNetValueRefinement, watched_prompts=2)
-
-
-@pytest.fixture
-def feed_forward(refinement: Callable[..., ValueRefinement]) -> Build:
-    """Makes an edit of the FFN of ``tiny_sd``; takes the arguments that shall differ."""
-    return partial(refinement, UNetFeedForwardRefinement, watched_prompts=2, noises_per_prompt=2)
 
 
 @pytest.fixture(scope="session")
@@ -65,59 +37,9 @@ def short_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def exact(ridge: float = 1e-3) -> NullSpaceEdit:
-    """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
-    return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
-
-
-def half() -> NullSpaceEdit:
-    """Half of the 32 inputs of K and V, whatever the spectrum."""
-    return NullSpaceEdit(threshold=16, rule="count", ridge=1e-3)
-
-
-def weights(module: ValueRefinement) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
-
-
-def states(module: ValueRefinement, prompts: list[str]) -> Tensor:
-    with torch.no_grad():
-        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts)
-
-
-class At(L.Callback):
-    """Calls a function with the module at one hook of the trainer, without gradients."""
-
-    def __init__(self, name: str, function: Callable[[Any], Any]) -> None:
-        def call(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-            with torch.no_grad():
-                function(module)
-
-        setattr(self, name, call)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def started(module: Any, fit: Fit, **data: Any) -> Any:
-    """``module`` in its first layer, before the first step."""
-
-    def interrupt(_: Any) -> None:
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        fit(module, At("on_train_batch_start", interrupt), **data)
-    module.log_dict = lambda *_, **__: None  # nothing to log to outside of a run
-    return module
-
-
 def test_keys_are_the_text_states_and_v1_starts_at_the_layers_output(keys_and_values: Build, fit: Fit) -> None:
     module = started(keys_and_values(), fit)
-    expected = states(module, PROMPTS)
+    expected = states(module, *PROMPTS)
     for name in KV:
         state = module.layer_state(name)
         assert torch.equal(state.keys, expected)
@@ -137,10 +59,10 @@ def test_the_loss_compares_with_the_unedited_unet_at_the_target_prompt(keys_and_
         module.values_of(state).copy_(state.initial)
         latents, noise, timesteps = module.noise(batch, 0)
         noisy = add_noise(module.components.scheduler, latents, noise, timesteps)
-        prediction = module.unet(noisy, timesteps, states(module, PROMPTS)).sample
-        seen_by_edited = module.unet(noisy, timesteps, states(module, TARGETS)).sample
+        prediction = module.unet(noisy, timesteps, states(module, *PROMPTS)).sample
+        seen_by_edited = module.unet(noisy, timesteps, states(module, *TARGETS)).sample
         with module.pretrained.restored():
-            goal = module.unet(noisy, timesteps, states(module, TARGETS)).sample
+            goal = module.unet(noisy, timesteps, states(module, *TARGETS)).sample
     # Float32 noise predictions of batches of two.
     assert_close(module.training_step(batch, 0), (prediction - goal).square().mean(), rtol=1e-4, atol=0)
     assert (seen_by_edited - goal).abs().max() > 1e-3
@@ -158,13 +80,13 @@ def test_gradients_reach_v1_alone_and_only_at_its_positions(keys_and_values: Bui
 def test_direct_values_are_those_of_the_target_prompt(keys_and_values: Build, fit: Fit) -> None:
     seen: dict[str, Tensor] = {}
 
-    def keep(module: Any) -> None:
-        seen[module.state.name] = module.values_of(module.state).clone()
+    def keep(trainer: L.Trainer, module: Any, *_: Any) -> None:
+        seen[module.state.name] = module.values_of(module.state).detach().clone()
 
     module = keys_and_values(values="target", rounds=2)
-    fit(module, At("on_train_batch_start", keep), half(), steps=1)
+    fit(module, hook("on_train_batch_start", keep), half(), steps=1)
     assert list(seen) == KV
-    aligned = states(module, TARGETS)[:, ALIGNMENT]
+    aligned = states(module, *TARGETS)[:, ALIGNMENT]
     assert module.pretrained.change_ratio() > 1e-2
     for name in KV:  # of the unedited UNet, in the second round too
         assert_close(seen[name], aligned @ module.pretrained.values[name].mT, rtol=0, atol=1e-5)
@@ -174,7 +96,7 @@ def test_an_edit_writes_the_targets_keys_and_values(keys_and_values: Build, fit:
     module = keys_and_values(values="target", positions="content")
     # Six tokens are independent in 32 dimensions, so with every direction free and hardly a ridge nothing is left over.
     fit(module, LeastSquaresEdit(ridge=1e-8, retain_weight=0.0), steps=1)
-    keys, wanted = states(module, PROMPTS)[module.mask], states(module, TARGETS)[:, ALIGNMENT][module.mask]
+    keys, wanted = states(module, *PROMPTS)[module.mask], states(module, *TARGETS)[:, ALIGNMENT][module.mask]
     assert len(keys) == 6
     for name in KV:
         before, after = module.pretrained.values[name], module.layers[name].weight.detach()
@@ -186,7 +108,7 @@ def test_an_edit_writes_the_targets_keys_and_values(keys_and_values: Build, fit:
 
 def test_retained_prompts_keep_their_keys_and_values(keys_and_values: Build, short_sd: str, fit: Fit) -> None:
     def outputs(module: Any) -> list[Tensor]:
-        rows = states(module, [*module.retain_prompts, ""])
+        rows = states(module, *module.retain_prompts, "")
         return [rows @ module.layers[name].weight.detach().mT for name in KV]
 
     def moved(edit: Any, **arguments: Any) -> tuple[float, dict[str, Any]]:
@@ -213,8 +135,8 @@ def test_retained_prompts_keep_their_keys_and_values(keys_and_values: Build, sho
 
 def test_the_moment_holds_the_empty_prompt_as_often_as_all_others(keys_and_values: Build, fit: Fit) -> None:
     module = started(keys_and_values(), fit)
-    rows = states(module, module.retain_prompts).flatten(0, 1).double()
-    empty = states(module, [""])[0].double()
+    rows = states(module, *module.retain_prompts).flatten(0, 1).double()
+    empty = states(module, "")[0].double()
     for name in KV:
         moment, count = module.moments[name]
         assert_close(moment, rows.mT @ rows + 2 * empty.mT @ empty, rtol=1e-10, atol=1e-10)
@@ -231,7 +153,7 @@ def test_keys_are_what_enters_the_layer_at_the_fixed_noises(feed_forward: Build,
     for name, layer in module.layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
     with torch.no_grad():
-        module.unet(module.noisy, module.timesteps, states(module, PROMPTS * 3))
+        module.unet(module.noisy, module.timesteps, states(module, *PROMPTS * 3))
     assert len(set(module.timesteps.tolist())) > 1
     for name, (expected, *_) in list(seen.items()):
         state = module.layer_state(name)
@@ -260,8 +182,8 @@ def test_v1_is_compared_where_its_keys_were_taken(feed_forward: Build, fit: Fit)
     with torch.no_grad():
         items = [3, 1]
         noisy, timesteps = module.noisy[items], module.timesteps[items]
-        prediction = module.unet(noisy, timesteps, states(module, [PROMPTS[1], PROMPTS[1]])).sample
-        goal = module.unet(noisy, timesteps, states(module, [TARGETS[1], TARGETS[1]])).sample
+        prediction = module.unet(noisy, timesteps, states(module, PROMPTS[1], PROMPTS[1])).sample
+        goal = module.unet(noisy, timesteps, states(module, TARGETS[1], TARGETS[1])).sample
     assert_close(module.training_step(batch, 0), (prediction - goal).square().mean(), rtol=1e-3, atol=0)
     assert (prediction - goal).abs().max() > 1e-4
 
@@ -269,14 +191,14 @@ def test_v1_is_compared_where_its_keys_were_taken(feed_forward: Build, fit: Fit)
 def test_direct_values_are_the_unedited_layers_at_the_target_prompt(feed_forward: Build, fit: Fit) -> None:
     seen: dict[str, Tensor] = {}
 
-    def keep(module: Any) -> None:
-        seen[module.state.name] = module.values_of(module.state).clone()
+    def keep(trainer: L.Trainer, module: Any, *_: Any) -> None:
+        seen[module.state.name] = module.values_of(module.state).detach().clone()
 
     module = feed_forward(values="target", rounds=2)
-    fit(module, At("on_train_batch_start", keep), exact(), steps=1)
+    fit(module, hook("on_train_batch_start", keep), exact(), steps=1)
     assert module.pretrained.change_ratio() > 1e-3
     with module.pretrained.restored(), torch.no_grad(), capture_inputs(module.layers) as captured:
-        module.unet(module.noisy, module.timesteps, states(module, TARGETS * 2))
+        module.unet(module.noisy, module.timesteps, states(module, *TARGETS * 2))
         for name in FF:
             assert_close(seen[name], captured[name] @ module.layers[name].weight.mT, rtol=0, atol=1e-4)
 
@@ -318,7 +240,7 @@ def test_the_moment_is_that_of_the_retained_prompts_pictures(feed_forward: Build
     total = dict.fromkeys(FF, torch.zeros(128, 128).double())
     for prompts in (module.retain_prompts * 2, [""] * 4):
         with torch.no_grad(), capture_inputs(module.layers) as captured:
-            module.unet(noisy, timesteps, states(module, prompts))
+            module.unet(noisy, timesteps, states(module, *prompts))
         for name in FF:
             rows = captured[name].flatten(0, 1).double()
             total[name] = total[name] + rows.mT @ rows

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from helpers import FF, KV
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.methods.unet_value_refinement import (
     UNetFeedForwardRefinement,
@@ -16,30 +16,8 @@ from lit_unlearn.methods.unet_value_refinement import (
     call_order,
     num_places,
 )
-from lit_unlearn.methods.value_refinement import ValueRefinement
 
-BLOCKS = [
-    f"unet.{block}.transformer_blocks.0."
-    for block in (
-        "down_blocks.1.attentions.0",
-        "mid_block.attentions.0",
-        "up_blocks.0.attentions.0",
-        "up_blocks.0.attentions.1",
-    )
-]
-KV = [f"{block}attn2.{name}.weight" for block in BLOCKS for name in ("to_k", "to_v")]
-FF = [f"{block}ff.net.2.weight" for block in BLOCKS]
 Build = Callable[..., Any]
-
-
-@pytest.fixture
-def keys_and_values(refinement: Callable[..., ValueRefinement]) -> Build:
-    return partial(refinement, UNetValueRefinement)
-
-
-@pytest.fixture
-def feed_forward(refinement: Callable[..., ValueRefinement]) -> Build:
-    return partial(refinement, UNetFeedForwardRefinement)
 
 
 def test_layers_come_in_the_order_of_the_unets_calls(keys_and_values: Build, feed_forward: Build) -> None:

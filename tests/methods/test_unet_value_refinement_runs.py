@@ -15,79 +15,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from helpers import CONFIGS, FF, KV, QUIET, Interrupted, changed, exact, half, hook, interrupt, states, weights
 from lit_unlearn import training
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
-from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.unet_value_refinement import (
-    UNetFeedForwardRefinement,
-    UNetValueRefinement,
-)
-from lit_unlearn.methods.value_refinement import ValueRefinement
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-BLOCKS = [
-    f"unet.{block}.transformer_blocks.0."
-    for block in (
-        "down_blocks.1.attentions.0",
-        "mid_block.attentions.0",
-        "up_blocks.0.attentions.0",
-        "up_blocks.0.attentions.1",
-    )
-]
-KV = [f"{block}attn2.{name}.weight" for block in BLOCKS for name in ("to_k", "to_v")]
-FF = [f"{block}ff.net.2.weight" for block in BLOCKS]
 Build = Callable[..., Any]
 Fit = Callable[..., L.Trainer]
-
-
-@pytest.fixture
-def keys_and_values(refinement: Callable[..., ValueRefinement]) -> Build:
-    """Makes an edit of K and V of ``tiny_sd``; takes the arguments that shall differ."""
-    return partial(refinement, UNetValueRefinement, watched_prompts=2)
-
-
-@pytest.fixture
-def feed_forward(refinement: Callable[..., ValueRefinement]) -> Build:
-    """Makes an edit of the FFN of ``tiny_sd``; takes the arguments that shall differ."""
-    return partial(refinement, UNetFeedForwardRefinement, watched_prompts=2, noises_per_prompt=2)
-
-
-def exact(ridge: float = 1e-3) -> NullSpaceEdit:
-    """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
-    return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
-
-
-def half() -> NullSpaceEdit:
-    """Half of the 32 inputs of K and V, whatever the spectrum."""
-    return NullSpaceEdit(threshold=16, rule="count", ridge=1e-3)
-
-
-def weights(module: ValueRefinement) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
-
-
-def states(module: ValueRefinement, prompts: list[str]) -> Tensor:
-    with torch.no_grad():
-        return encode_prompts(module.components.tokenizer, module.text_encoder, prompts)
-
-
-class At(L.Callback):
-    """Calls a function with the module at one hook of the trainer, without gradients."""
-
-    def __init__(self, name: str, function: Callable[[Any], Any]) -> None:
-        def call(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-            with torch.no_grad():
-                function(module)
-
-        setattr(self, name, call)
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
@@ -99,9 +32,9 @@ def test_only_the_layer_of_the_epoch_moves_and_refinement_lowers_the_error(
     seen: list[dict[str, Tensor]] = []
     trainer = fit(
         module,
-        At("on_train_epoch_start", lambda module: seen.append(weights(module))),
+        hook("on_train_epoch_start", lambda trainer, module: seen.append(weights(module))),
         half(),
-        At("on_train_end", lambda module: seen.append(weights(module))),
+        hook("on_train_end", lambda trainer, module: seen.append(weights(module))),
         steps=3,
     )
     assert [changed(before, after) for before, after in pairwise(seen)] == [[name] for name in names]
@@ -118,7 +51,7 @@ def test_drift_is_that_of_noise_predictions_at_retained_prompts(
     module = request.getfixturevalue(kind)(values="target")
     fit(module, half(), steps=1)
     with torch.no_grad():
-        asked = (module.watched_noisy, module.watched_timesteps, states(module, ["a cat", "the cat in the rain"]))
+        asked = (module.watched_noisy, module.watched_timesteps, states(module, "a cat", "the cat in the rain"))
         after = module.unet(*asked).sample
         with module.pretrained.restored():
             before = module.unet(*asked).sample
@@ -145,7 +78,7 @@ def test_what_is_measured_is_no_cost(keys_and_values: Build, feed_forward: Build
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize(
-    ("kind", "hook", "every"),
+    ("kind", "name", "every"),
     [
         pytest.param("keys_and_values", "on_train_epoch_start", None, marks=pytest.mark.slow),
         ("keys_and_values", "on_train_batch_end", 1),
@@ -153,12 +86,8 @@ def test_what_is_measured_is_no_cost(keys_and_values: Build, feed_forward: Build
     ],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    kind: str, hook: str, every: int | None, fit: Fit, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, name: str, every: int | None, fit: Fit, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    def stop(module: Any) -> None:
-        if module.current_epoch == 2 and module.trainer.global_step > 4 * (hook == "on_train_batch_end"):
-            raise Interrupted
-
     # Much ridge, so that float64 rounding stays below a bit of the weights.
     edit = partial(NullSpaceEdit, threshold=16, rule="count", ridge=0.1)
     pattern = r"mid_block.*attn2\.to_[kv]\.weight" if kind == "keys_and_values" else r"up_blocks.*ff\.net\.2\.weight"
@@ -167,7 +96,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     fit(whole, edit(), steps=2)
     keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every)
     with pytest.raises(Interrupted):
-        fit(first, At(hook, stop), edit(), keep(), steps=2)
+        fit(first, interrupt(name, epoch=2), edit(), keep(), steps=2)
     trainer = fit(resumed, edit(), keep(), steps=2, ckpt_path=tmp_path / "saved/last.ckpt")
     assert (trainer.current_epoch, trainer.global_step) == (4, 8)
     assert changed(weights(whole), weights(resumed)) == []
@@ -205,8 +134,7 @@ def test_a_recipe_fits(
     path, concept = ("emoji-sd", "dog") if embedded else (str(request.getfixturevalue(model)), "[dog, rain]")
     args = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--model.init_args.model", path, "--concept", concept]
     args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
-    args += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.init_args.steps", "1"]
-    args += ["--trainer.enable_model_summary", "false", "--model.init_args.num_inference_steps", "1"]
+    args += [*QUIET, "--data.init_args.steps", "1", "--model.init_args.num_inference_steps", "1"]
     if not embedded:  # random weights have another spectrum
         edit = {"class_path": "NullSpaceEdit", "init_args": {"threshold": 8, "rule": "count"}}
         args += ["--trainer.callbacks", json.dumps([edit])]

@@ -11,18 +11,16 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import LAYERS, PROMPTS, TARGETS, changed, hook, started, weights
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
-LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 
-PROMPTS, TARGETS = ["a dog", "the dog at sunset"], ["a soccer ball", "the soccer ball at sunset"]
-"""The edited pairs of the concept set ``pets``."""
 ALIGNMENT = [[0, 1, 3, *range(4, 32), 31]] * 2
 """Target position of each edit position: "dog" takes "ball", the last token of its target, and all behind it shifts."""
 
@@ -32,43 +30,11 @@ def null_space_edit() -> NullSpaceEdit:
     return NullSpaceEdit(threshold=1e-8, rule="max", ridge=1e-3)
 
 
-def weights(module: ValueRefinement) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
-
-
-class Hook(L.Callback):
-    """Calls a function at one hook of the trainer."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        setattr(self, name, lambda trainer, module, *rest: function(trainer, module, *rest))
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(*_: Any) -> None:
-    raise Interrupted
-
-
 class SameNoise(ValueRefinement):
     """Compares on the same noise in every step, so that the loss is a function of V1 alone."""
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         return super().noise(batch % self.num_pairs, 0)
-
-
-def started(module: ValueRefinement, fit: Fit, **data: Any) -> ValueRefinement:
-    """``module`` as it is in its first layer, before the first step."""
-
-    with pytest.raises(Interrupted):
-        fit(module, Hook("on_train_batch_start", interrupt), **data)
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # nothing to log to outside of a run
-    return module
 
 
 # --- the values
@@ -91,7 +57,7 @@ def test_values_start_as_the_layers_output(refinement: Refinement, fit: Fit) -> 
 
 def test_refinement_lowers_the_error(refinement: Refinement, fit: Fit) -> None:
     losses: list[float] = []
-    record = Hook("on_train_batch_end", lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"])))
+    record = hook("on_train_batch_end", lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"])))
     fit(refinement(SameNoise, first_layer=2), record, steps=20)
     assert len(losses) == 20
     # Every step compares on the same noise, so nothing but V1 can lower the error.
@@ -129,12 +95,12 @@ def test_only_values_learn_and_only_the_layer_of_the_epoch_moves_at_its_end(refi
 
     trainer = fit(
         module,
-        Hook("on_train_epoch_start", at_start),
-        Hook("on_after_backward", gradients),
-        Hook("on_train_batch_end", unmoved),
-        Hook("on_train_epoch_end", unmoved),
+        hook("on_train_epoch_start", at_start),
+        hook("on_after_backward", gradients),
+        hook("on_train_batch_end", unmoved),
+        hook("on_train_epoch_end", unmoved),
         null_space_edit(),
-        Hook("on_train_end", at_start),
+        hook("on_train_end", at_start),
     )
     assert [name for name, parameter in module.named_parameters() if parameter.requires_grad] == ["values"]
     assert moved == [[LAYERS[0]], [LAYERS[1]], [LAYERS[0]], [LAYERS[1]]]
@@ -153,7 +119,7 @@ def test_each_layer_starts_with_a_fresh_optimizer(refinement: Refinement, fit: F
     def count(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
         steps.append(int(trainer.optimizers[0].state[module.values]["step"]))
 
-    fit(refinement(), Hook("on_train_batch_end", count), steps=3)
+    fit(refinement(), hook("on_train_batch_end", count), steps=3)
     assert steps == [1, 2, 3, 1, 2, 3]
 
 
@@ -165,7 +131,7 @@ def test_later_layers_see_what_earlier_edits_did(refinement: Refinement, fit: Fi
         keys[module.state.name] = module.state.keys
 
     module = refinement()
-    fit(module, Hook("on_train_batch_end", record), null_space_edit())
+    fit(module, hook("on_train_batch_end", record), null_space_edit())
     with module.pretrained.restored():
         before = {name: module.capture_keys(name, module.edit_ids) for name in LAYERS}
     assert torch.equal(keys[LAYERS[0]], before[LAYERS[0]])
@@ -264,7 +230,7 @@ def test_a_descent_may_start_at_the_target(refinement: Refinement, fit: Fit) -> 
 
 def test_direct_values_are_not_trained(refinement: Refinement, fit: Fit) -> None:
     values: list[Tensor] = []
-    record = Hook("on_train_batch_start", lambda trainer, module, *_: values.append(module.values.detach().clone()))
+    record = hook("on_train_batch_start", lambda trainer, module, *_: values.append(module.values.detach().clone()))
     module = refinement(values="target", last_layer=1)
     fit(module, record, steps=3)
     assert torch.equal(values[0], values[2])

@@ -11,14 +11,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
+from helpers import LAYERS, Interrupted, changed, interrupt, weights
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.methods.base import CHECKPOINT_KEY
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
-LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 
@@ -26,30 +25,6 @@ Fit = Callable[..., L.Trainer]
 def null_space_edit() -> NullSpaceEdit:
     """The exact null space, with a ridge that keeps the system well-conditioned: float64 rounding stays below a bit."""
     return NullSpaceEdit(threshold=1e-8, rule="max", ridge=0.1)
-
-
-def weights(module: ValueRefinement) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.components.named_parameters().items()}
-
-
-def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(hook: str, epoch: int, step: int | None = None) -> L.Callback:
-    """Ends a run as a crash does, when it comes to ``hook`` in that epoch (and after that step)."""
-
-    def stop(trainer: L.Trainer, module: ValueRefinement, *_: Any) -> None:
-        if module.current_epoch == epoch and (step is None or trainer.global_step == step):
-            raise Interrupted
-
-    callback = L.Callback()
-    setattr(callback, hook, stop)
-    return callback
 
 
 def saved(refinement: Refinement, fit: Fit, path: Path, **arguments: Any) -> ValueRefinement:
@@ -120,10 +95,12 @@ def test_a_checkpoint_of_another_edit_is_refused(
 @pytest.mark.parametrize(
     ("every_n_train_steps", "stop", "steps_in_checkpoint"),
     [
-        pytest.param(None, interrupt("on_train_epoch_start", 2), 6, id="between two layers"),
-        pytest.param(1, interrupt("on_train_batch_end", 1, step=6), 5, id="within a layer"),
-        pytest.param(3, interrupt("on_train_epoch_end", 1), 6, id="between the last step of a layer and its edit"),
-        pytest.param(3, interrupt("on_train_epoch_end", 3), 12, id="before the last edit"),
+        pytest.param(None, interrupt("on_train_epoch_start", epoch=2), 6, id="between two layers"),
+        pytest.param(1, interrupt("on_train_batch_end", epoch=1, step=6), 5, id="within a layer"),
+        pytest.param(
+            3, interrupt("on_train_epoch_end", epoch=1), 6, id="between the last step of a layer and its edit"
+        ),
+        pytest.param(3, interrupt("on_train_epoch_end", epoch=3), 12, id="before the last edit"),
     ],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(

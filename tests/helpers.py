@@ -1,0 +1,160 @@
+"""What tests in several files share: weights at a moment, runs that end like a crash, names in the tiny pipeline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model
+from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.methods.base import DiffusionEditor
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+"""Arguments of a fit on the CPU that shows nothing."""
+
+LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (1, 2)]
+"""What ``ValueRefinement`` edits in ``tiny_sd``, in order."""
+BLOCKS = [
+    f"unet.{block}.transformer_blocks.0."
+    for block in (
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    )
+]
+"""The transformer blocks of ``tiny_sd``, in the order of the UNet's calls."""
+KV = [f"{block}attn2.{name}.weight" for block in BLOCKS for name in ("to_k", "to_v")]
+FF = [f"{block}ff.net.2.weight" for block in BLOCKS]
+
+PROMPTS, TARGETS = ["a dog", "the dog at sunset"], ["a soccer ball", "the soccer ball at sunset"]
+"""Edit and target prompts of the dog in the concept set ``pets``."""
+
+SHARED = {"emoji-sd"}
+"""Models that no test writes to; the session's fixtures add theirs."""
+
+Module = TypeVar("Module", bound=DiffusionEditor)
+
+
+# --- weights
+
+
+load_once = cache(load_components)
+
+
+def load_copy(model: str, *options: Any) -> DiffusionComponents:
+    """As ``load_components``, in less time: a copy of what was loaded once, if nothing writes to its folder."""
+    if model not in SHARED:
+        return load_components(model, *options)
+    loaded = load_once(model, *options)
+    # A copied tokenizer does not decode as the original.
+    tokenizer = CLIPTokenizer.from_pretrained(resolve_model(model), subfolder="tokenizer")
+    return replace(copy.deepcopy(replace(loaded, tokenizer=None)), tokenizer=tokenizer)  # type: ignore[arg-type]
+
+
+def weights(source: DiffusionEditor | DiffusionComponents) -> dict[str, Tensor]:
+    """Copies of all weights of a pipeline by name, as they are now."""
+    components = source if isinstance(source, DiffusionComponents) else source.components
+    return {name: parameter.detach().clone() for name, parameter in components.named_parameters().items()}
+
+
+def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names whose values differ in any bit, in the order of ``first``; ``second`` has them all."""
+    return [name for name, value in first.items() if not torch.equal(value, second[name])]
+
+
+# --- runs
+
+
+class Interrupted(Exception):
+    """Ends a run as a crash does."""
+
+
+def hook(name: str, function: Callable[..., Any]) -> L.Callback:
+    """A callback that calls ``function`` (trainer, module, ...) at one hook of the trainer."""
+    callback = L.Callback()
+    setattr(callback, name, function)
+    return callback
+
+
+def interrupt(name: str, *, step: int | None = None, epoch: int | None = None) -> L.Callback:
+    """Raises ``Interrupted`` when the run comes to the hook ``name`` after so many steps, or in that epoch."""
+
+    def stop(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if step in (None, trainer.global_step) and epoch in (None, module.current_epoch):
+            raise Interrupted
+
+    return hook(name, stop)
+
+
+def started(module: Module, fit: Callable[..., L.Trainer], **data: Any) -> Module:
+    """``module`` as it is before its first step, able to take steps without a trainer."""
+    with pytest.raises(Interrupted):
+        fit(module, interrupt("on_train_batch_start"), **data)
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # nothing to log to
+    return module
+
+
+def half() -> NullSpaceEdit:
+    """Half of the 32 inputs of K and V, whatever the spectrum."""
+    return NullSpaceEdit(threshold=16, rule="count", ridge=1e-3)
+
+
+def exact(ridge: float = 1e-3) -> NullSpaceEdit:
+    """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
+    return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
+
+
+# --- tensors
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def states(module: Any, *prompts: str) -> Tensor:
+    """Text states (B, L, D) of ``prompts`` by the text encoder as it is now, without gradients."""
+    with torch.no_grad():
+        return encode_prompts(module.components.tokenizer, module.components.text_encoder, prompts)
+
+
+# --- files
+
+
+def files(folder: Path) -> set[str]:
+    """Paths of all files below ``folder``, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def metadata(path: str) -> dict[str, str]:
+    """What a file of safetensors says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def read_picture(path: str) -> Image.Image:
+    """The picture at ``path``, in memory."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def assert_alike(a: Image.Image, b: Image.Image) -> None:
+    """Of one size, and equal up to rounding: one of 256 levels."""
+    first, second = (torch.from_numpy(np.array(picture)).int() for picture in (a, b))
+    torch.testing.assert_close(first, second, rtol=0, atol=1)
