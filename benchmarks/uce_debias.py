@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="Markdown file to write")
     arguments = parser.parse_args()
 
-    lines = [f"Made on {date.today()} by `python benchmarks/uce_debias.py`, {arguments.pictures} pictures a phrase."]
+    made = f"Made on {date.today()} by `python benchmarks/uce_debias.py`, {arguments.pictures} pictures a phrase."
+    lines = ["# Debiasing three subjects at once", "", made]
     for name, wished in WISHED.items():
         folder = fit_and_test(name, Path(arguments.root))
         scores = Scores.load(folder / "scores.json")
