@@ -21,6 +21,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lit_unlearn.evaluation.attack_results import FILE as ATTACKS_FILE
 from lit_unlearn.evaluation.attack_results import AttackReport, AttackResult
@@ -281,7 +282,7 @@ def _html_part(part: Group, grids: int) -> dict[str, Any]:
         )
         figures.append((f"Spectra of {run.scores.method} on {', '.join(run.scores.edited)}", figure))
     pictures = [
-        (f"{method}: {', '.join(run.scores.edited)}", _data_uri((run.folder / "grid.png").read_bytes(), "image/png"))
+        (f"{method}: {', '.join(run.scores.edited)}", _picture_uri(run.folder / "grid.png"))
         for method, of_method in part.methods.items()
         for run in [run for run in of_method if (run.folder / "grid.png").is_file()][:grids]
     ]
@@ -374,5 +375,9 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _picture_uri(path: Path) -> str:
+    """The picture at ``path`` for a page, as WebP: a third of the PNG, which lies in the run's folder."""
+    buffer = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").save(buffer, "WEBP", quality=75)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
