@@ -202,27 +202,42 @@ class ValueRefinement(ConceptEditor):
             self.latents = self.edit_latents()
 
     def gather_moments(self) -> None:
-        """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
+        """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys.
+
+        Each process takes whole batches, the same as one process has, so that only the order of the sums differs.
+        """
         ids = tokenize(self.components.tokenizer, self.retain_prompts)
-        sums: dict[str, tuple[Tensor, int]] = {}
-        for part in ids.split(ENCODE_BATCH):
+        sums = {
+            name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64, device=self.device)
+            for name, layer in self.layers.items()
+        }
+        for part in ids.split(ENCODE_BATCH)[self.trainer.global_rank :: self.trainer.world_size]:
             with capture_inputs(self.layers) as captured:
                 encode(self.text_encoder, part)
             for name, keys in captured.items():
-                rows = keys.flatten(0, 1)
-                moment, count = sums.get(name, (torch.zeros((), dtype=torch.float64, device=rows.device), 0))
-                sums[name] = (moment + second_moment(rows), count + len(rows))
-        self.moments = sums
+                sums[name] += second_moment(keys.flatten(0, 1))
+        if self.trainer.world_size > 1:
+            sums = {name: self.trainer.strategy.reduce(moment, reduce_op="sum") for name, moment in sums.items()}
+        self.moments = {name: (moment, ids.numel()) for name, moment in sums.items()}
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
         states = encode(self.text_encoder, self.edit_ids)
-        return torch.stack(
-            [
-                self.picture_latents(states, [self.seed + 100_000 * number + place for place in range(len(states))])
-                for number in range(self.latents_per_prompt)
-            ]
-        )
+
+        def make(rows: list[int]) -> Tensor:
+            parts = [rows[start : start + len(states)] for start in range(0, len(rows), len(states))]
+            numbers = [[divmod(row, len(states)) for row in part] for part in parts]
+            return torch.cat(
+                [
+                    self.picture_latents(
+                        states[[place for _, place in part]], [self.seed + 100_000 * n + place for n, place in part]
+                    )
+                    for part in numbers
+                ]
+            )
+
+        latents = self.made_once(self.latents_per_prompt * len(states), make)
+        return latents.unflatten(0, (self.latents_per_prompt, len(states)))
 
     def picture_latents(self, states: Tensor, seeds: Sequence[int]) -> Tensor:
         """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), each from its own seed."""
