@@ -22,11 +22,11 @@ import lightning as L
 from quiet import QUIET
 
 RECIPES = {
-    "null_space.yaml": ["--model.init_args.rounds", "1", "--data.init_args.batch_size", "16"],
-    "esd.yaml": ["--data.init_args.batch_size", "4", "--trainer.max_epochs", "1", "--data.init_args.steps", "40"],
+    "null_space.yaml": ["--data.init_args.batch_size", "32"],
+    "esd.yaml": ["--data.init_args.batch_size", "16", "--trainer.max_epochs", "1", "--data.init_args.steps", "40"],
     "concept_ablation.yaml": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"],
 }
-"""Recipe -> options: shorter than the recipe, and a global batch that two processes share evenly."""
+"""Recipe -> options: few steps, and a global batch that two processes share evenly and that fills them."""
 
 
 class Clock(L.Callback):
@@ -82,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="logs/bench/scaling")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--commands", nargs="+", default=["fit", "test"], choices=["fit", "test"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", default=None, help="Markdown file to write")
@@ -99,7 +100,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for recipe in arguments.recipes:
-        for command in ("fit", "test"):
+        for command in arguments.commands:
             runs = {
                 n: min(seconds(command, recipe, RECIPES[recipe], n, folder) for _ in range(arguments.repeats))
                 for n in (1, several)
