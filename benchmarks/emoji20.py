@@ -4,7 +4,8 @@ r"""Edits and scores concepts of emoji20 with every method: the tables of docs/r
         --training_seeds 0 1 2 --evaluation_seeds 0 1000 2000 --data.init_args.images_per_prompt 1 \
         --output docs/results/emoji20.md
 
-takes about an hour and a half on two cores. Without ``--concepts`` it goes on to the other sixteen concepts alone.
+takes about an hour and a half on two cores (its cells' seconds, halved). Without ``--concepts`` it goes on to the other
+sixteen concepts alone.
 
 Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``fit`` and ``test`` make it:
 

@@ -114,22 +114,26 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     duration = 0.0
     counts: dict[str, list[int]] = {}
-    for number in range(arguments.kills):
+    number = 0
+    while number < arguments.kills:
         folder = root / f"try_{number}"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if not duration:
             duration, ended = run(folder)
             assert ended
-            shutil.rmtree(folder)
-            folder.mkdir()
+            continue
         _, ended = run(folder, rng.uniform(0, duration))
-        stage = "not killed in time" if ended else where(folder)
+        if ended:
+            continue  # it was faster than the kill: no try
+        number += 1
+        stage = where(folder)
         _, ended = run(folder)
         survived = ended and outcome(folder) == expected
         count = counts.setdefault(stage, [0, 0])
         count[0] += survived
         count[1] += 1
-        print(f"{number + 1}: killed {stage}: {'survived' if survived else 'LOST, see ' + str(folder)}", flush=True)
+        print(f"{number}: killed {stage}: {'survived' if survived else 'LOST, see ' + str(folder)}", flush=True)
         if survived:
             shutil.rmtree(folder)
     survived, tried = (sum(count[i] for count in counts.values()) for i in (0, 1))

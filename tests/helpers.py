@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,15 +13,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import DiffusionEditor
+from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -118,6 +120,50 @@ def half() -> NullSpaceEdit:
 def exact(ridge: float = 1e-3) -> NullSpaceEdit:
     """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
     return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
+
+
+# --- tests by pictures
+
+
+class Reddish:
+    """A judge that answers by the mean red of a picture, and remembers what it was asked."""
+
+    name = "reddish"
+
+    def __init__(self) -> None:
+        self.questions: list[str] = []
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        self.questions += questions
+        return images[:, 0].mean(dim=(1, 2))
+
+
+def moved(module: Module, judge: Callable[[], Any], factor: float = 3.0) -> Module:
+    """``module`` with its edited weights multiplied by ``factor``, as if by an edit, and judged by ``judge()``."""
+    module.load_judge = judge  # type: ignore[attr-defined]
+    module.configure_model()
+    with torch.no_grad():
+        for name in module.edited_names:
+            module.components.named_parameters()[name].mul_(factor)
+    return module
+
+
+def score(
+    module: ConceptEditor, folder: Path, *callbacks: L.Callback, logger: Logger | bool = False, **data: object
+) -> L.Trainer:
+    """Test ``module`` on the CPU, with ``data`` for ``ConceptPrompts``; it writes into ``folder``, or the logger's."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    prompts = ConceptPrompts("dog", module.hparams["concept_set"], **data)  # type: ignore[arg-type]
+    trainer.test(module, prompts, verbose=False)
+    return trainer
 
 
 # --- tensors

@@ -139,24 +139,25 @@ class PretrainedValues:
 
     def change_norm(self) -> float:
         """Frobenius norm of all changes, comparable between methods that edit other weights."""
-        return math.sqrt(self._squares()[0])
+        return math.sqrt(math.fsum(change for change, _ in self._squares().values()))
 
     def change_ratio(self) -> float:
         """Weight-change ratio: Frobenius norm of all changes over that of the pretrained values."""
-        change, size = self._squares()
-        return math.sqrt(change / size)
+        changes, sizes = zip(*self._squares().values(), strict=True)
+        return math.sqrt(math.fsum(changes) / math.fsum(sizes))
 
     def change_ratios(self) -> dict[str, float]:
         """The same of each edited parameter by itself, by full name; 0 where it has not moved."""
-        pairs = {
-            name: (self.parameters[name].detach().cpu().double(), v.cpu().double()) for name, v in self.values.items()
-        }
         return {
-            name: float((now - v).norm() / v.norm()) if bool((now != v).any()) else 0.0
-            for name, (now, v) in pairs.items()
+            name: 0.0 if not change else math.sqrt(change / size) if size else math.inf
+            for name, (change, size) in self._squares().items()
         }
 
-    def _squares(self) -> tuple[float, float]:
-        pairs = [(self.parameters[name].detach().cpu().double(), v.cpu().double()) for name, v in self.values.items()]
-        change = math.fsum(float((edited - value).square().sum()) for edited, value in pairs)
-        return change, math.fsum(float(value.square().sum()) for _, value in pairs)
+    def _squares(self) -> dict[str, tuple[float, float]]:
+        """Squared norms of each edited parameter's change and of its pretrained values."""
+        found = {}
+        for name, value in self.values.items():
+            before = value.cpu().double()
+            change = self.parameters[name].detach().cpu().double() - before
+            found[name] = float(change.square().sum()), float(before.square().sum())
+        return found

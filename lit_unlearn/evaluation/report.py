@@ -334,7 +334,7 @@ def _protocol_line(runs: Sequence[RunResult]) -> str:
     return (
         f"{len(runs)} runs on {models}; concept set {first.concepts.name}, {first.images_per_concept} pictures per "
         f"concept, judge {first.judge}, evaluation seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
-        f"{_judge_line(runs)}Intervals: 95 %, runs resampled (bootstrap)."
+        f"{_judge_line(runs)}Intervals: 95 %, sets of concepts resampled, then their runs (bootstrap)."
     )
 
 

@@ -22,10 +22,7 @@ from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, seeded
 from lit_unlearn.methods.base import ConceptEditor, linear_layer
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
-
-UNET_BATCH = 16
-"""Latents that go through the UNet at once where many are; its inner states are large."""
+from lit_unlearn.methods.value_refinement import UNET_BATCH, LayerState, ValueRefinement
 
 WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000
 """Added to the seeds of pictures, so that they are none of the edit prompts'."""
@@ -135,20 +132,6 @@ class UNetValueRefinement(ValueRefinement):
         parts = zip(*(tensor.split(UNET_BATCH) for tensor in asked), strict=True)
         with self.uncounted():
             return torch.cat([self.unet(*part).sample.float() for part in parts])
-
-    def pictures(self, states: Tensor, first_seed: int) -> Tensor:
-        """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), shared out among processes."""
-
-        def make(places: list[int]) -> Tensor:
-            parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
-            return torch.cat(
-                [
-                    self.picture_latents(states[part], [self.seed + first_seed + place for place in part])
-                    for part in parts
-                ]
-            )
-
-        return self.made_once(len(states), make)
 
     def noised(self, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
         """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""

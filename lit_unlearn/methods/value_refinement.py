@@ -27,6 +27,9 @@ from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream,
 from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents, seeded
 from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps, linear_layer
 
+UNET_BATCH = 16
+"""Latents that go through the UNet at once where many are; its inner states are large."""
+
 
 @dataclass
 class LayerState:
@@ -223,21 +226,21 @@ class ValueRefinement(ConceptEditor):
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
         states = encode(self.text_encoder, self.edit_ids)
+        return torch.stack([self.pictures(states, 100_000 * number) for number in range(self.latents_per_prompt)])
 
-        def make(rows: list[int]) -> Tensor:
-            parts = [rows[start : start + len(states)] for start in range(0, len(rows), len(states))]
-            numbers = [[divmod(row, len(states)) for row in part] for part in parts]
+    def pictures(self, states: Tensor, first_seed: int) -> Tensor:
+        """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), shared out among processes."""
+
+        def make(places: list[int]) -> Tensor:
+            parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
             return torch.cat(
                 [
-                    self.picture_latents(
-                        states[[place for _, place in part]], [self.seed + 100_000 * n + place for n, place in part]
-                    )
-                    for part in numbers
+                    self.picture_latents(states[part], [self.seed + first_seed + place for place in part])
+                    for part in parts
                 ]
             )
 
-        latents = self.made_once(self.latents_per_prompt * len(states), make)
-        return latents.unflatten(0, (self.latents_per_prompt, len(states)))
+        return self.made_once(len(states), make)
 
     def picture_latents(self, states: Tensor, seeds: Sequence[int]) -> Tensor:
         """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), each from its own seed."""

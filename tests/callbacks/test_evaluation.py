@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
+from helpers import moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
-from lit_unlearn.data.prompts import ConceptPrompts, PictureItem, Pictures
+from lit_unlearn.data.prompts import PictureItem, Pictures
 from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.base import ConceptEditor
@@ -35,30 +36,9 @@ class RednessJudge:
 
 
 @pytest.fixture
-def edited(refinement: Callable[..., ValueRefinement], monkeypatch: pytest.MonkeyPatch) -> ValueRefinement:
+def edited(refinement: Callable[..., ValueRefinement]) -> ValueRefinement:
     """A module whose edited weights have moved, and whose judge is ``RednessJudge``."""
-    module = refinement()
-    monkeypatch.setattr(module, "load_judge", RednessJudge)
-    module.configure_model()
-    with torch.no_grad():
-        for name in module.edited_names:
-            module.components.named_parameters()[name].mul_(3)
-    return module
-
-
-def score(module: ValueRefinement, folder: Path, *callbacks: L.Callback, **data: object) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    prompts = ConceptPrompts("dog", module.hparams["concept_set"], **data)  # type: ignore[arg-type]
-    trainer.test(module, prompts, verbose=False)
-    return trainer
+    return moved(refinement(), RednessJudge)
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
@@ -194,15 +174,7 @@ def test_looking_at_pictures_is_not_counted(
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
 def test_tensorboard_compares_runs_by_arguments_and_scores(edited: ValueRefinement, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[EvaluationReport()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.test(edited, ConceptPrompts("dog", edited.hparams["concept_set"]), verbose=False)
+    score(edited, tmp_path, EvaluationReport(), logger=logger)
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir)
     events.Reload()

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
+from helpers import Reddish, moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, known_answers
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.data.prompts import ConceptPrompts, Pictures
+from lit_unlearn.data.prompts import Pictures
 from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.value_refinement import ValueRefinement
-
-
-class Reddish:
-    """Answers by the mean red of a picture, and remembers what it was asked."""
-
-    name = "reddish"
-
-    def __init__(self) -> None:
-        self.questions: list[str] = []
-
-    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        self.questions += questions
-        return images[:, 0].mean(dim=(1, 2))
 
 
 def test_a_prompt_says_yes_of_its_concept_and_no_of_others_of_its_kind() -> None:
@@ -82,28 +68,14 @@ def test_a_slow_judge_is_asked_only_if_wanted(pets: str) -> None:
 
 
 @pytest.fixture
-def edited(refinement: Callable[..., ValueRefinement], monkeypatch: pytest.MonkeyPatch) -> ValueRefinement:
+def edited(refinement: Callable[..., ValueRefinement]) -> ValueRefinement:
     """A module whose edited weights have moved, and whose judge is ``Reddish``."""
-    module = refinement()
-    monkeypatch.setattr(module, "load_judge", Reddish)
-    module.configure_model()
-    with torch.no_grad():
-        for name in module.edited_names:
-            module.components.named_parameters()[name].mul_(3)
-    return module
+    return moved(refinement(), Reddish)
 
 
 def test_curves_of_the_unedited_model_in_scores_and_tensorboard(edited: ValueRefinement, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[EvaluationReport(judge_negatives=6)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.test(edited, ConceptPrompts("dog", edited.hparams["concept_set"], images_per_prompt=3), verbose=False)
+    score(edited, tmp_path, EvaluationReport(judge_negatives=6), logger=logger, images_per_prompt=3)
     logger.experiment.flush()
     items, names = Pictures(edited.concepts, 3, 0).items, list(edited.concepts.concepts)
     answers = {}
@@ -129,16 +101,7 @@ def test_curves_of_the_unedited_model_in_scores_and_tensorboard(edited: ValueRef
 
 
 def test_without_the_curve_there_is_no_calibration(edited: ValueRefinement, tmp_path: Path) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=tmp_path,
-        callbacks=[EvaluationReport()],  # the judge is no classifier
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.test(edited, ConceptPrompts("dog", edited.hparams["concept_set"]), verbose=False)
+    score(edited, tmp_path, EvaluationReport())  # the judge is no classifier
     assert Scores.load(tmp_path / "scores.json").calibration is None
     with pytest.raises(ValueError, match="judge_negatives=-1 must be at least 0"):
         EvaluationReport(judge_negatives=-1)

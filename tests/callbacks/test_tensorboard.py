@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
+from helpers import Reddish, moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationReport
-from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
@@ -47,36 +44,14 @@ return [texts, pictures, curves];
 """
 
 
-class Reddish:
-    """Answers by the mean red of a picture."""
-
-    name = "reddish"
-
-    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        return images[:, 0].mean(dim=(1, 2))
-
-
 @pytest.fixture
 def runs(refinement: Callable[..., ValueRefinement], tmp_path: Path) -> dict[str, Scores]:
     """Scores of two runs by their folder below ``tmp_path / "logs"``."""
     found = {}
     for run, factor in RUNS.items():
-        module = refinement()
-        module.load_judge = Reddish  # type: ignore[method-assign, assignment]
-        module.configure_model()
-        with torch.no_grad():
-            for name in module.edited_names:
-                module.components.named_parameters()[name].mul_(factor)
         logger = TensorBoardLogger(tmp_path / "logs", name=run.rpartition("/")[0], version=0, default_hp_metric=False)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            logger=logger,
-            callbacks=[EvaluationReport(judge_negatives=6)],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.test(module, ConceptPrompts("dog", module.hparams["concept_set"], images_per_prompt=3), verbose=False)
+        module = moved(refinement(), Reddish, factor)
+        score(module, tmp_path, EvaluationReport(judge_negatives=6), logger=logger, images_per_prompt=3)
         logger.experiment.close()
         found[run] = Scores.load(tmp_path / "logs" / run / "scores.json")
     return found
