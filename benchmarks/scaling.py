@@ -3,8 +3,9 @@
     python benchmarks/scaling.py --output docs/results/scaling.md
 
 The clock starts when Lightning has set up processes and model, and stops at the end of the last step or edit: what a
-long run spends its time on. Efficiency is the time of one process over the processes' number times theirs. Every run is
-repeated and the fastest counts, since other work on the machine can only slow a run down.
+long run spends its time on. Efficiency is the time of one process over the processes' number times theirs. Machines
+change their pace from minute to minute, so one and several processes run in turn, each pair has an efficiency of its
+own, and the median of them counts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -21,12 +23,19 @@ from pathlib import Path
 import lightning as L
 from quiet import QUIET
 
-RECIPES = {
-    "null_space.yaml": ["--data.init_args.batch_size", "32"],
-    "esd.yaml": ["--data.init_args.batch_size", "16", "--trainer.max_epochs", "1", "--data.init_args.steps", "40"],
-    "concept_ablation.yaml": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"],
-}
-"""Recipe -> options: few steps, and a global batch that two processes share evenly and that fills them."""
+STEPS = {"null_space": [], "esd": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"]}
+"""Recipe -> options that keep a fit short."""
+CASES = [
+    ("null_space", "fit", 64),
+    ("null_space", "fit", 32),
+    ("null_space", "fit", 16),
+    ("esd", "fit", 32),
+    ("esd", "fit", 16),
+    ("esd", "fit", 4),
+    ("null_space", "test", 15),
+    ("esd", "test", 4),
+]
+"""Recipe, command and global batch of a fit (a test has batches of pictures of its own)."""
 
 
 class Clock(L.Callback):
@@ -51,7 +60,7 @@ class Clock(L.Callback):
         self.on_fit_end(trainer, pl_module)
 
 
-def seconds(command: str, recipe: str, options: list[str], processes: int, folder: Path) -> float:
+def seconds(recipe: str, command: str, batch_size: int, processes: int, folder: Path) -> float:
     """Run ``lit-unlearn COMMAND`` with some processes; return what the clock says.
 
     Raises:
@@ -59,9 +68,10 @@ def seconds(command: str, recipe: str, options: list[str], processes: int, folde
     """
     clock = folder / "seconds.json"
     clock.unlink(missing_ok=True)
-    edits = {"null_space.yaml": "NullSpaceEdit, "}.get(recipe, "")
+    edits = {"null_space": "NullSpaceEdit, "}.get(recipe, "")
     callbacks = f"[{{class_path: scaling.Clock, init_args: {{path: {clock}}}}}, {edits}EvaluationReport]"
-    arguments = ["--config", recipe, "--concept", "dog", *QUIET, *options, "--trainer.callbacks", callbacks]
+    arguments = ["--config", f"{recipe}.yaml", "--concept", "dog", *QUIET, *STEPS[recipe]]
+    arguments += ["--data.init_args.batch_size", str(batch_size), "--trainer.callbacks", callbacks]
     arguments += ["--trainer.default_root_dir", str(folder / f"{processes}"), "--trainer.devices", str(processes)]
     arguments += ["--trainer.accelerator", "cpu", "--data.init_args.images_per_prompt", "1"]
     arguments += ["--trainer.strategy", "ddp"] if processes > 1 else []
@@ -81,10 +91,8 @@ def main() -> None:
     """Run everything and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="logs/bench/scaling")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--commands", nargs="+", default=["fit", "test"], choices=["fit", "test"])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default=None, help="Markdown file to write")
     arguments = parser.parse_args()
 
@@ -92,22 +100,27 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     several = arguments.processes
     lines = [
-        f"Made on {date.today()} by `python benchmarks/scaling.py`, one thread per process, gloo; fastest of "
-        f"{arguments.repeats}.",
+        "# Two processes against one" if several == 2 else f"# {several} processes against one",
         "",
-        f"| recipe | command | one process, s | {several} processes, s | efficiency |",
-        "| --- | --- | ---: | ---: | ---: |",
+        f"Made on {date.today()} by `python benchmarks/scaling.py {' '.join(sys.argv[1:])}`, one thread per process, "
+        f"gloo. Medians of {arguments.repeats} pairs of runs, and the range of the efficiency.",
+        "",
+        f"| recipe | command | global batch | one process, s | {several} processes, s | efficiency | range |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
-    for recipe in arguments.recipes:
-        for command in arguments.commands:
-            runs = {
-                n: min(seconds(command, recipe, RECIPES[recipe], n, folder) for _ in range(arguments.repeats))
-                for n in (1, several)
-            }
-            efficiency = runs[1] / (several * runs[several])
-            lines.append(f"| {recipe} | {command} | {runs[1]:.1f} | {runs[several]:.1f} | {efficiency:.2f} |")
-            print(lines[-1], flush=True)
+    for recipe, command, batch_size in CASES:
+        runs = {1: [], several: []}
+        for _ in range(arguments.repeats):
+            for processes, times in runs.items():
+                times.append(seconds(recipe, command, batch_size, processes, folder))
+        found = sorted(one / (several * more) for one, more in zip(runs[1], runs[several], strict=True))
+        one, more = (statistics.median(times) for times in runs.values())
+        lines.append(
+            f"| {recipe}.yaml | {command} | {batch_size if command == 'fit' else ''} | {one:.1f} | {more:.1f} "
+            f"| {statistics.median(found):.2f} | {found[0]:.2f} to {found[-1]:.2f} |"
+        )
+        print(lines[-1], flush=True)
     if arguments.output:
         Path(arguments.output).write_text("\n".join(lines) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Literal
 
 import lightning as L
@@ -81,8 +82,7 @@ class ClosedFormEdit(L.Callback):
         pl_module.state = None
         pl_module.progress["applied"] = epoch + 1
         if pl_module.progress["applied"] == trainer.max_epochs:  # before the last checkpoint, which holds the report
-            drift = (pl_module.retained_outputs() - self.retained_outputs).norm() / self.retained_outputs.norm()
-            pl_module.report["retained_state_drift"] = float(drift)
+            pl_module.report["retained_state_drift"] = pl_module.retained_drift(self.retained_outputs)
             pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()
 
     def write(
@@ -133,10 +133,9 @@ class NullSpaceEdit(ClosedFormEdit):
     @override
     def prepare(self, module: ValueRefinement) -> None:
         # K0 is what the unedited model sees; an edit within the null space does not change it, so P serves all rounds.
-        self.null_spaces = {}
-        for name, (moment, count) in module.moments.items():
-            with solving(name):
-                self.null_spaces[name] = null_space(moment, self.threshold, self.rule, count, self.minimum)
+        solve = {id(moment): partial(self.null_space_of, name, module) for name, (moment, _) in module.moments.items()}
+        solved = dict(zip(solve, module.solved_once(list(solve.values())), strict=True))
+        self.null_spaces = {name: NullSpace(*solved[id(moment)]) for name, (moment, _) in module.moments.items()}
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in self.null_spaces.items()}
         module.report["spectrum"] = spectra
         if isinstance(module.logger, TensorBoardLogger):
@@ -146,6 +145,13 @@ class NullSpaceEdit(ClosedFormEdit):
                 {label: self.null_spaces[name].cutoff for name, label in layers.items()},
             )
             module.logger.experiment.add_figure("edit/spectrum", figure)
+
+    def null_space_of(self, name: str, module: ValueRefinement) -> tuple[Tensor, Tensor, float]:
+        """The fields of the null space of what the layer ``name`` retains."""
+        moment, count = module.moments[name]
+        with solving(name):
+            space = null_space(moment, self.threshold, self.rule, count, self.minimum)
+        return space.basis, space.eigenvalues, space.cutoff
 
     @override
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:

@@ -84,8 +84,10 @@ class CheckNumbers(L.Callback):
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            self._stop(trainer, f"The loss is {float(loss.detach())}")
+        # The means over the global batch too: what one process finds stops all of them, or they wait for each other.
+        for value in (*getattr(pl_module, "step_losses", {}).values(), loss.detach()):
+            if not torch.isfinite(value):
+                self._stop(trainer, f"The loss is {float(value)}")
 
     @override
     def on_before_optimizer_step(

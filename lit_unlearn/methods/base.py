@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -26,6 +25,7 @@ from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.evaluation.pictures import to_uint8
 from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
+from lit_unlearn.methods.shared_work import SharedWork
 
 CHECKPOINT_KEY = "lit_unlearn"
 """Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
@@ -33,7 +33,7 @@ CHECKPOINT_KEY = "lit_unlearn"
 NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
 
 
-class DiffusionEditor(L.LightningModule):
+class DiffusionEditor(SharedWork):
     """Base of all methods: the pipeline's parts, which of their weights are edited, and what these were before.
 
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
@@ -77,7 +77,6 @@ class DiffusionEditor(L.LightningModule):
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
-        self._batch_weight = 1.0
 
     @property
     def edited_labels(self) -> list[str]:
@@ -171,19 +170,6 @@ class DiffusionEditor(L.LightningModule):
         self._loaded_cost = dict(ours["cost"])
         self.report = ours["report"]
 
-    # --- several processes
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Find out which part of the global batch this process has."""
-        world_size = self.trainer.world_size
-        if world_size > 1:
-            size = torch.tensor(len(batch), dtype=torch.float64, device=self.device)
-            self._batch_weight = float(world_size * size / self.trainer.strategy.reduce(size.clone(), reduce_op="sum"))
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Weight the loss by this process's part: DDP averages over processes, the loss is a mean over items."""
-        super().backward(loss * self._batch_weight, *args, **kwargs)
-
     # --- cost
 
     def on_fit_start(self) -> None:
@@ -229,25 +215,6 @@ class DiffusionEditor(L.LightningModule):
                 return callback.unedited_pictures(self, batch)
         with self.pretrained.restored():
             return self.generate([item.prompt for item in batch], [item.seed for item in batch])
-
-    def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
-        """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.
-
-        Args:
-            count: How many rows there are.
-            make: From numbers of rows to these rows, (n, ...); what it makes of a number depends on that alone.
-
-        Returns:
-            All rows (count, ...), on every process.
-        """
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        if world_size == 1:
-            return make(list(range(count)))
-        share = list(range(rank, count, world_size)) or [0]
-        share += [share[-1]] * (-(-count // world_size) - len(share))  # all_gather takes equal shapes
-        gathered = self.all_gather(make(share))  # (world_size, n, ...)
-        assert isinstance(gathered, Tensor)
-        return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
 
 class ConceptEditor(DiffusionEditor):

@@ -242,7 +242,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         if anchored is not None:
             losses["train/prior"] = masked_error(anchored, truth, draw.mask)
             loss = loss + self.prior_weight * losses["train/prior"]
-        self.log_dict(losses, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log_losses(losses, batch)
         return loss
 
     @torch.no_grad()

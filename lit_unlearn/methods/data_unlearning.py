@@ -200,7 +200,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
                 self.forwards.backward += len(part) if keep_graph else 0  # a second backward through this forward
         names = ["train/loss"] if len(sums) == 1 else ["train/loss_keep", "train/loss_forget"]
         losses = dict(zip(names, totals / self.latents[0].numel(), strict=False))
-        self.log_dict(losses, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log_losses(losses, batch)
         for total in sums:
             self.average(total)
         combined = sums[0] if len(sums) == 1 else self.combine(*sums)

@@ -163,7 +163,7 @@ class ESD(GradientEditor, ConceptEditor):
         condition = self.conditions(states.prompts)[-1]  # erase_from's, or else the prompts'
         noise_pred = self.unet(states.model_input, states.timesteps, condition).sample
         loss = F.mse_loss(noise_pred.float(), target)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log_losses({"train/loss": loss}, batch)
         return loss
 
     def conditions(self, prompts: Tensor) -> list[Tensor]:

@@ -202,9 +202,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
                 "choose full, xattn or a pattern of earlier layers."
             )
         share = attention_share([layer.detach() for layer in probabilities], mask)
-        self.log_dict(
-            {"train/loss": loss, "train/attention": share}, prog_bar=True, batch_size=len(batch), sync_dist=True
-        )
+        self.log_losses({"train/loss": loss, "train/attention": share}, batch)
         return loss
 
     def noisy_images(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:

@@ -254,7 +254,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         rows = batch.cpu() % self.num_pairs
         prompts, generators = (self.input_ids[rows], self.slots[rows]), self.generators(batch, batch_idx)
         loss = inversion_loss(self.components, self.embeddings, prompts, self.latents, generators)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log_losses({"train/loss": loss}, batch)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:

@@ -10,7 +10,7 @@ t too, of which a few are fixed for each prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -26,6 +26,9 @@ from lit_unlearn.methods.value_refinement import UNET_BATCH, LayerState, ValueRe
 
 WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000
 """Added to the seeds of pictures, so that they are none of the edit prompts'."""
+
+Query = tuple[Tensor, Tensor, Tensor]
+"""What the UNet is asked: x_t (B, C, H, W), t (B,) and states (B, L, D)."""
 
 
 class UNetValueRefinement(ValueRefinement):
@@ -126,12 +129,12 @@ class UNetValueRefinement(ValueRefinement):
         self.watched_noisy, self.watched_timesteps = self.noised(pictures, "watched")
 
     @torch.no_grad()
-    def retained_outputs(self) -> Tensor:
-        """What an edit should leave as it is, float32: noise predictions (n, C, H, W) for the watched prompts."""
+    def retained_outputs(self) -> list[Tensor]:
+        """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
         asked = (self.watched_noisy, self.watched_timesteps, self.watched_states)
-        parts = zip(*(tensor.split(UNET_BATCH) for tensor in asked), strict=True)
+        parts = list(zip(*(tensor.split(UNET_BATCH) for tensor in asked), strict=True))
         with self.uncounted():
-            return torch.cat([self.unet(*part).sample.float() for part in parts])
+            return [self.unet(*part).sample.float() for part in self.own_share(parts)]
 
     def noised(self, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
         """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""
@@ -225,16 +228,24 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         latents = self.latents if self.value_choice == "refined" else self.edit_latents()
         numbers = [number % len(latents) for number in range(self.noises_per_prompt)]
         self.noisy, self.timesteps = self.noised(latents[numbers].flatten(0, 1), "edited")
-        self.goals = torch.cat(
-            [self.unet(*part).sample for part in self.queries(self.noisy, self.timesteps, self.goal_states)]
-        )
+        self.goals = self.asked(self.goal_states, lambda query: self.unet(*query).sample)
 
-    def queries(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def queries(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> list[Query]:
         """Batches of what to ask the UNet: the items' x_t and t, and the states of their prompts, in turn."""
-        for items in torch.arange(len(noisy)).split(UNET_BATCH):
-            yield noisy[items], timesteps[items], states[items % len(states)]
+        batches = torch.arange(len(noisy)).split(UNET_BATCH)
+        return [(noisy[items], timesteps[items], states[items % len(states)]) for items in batches]
 
-    def inputs(self, names: Sequence[str], query: tuple[Tensor, Tensor, Tensor]) -> Mapping[str, Tensor]:
+    def asked(self, states: Tensor, answer: Callable[[Query], Tensor]) -> Tensor:
+        """What ``answer`` makes (n, ...) of all items with ``states`` as their prompts, shared out among processes."""
+
+        def make(places: list[int]) -> Tensor:
+            items = torch.tensor(places)
+            own = self.queries(self.noisy[items], self.timesteps[items], states[items % len(states)])
+            return torch.cat([answer(query) for query in own])
+
+        return self.made_once(len(self.noisy), make)
+
+    def inputs(self, names: Sequence[str], query: Query) -> Mapping[str, Tensor]:
         """Inputs (B, places, d_in) of the layers ``names`` when the UNet is asked ``query``."""
         with capture_inputs({name: self.layers[name] for name in names}) as captured, torch.no_grad():
             self.unet(*query)
@@ -249,14 +260,15 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         conditions = [states]
         if self.retain_empty:
             conditions.append(self.text_states(tokenize(tokenizer, [""])))
-        sums: dict[str, tuple[Tensor, int]] = {}
-        for condition in conditions:
-            for query in self.queries(noisy, timesteps, condition):
-                for name, keys in self.inputs(self.edited_names, query).items():
-                    rows = keys.flatten(0, 1)
-                    moment, count = sums.get(name, (torch.zeros((), dtype=torch.float64, device=rows.device), 0))
-                    sums[name] = (moment + second_moment(rows), count + len(rows))
-        self.moments = sums
+        sums = {
+            name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64, device=self.device)
+            for name, layer in self.layers.items()
+        }
+        for query in self.own_share([part for each in conditions for part in self.queries(noisy, timesteps, each)]):
+            for name, keys in self.inputs(self.edited_names, query).items():
+                sums[name] += second_moment(keys.flatten(0, 1))
+        counts = {name: len(conditions) * len(noisy) * num_places(self.unet.config, name) for name in sums}
+        self.moments = {name: (self.total(moment), counts[name]) for name, moment in sums.items()}
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the items, from the UNet as it is now."""
@@ -266,8 +278,7 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
 
     def keys_at(self, name: str, states: Tensor) -> Tensor:
         """Inputs (n, places, d_in), float32, of the layer ``name`` at the items, with ``states`` as their prompts."""
-        queries = self.queries(self.noisy, self.timesteps, states)
-        return torch.cat([self.inputs([name], query)[name].float() for query in queries])
+        return self.asked(states, lambda query: self.inputs([name], query)[name].float())
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited."""

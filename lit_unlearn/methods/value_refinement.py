@@ -205,23 +205,19 @@ class ValueRefinement(ConceptEditor):
             self.latents = self.edit_latents()
 
     def gather_moments(self) -> None:
-        """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys.
-
-        Each process takes whole batches, the same as one process has, so that only the order of the sums differs.
-        """
+        """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
         ids = tokenize(self.components.tokenizer, self.retain_prompts)
         sums = {
             name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64, device=self.device)
             for name, layer in self.layers.items()
         }
-        for part in ids.split(ENCODE_BATCH)[self.trainer.global_rank :: self.trainer.world_size]:
+        # Whole batches, the same as one process has, so that only the order of the sums differs.
+        for part in self.own_share(ids.split(ENCODE_BATCH)):
             with capture_inputs(self.layers) as captured:
                 encode(self.text_encoder, part)
             for name, keys in captured.items():
                 sums[name] += second_moment(keys.flatten(0, 1))
-        if self.trainer.world_size > 1:
-            sums = {name: self.trainer.strategy.reduce(moment, reduce_op="sum") for name, moment in sums.items()}
-        self.moments = {name: (moment, ids.numel()) for name, moment in sums.items()}
+        self.moments = {name: (self.total(moment), ids.numel()) for name, moment in sums.items()}
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
@@ -255,10 +251,18 @@ class ValueRefinement(ConceptEditor):
         )
 
     @torch.no_grad()
-    def retained_outputs(self) -> Tensor:
-        """What an edit should leave as it is, float32: the states (n, L, D) of the retained prompts."""
+    def retained_outputs(self) -> list[Tensor]:
+        """This process's share of what an edit should leave as it is, float32: states (B, L, D) of retained prompts."""
         ids = tokenize(self.components.tokenizer, self.retain_prompts)
-        return torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)]).float()
+        return [encode(self.text_encoder, part).float() for part in self.own_share(ids.split(ENCODE_BATCH))]
+
+    def retained_drift(self, before: Sequence[Tensor]) -> float:
+        """By how much ``retained_outputs`` now differ from those ``before``, relative to their norm."""
+        sums = torch.zeros(2, device=self.device)
+        for old, new in zip(before, self.retained_outputs(), strict=True):
+            sums += torch.stack([(new - old).square().sum(), old.square().sum()])
+        moved, norm = self.total(sums).sqrt()
+        return float(moved / norm)
 
     # --- one (round, layer)
 
@@ -339,10 +343,8 @@ class ValueRefinement(ConceptEditor):
         prediction, goal = self.predictions(state, values, batch, batch_idx)
         error = F.mse_loss(prediction.float(), goal.float())
         distance = (values - state.initial[pairs]).square()[state.mask[pairs]].mean()
-        self.log_dict(
-            {"train/error": error, "train/distance": distance}, prog_bar=True, batch_size=len(batch), sync_dist=True
-        )
-        self.errors.append(error.detach())
+        self.log_losses({"train/error": error, "train/distance": distance}, batch)
+        self.errors.append(self.step_losses["train/error"])
         return error + self.pull * distance
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:

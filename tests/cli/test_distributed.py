@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -87,8 +88,14 @@ def test_the_null_space_edit(workplace: Path, recipe: Path, tiny_sd: Path) -> No
     # Fifteen pairs: one process has eight of them, the other seven.
     first, second = compare(["--config", str(recipe), "--trainer.callbacks+=SavePictures"], "null_space", tiny_sd)
     reports = [json.loads((folder / "scores.json").read_text())["edit"] for folder in (first, second)]
+    assert reports[0]["retained_state_drift"] == pytest.approx(reports[1]["retained_state_drift"], rel=1e-4)
     for name, layer in reports[0]["layers"].items():
-        assert layer["null_space_dimension"] == reports[1]["layers"][name]["null_space_dimension"]
+        other = reports[1]["layers"][name]
+        assert layer["null_space_dimension"] == other["null_space_dimension"]
+        # Losses that are reported are means over the global batch.
+        assert [layer["first_error"], layer["last_error"]] == pytest.approx(
+            [other["first_error"], other["last_error"]], rel=1e-4
+        )
 
 
 GRADIENT_ARGS = ["--data.init_args.steps", "2", "--data.init_args.batch_size", "3", "--trainer.max_epochs", "2"]
@@ -101,6 +108,7 @@ GRADIENT_ARGS = ["--data.init_args.steps", "2", "--data.init_args.batch_size", "
         ("esd.yaml", GRADIENT_ARGS),
         ("speed.yaml", []),
         ("memit.yaml", []),
+        ("null_space_unet_ffn.yaml", ["--data.init_args.steps", "2", "--model.init_args.rounds", "1"]),
         # Ten latents are two chunks of a cache, one for each process.
         ("concept_ablation.yaml", [*GRADIENT_ARGS, "--model.init_args.images", "10"]),
         ("forget_me_not.yaml", [*GRADIENT_ARGS, "--model.init_args.num_images", "10"]),
@@ -114,14 +122,32 @@ def test_a_recipe(name: str, extra: list[str], workplace: Path, recipe: Path, ti
     compare([*args, "--concept", "dog", *extra], name.removesuffix(".yaml"), tiny_sd, predict)
 
 
-def test_what_lightning_is_told_about_shares(workplace: Path, recipe: Path) -> None:
-    # Fewer pairs than processes: one of them would have nothing to do, and wait for ever.
-    args = ["--config", str(recipe), *QUIET, *ON_CPU, "--data.init_args.batch_size", "1"]
+class BreaksOne(L.Callback):
+    """Makes V1 of one process of two not a number before the second step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            module.values.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        # Fewer pairs than processes: one of them would have nothing to do.
+        (["--data.init_args.batch_size", "1"], "data.batch_size=1 is less than the 2 processes"),
+        (["--trainer.callbacks+=test_distributed.BreaksOne"], "The loss is nan at step 1"),
+        (["--trainer.callbacks", "[{class_path: NullSpaceEdit, init_args: {threshold: 1e-300}}]"], "is empty"),
+    ],
+)
+def test_what_one_process_finds_stops_both(args: list[str], message: str, workplace: Path, recipe: Path) -> None:
+    # Each would wait for the other for ever.
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     result = subprocess.run(
-        [sys.executable, "-m", "lit_unlearn", "fit", *args, "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        [sys.executable, "-m", "lit_unlearn", "fit", "--config", str(recipe), *QUIET, *ON_CPU, *two, *args],
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))},
         timeout=120,
     )
     assert result.returncode != 0
-    assert "data.batch_size=1 is less than the 2 processes" in result.stderr
+    assert message in result.stderr
