@@ -4,7 +4,8 @@
 
 Every try: the three commands are started in a new folder, killed (SIGKILL, the whole process group) after a random
 delay within the time that they take, and started again, the same commands. A kill is survived if the weights are equal
-to the last bit, the scores equal but for the clock, and the exported files equal.
+to the last bit, the scores equal but for the clock, and the exported files equal. Tries take turns between a closed
+form, with its descent of V1, and a method that steps along gradients, with its cache of anchor pictures.
 """
 
 from __future__ import annotations
@@ -19,35 +20,45 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
-RUN = Path("logs", "null_space", "dog", "version_0")
-SHORT = ["--model.init_args.rounds", "1", "--model.init_args.last_layer", "2", "--model.init_args.num_inference_steps"]
-SHORT += ["2", "--data.init_args.steps", "2", "--data.init_args.batch_size", "4", "--data.init_args.images_per_prompt"]
-SHORT += ["1", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+from quiet import QUIET
+
+QUICK = "--model.init_args.num_inference_steps 2 --data.init_args.steps 2 --data.init_args.batch_size 4"
+QUICK += f" --data.init_args.images_per_prompt 1 {' '.join(QUIET)}"
+RECIPES = {
+    "null_space": "--model.init_args.rounds 1 --model.init_args.last_layer 2",
+    "concept_ablation": "--model.init_args.images 12 --trainer.max_epochs 3",
+}
+"""Recipe -> options that keep it short."""
 
 
-def script() -> str:
+def run_of(recipe: str) -> Path:
+    """Where the commands put the run."""
+    return Path("logs", recipe, "dog", "version_0")
+
+
+def script(recipe: str) -> str:
     """The three commands, as a person would put them into a script that may be started again."""
     program = f"{sys.executable} -m lit_unlearn"
-    recipe = " ".join(["--config", "null_space.yaml", "--concept", "dog", *SHORT])
-    ckpt_path = RUN / "checkpoints" / "last.ckpt"
+    options = f"--config {recipe}.yaml --concept dog {RECIPES[recipe]} {QUICK}"
     return "\n".join(
         [
             "set -e",
-            f"{program} fit {recipe} --once",
-            f"{program} test {recipe} --overwrite",
-            f"{program} export --ckpt_path {ckpt_path} --output export --overwrite",
+            f"{program} fit {options} --once",
+            f"{program} test {options} --overwrite",
+            f"{program} export --ckpt_path {run_of(recipe) / 'checkpoints/last.ckpt'} --output export --overwrite",
         ]
     )
 
 
-def run(folder: Path, kill_after: float | None = None) -> tuple[float, bool]:
+def run(recipe: str, folder: Path, kill_after: float | None = None) -> tuple[float, bool]:
     """Run the script in ``folder``; return how long it took and whether it came to its end."""
     started = time.perf_counter()
     with (folder / "output.log").open("a") as log:
         process = subprocess.Popen(
-            ["bash", "-c", script()],
+            ["bash", "-c", script(recipe)],
             cwd=folder,
             stdout=log,
             stderr=log,
@@ -62,15 +73,16 @@ def run(folder: Path, kill_after: float | None = None) -> tuple[float, bool]:
     return time.perf_counter() - started, process.returncode == 0
 
 
-def outcome(folder: Path) -> dict[str, str]:
+def outcome(recipe: str, folder: Path) -> dict[str, str]:
     """Hashes of what must be equal: edited weights, scores without the clock, exported files."""
     from lit_unlearn.checkpoint import read_edit
     from lit_unlearn.diffusion.parameters import fingerprint
 
-    scores = json.loads((folder / RUN / "scores.json").read_text())
+    run_folder = folder / run_of(recipe)
+    scores = json.loads((run_folder / "scores.json").read_text())
     scores.pop("cost")
     found = {
-        "weights": fingerprint(read_edit(folder / RUN / "checkpoints" / "last.ckpt").weights),
+        "weights": fingerprint(read_edit(run_folder / "checkpoints" / "last.ckpt").weights),
         "scores": hashlib.sha256(json.dumps(scores, sort_keys=True).encode()).hexdigest(),
     }
     for path in sorted((folder / "export").rglob("*")):
@@ -79,16 +91,17 @@ def outcome(folder: Path) -> dict[str, str]:
     return found
 
 
-def where(folder: Path) -> str:
+def where(recipe: str, folder: Path) -> str:
     """How far a killed run had come."""
     if (folder / "export").exists():
         return "after the export"
-    if (folder / RUN / "scores.json").exists():
+    run_folder = folder / run_of(recipe)
+    if (run_folder / "scores.json").exists():
         return "in the export"
-    state = json.loads((folder / RUN / "run.json").read_text())["state"] if (folder / RUN / "run.json").exists() else ""
+    state = json.loads((run_folder / "run.json").read_text())["state"] if (run_folder / "run.json").exists() else ""
     if state == "finished":
         return "in the test"
-    if (folder / RUN / "checkpoints" / "last.ckpt").exists():
+    if (run_folder / "checkpoints" / "last.ckpt").exists():
         return "in the fit, after a checkpoint"
     return "in the fit, before a checkpoint" if state else "before the fit"
 
@@ -104,46 +117,45 @@ def main() -> None:
 
     root = Path(arguments.root).absolute()
     shutil.rmtree(root, ignore_errors=True)
-    reference = root / "reference"
-    reference.mkdir(parents=True)
-    # The first run also draws the unedited pictures; a second one says how long the commands take with them at hand.
-    _, ended = run(reference)
-    assert ended, (reference / "output.log").read_text()
-    expected = outcome(reference)
-    print(f"reference: {len(expected)} things to compare", flush=True)
+    expected, duration = {}, {}
+    for recipe in RECIPES:
+        reference = root / f"reference_{recipe}"
+        reference.mkdir(parents=True)
+        duration[recipe], ended = run(recipe, reference)
+        assert ended, (reference / "output.log").read_text()
+        expected[recipe] = outcome(recipe, reference)
+        print(f"{recipe}: {duration[recipe]:.0f} s, {len(expected[recipe])} things to compare", flush=True)
     rng = random.Random(arguments.seed)
-    duration = 0.0
-    counts: dict[str, list[int]] = {}
+    counts: dict[tuple[str, str], list[int]] = {}
     number = 0
     while number < arguments.kills:
+        recipe = list(RECIPES)[number % len(RECIPES)]
         folder = root / f"try_{number}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        if not duration:
-            duration, ended = run(folder)
-            assert ended
-            continue
-        _, ended = run(folder, rng.uniform(0, duration))
+        _, ended = run(recipe, folder, rng.uniform(0, duration[recipe]))
         if ended:
             continue  # it was faster than the kill: no try
         number += 1
-        stage = where(folder)
-        _, ended = run(folder)
-        survived = ended and outcome(folder) == expected
-        count = counts.setdefault(stage, [0, 0])
+        stage = where(recipe, folder)
+        _, ended = run(recipe, folder)
+        survived = ended and outcome(recipe, folder) == expected[recipe]
+        count = counts.setdefault((recipe, stage), [0, 0])
         count[0] += survived
         count[1] += 1
-        print(f"{number}: killed {stage}: {'survived' if survived else 'LOST, see ' + str(folder)}", flush=True)
+        fate = "survived" if survived else f"LOST, see {folder}"
+        print(f"{number}: {recipe} killed {stage}: {fate}", flush=True)
         if survived:
             shutil.rmtree(folder)
     survived, tried = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    lines = [f"| {stage} | {count[1]} | {count[0]} |" for stage, count in sorted(counts.items())]
+    lines = [f"| {recipe} | {stage} | {count[1]} | {count[0]} |" for (recipe, stage), count in sorted(counts.items())]
     text = "\n".join(
         [
-            f"Made by `python benchmarks/kill.py {' '.join(sys.argv[1:])}`: {survived} of {tried} kills survived.",
+            f"Made on {date.today()} by `python benchmarks/kill.py {' '.join(sys.argv[1:])}`: {survived} of {tried} "
+            "kills survived. Tries take turns between the recipes; a moment within the run is drawn for each.",
             "",
-            "| killed | kills | survived |",
-            "| --- | ---: | ---: |",
+            "| recipe | killed | kills | survived |",
+            "| --- | --- | ---: | ---: |",
             *lines,
         ]
     )

@@ -3,9 +3,11 @@
     python benchmarks/scaling.py --output docs/results/scaling.md
 
 The clock starts when Lightning has set up processes and model, and stops at the end of the last step or edit: what a
-long run spends its time on. Efficiency is the time of one process over the processes' number times theirs. Machines
-change their pace from minute to minute, so one and several processes run in turn, each pair has an efficiency of its
-own, and the median of them counts.
+long run spends its time on. Each process is bound to a core of its own, as job schedulers do. Efficiency is the time of
+one process over the processes' number times theirs. Machines change their pace from minute to minute and share caches
+and memory among cores, so three things run in turn and are compared with each other only: one process, several, and as
+many copies of the first as there are processes, side by side, that know nothing of each other. The slowest copy says
+what the machine itself takes away. Passes through the UNet, which no clock disturbs, are counted beside.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,17 +24,16 @@ from datetime import date
 from pathlib import Path
 
 import lightning as L
+import torch
 from quiet import QUIET
 
 STEPS = {"null_space": [], "esd": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"]}
 """Recipe -> options that keep a fit short."""
 CASES = [
     ("null_space", "fit", 64),
-    ("null_space", "fit", 32),
     ("null_space", "fit", 16),
     ("esd", "fit", 32),
-    ("esd", "fit", 16),
-    ("esd", "fit", 4),
+    ("esd", "fit", 8),
     ("null_space", "test", 15),
     ("esd", "test", 4),
 ]
@@ -39,10 +41,19 @@ CASES = [
 
 
 class Clock(L.Callback):
-    """Writes the seconds of fit and test into a file; first among callbacks, so that the others' work is within."""
+    """Writes the seconds of fit and test into a file; first among callbacks, so that the others' work is within.
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    Args:
+        path: File to write.
+        core: Core that the first process is bound to; the others take the next ones.
+    """
+
+    def __init__(self, path: str, core: int = 0) -> None:
+        self.path, self.core = Path(path), core
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[(self.core + trainer.local_rank) % len(cores)]})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier()
@@ -50,41 +61,49 @@ class Clock(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)
+        pl_module.forwards.count = 0
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.strategy.barrier()
+        busiest = trainer.strategy.reduce(torch.tensor(float(pl_module.forwards.count)), reduce_op="max")
         if trainer.is_global_zero:
-            self.path.write_text(json.dumps(time.perf_counter() - self.started))
+            found = {"seconds": time.perf_counter() - self.started, "forwards": int(busiest)}
+            self.path.write_text(json.dumps(found))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_end(trainer, pl_module)
 
 
-def seconds(recipe: str, command: str, batch_size: int, processes: int, folder: Path) -> float:
-    """Run ``lit-unlearn COMMAND`` with some processes; return what the clock says.
-
-    Raises:
-        RuntimeError: It failed; the log says why.
-    """
-    clock = folder / "seconds.json"
+def start(
+    recipe: str, command: str, batch_size: int, processes: int, folder: Path, core: int = 0
+) -> subprocess.Popen[bytes]:
+    """Start ``lit-unlearn COMMAND`` with some processes; the first is bound to ``core``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = folder / "clock.json"
     clock.unlink(missing_ok=True)
     edits = {"null_space": "NullSpaceEdit, "}.get(recipe, "")
-    callbacks = f"[{{class_path: scaling.Clock, init_args: {{path: {clock}}}}}, {edits}EvaluationReport]"
+    first = f"{{class_path: scaling.Clock, init_args: {{path: {clock}, core: {core}}}}}"
     arguments = ["--config", f"{recipe}.yaml", "--concept", "dog", *QUIET, *STEPS[recipe]]
-    arguments += ["--data.init_args.batch_size", str(batch_size), "--trainer.callbacks", callbacks]
-    arguments += ["--trainer.default_root_dir", str(folder / f"{processes}"), "--trainer.devices", str(processes)]
-    arguments += ["--trainer.accelerator", "cpu", "--data.init_args.images_per_prompt", "1"]
-    arguments += ["--trainer.strategy", "ddp"] if processes > 1 else []
+    arguments += ["--data.init_args.batch_size", str(batch_size), "--data.init_args.images_per_prompt", "1"]
+    arguments += ["--trainer.callbacks", f"[{first}, {edits}EvaluationReport]"]
+    arguments += ["--trainer.default_root_dir", str(folder), "--trainer.devices", str(processes)]
+    arguments += ["--trainer.accelerator", "cpu", *(["--trainer.strategy", "ddp"] if processes > 1 else [])]
     arguments += ["--overwrite"] if command == "test" else ["--fresh"]
     places = [Path(__file__).parent, Path(__file__).parents[1]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
-    log = folder / "output.log"
-    with log.open("a") as file:
+    with (folder / "output.log").open("a") as file:
         command_line = [sys.executable, "-m", "lit_unlearn", command, *arguments]
-        status = subprocess.run(command_line, stdout=file, stderr=file, env=environment, check=False).returncode
-    if status:
-        raise RuntimeError(f"{command} of {recipe} failed: see {log}.")
-    return float(json.loads(clock.read_text()))
+        return subprocess.Popen(command_line, cwd=folder, stdout=file, stderr=file, env=environment)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
+    """What the clock of a run says.
+
+    Raises:
+        RuntimeError: The run failed; the log says why.
+    """
+    if process.wait():
+        raise RuntimeError(f"A run failed: see {folder / 'output.log'}.")
+    return dict(json.loads((folder / "clock.json").read_text()))
 
 
 def main() -> None:
@@ -103,23 +122,38 @@ def main() -> None:
         "# Two processes against one" if several == 2 else f"# {several} processes against one",
         "",
         f"Made on {date.today()} by `python benchmarks/scaling.py {' '.join(sys.argv[1:])}`, one thread per process, "
-        f"gloo. Medians of {arguments.repeats} pairs of runs, and the range of the efficiency.",
+        f"gloo. Medians of {arguments.repeats} turns, with the range.",
         "",
-        f"| recipe | command | global batch | one process, s | {several} processes, s | efficiency | range |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| recipe | command | global batch | one process, s | {several} processes, s | UNet passes, one | busiest of "
+        f"{several} | efficiency | {several} copies side by side | efficiency against these |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
     for recipe, command, batch_size in CASES:
-        runs = {1: [], several: []}
+        turns = []
         for _ in range(arguments.repeats):
-            for processes, times in runs.items():
-                times.append(seconds(recipe, command, batch_size, processes, folder))
-        found = sorted(one / (several * more) for one, more in zip(runs[1], runs[several], strict=True))
-        one, more = (statistics.median(times) for times in runs.values())
-        lines.append(
-            f"| {recipe}.yaml | {command} | {batch_size if command == 'fit' else ''} | {one:.1f} | {more:.1f} "
-            f"| {statistics.median(found):.2f} | {found[0]:.2f} to {found[-1]:.2f} |"
-        )
+            what = (recipe, command, batch_size)
+            one = finish(start(*what, 1, folder / "copy_0"), folder / "copy_0")
+            more = finish(start(*what, several, folder / "several"), folder / "several")
+            copies = [folder / f"copy_{core}" for core in range(several)]
+            if command == "test":  # of the same run
+                for copy in copies[1:]:
+                    shutil.rmtree(copy, ignore_errors=True)
+                    shutil.copytree(copies[0], copy)
+            running = [start(*what, 1, copy, core) for core, copy in enumerate(copies)]
+            slowest = max(finish(process, copy)["seconds"] for process, copy in zip(running, copies, strict=True))
+            turns.append((one, more, slowest))
+        efficiency = [one["seconds"] / (several * more["seconds"]) for one, more, _ in turns]
+        machine = [one["seconds"] / slowest for one, _, slowest in turns]
+        against = [found / limit for found, limit in zip(efficiency, machine, strict=True)]
+        cells = [f"{recipe}.yaml", command, str(batch_size) if command == "fit" else ""]
+        cells += [f"{statistics.median(turn[place]['seconds'] for turn in turns):.1f}" for place in (0, 1)]
+        cells += [f"{turns[0][place]['forwards']:,.0f}" for place in (0, 1)]
+        cells += [
+            f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+            for found in (efficiency, machine, against)
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if arguments.output:
         Path(arguments.output).write_text("\n".join(lines) + "\n")

@@ -91,11 +91,13 @@ class ClosedFormEdit(L.Callback):
         """Solve for V1, ``values`` (n, L, d_out), of one layer, write its weight and report."""
         keys, values = state.keys[state.mask].double(), values[state.mask].double()
         weight = state.layer.weight.detach().double().clone()
-        with solving(state.name):
-            delta = self.solve(pl_module, state, keys, values)
-        # One process decides, since solvers may differ in the last bit. The broadcast pickles, so it goes by the CPU.
-        delta = trainer.strategy.broadcast(delta.cpu()).to(weight)
-        write_finite(state.name, state.layer.weight, weight + delta)
+
+        def solve() -> Tensor:
+            with solving(state.name):
+                return self.solve(pl_module, state, keys, values)
+
+        (delta,) = pl_module.solved_once([solve])  # one process decides: solvers may differ in the last bit
+        write_finite(state.name, state.layer.weight, weight + delta.to(weight))
         report = self.describe(pl_module, state, keys, state.layer.weight.double() - weight, weight)
         if pl_module.errors:  # none with values that are not refined
             report["first_error"], report["last_error"] = float(pl_module.errors[0]), float(pl_module.errors[-1])

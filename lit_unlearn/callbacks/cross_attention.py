@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -39,10 +40,9 @@ class CrossAttentionEdit(L.Callback):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, CrossAttentionEditor)
-        deltas, report = self.solve(pl_module)
+        # One process decides: solvers may differ in the last bit.
+        ((deltas, report),) = pl_module.solved_once([partial(self.solve, pl_module)])
         for name, layer in pl_module.layers.items():
-            # One process decides: solvers may differ in the last bit. The broadcast pickles, so it goes by the CPU.
-            delta = trainer.strategy.broadcast(deltas[name].cpu()).to(layer.weight.device)
-            write_finite(name, layer.weight, layer.weight.double() + delta)
+            write_finite(name, layer.weight, layer.weight.double() + deltas[name])
         pl_module.report.update(report)
         pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -270,6 +270,12 @@ def load_concept_set(name_or_path: str | Path) -> ConceptSet:
             raise ValueError(f"The concept set {path} cannot be read: {error.strerror}.") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"The concept set {path} is larger than {MAX_BYTES:,} bytes; is it the right file?")
+    return _read(content, path)
+
+
+@lru_cache(maxsize=8)
+def _read(content: bytes, path: Path) -> ConceptSet:
+    """Parse and check a file's content; a command asks for the same one several times."""
     concept_set = _parse(load_yaml(content, path), path)
     concept_set.validate()
     return concept_set
