@@ -33,9 +33,7 @@ CASES = [
     ("null_space", "fit", 64),
     ("null_space", "fit", 16),
     ("esd", "fit", 32),
-    ("esd", "fit", 8),
     ("null_space", "test", 15),
-    ("esd", "test", 4),
 ]
 """Recipe, command and global batch of a fit (a test has batches of pictures of its own)."""
 

@@ -51,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if ``verify`` finds a difference; 2 for a mistake of the user's or an output that cannot be
-        written; 75 if a signal told a fit to save and stop; 130 if interrupted. Errors within a training are raised.
+        written; 75 if a signal told a fit to save and stop, or a test to stop; 130 if interrupted. Errors within a
+        training are raised.
     """
     try:
         with plain_threads():
@@ -101,7 +102,7 @@ def _run(args: list[str]) -> int:
     # Imports of transformers and diffusers that a terminal needs no advice on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if command == "fit":
+    if command in ("fit", "test"):
         note_signal("SIGUSR1")  # what SLURM sends before a job's time is up may come while Python still imports
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)

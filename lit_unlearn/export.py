@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.components import load_components, resolve_model, save_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
-from lit_unlearn.evaluation.files import atomic_write, naming
+from lit_unlearn.evaluation.files import atomic_write, replaced_folder
 from lit_unlearn.evaluation.scores import Scores, write_json
 from lit_unlearn.lora import low_rank
 
@@ -204,29 +202,6 @@ def rename_text_encoder(folder: Path) -> None:
     for path in (folder / "text_encoder").glob("*.safetensors"):
         weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
         path.write_bytes(serialize(weights, {"format": "pt"}))
-
-
-@contextmanager
-def replaced_folder(output: Path) -> Iterator[Path]:
-    """Make a temporary folder beside ``output``; when the block ends it takes the place of ``output``, or nothing does.
-
-    Raises:
-        WriteError: A file cannot be written; the message names the output.
-    """
-    token = secrets.token_hex(4)
-    temporary, old = (output.with_name(f".{output.name}.{token}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        with naming(output, kept=output.exists()):
-            temporary.mkdir(parents=True)
-            yield temporary
-            if output.exists():
-                output.rename(old)
-            temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def model_card(facts: dict[str, Any], name: str) -> str:

@@ -94,6 +94,8 @@ class Run:
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_it()
+            for left in self.folder.glob("checkpoints/.*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
         try:
             self._write(RUNNING)
         except WriteError:

@@ -296,9 +296,9 @@ class UnlearnCLI(LightningCLI):
         given_plugins = config["plugins"] or []
         given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
         kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
-        if self.subcommand == "fit":
-            missing = [kind() for kind in (SaveOnSignal, CheckNumbers) if not any(isinstance(c, kind) for c in given)]
-            kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
+        needed = [SaveOnSignal] * (self.subcommand in ("fit", "test")) + [CheckNumbers] * (self.subcommand == "fit")
+        missing = [kind() for kind in needed if not any(isinstance(c, kind) for c in given)]
+        kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
         return super().instantiate_trainer(**kwargs)
 
     @override

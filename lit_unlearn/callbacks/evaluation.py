@@ -67,11 +67,12 @@ class UneditedPictures(L.Callback):
         pictures = [self._read(path) for path in paths]
         missing = [place for place, picture in enumerate(pictures) if picture is None]
         if missing:
+            # The whole batch: the last bits depend on it, and a run that was cut off shall end like any other.
             with module.pretrained.restored():
-                made = module.generate([batch[i].prompt for i in missing], [batch[i].seed for i in missing])
-            for place, picture in zip(missing, made, strict=True):
-                save_png(paths[place], to_pil(picture.float() / 255))
-                pictures[place] = picture
+                made = module.generate([item.prompt for item in batch], [item.seed for item in batch])
+            for place in missing:
+                save_png(paths[place], to_pil(made[place].float() / 255))
+                pictures[place] = made[place]
         return torch.stack([picture for picture in pictures if picture is not None])
 
     def _make_key(self, module: ConceptEditor) -> str:
@@ -182,6 +183,8 @@ class EvaluationReport(L.Callback):
         agreement = None
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
+        shown = [one for part in pl_module.gathered(self._shown) for one in part]
+        self._shown = sorted(shown, key=lambda one: one[0].seed)  # as one process sees them
         if not trainer.is_global_zero:
             return
         calibration = {name: curve.numbers() for name, curve in curves.items()}

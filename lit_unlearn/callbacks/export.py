@@ -6,12 +6,14 @@ from pathlib import Path
 
 import lightning as L
 
+from lit_unlearn.evaluation.files import replaced_entries
+
 
 class SavePretrained(L.Callback):
     """Calls ``save_pretrained`` of the module when the fit ends, on rank 0.
 
     Args:
-        output: Folder to write; replaced if it exists.
+        output: Folder to write; what is there under the same names is replaced, the rest stays.
     """
 
     def __init__(self, output: str) -> None:
@@ -21,4 +23,5 @@ class SavePretrained(L.Callback):
         """Write the trained part; a run that was interrupted writes nothing."""
         if trainer.is_global_zero and not trainer.interrupted:
             pl_module.eval()
-            pl_module.save_pretrained(self.output)  # type: ignore[operator]
+            with replaced_entries(self.output) as folder:
+                pl_module.save_pretrained(folder)  # type: ignore[operator]

@@ -42,6 +42,7 @@ class MemorisationReport(L.Callback):
             if value < 0 or (field == "columns" and value == 0):
                 raise ValueError(f"MemorisationReport.{field}={value} is too small.")
         self.columns, self.others = columns, others
+        self._limits = {"forget": columns, "keep": others}
         self._shown: dict[str, list[tuple[CaptionItem, dict[str, Tensor]]]] = {}
 
     @override
@@ -62,13 +63,12 @@ class MemorisationReport(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        limits = {"forget": self.columns, "keep": self.others}
         assert isinstance(pl_module, DataUnlearning)
         # As many pictures of each caption to forget as there is room for.
         each = max(1, self.columns // len(pl_module.images.forget_captions))
         for place, item in enumerate(batch):
             wanted = item.image_index < (each if item.kind == "forget" else 1)
-            if wanted and len(self._shown[item.kind]) < limits[item.kind]:
+            if wanted and len(self._shown[item.kind]) < self._limits[item.kind]:
                 self._shown[item.kind].append((item, {name: value[place] for name, value in outputs.items()}))
 
     @override
@@ -76,6 +76,10 @@ class MemorisationReport(L.Callback):
         assert isinstance(pl_module, DataUnlearning)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
         folder = run_folder(trainer)  # so does this
+        parts = pl_module.gathered(self._shown)
+        for kind, limit in self._limits.items():  # in the order in which one process sees them
+            shown = [one for part in parts for one in part[kind]]
+            self._shown[kind] = sorted(shown, key=lambda one: one[0].number)[:limit]
         if not trainer.is_global_zero:
             return
         write_json(folder / FILE, self._content(folder, pl_module, before, after))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NoReturn
 
 import lightning as L
 import torch
@@ -16,6 +17,7 @@ from lit_unlearn.callbacks.evaluation import run_folder
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.methods.base import DiffusionEditor
+from lit_unlearn.methods.value_refinement import LayerState
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"
 
@@ -64,8 +66,8 @@ class CheckNumbers(L.Callback):
     """Stops at a loss or gradient that is not finite, before the optimizer steps, and saves the weights as they are.
 
     Args:
-        max_weight_change: Warn at the end if the edited weights have moved by more than this many times their norm
-            (Frobenius, all together); null never warns.
+        max_weight_change: Warn at the end if an edited weight has moved by more than this many times its norm
+            (Frobenius); null never warns.
         max_condition_number: Warn if a closed form has solved a system of a larger condition number; null never warns.
             Beyond 1e9 what float64 rounds is more than what float32 weights resolve.
 
@@ -93,6 +95,8 @@ class CheckNumbers(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # of a loss that is scaled until it overflows; the scaler skips such a step
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -102,6 +106,8 @@ class CheckNumbers(L.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if broken := self._broken(trainer):  # before the epoch's checkpoint
+            self._stop(trainer, f"{broken} is not finite")
         self._check_conditions(trainer, pl_module)
 
     @override
@@ -109,12 +115,13 @@ class CheckNumbers(L.Callback):
         self._check_conditions(trainer, pl_module)  # again, for a recipe that names this callback before the edit
         if self.max_weight_change is None or not isinstance(pl_module, DiffusionEditor) or not trainer.is_global_zero:
             return
-        ratio = pl_module.pretrained.change_ratio()
-        if ratio > self.max_weight_change:
-            changes = pl_module.pretrained.change_ratios()
-            most = max(changes, key=lambda name: changes[name])
+        # What was zero, such as a new bias, has no size to compare with.
+        changes = {name: ratio for name, ratio in pl_module.pretrained.change_ratios().items() if math.isfinite(ratio)}
+        most = max(changes, key=lambda name: changes[name], default=None)
+        if most is not None and changes[most] > self.max_weight_change:
+            ratio = pl_module.pretrained.change_ratio()
             rank_zero_warn(
-                f"The edited weights have moved by {ratio:.2f} times their norm ({most} by {changes[most]:.2f}), more "
+                f"{most} has moved by {changes[most]:.2f} times its norm (all edited weights by {ratio:.2f}), more "
                 f"than max_weight_change={self.max_weight_change:g}: look at other concepts' pictures; a larger ridge, "
                 "fewer steps or a lower learning rate make a smaller edit."
             )
@@ -140,10 +147,33 @@ class CheckNumbers(L.Callback):
             f"{' or '.join(remedies) or 'raise its ridge'}."
         )
 
-    def _stop(self, trainer: L.Trainer, what: str) -> Any:
+    @staticmethod
+    def _broken(trainer: L.Trainer) -> str | None:
+        """Name of a weight that is not finite, on any process: all of them must stop, and none may save."""
+        module = trainer.lightning_module
+        name = not_finite(module)
+        if trainer.world_size > 1:
+            found = trainer.strategy.reduce(torch.tensor(int(name is not None), device=module.device), reduce_op="sum")
+            name = name or ("a weight of another process" if found else None)
+        return name
+
+    def _stop(self, trainer: L.Trainer, what: str) -> NoReturn:
         path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+        state = getattr(trainer.lightning_module, "state", None)
+        where = f", {state.name}" if isinstance(state, LayerState) else ""
+        place = f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}{where}): presumably {CAUSES}"
+        if broken := self._broken(trainer):  # a step before may have broken them in a narrow type
+            kept = f"{path} is of an earlier step" if path.exists() else "nothing was saved"
+            raise NumericalError(f"{place}; {broken} is not finite any more, so {kept}.")
         trainer.save_checkpoint(path)
-        raise NumericalError(
-            f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}): presumably {CAUSES}; the weights "
-            f"as they were before this step are in {path}."
-        )
+        raise NumericalError(f"{place}; the weights as they were before this step are in {path}.")
+
+
+def not_finite(module: L.LightningModule) -> str | None:
+    """Name of a weight with values that are not finite, among those that a checkpoint would hold; None if all are."""
+    kept = {*module.edited_names, *module.own_state()} if isinstance(module, DiffusionEditor) else None
+    for name, value in module.state_dict().items():
+        # A sum is finite only if all are, and one number to look at.
+        if (kept is None or name in kept) and value.is_floating_point() and not torch.isfinite(value.float().sum()):
+            return name
+    return None

@@ -1,14 +1,15 @@
-"""Saves and stops a fit at the next step after a signal, and has SLURM start it again."""
+"""Saves and stops a fit at the next step after a signal, or stops a test, and has SLURM start it again."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -18,6 +19,8 @@ from lit_unlearn.core.signals import Preempted, note_signal, take_signal
 
 class SaveOnSignal(L.Callback):
     """After a signal, saves ``checkpoints/last.ckpt`` at the end of the step, requeues the SLURM job, and stops.
+
+    A test has nothing to save but the pictures that ``UneditedPictures`` keeps: it is requeued and begins again.
 
     Saving within a signal handler may hang or write a torn file; at the end of a step it is like any other.
 
@@ -37,15 +40,33 @@ class SaveOnSignal(L.Callback):
             note_signal(name)
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        # The last step of an epoch is followed by its edit and its checkpoint: the next step is early enough.
-        if trainer.is_last_batch or not self._told(trainer):
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The last step of an epoch is followed by its edit and its checkpoint, and a checkpoint holds no gradients.
+        between = (batch_idx + 1) % trainer.accumulate_grad_batches
+        if trainer.is_last_batch or between or not self._told(trainer):
             return
         path = run_folder(trainer) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
-        self._requeue(trainer)
         # Not trainer.should_stop: the hooks at the end of an epoch would run, and write an edit that is not finished.
-        raise Preempted(f"Told to stop: saved {path} at step {trainer.global_step}.")
+        self._stop(trainer, f"saved {path} at step {trainer.global_step}")
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Epochs of one step have no other moment than this one, behind the checkpoint of the epoch before.
+        checkpoints = trainer.checkpoint_callback
+        saved = isinstance(checkpoints, ModelCheckpoint) and checkpoints._last_global_step_saved == trainer.global_step
+        if saved and trainer.global_step and self._told(trainer):
+            self._stop(trainer, f"all is saved up to step {trainer.global_step}")
+
+    @override
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        # Each process by itself: one may have a batch more than another, so none may ask the others here.
+        if self._taken():
+            if self.requeue and (job := slurm_job()):
+                requeue(job)
+            raise Preempted("Told to stop: the test has written no scores.")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,12 +74,20 @@ class SaveOnSignal(L.Callback):
         if self._told(trainer):
             self._requeue(trainer)
 
+    def _stop(self, trainer: L.Trainer, what: str) -> NoReturn:
+        self._requeue(trainer)
+        trainer.strategy.barrier()  # a job may end all its processes as soon as one has ended
+        raise Preempted(f"Told to stop: {what}.")
+
     def _told(self, trainer: L.Trainer) -> bool:
-        told = any([take_signal(name) for name in self.signals])  # a list: each is to be taken
+        told = self._taken()
         if trainer.world_size > 1:  # one process may have been told before another
             flag = torch.tensor(told, dtype=torch.int32, device=trainer.strategy.root_device)
             told = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
         return told
+
+    def _taken(self) -> bool:
+        return any([take_signal(name) for name in self.signals])  # a list: each is to be taken
 
     def _requeue(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and self.requeue and (job := slurm_job()):

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -94,6 +95,81 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         # Gone already when it replaced the target; absent when it could not even be opened.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """Make a temporary folder beside ``output``; when the block ends it takes the place of ``output``, or nothing does.
+
+    What a process that was killed has left beside ``output`` is removed, or put back where it was.
+
+    Raises:
+        WriteError: A file cannot be written; the message names the output.
+    """
+    temporary, old = _beside(output, "tmp"), _beside(output, "old")
+    with naming(output, kept=output.exists() or old.exists()):
+        if old.exists() and not output.exists():
+            old.rename(output)
+        for left in (temporary, old):
+            if left.exists():
+                shutil.rmtree(left)
+    try:
+        with naming(output, kept=output.exists()):
+            temporary.mkdir(parents=True)
+            yield temporary
+            flush(temporary)
+            _take_place(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_entries(output: Path) -> Iterator[Path]:
+    """As ``replaced_folder``, for a folder that holds other things too: only what the block makes is replaced.
+
+    Raises:
+        WriteError: A file cannot be written; the message names the output.
+    """
+    temporary = _beside(output, "tmp")
+    try:
+        with naming(output, kept=output.exists()):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            flush(temporary)
+            output.mkdir(exist_ok=True)
+            for entry in sorted(temporary.iterdir()):
+                _take_place(entry, output / entry.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(output: Path, ending: str) -> Path:
+    return output.with_name(f".{output.name}.{ending}")
+
+
+def _take_place(new: Path, output: Path) -> None:
+    """Put ``new`` in the place of ``output``; if that fails, ``output`` is what it was."""
+    old = _beside(output, "old")
+    if not output.is_dir():
+        new.replace(output)
+    else:
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        output.rename(old)
+        try:
+            new.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Have all files below ``folder`` written to the disk itself: a rename must not come before what it names."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class ClipJudge:
 
         options: dict[str, Any] = {"revision": revision} if revision else {}
         self.processor = CLIPProcessor.from_pretrained(model, **options)
-        self.model = CLIPModel.from_pretrained(model, **options).eval()
+        self.model = CLIPModel.from_pretrained(model, use_safetensors=True, **options).eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
         self.name = f"clip {model}{f'@{revision}' if revision else ''} {concepts.name}"

@@ -38,7 +38,7 @@ class ClipScore(Metric):
         super().__init__(**kwargs)
         options: dict[str, Any] = {"revision": revision} if revision else {}
         self.processor = CLIPProcessor.from_pretrained(model, **options)
-        self.model = CLIPModel.from_pretrained(model, **options).eval()
+        self.model = CLIPModel.from_pretrained(model, use_safetensors=True, **options).eval()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

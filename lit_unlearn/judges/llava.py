@@ -60,6 +60,7 @@ class LlavaJudge:
             options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
         if device_map:
             options["device_map"] = device_map
+        options["use_safetensors"] = True
         self.model = LlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype), **options)
         self.model.eval()
         if not device_map and not load_in_4bit and torch.cuda.is_available():

@@ -182,7 +182,11 @@ class DiffusionEditor(SharedWork):
         self._started = None
 
     def current_cost(self) -> dict[str, float | int]:
-        """Seconds, UNet forwards and backwards of the fit, with what a resumed run did before; peak memory in bytes."""
+        """What the fit has cost so far, with what a resumed run did before.
+
+        Seconds, UNet forwards and backwards of all processes, peak memory of this one in bytes. During a fit every
+        process must ask.
+        """
         if self._started is None:
             return self._loaded_cost
         if torch.cuda.is_available():
@@ -190,10 +194,12 @@ class DiffusionEditor(SharedWork):
         else:
             # Kilobytes on Linux, bytes on macOS.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        passes = torch.tensor([self.forwards.count, self.forwards.backward], device=self.device)
+        forwards, backwards = self.total(passes).tolist()
         return {
             "seconds": self._loaded_cost["seconds"] + time.perf_counter() - self._started,
-            "unet_forwards": self._loaded_cost["unet_forwards"] + self.forwards.count,
-            "unet_backwards": self._loaded_cost.get("unet_backwards", 0) + self.forwards.backward,
+            "unet_forwards": self._loaded_cost["unet_forwards"] + forwards,
+            "unet_backwards": self._loaded_cost.get("unet_backwards", 0) + backwards,
             "peak_memory_bytes": max(self._loaded_cost["peak_memory_bytes"], peak),
         }
 
@@ -274,12 +280,13 @@ class ConceptEditor(DiffusionEditor):
         """Make judge and metrics."""
         self.judge = self.load_judge()
         self.second_judge = self._judge(self.second_judge_path, {}) if self.second_judge_path else None
-        self.kappa = BinaryCohenKappa()
+        self.kappa = BinaryCohenKappa().to(self.device)
         images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
 
     def metric(self, images_per_prompt: int) -> ForgetRetain:
         """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
+        # Where the weights are: processes on GPUs exchange nothing else.
         counts = self.concepts.counts
         names = self.edited_labels
         return ForgetRetain(
@@ -290,7 +297,7 @@ class ConceptEditor(DiffusionEditor):
             images_per_prompt=images_per_prompt,
             adjacent=self.concepts.adjacent(names),
             num_adversarial=max(len(concept.adversarial) for concept in self.concepts.concepts.values()),
-        )
+        ).to(self.device)
 
     def test_step(self, batch: list[PictureItem], batch_idx: int) -> dict[str, Tensor]:
         """Generate, judge and score a batch with the pretrained and with the edited weights, from the same seeds.
@@ -312,7 +319,7 @@ class ConceptEditor(DiffusionEditor):
         if (second := getattr(self, "second_judge", None)) is not None:
             others = judge_questions(second, pictures.float() / 255, questions)
             both = ~(answers.isnan() | others.isnan())
-            self.kappa.update((answers[both] >= 0.5).int(), (others[both] >= 0.5).int())
+            self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (answers, others)))
         metric.update(
             answers,
             [item.concept_index for item in batch],

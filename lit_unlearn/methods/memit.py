@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import residual_stream
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement, per_item
 
 
 class MEMIT(ValueRefinement):
@@ -75,7 +75,7 @@ class MEMIT(ValueRefinement):
         pairs = batch % self.num_pairs
         shift = (self.values_of(self.state, pairs) - self.state.initial[pairs]).norm(dim=-1)
         relative = shift / self.initial_stream[pairs].square().sum(-1)
-        return loss + self.shift_penalty * relative[self.state.mask[pairs]].mean()
+        return loss + self.shift_penalty * per_item(relative, self.state.mask[pairs])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step and keep z within its bound, before a checkpoint is written."""

@@ -43,15 +43,37 @@ class SharedWork(L.LightningModule):
 
         Returns:
             All rows (count, ...), on every process.
+
+        Raises:
+            Exception: What ``make`` raises; on the other processes, that one has failed.
         """
         world_size = self.trainer.world_size
         if world_size == 1:
             return make(list(range(count)))
         share = list(self.own_share(range(count))) or [0]
         share += [share[-1]] * (-(-count // world_size) - len(share))  # all_gather takes equal shapes
-        gathered = self.all_gather(make(share))  # (world_size, n, ...)
+        made = self.unless_one_failed(attempt(partial(make, share)))
+        gathered = self.all_gather(made.to(self.device))  # (world_size, n, ...); NCCL knows no other place
         assert isinstance(gathered, Tensor)
         return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+    def unless_one_failed(self, result: T | Exception) -> T:
+        """``result`` of this process if no process has an error for one, so that none waits for another for ever.
+
+        Raises:
+            Exception: ``result`` if it is one, or else that another process has failed.
+        """
+        failed = isinstance(result, Exception)
+        others = int(self.total(torch.tensor(int(failed), device=self.device)))
+        if isinstance(result, Exception):
+            raise result
+        if others:
+            raise RuntimeError("Another process has failed: its message says why.")
+        return result
+
+    def gathered(self, own: T) -> list[T]:
+        """What each process gives, in the order of the processes, on all of them."""
+        return self.solved_once([lambda: own] * self.trainer.world_size)
 
     def solved_once(self, solve: Sequence[Callable[[], T]]) -> list[T]:
         """Results of ``solve``, each called by one process and sent to all, with tensors of any shapes in them.

@@ -133,6 +133,8 @@ class UCEDebias(PhraseMap):
         if not self.report.get("rounds"):
             self.report["rounds"] = []
             self.measure()
+        elif len(self.report["rounds"]) > 1 and self.report["rounds"][-1]["largest_deviation"] <= self.tolerance:
+            self.trainer.should_stop = True  # it was near enough, and cut off before it could say so
 
     def on_train_epoch_start(self) -> None:
         """Move α by what the last round lacked."""

@@ -342,7 +342,7 @@ class ValueRefinement(ConceptEditor):
             return values.sum() * 0  # V1 stays as it is
         prediction, goal = self.predictions(state, values, batch, batch_idx)
         error = F.mse_loss(prediction.float(), goal.float())
-        distance = (values - state.initial[pairs]).square()[state.mask[pairs]].mean()
+        distance = per_item((values - state.initial[pairs]).square().mean(-1), state.mask[pairs])
         self.log_losses({"train/error": error, "train/distance": distance}, batch)
         self.errors.append(self.step_losses["train/error"])
         return error + self.pull * distance
@@ -373,3 +373,11 @@ class ValueRefinement(ConceptEditor):
             noise.append(torch.randn(self.latents.shape[2:], generator=generator))
         clean = torch.stack(latents)
         return clean, torch.stack(noise).to(clean), torch.stack(timesteps).to(self.device)
+
+
+def per_item(rows: Tensor, mask: Tensor) -> Tensor:
+    """Mean over items of the means over their masked positions; ``rows`` and ``mask`` are (B, L).
+
+    An item counts for the same however many positions it has, so that processes can share a batch.
+    """
+    return ((rows * mask).sum(1) / mask.sum(1)).mean()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import LAYERS
+from helpers import LAYERS, hook
 from lit_unlearn.callbacks.closed_form import LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError, write_finite
 from lit_unlearn.callbacks.speed import SPEEDEdit
@@ -65,6 +66,58 @@ def test_the_run_stops_and_keeps_what_it_was_before(
     assert not torch.equal(saved, seen.values[1])
 
 
+def test_weights_that_are_broken_already_do_not_replace_those_that_are_not(
+    refinement: Callable[..., Any], fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    # As Adam does in half precision: the step itself writes what is not a number, and the next loss tells of it.
+    def breaks(trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            module.values.data.fill_(torch.nan)
+
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    expected = r"The loss is nan at step 2 \(epoch 0, text_encoder\S+\): .*; values is not finite any more, so "
+    with pytest.raises(NumericalError, match=expected + "nothing was saved"):
+        fit(refinement(first_layer=2), hook("on_train_batch_end", breaks), CheckNumbers(), steps=5)
+    assert not path.exists()
+    path.parent.mkdir()
+    path.write_bytes(b"earlier")
+    with pytest.raises(NumericalError, match=expected + f"{path} is of an earlier step"):
+        fit(refinement(first_layer=2), hook("on_train_batch_end", breaks), CheckNumbers(), steps=5)
+    assert path.read_bytes() == b"earlier"
+
+
+def test_weights_that_break_in_the_last_step_stop_the_run_before_its_checkpoint(
+    refinement: Callable[..., Any], fit: Callable[..., Any]
+) -> None:
+    def breaks(trainer: L.Trainer, module: Any, *_: Any) -> None:
+        next(iter(module.layers.values())).weight.data.fill_(torch.inf)
+
+    with pytest.raises(NumericalError, match=r"text_encoder\S+ is not finite at step 2 .* nothing was saved"):
+        fit(refinement(first_layer=2), hook("on_train_batch_end", breaks), CheckNumbers(), steps=2)
+
+
+def test_gradients_that_are_scaled_are_left_to_the_scaler(refinement: Callable[..., Any]) -> None:
+    module = refinement()
+    module.configure_model()
+    module.values.grad = torch.full_like(module.values, torch.inf)
+    optimizer = torch.optim.SGD([module.values])
+    scaled = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    CheckNumbers().on_before_optimizer_step(scaled, module, optimizer)  # type: ignore[arg-type]
+    plain = SimpleNamespace(precision_plugin=SimpleNamespace())
+    with pytest.raises(AttributeError, match="log_dir"):  # it goes on to save
+        CheckNumbers().on_before_optimizer_step(plain, module, optimizer)  # type: ignore[arg-type]
+
+
+def test_a_large_change_of_one_weight_is_said(refinement: Callable[..., Any], fit: Callable[..., Any]) -> None:
+    def moves(trainer: L.Trainer, module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            list(module.layers.values())[-1].weight.mul_(3)
+
+    # Tripled twice, once for each layer's epoch: by 8 of its norm, while the two layers together moved by less than 7.
+    with pytest.warns(UserWarning, match=r"has moved by 8\.00 times its norm \(all edited weights by 5\."):
+        fit(refinement(), hook("on_train_epoch_start", moves), CheckNumbers(max_weight_change=7), steps=1)
+
+
 def test_a_large_change_is_said(refinement: Callable[..., Any], fit: Callable[..., Any]) -> None:
     class Moves(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
@@ -73,7 +126,8 @@ def test_a_large_change_is_said(refinement: Callable[..., Any], fit: Callable[..
                     layer.weight.mul_(1.5)
 
     expected = (
-        r"have moved by 0\.50 times their norm \(text_encoder\S+ by 0\.50\), more than max_weight_change=0\.4: look"
+        r"text_encoder\S+ has moved by 0\.50 times its norm \(all edited weights by 0\.50\), more than "
+        r"max_weight_change=0\.4: look"
     )
     with pytest.warns(UserWarning, match=expected):
         fit(refinement(first_layer=2), Moves(), CheckNumbers(max_weight_change=0.4), steps=1)
@@ -103,7 +157,7 @@ def test_an_edit_as_large_as_honest_ones_is_not_warned_of_and_a_larger_one_is(
     # The largest of one concept in docs/results/emoji20.md is 8.1; the default limit is 10.
     fit(refinement(first_layer=2), Moves(8.1), CheckNumbers(), steps=1)  # a warning would be an error
     fit(refinement(first_layer=2), Moves(12.0), CheckNumbers(max_weight_change=None), steps=1)
-    with pytest.warns(UserWarning, match=r"have moved by 12\.00 times their norm .* more than max_weight_change=10:"):
+    with pytest.warns(UserWarning, match=r"has moved by 12\.00 times its norm .* more than max_weight_change=10:"):
         fit(refinement(first_layer=2), Moves(12.0), CheckNumbers(), steps=1)
 
 

@@ -68,6 +68,8 @@ def compare(args: list[str], method: str, unedited: Path, predict: bool = True) 
     with_base = read_edit(first / "checkpoints/last.ckpt").weights
     assert any(not torch.equal(value, with_base[name]) for name, value in base_weights(unedited, with_base).items())
     assert without_cost(first / "scores.json") == without_cost(second / "scores.json")
+    grids = [np.asarray(Image.open(folder / "grid.png")).astype(int) for folder in (first, second)]
+    assert grids[0].shape == grids[1].shape and abs(grids[0] - grids[1]).max() <= 1
     if not predict:
         return first, second
     drawn = pictures(first), pictures(second)
@@ -86,7 +88,9 @@ def base_weights(model: Path, edited: dict[str, torch.Tensor]) -> dict[str, torc
 
 def test_the_null_space_edit(workplace: Path, recipe: Path, tiny_sd: Path) -> None:
     # Fifteen pairs: one process has eight of them, the other seven.
-    first, second = compare(["--config", str(recipe), "--trainer.callbacks+=SavePictures"], "null_space", tiny_sd)
+    uneven = ["--model.init_args.positions", "content", "--model.init_args.pull", "0.1"]  # prompts of unequal length
+    args = ["--config", str(recipe), "--trainer.callbacks+=SavePictures", *uneven]
+    first, second = compare(args, "null_space", tiny_sd)
     reports = [json.loads((folder / "scores.json").read_text())["edit"] for folder in (first, second)]
     assert reports[0]["retained_state_drift"] == pytest.approx(reports[1]["retained_state_drift"], rel=1e-4)
     for name, layer in reports[0]["layers"].items():

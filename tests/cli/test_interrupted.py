@@ -77,7 +77,7 @@ def test_the_same_command_goes_on(
     assert equal(weights(RUN / "version_0"), weights(finished / RUN / "version_0"))
 
 
-@pytest.mark.parametrize(("step", "saved"), [(0, 1), (1, 3), (2, 3), (3, None)])
+@pytest.mark.parametrize(("step", "saved"), [(0, 1), (1, 2), (2, 3), (3, None)])
 def test_a_signal_saves_at_the_end_of_the_step(
     step: int,
     saved: int | None,
@@ -87,10 +87,10 @@ def test_a_signal_saves_at_the_end_of_the_step(
     interrupted_at: Callable[..., None],
     capsys: Any,
 ) -> None:
-    # A layer's last step is followed by its edit, and the last layer's by the end.
+    # A layer's last step is followed by its edit and its checkpoint, and the last layer's by the end.
     interrupted_at(step, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert cli.main(["fit", "--config", str(recipe)]) == (0 if saved is None else cli.TOLD_TO_STOP)
-    said = re.search(r"Told to stop: saved .*last.ckpt at step (\d+)\.", capsys.readouterr().err)
+    said = re.search(r"Told to stop: .*saved .* step (\d+)\.", capsys.readouterr().err)
     assert (said and int(said[1])) == saved
     assert read_run(RUN / "version_0")["state"] == ("finished" if saved is None else "running")
     if saved is None:
@@ -98,6 +98,42 @@ def test_a_signal_saves_at_the_end_of_the_step(
     assert cli.main(["fit", "--config", str(recipe)]) == 0
     assert read_run(RUN / "version_0")["state"] == "finished"
     assert equal(weights(RUN / "version_0"), weights(finished / RUN / "version_0"))
+
+
+@pytest.mark.parametrize(
+    ("args", "saved"),
+    [
+        (["--data.init_args.steps", "1"], 1),  # each step is the last one of its layer
+        (["--trainer.accumulate_grad_batches", "2", "--data.init_args.steps", "4"], 1),  # the second batch's end
+    ],
+)
+def test_a_signal_finds_its_moment_whatever_an_epoch_is_made_of(
+    args: list[str], saved: int, workplace: Path, recipe: Path, interrupted_at: Callable[..., None], capsys: Any
+) -> None:
+    assert cli.main(["fit", "--config", str(recipe), *args, "--method", "whole"]) == 0
+    interrupted_at(0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert cli.main(["fit", "--config", str(recipe), *args]) == cli.TOLD_TO_STOP
+    assert re.search(rf"Told to stop: .*saved .* step {saved}\.", capsys.readouterr().err)
+    assert cli.main(["fit", "--config", str(recipe), *args]) == 0
+    assert equal(weights(RUN / "version_0"), weights(Path("logs/whole/dog/version_0")))
+
+
+def test_a_test_that_is_told_to_stop_is_requeued_and_leaves_no_scores(
+    workplace: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    jobs: list[str] = []
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    monkeypatch.setattr(preemption, "slurm_job", lambda: "12")
+    monkeypatch.setattr(preemption, "requeue", jobs.append)
+    start = lambda *_: os.kill(os.getpid(), signal.SIGUSR1)  # noqa: E731
+    monkeypatch.setattr(SaveOnSignal, "on_test_batch_start", start)
+    assert cli.main(["test", "--config", str(recipe)]) == cli.TOLD_TO_STOP
+    assert jobs == ["12"]
+    assert "Told to stop: the test has written no scores." in capsys.readouterr().err
+    assert not (RUN / "version_0/scores.json").exists()
+    monkeypatch.undo()
+    os.chdir(workplace)
+    assert cli.main(["test", "--config", str(recipe)]) == 0
 
 
 def test_a_signal_during_start_up_is_not_lost(workplace: Path, recipe: Path, capsys: Any) -> None:

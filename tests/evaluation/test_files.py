@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lit_unlearn.checkpoint import AtomicCheckpointIO
-from lit_unlearn.evaluation.files import WRITING, WriteError, atomic_write, naming
+from lit_unlearn.evaluation.files import WRITING, WriteError, atomic_write, naming, replaced_entries, replaced_folder
 from lit_unlearn.evaluation.pictures import save_png
 from lit_unlearn.evaluation.scores import write_json
 
@@ -150,3 +150,73 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == b"new"
+
+
+# --- folders
+
+
+def text_of(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_folder(output: Path, text: str) -> None:
+    with replaced_folder(output) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text(text)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    output = tmp_path / "above" / "export"
+    write_folder(output, "first")
+    (output / "more").write_text("by hand")
+    write_folder(output, "second")
+    assert text_of(tmp_path) == {"above/export/inner/file": "second"}
+
+
+def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    write_folder(output, "first")
+    with pytest.raises(ZeroDivisionError), replaced_folder(output) as folder:
+        (folder / "file").write_text("half")
+        raise ZeroDivisionError
+    assert text_of(tmp_path) == {"export/inner/file": "first"}
+
+
+@pytest.mark.parametrize("moment", ["made", "moved away", "moved in"])
+def test_what_a_killed_process_has_left_is_put_right(moment: str, tmp_path: Path) -> None:
+    output, temporary, old = (tmp_path / name for name in ("export", ".export.tmp", ".export.old"))
+    write_folder(output, "first")
+    if moment == "made":
+        temporary.mkdir()
+        (temporary / "file").write_text("half")
+    else:
+        output.rename(old)
+        if moment == "moved in":
+            (output / "inner").mkdir(parents=True)
+            (output / "inner/file").write_text("killed")
+    # One that fails shows what is there by then: the old folder, or the new one if it was in its place already.
+    with pytest.raises(ZeroDivisionError), replaced_folder(output):
+        raise ZeroDivisionError
+    assert text_of(tmp_path) == {"export/inner/file": "killed" if moment == "moved in" else "first"}
+    write_folder(output, "second")
+    assert text_of(tmp_path) == {"export/inner/file": "second"}
+
+
+def test_entries_replace_only_their_own_names(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    for text in ("first", "second"):
+        with replaced_entries(output) as folder:
+            (folder / "unet").mkdir()
+            (folder / "unet" / text).write_text(text)
+            (folder / "index.json").write_text(text)
+        (output / "LICENSE").write_text("of the model")
+    assert text_of(tmp_path) == {
+        "model/unet/second": "second",
+        "model/index.json": "second",
+        "model/LICENSE": "of the model",
+    }
+    with pytest.raises(ZeroDivisionError), replaced_entries(output) as folder:
+        (folder / "index.json").write_text("half")
+        raise ZeroDivisionError
+    assert text_of(tmp_path)["model/index.json"] == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
