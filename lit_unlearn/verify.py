@@ -72,6 +72,8 @@ def verify_export(path: Path, base: str | None = None, revision: str | None = No
     Raises:
         ValueError: There is no export at ``path``, or ``base`` is no model.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a folder or file that `lit-unlearn export` has written.")
     if path.is_dir() and not (path / PROVENANCE).exists():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:

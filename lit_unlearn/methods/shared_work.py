@@ -32,7 +32,8 @@ class SharedWork(L.LightningModule):
 
     def total(self, part: Tensor) -> Tensor:
         """Sum over processes of ``part``, on all of them."""
-        return self.trainer.strategy.reduce(part, reduce_op="sum") if self.trainer.world_size > 1 else part
+        alone = self._trainer is None or self._trainer.world_size == 1
+        return part if alone else self.trainer.strategy.reduce(part, reduce_op="sum")
 
     def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
         """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.

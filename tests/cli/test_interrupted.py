@@ -123,16 +123,14 @@ def test_a_test_that_is_told_to_stop_is_requeued_and_leaves_no_scores(
 ) -> None:
     jobs: list[str] = []
     assert cli.main(["fit", "--config", str(recipe)]) == 0
-    monkeypatch.setattr(preemption, "slurm_job", lambda: "12")
-    monkeypatch.setattr(preemption, "requeue", jobs.append)
-    start = lambda *_: os.kill(os.getpid(), signal.SIGUSR1)  # noqa: E731
-    monkeypatch.setattr(SaveOnSignal, "on_test_batch_start", start)
-    assert cli.main(["test", "--config", str(recipe)]) == cli.TOLD_TO_STOP
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption, "slurm_job", lambda: "12")
+        patch.setattr(preemption, "requeue", jobs.append)
+        patch.setattr(SaveOnSignal, "on_test_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        assert cli.main(["test", "--config", str(recipe)]) == cli.TOLD_TO_STOP
     assert jobs == ["12"]
     assert "Told to stop: the test has written no scores." in capsys.readouterr().err
     assert not (RUN / "version_0/scores.json").exists()
-    monkeypatch.undo()
-    os.chdir(workplace)
     assert cli.main(["test", "--config", str(recipe)]) == 0
 
 
