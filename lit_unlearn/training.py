@@ -296,7 +296,8 @@ class UnlearnCLI(LightningCLI):
         given_plugins = config["plugins"] or []
         given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
         kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
-        needed = [SaveOnSignal] * (self.subcommand in ("fit", "test")) + [CheckNumbers] * (self.subcommand == "fit")
+        kinds: dict[str, list[type[L.Callback]]] = {"fit": [SaveOnSignal, CheckNumbers], "test": [SaveOnSignal]}
+        needed = kinds.get(str(self.subcommand), [])
         missing = [kind() for kind in needed if not any(isinstance(c, kind) for c in given)]
         kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
         return super().instantiate_trainer(**kwargs)

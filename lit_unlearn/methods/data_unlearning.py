@@ -219,7 +219,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         """Divide by the size of the global batch, after summing over processes, in place."""
         if self.trainer.world_size > 1:  # DDP's own averaging sees only what ``backward`` writes, and one gradient
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
+            flat = self.total(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         torch._foreach_div_(gradients, float(self.images.batch_size))

@@ -123,5 +123,5 @@ def attempt(function: Callable[[], T]) -> T | Exception:
     """What ``function`` returns, or the error that it raises."""
     try:
         return function()
-    except Exception as error:
+    except Exception as error:  # of any kind: the caller raises it, once the other processes know
         return error

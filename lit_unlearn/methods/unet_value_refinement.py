@@ -260,15 +260,10 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         conditions = [states]
         if self.retain_empty:
             conditions.append(self.text_states(tokenize(tokenizer, [""])))
-        sums = {
-            name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64, device=self.device)
-            for name, layer in self.layers.items()
-        }
-        for query in self.own_share([part for each in conditions for part in self.queries(noisy, timesteps, each)]):
-            for name, keys in self.inputs(self.edited_names, query).items():
-                sums[name] += second_moment(keys.flatten(0, 1))
+        queries = [query for each in conditions for query in self.queries(noisy, timesteps, each)]
+        sums = self.summed_moments(queries, lambda query: self.inputs(self.edited_names, query))
         counts = {name: len(conditions) * len(noisy) * num_places(self.unet.config, name) for name in sums}
-        self.moments = {name: (self.total(moment), counts[name]) for name, moment in sums.items()}
+        self.moments = {name: (moment, counts[name]) for name, moment in sums.items()}
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the items, from the UNet as it is now."""

@@ -10,9 +10,9 @@ into the weight. The second moment of the retained prompts' inputs (K0) is gathe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents, seeded
 from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps, linear_layer
+
+Batch = TypeVar("Batch")
 
 UNET_BATCH = 16
 """Latents that go through the UNet at once where many are; its inner states are large."""
@@ -207,17 +209,30 @@ class ValueRefinement(ConceptEditor):
     def gather_moments(self) -> None:
         """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
         ids = tokenize(self.components.tokenizer, self.retain_prompts)
+
+        def inputs(part: Tensor) -> Mapping[str, Tensor]:
+            with capture_inputs(self.layers) as captured:
+                encode(self.text_encoder, part)
+            return captured
+
+        sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
+        self.moments = {name: (moment, ids.numel()) for name, moment in sums.items()}
+
+    def summed_moments(
+        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Second moments (d_in, d_in), float64, of the layers' ``inputs`` (B, L, d_in) at all batches.
+
+        Processes take whole batches, the same as one has, so that only the order of the sums differs.
+        """
         sums = {
             name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64, device=self.device)
             for name, layer in self.layers.items()
         }
-        # Whole batches, the same as one process has, so that only the order of the sums differs.
-        for part in self.own_share(ids.split(ENCODE_BATCH)):
-            with capture_inputs(self.layers) as captured:
-                encode(self.text_encoder, part)
-            for name, keys in captured.items():
+        for batch in self.own_share(batches):
+            for name, keys in inputs(batch).items():
                 sums[name] += second_moment(keys.flatten(0, 1))
-        self.moments = {name: (self.total(moment), ids.numel()) for name, moment in sums.items()}
+        return {name: self.total(moment) for name, moment in sums.items()}
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
@@ -380,4 +395,4 @@ def per_item(rows: Tensor, mask: Tensor) -> Tensor:
 
     An item counts for the same however many positions it has, so that processes can share a batch.
     """
-    return ((rows * mask).sum(1) / mask.sum(1)).mean()
+    return ((rows * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
