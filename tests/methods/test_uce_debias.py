@@ -157,6 +157,20 @@ def test_a_run_goes_on_where_it_stopped(debias: Build, fit: Fit, tmp_path: Path)
         assert torch.equal(ours.weight, theirs.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_was_near_enough_when_it_was_cut_off_takes_no_more_rounds(
+    debias: Build, fit: Fit, tmp_path: Path
+) -> None:
+    kept = ModelCheckpoint(dirpath=tmp_path / "kept", save_on_train_epoch_end=True)
+    first = debias(rounds=5, tolerance=1.0)
+    fit(first, UCEEdit(), kept)
+    (path,) = (tmp_path / "kept").iterdir()
+    resumed = debias(rounds=5, tolerance=1.0)
+    fit(resumed, UCEEdit(), ckpt_path=path)
+    assert resumed.report["rounds"] == first.report["rounds"]
+    assert len(resumed.report["rounds"]) == 2  # the unedited model's, and one
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
