@@ -64,8 +64,8 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
     import torch
 
     torch.set_num_threads(1)
-    from lit_unlearn.evaluation.files import atomic_write
     from lit_unlearn.recipes import find_recipe
+    from lit_unlearn.system.files import atomic_write
     from lit_unlearn.training import run, run_label
 
     top = Path(root, policy, f"seed_{seed}")
@@ -210,7 +210,7 @@ def main() -> None:
     text = summary(root, arguments.concepts, arguments.seeds, command)
     print(text.split("\n## ")[0])
     if arguments.output:
-        from lit_unlearn.evaluation.files import atomic_write
+        from lit_unlearn.system.files import atomic_write
 
         with atomic_write(arguments.output) as file:
             file.write(text.encode())

@@ -117,7 +117,7 @@ def report(cells: dict[Any, Any], settings: list[str], all_rounds: list[int], co
     """Draw the spectra into ``picture`` and return the tables as Markdown."""
     from lit_unlearn.diffusion.parameters import layer_label
     from lit_unlearn.evaluation.figures import encoder_spectra_figure
-    from lit_unlearn.evaluation.files import atomic_write
+    from lit_unlearn.system.files import atomic_write
 
     concepts = sorted({concept for _, concept, _ in cells})
     lines = ["# The null space in the text encoder and in the UNet", "", f"Made by `{command}`, on the embedded model,"]
@@ -194,7 +194,7 @@ def main() -> None:
     output = Path(arguments.output or root / "null_space_encoders")
     command = "python benchmarks/null_space_encoders.py " + " ".join(sys.argv[1:])
     text = report(cells, arguments.settings, rounds, command.strip(), output.with_suffix(".png"))
-    from lit_unlearn.evaluation.files import atomic_write
+    from lit_unlearn.system.files import atomic_write
 
     with atomic_write(output.with_suffix(".md")) as file:
         file.write(text.encode())

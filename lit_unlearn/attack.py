@@ -26,10 +26,10 @@ from lit_unlearn.diffusion.new_tokens import token_table, vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.evaluation.attack_results import FILE, AttackReport, AttackResult, make_result
 from lit_unlearn.evaluation.classifier import ClassifierJudge
-from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.evaluation.judges import Judge
 from lit_unlearn.evaluation.pictures import image_grid, save_png
 from lit_unlearn.judges.load import load_judge
+from lit_unlearn.system.files import atomic_write
 
 Existing = Literal["refuse", "replace", "keep"]
 FOLDER = "attacks"

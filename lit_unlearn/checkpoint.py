@@ -27,7 +27,7 @@ from lit_unlearn.diffusion.components import (
 )
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
-from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.system.files import atomic_write
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
 """Fields of a delta's metadata that reading it needs, each JSON text."""

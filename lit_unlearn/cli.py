@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lit_unlearn import __version__
-from lit_unlearn.core.signals import Preempted, note_signal
-from lit_unlearn.errors import UserError, closest, essence, plain_threads
 from lit_unlearn.recipes import recipe_names, resolve_recipes
+from lit_unlearn.system.errors import UserError, closest, essence, plain_threads
+from lit_unlearn.system.signals import Preempted, note_signal
 
 TRAINER_COMMANDS = {
     "fit": "find and apply an edit, or train a part of the embedded model",
@@ -75,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _shown(error: OSError) -> OSError:
     """``error`` as the person at the terminal is told of it; raised if it is none of the person's concern."""
-    from lit_unlearn.evaluation.files import WRITING, WriteError
+    from lit_unlearn.system.files import WRITING, WriteError
 
     # Without a number it is what libraries say of a model that they cannot fetch.
     if isinstance(error, WriteError) or error.errno is None:

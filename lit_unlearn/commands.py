@@ -18,12 +18,12 @@ from lit_unlearn.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model
 from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.diffusion.stored import WholeModel
-from lit_unlearn.errors import plain_warnings, user_errors
-from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
 from lit_unlearn.export import check_output, export_delta, export_lora, export_pipeline, provenance
 from lit_unlearn.lora import FILE_NAME, parse_rank
 from lit_unlearn.recipes import find_recipe
+from lit_unlearn.system.errors import plain_warnings, user_errors
+from lit_unlearn.system.files import atomic_write
 
 BATCH_SIZE = 8
 MIN_SIDE = 256

@@ -21,9 +21,9 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.components import load_components, resolve_model, save_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
-from lit_unlearn.evaluation.files import atomic_write, replaced_folder
 from lit_unlearn.evaluation.scores import Scores, write_json
 from lit_unlearn.lora import low_rank
+from lit_unlearn.system.files import atomic_write, replaced_folder
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors")

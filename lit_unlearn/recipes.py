@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from lit_unlearn.errors import UserError, closest
+from lit_unlearn.system.errors import UserError, closest
 
 MAX_BYTES, MAX_NODES = 1_000_000, 100_000
 """Largest recipe that is read, and the most values that it may stand for once its aliases are written out."""
@@ -79,7 +79,7 @@ def _check_yaml(path: Path) -> None:
     """Refuse a file that is not a mapping in YAML: the parser of the arguments would not say which file it was."""
     import yaml
 
-    from lit_unlearn.data.strict_yaml import expanded_size
+    from lit_unlearn.system.strict_yaml import expanded_size
 
     try:
         with path.open("rb") as file:

@@ -17,9 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_unlearn.errors import UserError
-from lit_unlearn.evaluation.files import WriteError, naming
 from lit_unlearn.evaluation.scores import write_json
+from lit_unlearn.system.errors import UserError
+from lit_unlearn.system.files import WriteError, naming
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 RUNNING, FINISHED = "running", "finished"

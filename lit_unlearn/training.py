@@ -29,11 +29,11 @@ from lit_unlearn.classes import class_of, known_classes, prepare
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
-from lit_unlearn.errors import UserError, essence, parse_error, user_errors
-from lit_unlearn.evaluation.files import WRITING, atomic_write, naming
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
 from lit_unlearn.recipes import check_method
 from lit_unlearn.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
+from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
+from lit_unlearn.system.files import WRITING, atomic_write, naming
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",

@@ -24,12 +24,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import SHARED, load_copy
 from lit_unlearn.data.prompts import ConceptPrompts
-from lit_unlearn.data.strict_yaml import load_yaml
 from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.system.strict_yaml import load_yaml
 
 NOT_OURS = (
     # NumPy's of what diffusers' schedulers do with tensors

@@ -14,9 +14,9 @@ import yaml
 
 from lit_unlearn import training
 from lit_unlearn.data.concepts import MAX_BYTES, load_concept_set
-from lit_unlearn.errors import UserError
 from lit_unlearn.methods import base
 from lit_unlearn.recipes import find_recipe
+from lit_unlearn.system.errors import UserError
 from lit_unlearn.training import run_label
 
 

@@ -13,15 +13,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lit_unlearn"
 
 LAYERS: dict[str, set[str]] = {
-    "core": set(),
-    "diffusion": {"core"},
-    "data": {"core", "diffusion"},
-    "evaluation": {"core", "diffusion"},
-    "emoji": {"core", "data", "diffusion", "evaluation"},
-    "judges": {"core", "data", "diffusion", "evaluation"},
-    "methods": {"core", "diffusion", "data", "evaluation", "judges"},
-    "attacks": {"core", "diffusion", "data", "evaluation", "judges", "methods"},
-    "callbacks": {"core", "diffusion", "data", "evaluation", "judges", "methods"},
+    "system": set(),
+    "core": {"system"},
+    "diffusion": {"system", "core"},
+    "data": {"system", "core", "diffusion"},
+    "evaluation": {"system", "core", "diffusion"},
+    "emoji": {"system", "core", "data", "diffusion", "evaluation"},
+    "judges": {"system", "core", "data", "diffusion", "evaluation"},
+    "methods": {"system", "core", "diffusion", "data", "evaluation", "judges"},
+    "attacks": {"system", "core", "diffusion", "data", "evaluation", "judges", "methods"},
+    "callbacks": {"system", "core", "diffusion", "data", "evaluation", "judges", "methods"},
 }
 """What each sub-package may import besides itself. Modules at the top (``cli``) may import all of them."""
 

@@ -11,9 +11,9 @@ import yaml
 
 from helpers import CONFIGS
 from lit_unlearn import recipes, training
-from lit_unlearn.errors import UserError
 from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.data_unlearning import DataUnlearning
+from lit_unlearn.system.errors import UserError
 
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 CONTENT: dict[str, dict[str, Any]] = {name: yaml.safe_load((CONFIGS / name).read_text()) for name in RECIPES}

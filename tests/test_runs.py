@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_unlearn.errors import UserError
-from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.runs import FINISHED, RUNNING, Run, config_sha256, newest_run, read_run
+from lit_unlearn.system.errors import UserError
+from lit_unlearn.system.files import WriteError
 
 CONFIG = {
     "model": {"class_path": "ESD", "init_args": {"eta": 1.0}},

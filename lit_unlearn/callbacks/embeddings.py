@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
 from lit_unlearn.callbacks.modules import expect_module
-from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.methods.textual_inversion import TextualInversion
+from lit_unlearn.system.files import atomic_write
 
 FILE = "embeddings.safetensors"
 

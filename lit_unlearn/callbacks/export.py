@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from lit_unlearn.evaluation.files import replaced_entries
+from lit_unlearn.system.files import replaced_entries
 
 
 class SavePretrained(L.Callback):

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
-from lit_unlearn.core.signals import Preempted, note_signal, take_signal
+from lit_unlearn.system.signals import Preempted, note_signal, take_signal
 
 
 class SaveOnSignal(L.Callback):

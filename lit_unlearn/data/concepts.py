@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lit_unlearn.data.strict_yaml import load_yaml
+from lit_unlearn.system.strict_yaml import load_yaml
 
 KINDS = ("object", "action", "style", "scene")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.system.files import atomic_write
 
 MARGIN = 16
 """Around the whole, between a label and its row and between blocks, in pixels."""

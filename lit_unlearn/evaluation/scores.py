@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.system.files import atomic_write
 
 SCHEMA = 1
 """Version of ``scores.json``; raised when a field changes its meaning or goes."""

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lit_unlearn.evaluation.files import atomic_write
+from lit_unlearn.system.files import atomic_write
 
 MARGIN = 10.0
 """How far beyond the outermost means densities are integrated: a unit normal has less than 1e-22 beyond that."""

@@ -21,8 +21,8 @@ from torch import Tensor
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
-from lit_unlearn.evaluation.files import atomic_write
 from lit_unlearn.methods.base import DiffusionEditor
+from lit_unlearn.system.files import atomic_write
 
 TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 """What of a text encoder's configuration acts on its output and cannot be seen in its weights."""

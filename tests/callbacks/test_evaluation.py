@@ -18,10 +18,10 @@ from torch import Tensor
 from helpers import moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
 from lit_unlearn.data.prompts import PictureItem, Pictures
-from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.system.files import WriteError
 
 REDNESS = 0.4988  # no picture of the random pipeline is near it, so that rounding cannot turn a verdict
 

@@ -21,8 +21,8 @@ from lit_unlearn import cli
 from lit_unlearn.callbacks import preemption
 from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.checkpoint import read_edit
-from lit_unlearn.core.signals import note_signal
 from lit_unlearn.runs import Run, read_run
+from lit_unlearn.system.signals import note_signal
 
 RUN = Path("logs/null_space/dog")
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
-from lit_unlearn.evaluation.files import WriteError
 from lit_unlearn.methods import anchors
 from lit_unlearn.methods.anchors import LatentCache, PretrainedSampler
 from lit_unlearn.methods.concept_ablation import ConceptAblation
+from lit_unlearn.system.files import WriteError
 
 PROMPTS, SEEDS = ["a cat", "a cat at sunset", "a parrot"], [7, 8, 9]
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lit_unlearn.errors import UserError, closest, essence, parse_error, plain_threads, user_errors
+from lit_unlearn.system.errors import UserError, closest, essence, parse_error, plain_threads, user_errors
 
 
 class Base:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lit_unlearn.core.signals import note_signal, take_signal
+from lit_unlearn.system.signals import note_signal, take_signal
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def plain_warnings() -> Iterator[None]:
 @contextmanager
 def plain_threads() -> Iterator[None]:
     """Say in a line that a thread of the block could not write; TensorBoard writes its curves in one."""
-    from lit_unlearn.evaluation.files import WRITING
+    from lit_unlearn.system.files import WRITING
 
     before = threading.excepthook
 
