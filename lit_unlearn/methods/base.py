@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from lit_unlearn.evaluation.pictures import to_uint8
 from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared_work import SharedWork
+from lit_unlearn.system.memory import peak_memory
 
 CHECKPOINT_KEY = "lit_unlearn"
 """Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
@@ -189,11 +188,7 @@ class DiffusionEditor(SharedWork):
         """
         if self._started is None:
             return self._loaded_cost
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            # Kilobytes on Linux, bytes on macOS.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
         passes = torch.tensor([self.forwards.count, self.forwards.backward], device=self.device)
         forwards, backwards = self.total(passes).tolist()
         return {
