@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import NoReturn
 from lit_unlearn import __version__
 from lit_unlearn.recipes import recipe_names, resolve_recipes
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads
-from lit_unlearn.system.signals import Preempted, note_signal
+from lit_unlearn.system.signals import Preempted, default_signals, note_signal
 
 TRAINER_COMMANDS = {
     "fit": "find and apply an edit, or train a part of the embedded model",
@@ -54,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
         written; 75 if a signal told a fit to save and stop, or a test to stop; 130 if interrupted. Errors within a
         training are raised.
     """
+    _say_everything()
     try:
         with plain_threads():
             return _run(list(sys.argv[1:] if args is None else args))
@@ -71,6 +73,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     print(f"lit-unlearn: error: {message}", file=sys.stderr)
     return 2
+
+
+def _say_everything() -> None:
+    """Let a terminal show an escape for a character that its encoding lacks; a file or a pipe gets UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Jupyter has others, and a program without a window has none
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def _shown(error: OSError) -> OSError:
@@ -103,7 +112,8 @@ def _run(args: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if command in ("fit", "test"):
-        note_signal("SIGUSR1")  # what SLURM sends before a job's time is up may come while Python still imports
+        for name in default_signals():  # SLURM's, before a job's time is up, may come while Python still imports
+            note_signal(name)
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)
         from lit_unlearn import training

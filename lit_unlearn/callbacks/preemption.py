@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lit_unlearn.callbacks.evaluation import run_folder
-from lit_unlearn.system.signals import Preempted, note_signal, take_signal
+from lit_unlearn.system.signals import Preempted, default_signals, note_signal, take_signal
 
 
 class SaveOnSignal(L.Callback):
@@ -25,7 +25,7 @@ class SaveOnSignal(L.Callback):
     Saving within a signal handler may hang or write a torn file; at the end of a step it is like any other.
 
     Args:
-        signals: Signals to wait for; SLURM sends what ``sbatch --signal`` names.
+        signals: Signals to wait for; SLURM sends what ``sbatch --signal`` names. By default SIGUSR1, if it exists.
         requeue: Whether to requeue the SLURM job that this process belongs to, if it does.
 
     Raises:
@@ -34,7 +34,7 @@ class SaveOnSignal(L.Callback):
     """
 
     def __init__(self, signals: list[str] | None = None, requeue: bool = True) -> None:
-        self.signals = signals or ["SIGUSR1"]
+        self.signals = signals or default_signals()
         self.requeue = requeue
         for name in self.signals:
             note_signal(name)
