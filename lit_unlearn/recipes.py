@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -63,6 +64,28 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
         else:
             resolved.append(arg)
     return resolved
+
+
+@contextmanager
+def utf8_recipes() -> Iterator[None]:
+    """Have the parser of the arguments read files as UTF-8 within the block, as recipes are written.
+
+    jsonargparse opens them in the system's encoding, which is another one on Windows, and cannot be told otherwise.
+    """
+    from jsonargparse import Path as ParserPath
+
+    name = "read_text" if hasattr(ParserPath, "read_text") else "get_content"  # before jsonargparse 4.49
+    before = getattr(ParserPath, name)
+
+    def read(path: ParserPath, *options: str) -> str:
+        file = Path(path.absolute)
+        return file.read_text(encoding="utf-8") if file.is_file() else before(path, *options)
+
+    setattr(ParserPath, name, read)
+    try:
+        yield
+    finally:
+        setattr(ParserPath, name, before)
 
 
 def check_method(method: str | None) -> None:

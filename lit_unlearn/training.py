@@ -30,7 +30,7 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
-from lit_unlearn.recipes import check_method
+from lit_unlearn.recipes import check_method, utf8_recipes
 from lit_unlearn.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming
@@ -138,7 +138,8 @@ class UnlearnCLI(LightningCLI):
             if source := LINKED.get(given.replace(".init_args.", ".")):
                 raise UserError(f"{given} is set by {source}: give that instead.")
         try:
-            self.config = parser.parse_args(args)
+            with utf8_recipes():
+                self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(self._parse_error(str(error), args[0])) from error
         if self.config[self.config.subcommand].seed_everything is True:

@@ -105,7 +105,7 @@ def check_model(model: str) -> dict[str, list[str]]:
         if not (path / part).exists():
             raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
     try:
-        index = json.loads((path / "model_index.json").read_text())
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         encoder = index["text_encoder"][1]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(

@@ -54,7 +54,7 @@ def render_sheet(icon_sets: list[Path], output: Path = SHEET) -> None:
 
     sheet = Image.new("RGBA", (TILE * len(SUBJECTS), TILE * len(ARTISTS)))
     for row, path in enumerate(icon_sets):
-        icons = json.loads(path.read_text())
+        icons = json.loads(path.read_text(encoding="utf-8"))
         width, height = icons.get("width", 16), icons.get("height", 16)
         for column, icon in enumerate(SUBJECTS.values()):
             entry = icons["icons"][icon]

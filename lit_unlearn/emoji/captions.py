@@ -41,7 +41,7 @@ ADJECTIVE_SHARE = 0.6
 @cache
 def phrases() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Phrases by attribute, value and kind (``direct``, ``indirect``; styles also ``adjective``)."""
-    return yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text())
+    return yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 
 
 def put_adjective(subject: str, adjective: str) -> str:

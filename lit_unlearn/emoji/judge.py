@@ -73,7 +73,7 @@ class JudgeTraining(L.LightningModule):
             "attributes": ATTRIBUTES,
             "questions": emoji_questions(),
         }
-        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def emoji_questions() -> dict[str, tuple[str, str]]:

@@ -84,7 +84,7 @@ class ClassifierJudge:
         check_judge(path)
         self.path = Path(path)
         try:
-            config = json.loads((self.path / "config.json").read_text())
+            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             weights = load_file(self.path / "model.safetensors")
         except (json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"judge={str(path)!r} cannot be read ({error}): copy it again.") from error
