@@ -64,7 +64,7 @@ def run_cell(cell: tuple[str, str, str, tuple[str, ...]]) -> str:
         for name in ("keep", "forget", "held_out"):
             common += [f"--data.init_args.{name}", f"{model}/images/{name}"]
         quietly(Path(root, "output.log"), ["fit", *common, *extra], ["test", *common, *extra])
-    after = json.loads(result.read_text())["after"]["forget"]
+    after = json.loads(result.read_text(encoding="utf-8"))["after"]["forget"]
     copies = ", ".join(f"{space} {after[space]['copies']:.3f}" for space in ("pixels", "features"))
     return f"{method:16} copies in {copies}"
 
@@ -97,7 +97,7 @@ def summary(root: Path, recipes: list[str], figure: str, command: str) -> str:
     for method in methods:
         path = root / method / "version_0" / "memorisation.json"
         if path.exists():
-            found[method] = json.loads(path.read_text())
+            found[method] = json.loads(path.read_text(encoding="utf-8"))
     first = next(iter(found.values()))
     forget, keep = first["after"]["forget"]["pictures"], first["after"].get("keep", {}).get("pictures", 0)
     images = first["images"]
@@ -188,7 +188,7 @@ def main() -> None:
     text = summary(root, arguments.recipes, figure.name, " ".join(["python", *sys.argv]))
     print(text)
     draw_figure(root, arguments.recipes, model, figure)
-    output.write_text(text)
+    output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def has_seed(recipe: str) -> bool:
     from lit_unlearn.recipes import find_recipe
 
     prepare()
-    name = yaml.safe_load(find_recipe(recipe).read_text())["model"]["class_path"]
+    name = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))["model"]["class_path"]
     bases = known_classes()[name].__mro__[:-1]
     return any("seed" in inspect.signature(kind.__init__).parameters for kind in bases)
 
@@ -201,7 +201,7 @@ def forget_peak_memory() -> None:
     gc.collect()
     counter = Path("/proc/self/clear_refs")
     if counter.exists():
-        counter.write_text("5")
+        counter.write_text("5", encoding="utf-8")
 
 
 def run_cell_or_say(cell: Cell, extra: Sequence[str]) -> str:
@@ -263,7 +263,7 @@ def main() -> None:
     text = summary(cells, command)
     print(text)
     if arguments.output:
-        Path(arguments.output).write_text(text)
+        Path(arguments.output).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

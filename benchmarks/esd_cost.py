@@ -104,7 +104,10 @@ def read_cell(folder: Path) -> dict[str, float]:
     """The numbers of a cell's folder."""
     from lit_unlearn.evaluation.scores import Scores
 
-    scores, cost = Scores.load(folder / "scores.json"), json.loads((folder / "esd_cost.json").read_text())
+    scores, cost = (
+        Scores.load(folder / "scores.json"),
+        json.loads((folder / "esd_cost.json").read_text(encoding="utf-8")),
+    )
     steps = cost["steps"]
     return {
         "steps": steps,

@@ -59,7 +59,7 @@ def run(recipe: str, folder: Path, kill_after: float | None = None, once: Path |
     It is killed ``kill_after`` seconds after its start, or after the file ``once`` is there.
     """
     started = time.perf_counter()
-    with (folder / "output.log").open("a") as log:
+    with (folder / "output.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             ["bash", "-c", script(recipe)],
             cwd=folder,
@@ -84,7 +84,7 @@ def outcome(recipe: str, folder: Path) -> dict[str, str]:
     from lit_unlearn.diffusion.parameters import fingerprint
 
     run_folder = folder / run_of(recipe)
-    scores = json.loads((run_folder / "scores.json").read_text())
+    scores = json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))
     scores.pop("cost")
     scores["edit"].get("anchors", {}).pop("made", None)  # a cost too: fewer, if a killed run has cached some
     found = {
@@ -104,7 +104,11 @@ def where(recipe: str, folder: Path) -> str:
     run_folder = folder / run_of(recipe)
     if (run_folder / "scores.json").exists():
         return "in the export"
-    state = json.loads((run_folder / "run.json").read_text())["state"] if (run_folder / "run.json").exists() else ""
+    state = (
+        json.loads((run_folder / "run.json").read_text(encoding="utf-8"))["state"]
+        if (run_folder / "run.json").exists()
+        else ""
+    )
     if state == "finished":
         return "in the test"
     if (run_folder / "checkpoints" / "last.ckpt").exists():
@@ -129,7 +133,7 @@ def main() -> None:
         reference = root / f"reference_{recipe}"
         reference.mkdir(parents=True)
         duration[recipe], ended = run(recipe, reference)
-        assert ended, (reference / "output.log").read_text()
+        assert ended, (reference / "output.log").read_text(encoding="utf-8")
         expected[recipe] = outcome(recipe, reference)
         if arguments.within == "fit":
             lock, end = (reference / run_of(recipe) / name for name in (".lock", "run.json"))
@@ -172,7 +176,7 @@ def main() -> None:
     )
     print(text)
     if arguments.output:
-        Path(arguments.output).write_text(f"# Kill it anywhere\n\n{text}\n")
+        Path(arguments.output).write_text(f"# Kill it anywhere\n\n{text}\n", encoding="utf-8")
     sys.exit(survived != tried)
 
 

@@ -17,7 +17,7 @@ def output_to(log: Path) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
     try:
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             try:
                 yield

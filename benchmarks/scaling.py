@@ -65,7 +65,7 @@ class Clock(L.Callback):
         busiest = trainer.strategy.reduce(torch.tensor(float(pl_module.forwards.count)), reduce_op="max")
         if trainer.is_global_zero:
             found = {"seconds": time.perf_counter() - self.started, "forwards": int(busiest)}
-            self.path.write_text(json.dumps(found))
+            self.path.write_text(json.dumps(found), encoding="utf-8")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_end(trainer, pl_module)
@@ -88,7 +88,7 @@ def start(
     arguments += ["--overwrite"] if command == "test" else ["--fresh"]
     places = [Path(__file__).parent, Path(__file__).parents[1]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
-    with (folder / "output.log").open("a") as file:
+    with (folder / "output.log").open("a", encoding="utf-8") as file:
         command_line = [sys.executable, "-m", "lit_unlearn", command, *arguments]
         return subprocess.Popen(command_line, cwd=folder, stdout=file, stderr=file, env=environment)
 
@@ -101,7 +101,7 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
     """
     if process.wait():
         raise RuntimeError(f"A run failed: see {folder / 'output.log'}.")
-    return dict(json.loads((folder / "clock.json").read_text()))
+    return dict(json.loads((folder / "clock.json").read_text(encoding="utf-8")))
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if arguments.output:
-        Path(arguments.output).write_text("\n".join(lines) + "\n")
+        Path(arguments.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def concept_set(path: Path) -> Path:
     """Two concepts of emoji20 with a direct and an indirect prompt each: a test of four pictures."""
     from lit_unlearn.data.concepts import load_concept_set
 
-    content = yaml.safe_load(Path(load_concept_set("emoji20").path).read_text())
+    content = yaml.safe_load(Path(load_concept_set("emoji20").path).read_text(encoding="utf-8"))
     chosen = {name: content["concepts"][name] for name in (EDITED, OTHER)}
     for name, concept in chosen.items():
         concept["adjacent"] = [OTHER if name == EDITED else EDITED]
@@ -104,7 +104,7 @@ def concept_set(path: Path) -> Path:
         concept["edit_prompts"], concept["target_prompts"] = concept["edit_prompts"][:4], concept["target_prompts"][:4]
         del concept["adversarial"]
     content |= {"name": "two", "prompts_per_concept": {"direct": 1, "indirect": 1, "edit": 4}, "concepts": chosen}
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -136,7 +136,7 @@ def measure(arguments: list[str], log: Path) -> tuple[float, float]:
         RuntimeError: It failed; the log says why.
     """
     started = time.perf_counter()
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, "-m", "lit_unlearn", *arguments], stdout=file, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -172,7 +172,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     done_path = folder / f"phases_{arguments.dtype}.json"
-    done = json.loads(done_path.read_text()) if done_path.exists() else {}
+    done = json.loads(done_path.read_text(encoding="utf-8")) if done_path.exists() else {}
     for phase in phases():
         if phase.name not in done:
             method = phase.recipe.removesuffix(".yaml")
@@ -183,13 +183,13 @@ def main() -> None:
             run = max((folder / "logs" / method / EDITED).iterdir(), key=lambda path: path.stat().st_mtime)
             forwards = read_forwards(run) if phase.command == "fit" else PICTURES * 2 * 2 * STEPS
             done[phase.name] = {"seconds": seconds, "memory_gb": memory, "unet_forwards": forwards}
-            done_path.write_text(json.dumps(done, indent=2))
+            done_path.write_text(json.dumps(done, indent=2), encoding="utf-8")
         found = done[phase.name]
         cells = [phase.name, f"{found['seconds']:.0f}", f"{found['memory_gb']:.1f}", str(found["unet_forwards"])]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if arguments.output:
-        Path(arguments.output).write_text("\n".join(lines) + "\n")
+        Path(arguments.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_forwards(run: Path) -> int:

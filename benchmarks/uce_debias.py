@@ -109,7 +109,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.output:
-        Path(arguments.output).write_text(text)
+        Path(arguments.output).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,10 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     path = tmp_path_factory.mktemp("concepts") / "pets.yaml"
     counts = {"direct": 1, "indirect": 1, "edit": 2}
-    path.write_text(yaml.safe_dump({"name": "pets", "prompts_per_concept": counts, "concepts": PETS}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"name": "pets", "prompts_per_concept": counts, "concepts": PETS}, sort_keys=False),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -232,7 +235,7 @@ def keep_forget(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             blocks = rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
             Image.fromarray(blocks).resize((48, 48), Image.Resampling.BILINEAR).save(folder / f"{number}.png")
             lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
         folders[name] = str(folder)
     return folders
 

@@ -176,7 +176,9 @@ def test_the_steps_after_apt_install_a_program_that_runs(tmp_path: Path) -> None
                 copy(source, image / destination)
         elif name == "RUN" and rest.startswith("make "):
             words = [*shlex.split(rest), f"PYTHON={sys.executable}"]
-            result = subprocess.run(words, cwd=image, env=env, capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                words, cwd=image, env=env, capture_output=True, text=True, check=False, encoding="utf-8"
+            )
             assert result.returncode == 0, result.stderr[-2000:]
     assert not (image / ".git").exists() and not (image / "logs").exists()
     assert (image / "checkpoints/emoji-sd/model_index.json").is_file()
@@ -188,7 +190,13 @@ def test_the_steps_after_apt_install_a_program_that_runs(tmp_path: Path) -> None
         found = shutil.which(program, path=env["PATH"])
         assert found == str(image / ".venv/bin" / program)
         return subprocess.run(
-            [found, *words], cwd=workplace, env=env, capture_output=True, text=True, check=True
+            [found, *words],
+            cwd=workplace,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         ).stdout
 
     assert run("--version") == f"lit-unlearn {__version__}\n"

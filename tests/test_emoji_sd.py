@@ -30,10 +30,10 @@ def test_files_are_safetensors_and_small() -> None:
 
 
 def test_layout_is_stable_diffusions() -> None:
-    index = json.loads((MODEL / "model_index.json").read_text())
+    index = json.loads((MODEL / "model_index.json").read_text(encoding="utf-8"))
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert index["text_encoder"][1] == "CLIPTextModel"
-    config = json.loads((MODEL / "text_encoder/config.json").read_text())
+    config = json.loads((MODEL / "text_encoder/config.json").read_text(encoding="utf-8"))
     assert config["num_hidden_layers"] >= 6
 
 

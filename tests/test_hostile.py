@@ -198,7 +198,10 @@ def test_deep_metadata(tmp_path: Path) -> None:
 def test_a_scheduler_is_a_scheduler(broken_model: Callable[..., Path]) -> None:
     def name_a_pipeline(folder: Path) -> None:
         path = folder / "scheduler/scheduler_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "DiffusionPipeline"}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "_class_name": "DiffusionPipeline"}),
+            encoding="utf-8",
+        )
 
     folder = broken_model(name_a_pipeline)
     with pytest.raises(ValueError, match=r"names 'DiffusionPipeline' as its scheduler"):
@@ -210,7 +213,7 @@ def test_a_scheduler_is_a_scheduler(broken_model: Callable[..., Path]) -> None:
 
 def test_an_export_does_not_follow_links(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
-    (tmp_path / "precious/provenance.json").write_text("{}")
+    (tmp_path / "precious/provenance.json").write_text("{}", encoding="utf-8")
     for name, target in (("link", "precious"), ("dangling.safetensors", "nowhere")):
         (tmp_path / name).symlink_to(tmp_path / target)
         for overwrite in (False, True):

@@ -72,7 +72,7 @@ def test_concept_sets_that_do_harm(tmp_path: Path, victim: Path, content: bytes 
 
 
 def pets_with(pets: str, **fields: Any) -> str:
-    content = yaml.safe_load(Path(pets).read_text())
+    content = yaml.safe_load(Path(pets).read_text(encoding="utf-8"))
     content["concepts"]["dog"].update(fields)
     return yaml.safe_dump(content)
 
@@ -112,7 +112,7 @@ def recipe(tmp_path: Path, pets: str, tiny_sd: Path, monkeypatch: pytest.MonkeyP
         if key:
             place[last] = value
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return path
 
     return write
@@ -167,12 +167,12 @@ def test_a_method_is_a_name(recipe: Callable[..., Path], method: str) -> None:
 )
 def test_recipes_that_do_harm(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=reason):
         find_recipe(str(path))
 
 
 def test_aliases_within_reason_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("a: &a {x: 1}\nb: *a\nc: *a")
+    path.write_text("a: &a {x: 1}\nb: *a\nc: *a", encoding="utf-8")
     assert find_recipe(str(path)) == path

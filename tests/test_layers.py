@@ -120,7 +120,9 @@ def test_what_is_never_imported(folder: str) -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = {"torch", "lightning", "diffusers", "transformers", "numpy"}
     code = f"import sys, lit_unlearn; print(sorted(set(sys.modules) & {heavy!r}), lit_unlearn.__version__)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     loaded, version = result.stdout.split()
     assert loaded == "[]"
     assert version[0].isdigit()

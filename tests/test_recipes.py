@@ -16,7 +16,9 @@ from lit_unlearn.methods.data_unlearning import DataUnlearning
 from lit_unlearn.system.errors import UserError
 
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-CONTENT: dict[str, dict[str, Any]] = {name: yaml.safe_load((CONFIGS / name).read_text()) for name in RECIPES}
+CONTENT: dict[str, dict[str, Any]] = {
+    name: yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8")) for name in RECIPES
+}
 COMPLETE = [name for name in RECIPES if "class_path" in CONTENT[name].get("model", {})]
 OVERLAYS = [name for name in RECIPES if name not in COMPLETE]
 EDITS = [name for name in COMPLETE if "concept" in CONTENT[name]]
@@ -46,9 +48,9 @@ def test_a_file_as_given_comes_first_then_configs_here_then_the_package(empty_fo
     name = "null_space.yaml"
     assert recipes.find_recipe(name) == CONFIGS / name
     (empty_folder / "configs").mkdir()
-    (empty_folder / "configs" / name).write_text("method: mine")
+    (empty_folder / "configs" / name).write_text("method: mine", encoding="utf-8")
     assert recipes.find_recipe(name) == Path("configs") / name
-    (empty_folder / name).write_text("method: nearer")
+    (empty_folder / name).write_text("method: nearer", encoding="utf-8")
     assert recipes.find_recipe(name) == Path(name)
 
 
@@ -57,7 +59,7 @@ def test_a_wheel_has_its_recipes_inside_the_package(empty_folder: Path, monkeypa
     foreign = package.parent / "configs"  # of some other package
     for folder in (package / "configs" / "emoji", foreign):
         folder.mkdir(parents=True)
-        (folder / "judge.yaml").write_text("method: x")
+        (folder / "judge.yaml").write_text("method: x", encoding="utf-8")
     monkeypatch.setattr(recipes, "files", lambda name: package)
     assert recipes.find_recipe("emoji/judge.yaml") == package / "configs" / "emoji" / "judge.yaml"
     assert recipes.recipe_names() == ["emoji/judge.yaml"]
@@ -80,7 +82,7 @@ def test_names_of_recipes_are_those_that_are_found(empty_folder: Path) -> None:
 )
 def test_the_values_of_config_are_replaced(empty_folder: Path, args: list[str], expected: list[str]) -> None:
     for name in ("a.yaml", "b.yaml"):
-        Path(name).write_text("concept: dog")
+        Path(name).write_text("concept: dog", encoding="utf-8")
     assert recipes.resolve_recipes(args) == expected
 
 
@@ -96,7 +98,7 @@ def test_the_values_of_config_are_replaced(empty_folder: Path, args: list[str], 
 )
 def test_what_is_no_recipe(empty_folder: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
-        Path(name).write_text(content)
+        Path(name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         recipes.find_recipe(name)
 

@@ -52,7 +52,9 @@ run.claim()
 print("claimed", flush=True)
 sys.stdin.read()
 """
-    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     assert first.stdout is not None
     assert first.stdout.readline() == "claimed\n"
     with pytest.raises(UserError, match=rf"version_0 is being written by process {first.pid}: wait until it ends"):
@@ -86,7 +88,7 @@ def test_a_folder_that_cannot_be_claimed_leaves_nothing(tmp_path: Path, monkeypa
     for each in (run, old):
         each.claim()
         each.release()
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(WriteError, match=r"Could not write \S+/file/version_0: .*; a file stands where"):
         Run(tmp_path / "file/version_0", "abc").claim()
 
@@ -95,10 +97,10 @@ def test_the_newest_run_of_a_configuration(tmp_path: Path) -> None:
     for number, sha256 in ((0, "a"), (2, "a"), (10, "b"), (9, "a")):
         folder = tmp_path / f"version_{number}"
         folder.mkdir()
-        (folder / "run.json").write_text(json.dumps({"state": RUNNING, "config_sha256": sha256}))
+        (folder / "run.json").write_text(json.dumps({"state": RUNNING, "config_sha256": sha256}), encoding="utf-8")
     (tmp_path / "version_11").mkdir()
     (tmp_path / "version_12").mkdir()
-    (tmp_path / "version_12" / "run.json").write_text("{torn")
+    (tmp_path / "version_12" / "run.json").write_text("{torn", encoding="utf-8")
     (tmp_path / "version_x").mkdir()
     assert newest_run(tmp_path, "a") == tmp_path / "version_9"
     assert newest_run(tmp_path, "b") == tmp_path / "version_10"

@@ -87,7 +87,8 @@ def cluster() -> Iterator[dict[str, str]]:
     key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
     (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(folder=folder, host=host, port=free_port(), node_port=free_port())
+        CONFIGURATION.format(folder=folder, host=host, port=free_port(), node_port=free_port()),
+        encoding="utf-8",
     )
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     run = folder / "run"
@@ -115,7 +116,7 @@ def cluster() -> Iterator[dict[str, str]]:
 
 
 def output(command: list[str], environment: dict[str, str]) -> str:
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -154,20 +155,20 @@ def long_recipe(tmp_path: Path, tiny_sd: Path) -> Path:
         "data": {"class_path": "ConceptPrompts", "init_args": {"steps": 80, "batch_size": 4, "images_per_prompt": 1}},
     }
     path = tmp_path / "long.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
 
 def script(tmp_path: Path) -> Path:
     """``run.sbatch`` as it ships, without what this machine lacks (GPUs, time)."""
-    text = (SCRIPTS / "run.sbatch").read_text()
+    text = (SCRIPTS / "run.sbatch").read_text(encoding="utf-8")
     for option in ("--gpus-per-node=1", "--cpus-per-task=8", "--time=02:00:00"):
         assert f"#SBATCH {option}" in text
         text = text.replace(f"#SBATCH {option}", "#SBATCH --mem=100" if "gpus" in option else "#")
     text = text.replace("--ntasks-per-node=1 ", "--ntasks-per-node=2 ")
     text = re.sub(r"^(srun \S+) lit-unlearn", rf"\1 {sys.executable} -m lit_unlearn", text, flags=re.MULTILINE)
     path = tmp_path / "run.sbatch"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -184,7 +185,7 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_ends_with_the_same_weights(
 ) -> None:
     def text(root: str) -> str:
         path = tmp_path / f"{root}.out"
-        return path.read_text() if path.exists() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     run = Path("null_space", "dog", "version_0")
     whole = submit(tmp_path, long_recipe, "whole", cluster)
@@ -211,5 +212,7 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_ends_with_the_same_weights(
     )
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    scores = [json.loads((tmp_path / root / run / "scores.json").read_text()) for root in ("whole", "stopped")]
+    scores = [
+        json.loads((tmp_path / root / run / "scores.json").read_text(encoding="utf-8")) for root in ("whole", "stopped")
+    ]
     assert {**scores[0], "cost": None} == {**scores[1], "cost": None}

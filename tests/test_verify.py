@@ -70,7 +70,7 @@ def test_an_export_is_as_it_says(exports: Path, tiny_sd: Path, name: str, capsys
 
 
 def test_provenance_has_every_hash(exports: Path, tiny_sd: Path, tiny_sd_2022: Path) -> None:
-    facts = json.loads((exports / "folder/provenance.json").read_text())
+    facts = json.loads((exports / "folder/provenance.json").read_text(encoding="utf-8"))
     assert facts["base_sha256"] == WholeModel.of(str(tiny_sd)).sha256()
     assert facts["base_sha256"] == WholeModel.loaded(load_components(str(tiny_sd))).sha256()
     assert facts["base_sha256"] == WholeModel.of(str(tiny_sd_2022)).sha256()  # the weights, not the files
@@ -90,9 +90,9 @@ def test_only_harmless_files_leave(exports: Path) -> None:
 
 def test_what_differs_is_named(folder: Path, exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "scheduler/scheduler_config.json").unlink()
-    (folder / "model_index.json").write_text("{}")
+    (folder / "model_index.json").write_text("{}", encoding="utf-8")
     (folder / "unet/pytorch_model.bin").write_bytes(pickle.dumps("surprise"))
-    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
     assert wrong(folder) == [
         "unet/pytorch_model.bin may hold code",
         "scheduler/scheduler_config.json is missing",
@@ -149,10 +149,10 @@ def test_another_base_is_refused_though_its_edited_weights_are_equal(
 
 def test_links_and_paths_outside(folder: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
-    secret.write_text("x")
-    facts = json.loads((folder / "provenance.json").read_text())
+    secret.write_text("x", encoding="utf-8")
+    facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     facts["files"]["../secret.txt"] = facts["files"][str(secret)] = "0"
-    (folder / "provenance.json").write_text(json.dumps(facts))
+    (folder / "provenance.json").write_text(json.dumps(facts), encoding="utf-8")
     (folder / "LICENSE").symlink_to(secret)
     assert wrong(folder) == [
         "LICENSE is a symbolic link",

@@ -104,7 +104,7 @@ def slurm_job() -> str | None:
 def requeue(job: str) -> None:
     """Have SLURM start ``job`` again; a failure is a warning, since what was saved is safe."""
     try:
-        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, encoding="utf-8", check=False)
     except OSError as error:
         rank_zero_warn(f"The job {job} could not be requeued ({error}): submit it again.")
         return

@@ -247,7 +247,9 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
     }
     path = tmp_path / "three.yaml"
     counts = {"direct": 1, "indirect": 1, "edit": 1}
-    path.write_text(yaml.safe_dump({"name": "three", "prompts_per_concept": counts, "concepts": concepts}))
+    path.write_text(
+        yaml.safe_dump({"name": "three", "prompts_per_concept": counts, "concepts": concepts}), encoding="utf-8"
+    )
 
     def dog(module: ValueRefinement) -> Tensor:
         with torch.no_grad():

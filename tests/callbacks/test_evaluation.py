@@ -122,10 +122,10 @@ def test_a_cache_that_is_deleted_in_the_middle(edited: ValueRefinement, tmp_path
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
 def test_pictures_that_cannot_be_kept_are_named(edited: ValueRefinement, tmp_path: Path) -> None:
-    (tmp_path / "unedited").write_text("mine")
+    (tmp_path / "unedited").write_text("mine", encoding="utf-8")
     with pytest.raises(WriteError, match=r"Could not write .*/unedited/\w+/\w+\.png: .*a file stands where a folder"):
         score(edited, tmp_path, UneditedPictures(str(tmp_path / "unedited")), EvaluationReport(), images_per_prompt=1)
-    assert (tmp_path / "unedited").read_text() == "mine"
+    assert (tmp_path / "unedited").read_text(encoding="utf-8") == "mine"
     assert not (tmp_path / "scores.json").exists()
 
 

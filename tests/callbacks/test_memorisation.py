@@ -71,7 +71,7 @@ def workplace(tested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def content(tested: Path) -> dict[str, Any]:
-    return json.loads((tested / RUN / "memorisation.json").read_text())
+    return json.loads((tested / RUN / "memorisation.json").read_text(encoding="utf-8"))
 
 
 def test_a_run_without_a_concept_lies_below_its_method(tested: Path) -> None:
@@ -135,9 +135,9 @@ def test_a_test_is_not_replaced_without_a_word(
 ) -> None:
     assert cli.main(["test", *options]) == 2
     assert "memorisation.json exists: pass --overwrite" in capsys.readouterr().err
-    before = json.loads((RUN / "memorisation.json").read_text())
+    before = json.loads((RUN / "memorisation.json").read_text(encoding="utf-8"))
     assert cli.main(["test", *options, "--overwrite", "--model.init_args.copy_quantile=0.5"]) == 0
-    after = json.loads((RUN / "memorisation.json").read_text())
+    after = json.loads((RUN / "memorisation.json").read_text(encoding="utf-8"))
     assert (before["copy_quantile"], after["copy_quantile"]) == (0.01, 0.5)
     assert after["thresholds"]["pixels"] > before["thresholds"]["pixels"]
 
@@ -155,7 +155,7 @@ def test_an_export_says_what_it_is(workplace: Path, tiny_sd: Path, capsys: pytes
     path = RUN / "checkpoints" / "last.ckpt"
     assert cli.main(["export", "--ckpt_path", str(path), "--output", "exported"]) == 0
     assert "without what it has unlearned" in capsys.readouterr().out
-    assert "from which training pictures were unlearned" in Path("exported/README.md").read_text()
+    assert "from which training pictures were unlearned" in Path("exported/README.md").read_text(encoding="utf-8")
     edit = read_edit(path)
     exported = load_components("exported").named_parameters()
     assert all(torch.equal(exported[name], value) for name, value in edit.weights.items())

@@ -62,7 +62,9 @@ def board(tmp_path: Path) -> Iterator[str]:
     """Address of a TensorBoard of ``tmp_path / "logs"``."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path / "logs")]
     command += ["--host", "127.0.0.1", "--port", "0", "--load_fast=false"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, encoding="utf-8"
+    ) as process:
         assert process.stderr is not None
         try:
             address = next(

@@ -52,7 +52,7 @@ def recipe(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"class_path": "ConceptPrompts", "init_args": {"steps": 2, "images_per_prompt": 1}},
     }
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
 
@@ -108,7 +108,7 @@ def judge(recipe: Path, workplace: Path) -> str:
     """The recipe's judge, but for its bias towards dogs."""
     folder = workplace / "judge"
     shutil.copytree(recipe.parent / "judge", folder)
-    place = json.loads((folder / "config.json").read_text())["attributes"]["subject"].index("dog")
+    place = json.loads((folder / "config.json").read_text(encoding="utf-8"))["attributes"]["subject"].index("dog")
     weights = load_file(folder / "model.safetensors")
     weights["heads.subject.bias"][place] += 100
     save_file(weights, folder / "model.safetensors")

@@ -135,8 +135,8 @@ def test_results_of_another_edit_are_not_mixed(run_folder: Path, refuses: Callab
 
 
 def test_a_judge_without_the_question(run_folder: Path, judge: str, refuses: Callable[..., str]) -> None:
-    config = json.loads((Path(judge) / "config.json").read_text())
+    config = json.loads((Path(judge) / "config.json").read_text(encoding="utf-8"))
     config["questions"] = {"Is there an owl?": ["subject", "owl"]}
-    (Path(judge) / "config.json").write_text(json.dumps(config))
+    (Path(judge) / "config.json").write_text(json.dumps(config), encoding="utf-8")
     message = refuses("attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--judge", judge)
     assert "cannot answer 'Is there a dog in this picture?'" in message

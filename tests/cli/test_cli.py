@@ -24,7 +24,7 @@ from lit_unlearn.methods.value_refinement import ValueRefinement
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = f"import sys; from lit_unlearn.cli import main; main({args!r}); print(*sys.modules, file=sys.stderr)"
     before = os.times()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     after = os.times()
     # Of the processor: the clock on the wall counts busy neighbours as well.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2.5
@@ -79,8 +79,10 @@ def test_bad_input_of_a_fit(refuses: Callable[..., str], recipe: Path, args: lis
 
 
 def test_a_recipe_that_edits_needs_a_concept(refuses: Callable[..., str], recipe: Path) -> None:
-    content = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key != "concept"}
-    Path("nameless.yaml").write_text(yaml.safe_dump(content))
+    content = {
+        key: value for key, value in yaml.safe_load(recipe.read_text(encoding="utf-8")).items() if key != "concept"
+    }
+    Path("nameless.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     assert refuses("fit", "--config", "nameless.yaml") == "fit: name the concept to edit, e.g. --concept dog."
 
 

@@ -36,6 +36,7 @@ def command(subcommand: str, root: str, processes: int, args: list[str]) -> None
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -48,7 +49,7 @@ def difference(first: Path, second: Path) -> float:
 
 def without_cost(path: Path) -> dict[str, Any]:
     """Scores without what depends on clocks, memory and the last bits of float32."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     return {name: value for name, value in content.items() if name not in ("cost", "edit", "drift")}
 
 
@@ -91,7 +92,7 @@ def test_the_null_space_edit(workplace: Path, recipe: Path, tiny_sd: Path) -> No
     uneven = ["--model.init_args.positions", "content", "--model.init_args.pull", "0.1"]  # prompts of unequal length
     args = ["--config", str(recipe), "--trainer.callbacks+=SavePictures", *uneven]
     first, second = compare(args, "null_space", tiny_sd)
-    reports = [json.loads((folder / "scores.json").read_text())["edit"] for folder in (first, second)]
+    reports = [json.loads((folder / "scores.json").read_text(encoding="utf-8"))["edit"] for folder in (first, second)]
     assert reports[0]["retained_state_drift"] == pytest.approx(reports[1]["retained_state_drift"], rel=1e-4)
     for name, layer in reports[0]["layers"].items():
         other = reports[1]["layers"][name]
@@ -174,6 +175,7 @@ def test_what_one_process_finds_stops_both(args: list[str], message: str, workpl
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))},
         timeout=120,
+        encoding="utf-8",
     )
     assert result.returncode != 0
     assert message in result.stderr

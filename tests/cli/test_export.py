@@ -47,16 +47,18 @@ def test_an_export_says_where_it_came_from(run_folder: Path, recipe: Path, tiny_
     assert cli.main(["test", "--config", str(recipe)]) == 0
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--dtype", "float16"]) == 0
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--delta"]) == 0
-    facts = json.loads(Path("out/provenance.json").read_text())
+    facts = json.loads(Path("out/provenance.json").read_text(encoding="utf-8"))
     assert (facts["base_model"], facts["concepts"], facts["method"]) == (str(tiny_sd), ["dog"], "ValueRefinement")
     assert facts["config"]["rounds"] == 1
-    assert facts["scores"]["forget"] == json.loads((run_folder / "scores.json").read_text())["forget"]
+    assert facts["scores"]["forget"] == json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["forget"]
     of_delta = {
         name: json.loads(value) for name, value in metadata("out/delta.safetensors").items() if name != "format"
     }
     own = {"kind", "weights_sha256", "files", "dtype"}  # of what lies in the one and in the other
     assert {k: v for k, v in of_delta.items() if k not in own} == {k: v for k, v in facts.items() if k not in own}
-    assert f"| forget | {facts['scores']['before']['forget']:.3f} |" in Path("out/README.md").read_text()
+    assert f"| forget | {facts['scores']['before']['forget']:.3f} |" in Path("out/README.md").read_text(
+        encoding="utf-8"
+    )
     assert {value.dtype for value in load_file("out/unet/diffusion_pytorch_model.safetensors").values()} == {
         torch.float16
     }
@@ -68,7 +70,7 @@ def test_an_export_replaces_only_exports(
 ) -> None:
     arguments = ["--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--output"]
     Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("years of work")
+    Path("mine/thesis.txt").write_text("years of work", encoding="utf-8")
     assert refuses("export", *arguments, "mine").startswith("output=mine exists: choose another name")
     assert refuses("export", *arguments, "mine", "--overwrite").startswith("output=mine is a folder but no export")
 
@@ -81,7 +83,7 @@ def test_a_failed_export_leaves_the_old_one(
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
     def disk_full(components: Any, folder: Path) -> None:
-        (folder / "half").write_text("...")
+        (folder / "half").write_text("...", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "save_pipeline", disk_full)

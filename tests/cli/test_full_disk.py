@@ -211,7 +211,7 @@ def test_a_disk_that_is_read_only(run_on_disk: Path, disk: Disk, recipe: Path, f
 def test_a_file_where_a_folder_should_be(
     run_folder: Path, workplace: Path, recipe: Path, fails: Callable[..., str]
 ) -> None:
-    Path("file").write_text("mine")
+    Path("file").write_text("mine", encoding="utf-8")
     before, ckpt_path = files(workplace), run_folder / "checkpoints/last.ckpt"
     commands = [
         ["fit", "--config", recipe, "--trainer.default_root_dir", "file/logs"],
@@ -224,4 +224,4 @@ def test_a_file_where_a_folder_should_be(
         assert message.startswith("Could not write file/"), message
         assert message.endswith("a file stands where a folder should be, so name another folder."), message
     assert files(workplace) == before
-    assert Path("file").read_text() == "mine"
+    assert Path("file").read_text(encoding="utf-8") == "mine"

@@ -190,9 +190,10 @@ def test_fresh_starts_anew_and_once_does_nothing_again(
 
 
 def test_the_same_command_twice_at_once_is_refused(workplace: Path, recipe: Path, capsys: Any) -> None:
-    content = yaml.safe_load(recipe.read_text())
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     Path("slow.yaml").write_text(
-        yaml.safe_dump({**content, "data": {"class_path": "ConceptPrompts", "init_args": {"steps": 400}}})
+        yaml.safe_dump({**content, "data": {"class_path": "ConceptPrompts", "init_args": {"steps": 400}}}),
+        encoding="utf-8",
     )
     command = [sys.executable, "-m", "lit_unlearn", "fit", "--config", "slow.yaml"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:

@@ -142,18 +142,21 @@ def test_the_edit_is_the_checkpoints_and_the_pictures_are_the_command_lines(run_
 def test_a_test_is_kept_with_its_run_and_not_replaced(
     run_folder: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fitted = (run_folder / "config.yaml").read_text()
+    fitted = (run_folder / "config.yaml").read_text(encoding="utf-8")
     assert cli.main(["test", "--config", str(recipe)]) == 0  # of the newest run
     assert "last.ckpt" in capsys.readouterr().out
     assert {"scores.json", "grid.png", "config_test.yaml"} <= files(run_folder)
-    assert (run_folder / "config.yaml").read_text() == fitted
+    assert (run_folder / "config.yaml").read_text(encoding="utf-8") == fitted
 
-    kept = (run_folder / "scores.json").read_text()
+    kept = (run_folder / "scores.json").read_text(encoding="utf-8")
     assert cli.main(["test", "--config", str(recipe)]) == 2
     assert "scores.json exists: pass --overwrite" in capsys.readouterr().err
-    (run_folder / "scores.json").write_text("stale")
+    (run_folder / "scores.json").write_text("stale", encoding="utf-8")
     assert cli.main(["test", "--config", str(recipe), "--overwrite"]) == 0
-    assert json.loads((run_folder / "scores.json").read_text())["per_concept"] == json.loads(kept)["per_concept"]
+    assert (
+        json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["per_concept"]
+        == json.loads(kept)["per_concept"]
+    )
 
 
 def test_a_test_needs_a_run(refuses: Callable[..., str], recipe: Path) -> None:

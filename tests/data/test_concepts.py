@@ -15,7 +15,7 @@ from lit_unlearn.data import concepts
 from lit_unlearn.data.concepts import KINDS, ConceptSet, available_concept_sets, load_concept_set
 
 REPOSITORY = Path(__file__).parents[2]
-PHRASES = yaml.safe_load((REPOSITORY / "lit_unlearn/emoji/phrases.yaml").read_text())
+PHRASES = yaml.safe_load((REPOSITORY / "lit_unlearn/emoji/phrases.yaml").read_text(encoding="utf-8"))
 FRAMES = ("this is", "we see", "here is", "look at", "there is", "a picture of", "an image of", "a nice picture of", "")
 MAX_WORDS = 28
 """What fits the embedded model's context."""
@@ -58,7 +58,7 @@ def emoji20() -> ConceptSet:
 
 def write(folder: Path, content: object) -> Path:
     path = folder / "pets.yaml"
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Folder:
             picture(number).save(path / f"{place}.png")
             if caption is not None:
                 lines.append(json.dumps({"file_name": f"{place}.png", "text": caption}))
-        (path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        (path / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
     return write
@@ -73,12 +73,12 @@ def batches(data: KeepForgetImages) -> list[list[tuple[int, int, int]]]:
 
 def test_captions_come_from_metadata_or_a_text_file_or_are_one_for_all(folder: Folder) -> None:
     path = folder("mixed", ("from metadata", 1), (None, 2))
-    (path / "1.txt").write_text("from a file\n")
-    (path / "0.txt").write_text("not this one")
-    (path / "notes.md").write_text("no picture")
+    (path / "1.txt").write_text("from a file\n", encoding="utf-8")
+    (path / "0.txt").write_text("not this one", encoding="utf-8")
+    (path / "notes.md").write_text("no picture", encoding="utf-8")
     (path / "more").mkdir()
     picture(3).save(path / "more" / "2.webp", lossless=True)
-    (path / "more" / "2.txt").write_text("deeper")
+    (path / "more" / "2.txt").write_text("deeper", encoding="utf-8")
     found = read_folder(str(path), "data.keep")
     assert [(image.path.name, image.caption) for image in found] == [
         ("0.png", "from metadata"),
@@ -128,12 +128,15 @@ def test_pictures_of_other_modes_and_sizes_are_read(tmp_path: Path) -> None:
             r"0\.png has no caption: name it in .*metadata\.jsonl, write 0",
         ),
         (
-            lambda path: (path / "metadata.jsonl").write_text('{"text": 1}'),
+            lambda path: (path / "metadata.jsonl").write_text('{"text": 1}', encoding="utf-8"),
             r"metadata\.jsonl, line 1, is not of the form",
         ),
-        (lambda path: (path / "metadata.jsonl").write_text("\n{"), r"metadata\.jsonl, line 2, is not of the form"),
         (
-            lambda path: (path / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a"}'),
+            lambda path: (path / "metadata.jsonl").write_text("\n{", encoding="utf-8"),
+            r"metadata\.jsonl, line 2, is not of the form",
+        ),
+        (
+            lambda path: (path / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a"}', encoding="utf-8"),
             r"line 1, names '9\.png', which is not in the folder",
         ),
     ],
@@ -163,7 +166,7 @@ def test_a_picture_cannot_be_kept_and_forgotten(folder: Folder, where: str) -> N
     }
     KeepForgetImages(**{name: str(path) for name, path in folders.items()})
     picture(2).save(folders[where] / "copy.webp", lossless=True)  # another file, the same pixels
-    (folders[where] / "copy.txt").write_text("another caption")
+    (folders[where] / "copy.txt").write_text("another caption", encoding="utf-8")
     with pytest.raises(ValueError, match=r"copy\.webp shows the same picture as .*forget/0\.png"):
         KeepForgetImages(**{name: str(path) for name, path in folders.items()})
 

@@ -132,9 +132,9 @@ def test_another_architecture_is_refused_before_weights_load(
     broken_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pretend(folder: Path) -> None:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
     monkeypatch.setattr("diffusers.UNet2DConditionModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="only pipelines with a single CLIPTextModel"):

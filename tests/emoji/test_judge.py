@@ -87,7 +87,7 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
 
 
 def break_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
+    (folder / "config.json").write_text("{", encoding="utf-8")
 
 
 def break_weights(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_corrupt_file_is_refused(damage: Callable[[Path], None], folder: Path)
 
 
 def test_the_saved_judge_is_the_trained_one(training: JudgeTraining, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["attributes"] == {name: list(values) for name, values in ATTRIBUTES.items()}
     classifier = AttributeClassifier(config["attributes"], config["width"])
     weights = load_file(folder / "model.safetensors")

@@ -37,7 +37,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     written = report(result(settings={"steps": 3, "window": [0.3, 0.9]}), result("relearning", "soccer ball"))
     written.save(path)
     assert AttackReport.load(path) == written
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     assert list(content) == ["schema", "method", "concepts", "checkpoint", "attacks"]
     assert content["schema"] == 1
     assert {"attack", "concept", "pictures", "pre_attack", "shown", "unedited", "intervals"} < set(
@@ -59,11 +59,11 @@ def test_results_of_the_same_attack_and_concept_are_replaced() -> None:
 
 
 def damage(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     target = content if "attacks" in changes or "schema" in changes else content["attacks"][0]
     for name, value in changes.items():
         target.pop(name) if value is None else target.update({name: value})
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_file_that_is_not_valid(tmp_path: Path, changes: dict[str, Any], messa
 def test_a_file_that_is_none(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "attacks.json"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         AttackReport.load(path)
 

@@ -141,7 +141,7 @@ def test_what_is_no_set_of_runs(logs: Path, tmp_path: Path) -> None:
         collect([tmp_path / "nothing"])
     with pytest.raises(ValueError, match=r"empty holds no scores\.json"):
         collect([logs, tmp_path / "empty"])
-    (logs / "uce/dog/version_0/attacks.json").write_text(json.dumps({"attacks": [{"attack": "x"}]}))
+    (logs / "uce/dog/version_0/attacks.json").write_text(json.dumps({"attacks": [{"attack": "x"}]}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"attacks\.json has schema None, this version reads schema 1"):
         collect([logs])
 

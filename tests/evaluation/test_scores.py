@@ -62,7 +62,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 
 def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     example().save(tmp_path / "scores.json")
-    content = json.loads((tmp_path / "scores.json").read_text())
+    content = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert content["schema"] == SCHEMA == 1
     assert next(iter(content)) == "schema"
     assert set(content) == {
@@ -84,7 +84,7 @@ def test_no_verdict_is_null_and_not_a_number(tmp_path: Path) -> None:
         result = metric.compute()
     scores = dataclasses.replace(example(), **vars(Measurement.from_metric(result)))
     scores.save(tmp_path / "scores.json")
-    assert "NaN" not in (tmp_path / "scores.json").read_text()
+    assert "NaN" not in (tmp_path / "scores.json").read_text(encoding="utf-8")
     loaded = Scores.load(tmp_path / "scores.json")
     assert loaded == scores
     assert (loaded.forget, loaded.harmonic_mean, loaded.indirect.retain) == (None, None, None)
@@ -184,7 +184,7 @@ def test_a_file_that_is_no_scores_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not JSON"):
         Scores.load(path)
-    path.write_text("[1, 2]")
+    path.write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(ValueError, match="'schema' is missing"):
         Scores.load(path)
     with pytest.raises(ValueError, match=r"cannot be read: Is a directory"):

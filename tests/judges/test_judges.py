@@ -159,10 +159,10 @@ def test_a_full_disk_leaves_the_answers_that_were_there(tmp_path: Path, monkeypa
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     CachedJudge(Counting(), tmp_path)(torch.zeros(1, 3, 2, 2), ["q"])
     (path,) = tmp_path.glob("*.json")
-    path.write_text(path.read_text()[:20])
+    path.write_text(path.read_text(encoding="utf-8")[:20], encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{path.name} holds no answers of 'counting 1' .*: delete it"):
         CachedJudge(Counting(), tmp_path)
-    path.write_text(json.dumps({"judge": "someone else", "answers": {}}))
+    path.write_text(json.dumps({"judge": "someone else", "answers": {}}), encoding="utf-8")
     with pytest.raises(ValueError, match="it holds answers of 'someone else'"):
         CachedJudge(Counting(), tmp_path)
 

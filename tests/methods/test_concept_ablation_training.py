@@ -51,10 +51,10 @@ def test_wrong_arguments_are_refused_before_anything_loads(
 def test_an_anchor_that_is_the_concept_is_refused(
     field: str, value: Any, problem: str, pets: str, ablation: Ablation, tmp_path: Path
 ) -> None:
-    content = yaml.safe_load(Path(pets).read_text())
+    content = yaml.safe_load(Path(pets).read_text(encoding="utf-8"))
     content["concepts"]["dog"][field] = value
     path = tmp_path / "wrong.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(ValueError, match=problem):
         ablation(concept_set=str(path))
 

@@ -212,13 +212,14 @@ def test_prompts_of_the_concept_set(build: Build) -> None:
 
 
 def test_a_prompt_whose_target_only_adds_words(build: Build, tmp_path: Path, pets: str) -> None:
-    content = Path(pets).read_text()
+    content = Path(pets).read_text(encoding="utf-8")
     assert content.count("the dog at sunset") == 1
     path = tmp_path / "pets.yaml"
     path.write_text(
         content.replace("the dog at sunset", "the pet at sunset").replace(
             "the soccer ball at sunset", "the pet at sunset again"
-        )
+        ),
+        encoding="utf-8",
     )
     module = prepared(build(concept_set=str(path), prompts="edit_prompts"))
     assert marked(module) == [["dog"], ["the", "pet", "at", "sunset"]]

@@ -64,7 +64,7 @@ def test_images_are_drawn_by_the_unedited_model(build: Build, trainer_with: Any)
 def test_images_of_a_folder(build: Build, trainer_with: Any, tmp_path: Path) -> None:
     folder = tmp_path / "dogs"
     files = [picture(folder / "b.png", "blue", (16, 16)), picture(folder / "a.jpg", "green", (40, 20))]
-    (folder / "notes.txt").write_text("not a picture, and not in the way")
+    (folder / "notes.txt").write_text("not a picture, and not in the way", encoding="utf-8")
     module = attached(build(images=str(folder)), trainer_with())
     assert module.image_files == [sorted(files)]
     assert module.picture_size == 16
@@ -93,7 +93,10 @@ def damaged(path: Path) -> None:
         (lambda folder: None, r"model.images='.*dogs' is no folder"),
         (lambda folder: folder.mkdir(), r"model.images='.*dogs' holds no picture"),
         (lambda folder: picture(folder / "x.png").rename(folder / "x.txt"), r"model.images='.*dogs' holds no picture"),
-        (lambda folder: picture(folder / "x.png").write_text("no picture"), r".*dogs/x\.png is no readable picture"),
+        (
+            lambda folder: picture(folder / "x.png").write_text("no picture", encoding="utf-8"),
+            r".*dogs/x\.png is no readable picture",
+        ),
         (lambda folder: damaged(folder / "x.png"), r".*dogs/x\.png is no readable picture"),
     ],
     ids=["missing", "empty", "no pictures", "no picture", "damaged"],

@@ -184,7 +184,7 @@ def test_a_threshold_that_frees_nothing_leaves_the_weights_alone(speed: Build, f
 @pytest.mark.parametrize("name", ["speed.yaml", "speed_paper.yaml"])
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "emoji-sd"])
 def test_a_recipe_edits_values_only(name: str, model: str, fit: Fit, request: pytest.FixtureRequest) -> None:
-    recipe = yaml.safe_load((CONFIGS / name).read_text())
+    recipe = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     arguments = recipe["model"]["init_args"]
     if model == "emoji-sd":
         module = SPEED(concept="dog", **arguments)

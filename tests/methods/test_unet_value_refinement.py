@@ -33,7 +33,9 @@ def short_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "short-sd"
     shutil.copytree(tiny_sd, folder)
     path = folder / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 8}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "model_max_length": 8}), encoding="utf-8"
+    )
     return str(folder)
 
 

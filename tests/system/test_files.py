@@ -156,19 +156,23 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
 
 
 def text_of(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def write_folder(output: Path, text: str) -> None:
     with replaced_folder(output) as folder:
         (folder / "inner").mkdir()
-        (folder / "inner" / "file").write_text(text)
+        (folder / "inner" / "file").write_text(text, encoding="utf-8")
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     output = tmp_path / "above" / "export"
     write_folder(output, "first")
-    (output / "more").write_text("by hand")
+    (output / "more").write_text("by hand", encoding="utf-8")
     write_folder(output, "second")
     assert text_of(tmp_path) == {"above/export/inner/file": "second"}
 
@@ -177,7 +181,7 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path)
     output = tmp_path / "export"
     write_folder(output, "first")
     with pytest.raises(ZeroDivisionError), replaced_folder(output) as folder:
-        (folder / "file").write_text("half")
+        (folder / "file").write_text("half", encoding="utf-8")
         raise ZeroDivisionError
     assert text_of(tmp_path) == {"export/inner/file": "first"}
 
@@ -188,12 +192,12 @@ def test_what_a_killed_process_has_left_is_put_right(moment: str, tmp_path: Path
     write_folder(output, "first")
     if moment == "made":
         temporary.mkdir()
-        (temporary / "file").write_text("half")
+        (temporary / "file").write_text("half", encoding="utf-8")
     else:
         output.rename(old)
         if moment == "moved in":
             (output / "inner").mkdir(parents=True)
-            (output / "inner/file").write_text("killed")
+            (output / "inner/file").write_text("killed", encoding="utf-8")
     # One that fails shows what is there by then: the old folder, or the new one if it was in its place already.
     with pytest.raises(ZeroDivisionError), replaced_folder(output):
         raise ZeroDivisionError
@@ -207,16 +211,16 @@ def test_entries_replace_only_their_own_names(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with replaced_entries(output) as folder:
             (folder / "unet").mkdir()
-            (folder / "unet" / text).write_text(text)
-            (folder / "index.json").write_text(text)
-        (output / "LICENSE").write_text("of the model")
+            (folder / "unet" / text).write_text(text, encoding="utf-8")
+            (folder / "index.json").write_text(text, encoding="utf-8")
+        (output / "LICENSE").write_text("of the model", encoding="utf-8")
     assert text_of(tmp_path) == {
         "model/unet/second": "second",
         "model/index.json": "second",
         "model/LICENSE": "of the model",
     }
     with pytest.raises(ZeroDivisionError), replaced_entries(output) as folder:
-        (folder / "index.json").write_text("half")
+        (folder / "index.json").write_text("half", encoding="utf-8")
         raise ZeroDivisionError
     assert text_of(tmp_path)["model/index.json"] == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
