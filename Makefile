@@ -27,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## remove a concept from the embedded model and score it
 	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)"
 
+# Text that is opened without an encoding is read in another one on Windows; Python then warns, which fails a test.
+test test-slow: export PYTHONWARNDEFAULTENCODING = 1
+
 # One process for each core, which keeps to one thread (tests/conftest.py). A process that has no tests left takes some
 # of another's; until then neighbours stay together and share what they prepare.
 test: $(STAMP) ## run the quick tests
