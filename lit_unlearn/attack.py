@@ -7,7 +7,6 @@ and its result is in ``attacks.json`` before the next one starts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
 from lit_unlearn.checkpoint import Edit, load_with_pretrained, read_edit
-from lit_unlearn.commands import checked_device, checked_model, edit_revision
+from lit_unlearn.commands import checked_model, edit_revision
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
 from lit_unlearn.diffusion.new_tokens import token_table, vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
@@ -29,7 +28,9 @@ from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.judges import Judge
 from lit_unlearn.evaluation.pictures import image_grid, save_png
 from lit_unlearn.judges.load import load_judge
+from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.files import atomic_write
+from lit_unlearn.system.names import file_name
 
 Existing = Literal["refuse", "replace", "keep"]
 FOLDER = "attacks"
@@ -91,11 +92,10 @@ def attack_run(
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)
     todo = _todo(report, path, chosen, targets, existing)
     if todo:
-        found_device, base = checked_device(device), checked_model(model, edit)
+        found_device, base = find_device(device), checked_model(model, edit)
         loaded_judge = _load_judge(edit, judge, concept_set, targets)
-        components, pretrained = load_with_pretrained(base, edit, edit_revision(revision, edit))
+        components, pretrained = load_with_pretrained(base, edit, edit_revision(revision, edit), found_device)
         for module in components.modules().values():
-            module.to(found_device)
             if edit.dtype != torch.float32:  # searches and training need more than half precision
                 module.float()
     for concept in dict.fromkeys(concept for _, concept in todo):
@@ -141,7 +141,7 @@ def _result(
 ) -> AttackResult:
     """Judge what was found; write the grid, and what was learned."""
     pictures = found.draw(model.prompts, model.seeds)
-    name = re.sub(r"[^\w.-]+", "_", model.concept.name) + f"_{attack.name}"
+    name = f"{file_name(model.concept.name)}_{attack.name}"
     rows = [before.unedited, before.edited, pictures]
     scale = max(1, round(96 / pictures.shape[3]))
     grid = image_grid(rows, ["unedited", "edited", attack.name.replace("_", " ")], model.prompts, scale)

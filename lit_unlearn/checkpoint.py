@@ -266,7 +266,8 @@ def _read_delta(path: Path) -> Edit:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            # Copies: what is read is mapped from the file, which could not be replaced on Windows.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, *UNPICKLING_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
@@ -290,28 +291,30 @@ def _read_delta(path: Path) -> Edit:
     )
 
 
-def load_edited(model: str, edit: Edit | None, revision: str | None = None) -> DiffusionComponents:
-    """Load the pipeline ``model`` and apply ``edit``, if there is one.
+def load_edited(
+    model: str, edit: Edit | None, revision: str | None = None, device: torch.device | None = None
+) -> DiffusionComponents:
+    """Load the pipeline ``model`` onto ``device`` (as for ``load_components``) and apply ``edit``, if there is one.
 
     Raises:
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
     if edit:
-        return load_with_pretrained(model, edit, revision)[0]
-    return load_components(model, torch.float32, revision)
+        return load_with_pretrained(model, edit, revision, device)[0]
+    return load_components(model, torch.float32, revision, device)
 
 
 def load_with_pretrained(
-    model: str, edit: Edit, revision: str | None = None
+    model: str, edit: Edit, revision: str | None = None, device: torch.device | None = None
 ) -> tuple[DiffusionComponents, PretrainedValues]:
-    """Load the pipeline ``model`` and apply ``edit``; also return what the edited weights were before.
+    """As ``load_edited``; also return what the edited weights were before.
 
     Raises:
         ValueError: As ``load_edited``.
     """
     if not edit.weights:
         raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
-    components = load_components(model, edit.dtype, revision)
+    components = load_components(model, edit.dtype, revision, device)
     parameters = components.named_parameters()
     pretrained = PretrainedValues({name: parameters[name] for name in edit.weights if name in parameters})
     edit.apply(components)

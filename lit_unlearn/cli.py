@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from lit_unlearn import __version__
 from lit_unlearn.recipes import recipe_names, resolve_recipes
-from lit_unlearn.system.errors import UserError, closest, essence, plain_threads
+from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
+from lit_unlearn.system.names import check_path
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
 
 TRAINER_COMMANDS = {
@@ -121,6 +122,8 @@ def _run(args: list[str]) -> int:
         training.run(resolved)
         return 0
     options = PARSERS[command]().parse_args(rest)
+    with user_errors():
+        check_path("output", getattr(options, "output", None) or ".")
     from lit_unlearn import commands as run
 
     return getattr(run, command)(options) or 0
@@ -171,7 +174,8 @@ def generate_parser() -> Parser:
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps; default: as in the run, or 15")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; default: as in the run, or 4")
     parser.add_argument("--scale", type=int, help="enlargement; default: to at least 256 pixels")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures that are drawn at once; default: 8")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return parser
 
@@ -222,7 +226,7 @@ def attack_parser() -> Parser:
     parser.add_argument("--allow_names", action="store_true", help="searched prompts may hold the concept's own names")
     _add_model_options(parser, "the one that was edited")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder to write into; default: the run's")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     parser.add_argument("--overwrite", action="store_true", help="run attacks again that have results")
     return parser
 

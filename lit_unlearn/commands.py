@@ -22,10 +22,10 @@ from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
 from lit_unlearn.export import check_output, export_delta, export_lora, export_pipeline, provenance
 from lit_unlearn.lora import FILE_NAME, parse_rank
 from lit_unlearn.recipes import find_recipe
+from lit_unlearn.system.devices import explaining_memory, find_device
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
 
-BATCH_SIZE = 8
 MIN_SIDE = 256
 """Smaller pictures are enlarged to at least so many pixels."""
 
@@ -42,24 +42,25 @@ def generate(options: argparse.Namespace) -> None:
             raise ValueError(f"output={output} must end in .png.")
         if output.is_dir() or (output.exists() and not options.overwrite):
             raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
-        for field in ("num", "num_inference_steps", "scale"):
+        for field in ("num", "num_inference_steps", "scale", "batch_size"):
             value = getattr(options, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
-        device = checked_device(options.device)
+        device = find_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path else None
         model = checked_model(options.model, edit)
-        components = load_edited(model, edit, edit_revision(options.revision, edit))
+    ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
+    ways += ["draw on the processor (--device cpu)"] if device.type != "cpu" else []
+    with user_errors(), explaining_memory("generate", device, ways):
+        components = load_edited(model, edit, edit_revision(options.revision, edit), device)
     hyper_parameters = edit.hyper_parameters if edit else {}
     steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = hyper_parameters.get("guidance_scale", 4.0)
-    for module in components.modules().values():
-        module.to(device)
     seeds = list(range(options.seed, options.seed + options.num))
-    with plain_warnings():
-        pictures = draw(components, options.prompts, seeds, steps, guidance_scale)
+    with plain_warnings(), explaining_memory("generate", device, ways):
+        pictures = draw(components, options.prompts, seeds, steps, guidance_scale, options.batch_size)
     scale = options.scale or -(-MIN_SIDE // min(pictures.shape[-2:]))
     if len(pictures) == 1:
         image = to_pil(pictures[0])
@@ -79,10 +80,11 @@ def draw(
     seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
+    batch_size: int,
 ) -> Tensor:
     """Pictures (prompts * seeds, 3, H, W) in [0, 1], each prompt with every seed, under a progress bar."""
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    batches = [wanted[start : start + BATCH_SIZE] for start in range(0, len(wanted), BATCH_SIZE)]
+    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
     pictures: list[Tensor] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -194,6 +196,9 @@ def attack(options: argparse.Namespace) -> None:
     from lit_unlearn.evaluation.attack_results import attacks_table
 
     with user_errors():
+        device = find_device(options.device)
+    ways = ["attack on the processor (--device cpu)"] if device.type != "cpu" else []
+    with user_errors(), explaining_memory("attack", device, ways):
         results = attack_run(
             options.ckpt_path,
             options.attacks,
@@ -272,19 +277,6 @@ def checked_model(model: str | None, edit: Edit | None) -> str:
     model = model or edit.model
     edit.check_base(model)
     return model
-
-
-def checked_device(device: str | None) -> torch.device:
-    """The device called ``device``; by default a GPU if there is one.
-
-    Raises:
-        ValueError: There is none such here.
-    """
-    try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r} cannot be used here ({reason}): try --device cpu.") from error
 
 
 def edit_revision(revision: str | None, edit: Edit | None) -> str | None:

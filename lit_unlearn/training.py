@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import signal
 import sys
 from argparse import ArgumentError
@@ -30,10 +29,12 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.on_device import on_its_device
 from lit_unlearn.recipes import check_method, utf8_recipes
 from lit_unlearn.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
-from lit_unlearn.system.files import WRITING, atomic_write, naming
+from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
+from lit_unlearn.system.names import check_path, joint_name
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -145,6 +146,8 @@ class UnlearnCLI(LightningCLI):
         if self.config[self.config.subcommand].seed_everything is True:
             raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
         check_method(self.config[self.config.subcommand].method)
+        with user_errors():
+            check_path("trainer.default_root_dir", self.config[self.config.subcommand].trainer.default_root_dir or ".")
 
     def _parse_error(self, message: str, subcommand: str) -> str:
         keys = [action.dest for action in self._parser(subcommand)._actions]
@@ -252,7 +255,7 @@ class UnlearnCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         class_name = config.model.class_path.rpartition(".")[2]
         method = config.method or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
-        return "/".join([method, run_label(concepts)] if concepts else [method])
+        return "/".join([method, joint_name(concepts)] if concepts else [method])
 
     # ------------------------------------------------------------------------------------------------ folder of the run
 
@@ -306,7 +309,8 @@ class UnlearnCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
-        with naming(folder, only=WRITING):  # TensorBoard and others do not say where they write
+        # TensorBoard and others do not say where they write.
+        with naming(folder, only=WRITING), on_its_device(subcommand, self.trainer, self.model, self.datamodule):
             super()._run_subcommand(subcommand)
 
     def fit(self, **kwargs: Any) -> None:
@@ -320,7 +324,7 @@ class UnlearnCLI(LightningCLI):
         except EmptyNullSpaceError as error:
             if run is not None and self.run_folder is None:
                 run.release()
-                shutil.rmtree(run.folder, ignore_errors=True)
+                remove_if_possible(run.folder)
             raise UserError(essence(error)) from error
         except NumericalError as error:
             raise UserError(essence(error)) from error
@@ -362,13 +366,6 @@ class UnlearnCLI(LightningCLI):
         kinds = (EvaluationReport, MemorisationReport)
         reports = any(isinstance(callback, kinds) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
-
-
-def run_label(concepts: Sequence[str]) -> str:
-    """Name of a folder for runs that edit ``concepts``: ``soccer_ball``, ``dog+cat``, ``dog+18_others``."""
-    names = [re.sub(r"[^\w.-]+|^\.+", "_", name) for name in concepts]  # no name leads to another folder
-    label = "+".join(names)
-    return label if len(label) <= 100 else f"{names[0][:80]}+{len(names) - 1}_others"
 
 
 def run(args: Sequence[str]) -> UnlearnCLI:

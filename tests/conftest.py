@@ -48,6 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # each core. The variable is for those and for the commands that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # Nor do they need a GPU, and with one their numbers would be others. PyTorch has no such variable for Apple's.
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""})
+    torch.backends.mps.is_available = lambda: False  # type: ignore[method-assign]
     # The Makefile sets it for the processes of tests; the commands that tests start would warn of their libraries.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         os.environ.pop("PYTHONWARNDEFAULTENCODING", None)

@@ -27,6 +27,7 @@ from lit_unlearn.core.closed_form import (
 from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.evaluation.figures import spectrum_figure
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.system.devices import for_solving, solving_device
 
 
 class ClosedFormEdit(L.Callback):
@@ -89,8 +90,8 @@ class ClosedFormEdit(L.Callback):
         self, trainer: L.Trainer, pl_module: ValueRefinement, state: LayerState, values: Tensor, round_number: int
     ) -> None:
         """Solve for V1, ``values`` (n, L, d_out), of one layer, write its weight and report."""
-        keys, values = state.keys[state.mask].double(), values[state.mask].double()
-        weight = state.layer.weight.detach().double().clone()
+        keys, values = for_solving(state.keys[state.mask]), for_solving(values[state.mask])
+        weight = for_solving(state.layer.weight.detach()).clone()
 
         def solve() -> Tensor:
             with solving(state.name):
@@ -98,7 +99,7 @@ class ClosedFormEdit(L.Callback):
 
         (delta,) = pl_module.solved_once([solve])  # one process decides: solvers may differ in the last bit
         write_finite(state.name, state.layer.weight, weight + delta.to(weight))
-        report = self.describe(pl_module, state, keys, state.layer.weight.double() - weight, weight)
+        report = self.describe(pl_module, state, keys, for_solving(state.layer.weight) - weight, weight)
         if pl_module.errors:  # none with values that are not refined
             report["first_error"], report["last_error"] = float(pl_module.errors[0]), float(pl_module.errors[-1])
         pl_module.report.setdefault("layers", {})[state.name] = {"round": round_number, **report}
@@ -152,12 +153,12 @@ class NullSpaceEdit(ClosedFormEdit):
         """The fields of the null space of what the layer ``name`` retains."""
         moment, count = module.moments[name]
         with solving(name):
-            space = null_space(moment, self.threshold, self.rule, count, self.minimum)
-        return space.basis, space.eigenvalues, space.cutoff
+            space = null_space(moment.to(solving_device(module.device)), self.threshold, self.rule, count, self.minimum)
+        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # a GPU holds one layer's at a time
 
     @override
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        weight = state.layer.weight.detach().double()
+        weight = for_solving(state.layer.weight.detach())
         return null_space_update(weight, keys, values, self.null_spaces[state.name], self.ridge, self.ridge_rule)
 
     @override
@@ -190,7 +191,7 @@ class LeastSquaresEdit(ClosedFormEdit):
 
     @override
     def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        weight = state.layer.weight.detach().double()
+        weight = for_solving(state.layer.weight.detach())
         return least_squares_update(weight, keys, values, self._retained(module, state), self.ridge, self.retain_weight)
 
     def _retained(self, module: ValueRefinement, state: LayerState) -> Tensor:
@@ -202,7 +203,7 @@ class LeastSquaresEdit(ClosedFormEdit):
     def describe(
         self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
     ) -> dict[str, float]:
-        moment, _ = module.moments[state.name]
+        moment = module.moments[state.name][0].to(delta)
         leak = ((delta @ moment) * delta).sum().clamp_min(0).sqrt() / ((weight @ moment) * weight).sum().sqrt()
         return {
             "leak": float(leak),

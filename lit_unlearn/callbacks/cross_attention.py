@@ -43,6 +43,6 @@ class CrossAttentionEdit(L.Callback):
         # One process decides: solvers may differ in the last bit.
         ((deltas, report),) = pl_module.solved_once([partial(self.solve, pl_module)])
         for name, layer in pl_module.layers.items():
-            write_finite(name, layer.weight, layer.weight.double() + deltas[name])
+            write_finite(name, layer.weight, layer.weight.to(deltas[name]) + deltas[name])
         pl_module.report.update(report)
         pl_module.report["weight_change_ratio"] = pl_module.pretrained.change_ratio()

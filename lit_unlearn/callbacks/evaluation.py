@@ -27,6 +27,7 @@ from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_featu
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
 from lit_unlearn.evaluation.tables import scores_table
 from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.system.devices import float64_device
 
 TEST_SCORES = (
     "forget",
@@ -135,11 +136,12 @@ class EvaluationReport(L.Callback):
         assert isinstance(pl_module, ConceptEditor)
         self._shown = []
         features = getattr(pl_module.judge, "features", None)
-        self._drift = PairedDrift(features).to(pl_module.device)
+        device = float64_device(pl_module.device)  # what these metrics sum up in
+        self._drift = PairedDrift(features).to(device)
         compared = of_bytes(features) if features is not None else None
         if self.features == "inception":
-            compared = inception_features(pl_module.device)
-        self._distance = SetDistance(compared, pl_module.device) if compared is not None else None
+            compared = inception_features(device)
+        self._distance = SetDistance(compared, device) if compared is not None else None
         images_per_prompt = trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self._curve = JudgeCurve(
             pl_module.judge, pl_module.concepts, pl_module.edited, images_per_prompt, self.judge_negatives

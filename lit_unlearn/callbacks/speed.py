@@ -22,6 +22,7 @@ from lit_unlearn.core.speed import (
 )
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.speed import SPEED, SPEEDKeys
+from lit_unlearn.system.devices import for_solving
 
 
 class SPEEDEdit(CrossAttentionEdit):
@@ -49,7 +50,7 @@ class SPEEDEdit(CrossAttentionEdit):
         self, module: SPEED, keys: SPEEDKeys, weight: Tensor, number: int
     ) -> tuple[Tensor, dict[str, float]]:
         """Change (d_out, D), float64, of the ``number``-th edited ``weight``, and what to report of it."""
-        stored, weight = weight, weight.double()  # the stored type is what the edit is rounded to
+        stored, weight = weight, for_solving(weight)  # the stored type is what the edit is rounded to
         erasing = erasing_update(weight, keys.edited, keys.anchors, keys.num_texts)
         kept = keys.retained
         if module.filter:
@@ -60,7 +61,7 @@ class SPEEDEdit(CrossAttentionEdit):
         free = retained_null_space(torch.cat([kept, copies]), module.threshold, module.rule, module.minimum)
         settings = module.retain_scale, module.lamb, keys.num_texts
         delta = speed_update(weight, keys.edited, keys.anchors, free, keys.invariants, *settings)
-        rounded = (weight + delta).to(stored).double() - weight  # what the stored weight takes up
+        rounded = for_solving((weight + delta).to(stored)) - weight  # what the stored weight takes up
         report = {
             "kept": len(kept),
             "augmented": len(copies),

@@ -13,6 +13,7 @@ from lit_unlearn.callbacks.cross_attention import CrossAttentionEdit
 from lit_unlearn.callbacks.numbers import solving
 from lit_unlearn.core.cross_attention_maps import map_condition, map_report, map_updates
 from lit_unlearn.methods.uce import PhraseMap
+from lit_unlearn.system.devices import for_solving
 
 
 class UCEEdit(CrossAttentionEdit):
@@ -30,7 +31,7 @@ class UCEEdit(CrossAttentionEdit):
             name: module.pretrained.values[name].to(layer.weight.device) for name, layer in module.layers.items()
         }
         started = time.perf_counter()
-        targets = [module.layer_targets(weight.double()) for weight in weights.values()]
+        targets = [module.layer_targets(for_solving(weight)) for weight in weights.values()]
         settings = module.preserved_moment, module.erase_scale, module.preserve_scale, module.lamb
         with solving("The cross-attention", "The ridge is model.lamb / model.erase_scale."):
             updates = map_updates(list(weights.values()), module.keys, targets, *settings)
@@ -38,9 +39,10 @@ class UCEEdit(CrossAttentionEdit):
         condition = map_condition(module.keys, *settings)  # of the one system that all of them share
         deltas, layers = {}, {}
         for (name, weight), update, wished in zip(weights.items(), updates, targets, strict=True):
-            edited = weight.double() + update
-            deltas[name] = edited - module.layers[name].weight.double()
-            stored = edited.to(weight).double() - weight.double()  # what the stored weight takes up
+            before = for_solving(weight)
+            edited = before + update
+            deltas[name] = edited - for_solving(module.layers[name].weight)
+            stored = for_solving(edited.to(weight)) - before  # what the stored weight takes up
             layers[name] = map_report(weight, stored, module.keys, wished, module.preserved_moment)
             layers[name]["condition_number"] = condition
         worst = {key: max(layer[key] for layer in layers.values()) for key in next(iter(layers.values()))}

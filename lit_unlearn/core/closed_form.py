@@ -12,8 +12,8 @@ The papers write keys and values as columns. Here rows are samples, as everywher
     R          V1 - W K1, (d_out, n)               (values - keys @ weight.mT).mT
     Delta      W' = W + Delta                      what the ``*_update`` functions return
 
-Statistics and solves run in float64 on the weight's device (on the CPU if the device is MPS, which has no float64);
-updates come back in the weight's dtype.
+Statistics and solves run in float64, on the weight's device or on the processor (`system.devices` says which); updates
+come back on the weight's device, in its dtype.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_unlearn.system.devices import float64_device
+
 
 def choose_forget(uniform: Tensor, mixture: float) -> Tensor:
     """Which items of a batch come from ``q(·|a)``: an independent choice for each, true with probability λ.
@@ -58,7 +60,9 @@ def log_density_ratio(noise_keep: Tensor, noise_forget: Tensor) -> Tensor:
 
     Multiplied out as ``⟨ε_x − ε_a, ε_x + ε_a⟩ / 2``: squares of almost equal pictures would cancel.
     """
-    difference, total = noise_keep.double() - noise_forget.double(), noise_keep.double() + noise_forget.double()
+    device = float64_device(noise_keep.device)
+    keep, forget = noise_keep.to(device).double(), noise_forget.to(device).double()
+    difference, total = keep - forget, keep + forget
     return (difference * total).flatten(1).sum(dim=1) / 2
 
 

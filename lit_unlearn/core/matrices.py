@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lit_unlearn.system.devices import solving_device
+
 
 def checked_moment(name: str, moment: Tensor, d_in: int | None = None, device: torch.device | None = None) -> Tensor:
     """A finite, symmetric (d_in, d_in) matrix in float64."""
@@ -21,15 +23,17 @@ def checked_moment(name: str, moment: Tensor, d_in: int | None = None, device: t
 def checked_matrix(
     name: str, matrix: Tensor, shape: tuple[int | None, ...], device: torch.device | None = None
 ) -> Tensor:
-    """A finite matrix of the given shape (None: any size) in float64 on ``device`` (default: where it is)."""
+    """A finite matrix of the given shape (None: any size) in float64, where what lies on ``device`` is solved.
+
+    Without ``device``, where what lies on the matrix's own device is.
+    """
     if matrix.dim() != 2 or any(want not in (None, have) for want, have in zip(shape, matrix.shape, strict=True)):
         expected = ", ".join("*" if want is None else str(want) for want in shape)
         raise ValueError(
             f"{name} has shape {tuple(matrix.shape)}, expected ({expected}): rows are tokens (flatten batches), "
             "columns the features of the layer."
         )
-    device = matrix.device if device is None else device
-    matrix = matrix.to("cpu" if device.type == "mps" else device, torch.float64)
+    matrix = matrix.to(solving_device(matrix.device if device is None else device)).double()
     if not bool(matrix.isfinite().all()):
         num_bad = int((~matrix.isfinite()).sum())
         raise ValueError(

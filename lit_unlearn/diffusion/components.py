@@ -131,17 +131,33 @@ def check_model(model: str) -> dict[str, list[str]]:
     return names
 
 
-def load_components(model: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> DiffusionComponents:
+def load_components(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    device: torch.device | None = None,
+) -> DiffusionComponents:
     """Load the parts of ``model``, frozen and in evaluation mode.
+
+    One after the other, each moved at once: the processor's memory holds the largest part, never all of them beside
+    those on a GPU.
 
     Args:
         model: A diffusers folder, ``emoji-sd``, or a hub id (``CompVis/stable-diffusion-v1-4``).
         dtype: Type of the weights.
         revision: Branch, tag or commit of a hub id.
+        device: Where the weights shall lie; PyTorch's default device if None, which Lightning sets while it has a
+            method configure its model.
 
     Raises:
         ValueError: As ``check_model``.
     """
+    device = torch.get_default_device() if device is None else device
+    with torch.device("cpu"):  # transformers takes another default device for a device map, which needs accelerate
+        return _load_components(model, dtype, revision, device)
+
+
+def _load_components(model: str, dtype: torch.dtype, revision: str | None, device: torch.device) -> DiffusionComponents:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import is_accelerate_available
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -154,18 +170,18 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, revision: st
     weights = {**options, "dtype": dtype, "use_safetensors": True}
     # What diffusers would fall back to anyhow, with a page of advice.
     models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
-    components = DiffusionComponents(
+
+    def load(kind: Any, part: str, options: dict[str, Any]) -> Any:
+        return _load_part(kind, path, part, options).eval().requires_grad_(False).to(device)
+
+    channels_last = {"memory_format": torch.channels_last}
+    return DiffusionComponents(
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
-        text_encoder=_load_part(CLIPTextModel, path, "text_encoder", weights),
-        unet=_load_part(UNet2DConditionModel, path, "unet", models),
-        vae=_load_part(AutoencoderKL, path, "vae", models),
+        text_encoder=load(CLIPTextModel, "text_encoder", weights),
+        unet=load(UNet2DConditionModel, "unet", models).to(**channels_last),
+        vae=load(AutoencoderKL, "vae", models).to(**channels_last),
         scheduler=_load_scheduler(path, options),
     )
-    for module in components.modules().values():
-        module.eval().requires_grad_(False)
-    components.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    components.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return components
 
 
 def _load_part(kind: Any, path: Path | str, part: str, options: dict[str, Any]) -> Any:

@@ -50,7 +50,7 @@ def tokenize_templates(tokenizer: CLIPTokenizer, templates: Sequence[str], count
         padding = length - needed
         all_ids.append([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding])
         all_slots.append([-1, *slots, -1, *[-1] * padding])
-    return torch.tensor(all_ids), torch.tensor(all_slots)
+    return torch.tensor(all_ids, device="cpu"), torch.tensor(all_slots, device="cpu")
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def initial_embeddings(
     """
     table = token_table(text_encoder).weight.detach().float()
     if words is None:
-        noise = torch.randn(count, table.shape[1], generator=generator).to(table.device)
+        noise = torch.randn(count, table.shape[1], generator=generator, device=generator.device).to(table.device)
         return table.mean(0) + table.std(0) * noise
     ids = tokenizer(words, add_special_tokens=False).input_ids
     return table[[ids[place % len(ids)] for place in range(count)]].clone()

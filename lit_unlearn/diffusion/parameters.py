@@ -108,18 +108,25 @@ class PretrainedValues:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.values = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        self._beside: dict[str, Tensor] = {}
 
     def __call__(self, part: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call ``module`` (the part ``unet`` or ``text_encoder``) with the pretrained values, without gradients."""
         prefix = f"{part}."
-        values = {
-            name.removeprefix(prefix): value.to(self.parameters[name].device)
-            for name, value in self.values.items()
-            if name.startswith(prefix)
-        }
+        values = {name.removeprefix(prefix): self.beside(name) for name in self.values if name.startswith(prefix)}
         with torch.no_grad():
             return functional_call(module, values, args, kwargs)
+
+    def beside(self, name: str) -> Tensor:
+        """The pretrained value of the parameter ``name``, on the parameter's device and from then on kept there.
+
+        Methods ask the unedited model at every step; those that never do have it on the processor alone.
+        """
+        device = self.parameters[name].device
+        if name not in self._beside or self._beside[name].device != device:
+            self._beside[name] = self.values[name].to(device)
+        return self._beside[name]
 
     @contextmanager
     def restored(self) -> Iterator[None]:

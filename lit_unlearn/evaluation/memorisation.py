@@ -130,8 +130,9 @@ class CopyCount(Metric):
         self.spaces, self.kinds, self.num_forget = list(spaces), list(kinds), num_forget
         shape = (len(spaces), len(self.FIELDS), len(kinds))
         # Every picture is looked at by one process, so the sum over processes puts them together.
-        self.add_state("values", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("drift", torch.zeros(len(kinds), dtype=torch.float64), dist_reduce_fx="sum")
+        # In float32, as they are found, since not every device has more; what is averaged is averaged in float64.
+        self.add_state("values", torch.zeros(shape, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("drift", torch.zeros(len(kinds), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(len(kinds), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, numbers: Tensor, found: Mapping[str, Found], drift: Tensor) -> None:
@@ -142,6 +143,7 @@ class CopyCount(Metric):
             found: What is nearest to them, per space.
             drift: Root-mean-square difference from the unedited model's picture of the same seed, (B,).
         """
+        numbers = numbers.to(self.values.device)
         for row, space in enumerate(self.spaces):
             for column, field in enumerate(self.FIELDS):
                 self.values[row, column, numbers] = getattr(found[space], field).to(self.values)
@@ -154,15 +156,15 @@ class CopyCount(Metric):
         ``copied_images`` counts, per space, the copies of each picture to forget among those of the captions to forget.
         """
         result: dict[str, Any] = {}
-        seen = self.seen.bool()
+        seen, drift, values = self.seen.cpu().bool(), self.drift.cpu().double(), self.values.cpu().double()
         for kind in ("forget", "keep"):
-            places = seen & torch.tensor([k == kind for k in self.kinds], dtype=torch.bool, device=seen.device)
+            places = seen & torch.tensor([k == kind for k in self.kinds], dtype=torch.bool)
             count = int(places.sum())
             if not count:
                 continue
-            entry: dict[str, Any] = {"pictures": count, "drift": float(self.drift[places].mean())}
+            entry: dict[str, Any] = {"pictures": count, "drift": float(drift[places].mean())}
             for row, space in enumerate(self.spaces):
-                distance, _, copied, known = self.values[row][:, places]
+                distance, _, copied, known = values[row][:, places]
                 copies = int(copied.sum())
                 entry[space] = {
                     "copies": copies / count,
@@ -171,10 +173,10 @@ class CopyCount(Metric):
                     "known_distance": float(known.mean()),
                 }
             result[kind] = entry
-        forget = seen & torch.tensor([k == "forget" for k in self.kinds], dtype=torch.bool, device=seen.device)
+        forget = seen & torch.tensor([k == "forget" for k in self.kinds], dtype=torch.bool)
         result["copied_images"] = {
             space: torch.bincount(
-                self.values[row, 1, forget & self.values[row, 2].bool()].long(), minlength=self.num_forget
+                values[row, 1, forget & values[row, 2].bool()].long(), minlength=self.num_forget
             ).tolist()
             for row, space in enumerate(self.spaces)
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
 from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.system.devices import find_device
 
 MODEL = "openai/clip-vit-large-patch14"
 TEMPLATES = {
@@ -42,8 +43,7 @@ class ClipJudge:
         options: dict[str, Any] = {"revision": revision} if revision else {}
         self.processor = CLIPProcessor.from_pretrained(model, **options)
         self.model = CLIPModel.from_pretrained(model, use_safetensors=True, **options).eval()
-        if torch.cuda.is_available():
-            self.model.to("cuda")
+        self.model.to(find_device())
         self.name = f"clip {model}{f'@{revision}' if revision else ''} {concepts.name}"
         self.batch_size = batch_size
         self.choices = choices(concepts)

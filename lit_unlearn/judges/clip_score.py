@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.judges.clip import MODEL, normalised
@@ -29,8 +30,7 @@ class ClipScore(Metric):
     higher_is_better = True
     full_state_update = False
 
-    total: Tensor
-    count: Tensor
+    scores: list[Tensor]
 
     def __init__(self, model: str = MODEL, revision: str | None = None, **kwargs: Any) -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -39,8 +39,7 @@ class ClipScore(Metric):
         options: dict[str, Any] = {"revision": revision} if revision else {}
         self.processor = CLIPProcessor.from_pretrained(model, **options)
         self.model = CLIPModel.from_pretrained(model, use_safetensors=True, **options).eval()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("scores", [], dist_reduce_fx="cat")
 
     @torch.no_grad()
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
@@ -50,10 +49,9 @@ class ClipScore(Metric):
         device = self.model.device
         image_features = normalised(self.model.get_image_features(**pictures.to(device)).pooler_output)
         text_features = normalised(self.model.get_text_features(**text.to(device)).pooler_output)
-        scores = 100 * (image_features * text_features).sum(dim=-1).clamp(min=0)
-        self.total += scores.double().sum().to(self.total.device)
-        self.count += len(scores)
+        self.scores.append(100 * (image_features * text_features).sum(dim=-1).clamp(min=0).float())
 
     def compute(self) -> Tensor:
         """The mean score, nan if there were no pictures."""
-        return self.total / self.count
+        scores = dim_zero_cat(self.scores) if len(self.scores) else torch.zeros(0)
+        return scores.cpu().double().mean()

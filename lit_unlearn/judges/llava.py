@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.system.devices import find_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,8 +64,8 @@ class LlavaJudge:
         options["use_safetensors"] = True
         self.model = LlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype), **options)
         self.model.eval()
-        if not device_map and not load_in_4bit and torch.cuda.is_available():
-            self.model.to("cuda")  # type: ignore[arg-type]
+        if not device_map and not load_in_4bit:
+            self.model.to(find_device())  # type: ignore[arg-type]
         self.batch_size, self.min_answer = batch_size, min_answer
         self.name = f"llava {model}{f'@{revision}' if revision else ''} {'4bit' if load_in_4bit else dtype}"
         self.yes = answer_tokens(self.processor.tokenizer, "yes")

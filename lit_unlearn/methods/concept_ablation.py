@@ -310,7 +310,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         with torch.no_grad():
             for name, rows in self.rows.items():
                 parameter = self.pretrained.parameters[name]
-                original = self.pretrained.values[name].to(parameter.device)
+                original = self.pretrained.beside(name)
                 parameter.copy_(torch.where(rows.to(parameter.device), parameter, original))
 
 

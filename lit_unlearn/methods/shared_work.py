@@ -31,9 +31,11 @@ class SharedWork(L.LightningModule):
         return parts[self.trainer.global_rank :: self.trainer.world_size]
 
     def total(self, part: Tensor) -> Tensor:
-        """Sum over processes of ``part``, on all of them."""
-        alone = self._trainer is None or self._trainer.world_size == 1
-        return part if alone else self.trainer.strategy.reduce(part, reduce_op="sum")
+        """Sum over processes of ``part``, on all of them, where ``part`` lies."""
+        if self._trainer is None or self._trainer.world_size == 1:
+            return part
+        # GPUs exchange nothing that lies elsewhere.
+        return self.trainer.strategy.reduce(part.to(self.device), reduce_op="sum").to(part.device)
 
     def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
         """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.
@@ -79,6 +81,8 @@ class SharedWork(L.LightningModule):
     def solved_once(self, solve: Sequence[Callable[[], T]]) -> list[T]:
         """Results of ``solve``, each called by one process and sent to all, with tensors of any shapes in them.
 
+        What was sent comes with its tensors on the processor.
+
         Raises:
             Exception: What one of ``solve`` raises, on every process, so that none waits for another for ever.
         """
@@ -93,7 +97,7 @@ class SharedWork(L.LightningModule):
             sent = self.trainer.strategy.broadcast(tree_map_only(Tensor, Tensor.cpu, mine), src=rank)
             if isinstance(sent, Exception):
                 raise sent
-            results.append(tree_map_only(Tensor, partial(Tensor.to, device=self.device), sent))
+            results.append(sent)
         return results
 
     def log_losses(self, losses: Mapping[str, Tensor], batch: Sequence[Any] | Tensor) -> None:

@@ -15,6 +15,7 @@ from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+from lit_unlearn.system.devices import for_solving
 
 
 @dataclass
@@ -147,10 +148,10 @@ class SPEED(CrossAttentionEditor):
         retained_ids, retained_states = self.states(self.retained_texts)
         retained_rows, retained_places, _ = subject_positions(retained_ids, [], eos_token_id, self.tokens)
         return SPEEDKeys(
-            edited=states[rows, places].double(),
-            anchors=anchor_states[rows, anchor_places].double(),
+            edited=for_solving(states[rows, places]),
+            anchors=for_solving(anchor_states[rows, anchor_places]),
             num_texts=len(self.edited_texts),
-            retained=retained_states[retained_rows, retained_places].double(),
+            retained=for_solving(retained_states[retained_rows, retained_places]),
             invariants=self.invariant_keys(),
         )
 
@@ -159,7 +160,7 @@ class SPEED(CrossAttentionEditor):
         if self.invariants is None:
             return None
         _, states = self.states([""])
-        start, padding = states[0, :1].double(), states[0, 1:].double()
+        start, padding = for_solving(states[0, :1]), for_solving(states[0, 1:])
         if self.invariants == 0:
             return start
         return torch.cat([start, k_means(padding, self.invariants, seeded(self.seed, "centres"))])

@@ -19,6 +19,7 @@ from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, s
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+from lit_unlearn.system.devices import for_solving
 
 TEMPLATES = ("a picture of {}", "an image of {}", "a drawing of {}", "this is {}", "look at {}")
 STYLE_TEMPLATES = ("a picture in {} style", "an image in the style of {}", "drawn as {}", "{} art", "work in {}")
@@ -114,12 +115,12 @@ class PhraseMap(CrossAttentionEditor):
         self.rows, places, guide_places = subject_positions(
             ids, [guide_ids for guide_ids, _ in encoded], eos_token_id, self.tokens
         )
-        self.rows = self.rows.to(states.device)
-        self.keys = states[self.rows, places].double()
+        self.keys = for_solving(states[self.rows, places])
         self.guide_keys = [
-            guide_states[self.rows, guide_place].double()
+            for_solving(guide_states[self.rows, guide_place])
             for (_, guide_states), guide_place in zip(encoded, guide_places, strict=True)
         ]
+        self.rows = self.rows.to(self.keys.device)
         self.preserved_moment = self._preserved_moment(eos_token_id) if self.preserved else None
 
     def _preserved_moment(self, eos_token_id: int) -> Tensor:

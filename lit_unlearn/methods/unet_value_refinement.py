@@ -113,10 +113,10 @@ class UNetValueRefinement(ValueRefinement):
         """``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys: states of the retained prompts, alike for all layers."""
         tokenizer = self.components.tokenizer
         states = self.text_states(tokenize(tokenizer, self.retain_prompts)).flatten(0, 1)
-        moment, count = second_moment(states), len(states)
+        moment, count = second_moment(states).cpu(), len(states)
         if self.retain_empty:
             empty = self.text_states(tokenize(tokenizer, [""]))[0]
-            moment, count = moment + len(self.retain_prompts) * second_moment(empty), 2 * count
+            moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
         self.moments = dict.fromkeys(self.edited_names, (moment, count))
 
     def watch(self) -> None:

@@ -225,13 +225,11 @@ class ValueRefinement(ConceptEditor):
 
         Processes take whole batches, the same as one has, so that only the order of the sums differs.
         """
-        sums = {
-            name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64, device=self.device)
-            for name, layer in self.layers.items()
-        }
+        # On the processor: those of all layers are larger than the text encoder itself.
+        sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
         for batch in self.own_share(batches):
             for name, keys in inputs(batch).items():
-                sums[name] += second_moment(keys.flatten(0, 1))
+                sums[name] += second_moment(keys.flatten(0, 1)).cpu()
         return {name: self.total(moment) for name, moment in sums.items()}
 
     def edit_latents(self) -> Tensor:
