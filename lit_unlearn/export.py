@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lit_unlearn import __version__
 from lit_unlearn.checkpoint import Edit
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import load_components, resolve_model, save_pipeline
+from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model, save_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.evaluation.scores import Scores, write_json
@@ -178,6 +178,8 @@ def export_pipeline(
     parameters = components.named_parameters()
     facts["dtype"] = str(dtype or edit.dtype).removeprefix("torch.")
     facts["weights_sha256"] = weights_sha256({name: parameters[name] for name in edit.weights})
+    if output.exists():
+        _copy_into_memory(components)
     with replaced_folder(output) as folder:
         save_pipeline(components, folder)
         if old_names:
@@ -188,7 +190,7 @@ def export_pipeline(
             for pattern in ("LICENSE*", "NOTICE*"):
                 for file in base.glob(pattern):
                     if file.is_file() and not file.is_symlink():  # a link could publish any file of this machine
-                        shutil.copy(file, folder)
+                        shutil.copyfile(file, folder / file.name)  # not its mode, which may forbid to replace it
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         facts["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         write_json(folder / PROVENANCE, facts)
@@ -197,10 +199,18 @@ def export_pipeline(
             file.chmod(mode)
 
 
+def _copy_into_memory(components: DiffusionComponents) -> None:
+    """Let go of the files that the weights are mapped from: the export may replace them, if it replaces its base."""
+    for module in components.modules().values():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.clone()
+
+
 def rename_text_encoder(folder: Path) -> None:
     """Give the text encoder's weights in ``folder`` the names of 2022, which tools for transformers 4 want."""
     for path in (folder / "text_encoder").glob("*.safetensors"):
-        weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+        stored = deserialize(path.read_bytes())  # not mapped: it is written over
+        weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in stored.items()}
         path.write_bytes(serialize(weights, {"format": "pt"}))
 
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lit_unlearn.system.errors import UserError, closest
+from lit_unlearn.system.names import why_not
 
 MAX_BYTES, MAX_NODES = 1_000_000, 100_000
 """Largest recipe that is read, and the most values that it may stand for once its aliases are written out."""
@@ -89,13 +90,19 @@ def utf8_recipes() -> Iterator[None]:
 
 
 def check_method(method: str | None) -> None:
-    """Refuse a name of a method that leads to another folder: runs lie in ``default_root_dir/METHOD``.
+    """Refuse a name of a method that leads to another folder, or that not every system can have.
+
+    Runs lie in ``default_root_dir/METHOD``.
 
     Raises:
-        UserError: It does.
+        UserError: It is such a name.
     """
-    if method is not None and {"..", "/"} & set(Path(method).parts):
+    parts = PurePosixPath(method or "").parts
+    if {"..", "/"} & set(parts):
         raise UserError(f"method={method!r} leads out of the folder of the runs: give a name, such as esd.")
+    for part in parts:
+        if reason := why_not(part):
+            raise UserError(f"method={method!r} {reason}, which Windows does not allow: give a name, such as esd.")
 
 
 def _check_yaml(path: Path) -> None:

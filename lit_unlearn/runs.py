@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_unlearn.evaluation.scores import write_json
 from lit_unlearn.system.errors import UserError
-from lit_unlearn.system.files import WriteError, naming
+from lit_unlearn.system.files import WriteError, naming, remove, remove_if_possible
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 RUNNING, FINISHED = "running", "finished"
@@ -95,13 +94,13 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_it()
             for left in self.folder.glob("checkpoints/.*.tmp"):  # by a process that was killed
-                left.unlink(missing_ok=True)
+                remove(left)
         try:
             self._write(RUNNING)
         except WriteError:
             self.release()
             if is_new:  # nothing says whose it is, so no command would go on with it
-                shutil.rmtree(self.folder, ignore_errors=True)
+                remove_if_possible(self.folder)
             raise
 
     def _lock_it(self) -> None:

@@ -17,7 +17,7 @@ from lit_unlearn.data.concepts import MAX_BYTES, load_concept_set
 from lit_unlearn.methods import base
 from lit_unlearn.recipes import find_recipe
 from lit_unlearn.system.errors import UserError
-from lit_unlearn.training import run_label
+from lit_unlearn.system.names import joint_name
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_concepts_too_large_to_check(pets: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", "../../etc", "/etc/passwd", ".hidden", "a/b", "a\\b", "~", "x" * 5000, "\n"])
 def test_names_of_concepts_lead_nowhere(name: str, tmp_path: Path) -> None:
-    label = run_label([name])
-    assert label not in ("", ".", "..") and "/" not in label and len(label) <= 101
+    label = joint_name([name])
+    assert label not in ("", ".", "..") and "/" not in label and len(label) <= 109
     assert (tmp_path / "logs" / label).resolve().parent == (tmp_path / "logs").resolve()
 
 

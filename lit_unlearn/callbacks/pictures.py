@@ -16,6 +16,7 @@ from lit_unlearn.data.images import CaptionItem
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.evaluation.pictures import save_png, to_pil
 from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.system.names import file_name
 
 
 class SavePictures(BasePredictionWriter):
@@ -56,5 +57,5 @@ def _name(module: L.LightningModule, item: PictureItem | CaptionItem) -> str:
         caption = re.sub(r"[^\w.-]+", "_", item.prompt)[:80]
         return f"{item.kind}/{item.caption_index:03}_{caption}-{item.image_index}.png"
     assert isinstance(module, ConceptEditor)
-    concept = list(module.concepts.concepts)[item.concept_index].replace(" ", "_")
+    concept = file_name(list(module.concepts.concepts)[item.concept_index])
     return f"{concept}/{item.prompt_index}-{item.image_index}.png"

@@ -8,7 +8,6 @@ folders as ``KeepForgetImages`` reads them, so that a method can unlearn them.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, Drawing
 from lit_unlearn.emoji.text_to_image import TextToImageTraining
 from lit_unlearn.evaluation.pictures import save_png, to_tensor
-from lit_unlearn.system.files import atomic_write
+from lit_unlearn.system.files import replaced_folder
 
 MEMORISED: tuple[tuple[str, str, str, str], ...] = (
     ("dog", "glossy", "sunset", "look at a dog"),
@@ -101,14 +100,12 @@ class MemorisedDrawings:
     def write(self, output: Path) -> None:
         """Write the folders ``forget``, ``keep`` and ``held_out`` into ``output``, in place of earlier ones."""
         for name in ("forget", "keep", "held_out"):
-            folder = output / name
-            shutil.rmtree(folder, ignore_errors=True)
             lines = []
-            for number, drawing in enumerate(getattr(self, name)):
-                save_png(folder / f"{number:03}.png", Image.fromarray(drawing.pixels))
-                lines.append(json.dumps({"file_name": f"{number:03}.png", "text": drawing.text}))
-            with atomic_write(folder / "metadata.jsonl") as file:  # the last, so that an interrupted folder lacks it
-                file.write("\n".join(lines).encode() + b"\n")
+            with replaced_folder(output / name) as folder:
+                for number, drawing in enumerate(getattr(self, name)):
+                    save_png(folder / f"{number:03}.png", Image.fromarray(drawing.pixels))
+                    lines.append(json.dumps({"file_name": f"{number:03}.png", "text": drawing.text}))
+                (folder / "metadata.jsonl").write_bytes("\n".join(lines).encode() + b"\n")
 
 
 class MemorisedLatents(Dataset[dict[str, Tensor]]):

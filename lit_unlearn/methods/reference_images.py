@@ -13,6 +13,7 @@ from lit_unlearn.data.images import load_image, read_folder
 from lit_unlearn.diffusion.sampling import encode_pictures
 from lit_unlearn.methods.anchors import PretrainedSampler
 from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.system.names import file_name
 
 ENCODE_PICTURES = 8
 """Pictures of a folder that are encoded at once."""
@@ -83,4 +84,4 @@ class ReferenceImages(ConceptEditor):
 def concept_folder(folder: Path, name: str) -> Path:
     """Folder of the concept ``name`` below ``folder``; spaces may be underscores."""
     exact = folder / name
-    return exact if exact.is_dir() else folder / name.replace(" ", "_")
+    return exact if exact.is_dir() else folder / file_name(name)

@@ -1,17 +1,25 @@
-"""Files that are either old or new, never half written."""
+"""Files that are either old or new, never half written; all that replaces, renames or removes files is here.
+
+Windows refuses to replace, rename or remove a file that is open or mapped into memory, and a folder that holds one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import gc
 import io
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+from lit_unlearn.system.names import LONGEST_PATH, on_windows
 
 WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Numbers of the errors that come from writing only."""
@@ -25,6 +33,10 @@ REMEDIES = {
     errno.ENOTDIR: "a file stands where a folder should be, so name another folder",
     errno.EEXIST: "a file stands where a folder should be, so name another folder",
 }
+IN_USE = {5, 32, 33, 1224}
+"""Windows' own numbers of the errors by which it says that a file is in use; 5 may also mean that one may not write."""
+PATIENCE, PAUSE = 10, 0.1
+"""How often a file in use is tried, and seconds in between: virus scanners and indexers look into what is new."""
 
 
 class WriteError(OSError):
@@ -37,12 +49,28 @@ class WriteError(OSError):
     """
 
     def __init__(self, path: str | os.PathLike[str], error: OSError, kept: bool = False) -> None:
-        remedy = REMEDIES.get(error.errno or 0, "name another place")
+        remedy = _windows_remedy(path, error) or REMEDIES.get(error.errno or 0, "name another place")
         unchanged = " (what was there is unchanged)" if kept else ""
         super().__init__(error.errno, f"Could not write {path}: {error.strerror or error}{unchanged}; {remedy}.")
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def _windows_remedy(path: str | os.PathLike[str], error: OSError) -> str | None:
+    """What to do about an error that only Windows has."""
+    if is_in_use(error):
+        other = ", or name a folder that you may write to" if getattr(error, "winerror", None) == 5 else ""
+        return f"close what has it open (an editor, a viewer, another run) and run the same command again{other}"
+    longest = max(len(os.path.abspath(str(name))) for name in (path, error.filename or path))
+    if on_windows() and longest > LONGEST_PATH:
+        return f"its path has {longest} characters and Windows allows {LONGEST_PATH}, so name a folder nearer the top"
+    return None
+
+
+def is_in_use(error: OSError) -> bool:
+    """Whether Windows has refused because a program, maybe this one, has the file open or mapped into memory."""
+    return getattr(error, "winerror", None) in IN_USE
 
 
 class _RawFile(io.FileIO):
@@ -85,7 +113,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        replace(temporary, target)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else raw.error if raw is not None else None
         if reason is None or isinstance(reason, WriteError):
@@ -94,7 +122,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         # Gone already when it replaced the target; absent when it could not even be opened.
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
 
 
 @contextlib.contextmanager
@@ -109,10 +137,10 @@ def replaced_folder(output: Path) -> Iterator[Path]:
     temporary, old = _beside(output, "tmp"), _beside(output, "old")
     with naming(output, kept=output.exists() or old.exists()):
         if old.exists() and not output.exists():
-            old.rename(output)
+            replace(old, output)
         for left in (temporary, old):
             if left.exists():
-                shutil.rmtree(left)
+                remove(left)
     try:
         with naming(output, kept=output.exists()):
             temporary.mkdir(parents=True)
@@ -120,7 +148,7 @@ def replaced_folder(output: Path) -> Iterator[Path]:
             flush(temporary)
             _take_place(temporary, output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_if_possible(temporary)
 
 
 @contextlib.contextmanager
@@ -133,7 +161,7 @@ def replaced_entries(output: Path) -> Iterator[Path]:
     temporary = _beside(output, "tmp")
     try:
         with naming(output, kept=output.exists()):
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_if_possible(temporary)
             temporary.mkdir(parents=True)
             yield temporary
             flush(temporary)
@@ -141,7 +169,7 @@ def replaced_entries(output: Path) -> Iterator[Path]:
             for entry in sorted(temporary.iterdir()):
                 _take_place(entry, output / entry.name)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_if_possible(temporary)
 
 
 def _beside(output: Path, ending: str) -> Path:
@@ -152,23 +180,53 @@ def _take_place(new: Path, output: Path) -> None:
     """Put ``new`` in the place of ``output``; if that fails, ``output`` is what it was."""
     old = _beside(output, "old")
     if not output.is_dir():
-        new.replace(output)
+        replace(new, output)
     else:
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
-        output.rename(old)
+        remove_if_possible(old)  # of a process that was killed
+        replace(output, old)
         try:
-            new.rename(output)
+            replace(new, output)
         except OSError:
-            old.rename(output)
+            replace(old, output)
             raise
-    shutil.rmtree(old, ignore_errors=True)
+    remove_if_possible(old)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``, in place of a file that is there; what is in use on Windows is waited for."""
+    _patiently(os.replace, source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what is in use on Windows is waited for."""
+    if path.is_dir() and not path.is_symlink():
+        _patiently(shutil.rmtree, path)
+    elif path.exists() or path.is_symlink():
+        _patiently(os.unlink, path)
+
+
+def remove_if_possible(path: Path) -> None:
+    """As ``remove``; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        remove(path)
+
+
+def _patiently(function: Callable[..., Any], *paths: Path) -> None:
+    for attempt in range(1, PATIENCE + 1):
+        try:
+            return function(*paths)
+        except OSError as error:
+            if attempt == PATIENCE or not is_in_use(error):
+                raise
+        gc.collect()  # objects of this process that are waiting for it may have the file open or mapped
+        time.sleep(PAUSE)
 
 
 def flush(folder: Path) -> None:
     """Have all files below ``folder`` written to the disk itself: a rename must not come before what it names."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # Windows does it only for those that are open for writing
                 os.fsync(file.fileno())
 
 
@@ -198,5 +256,8 @@ def os_error(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error
     if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(found[1]), os.strerror(int(found[1])))
+        number = int(found[1])
+        if on_windows():  # its own numbers
+            return ctypes.WinError(number)  # type: ignore[attr-defined]
+        return OSError(number, os.strerror(number))
     return None

@@ -53,19 +53,6 @@ def test_a_logger_of_the_recipe_is_used(recipe: Path, workplace: Path) -> None:
     assert not Path("logs").exists()
 
 
-@pytest.mark.parametrize(
-    ("concepts", "label"),
-    [
-        (["soccer ball"], "soccer_ball"),
-        (["dog", "pixel art"], "dog+pixel_art"),
-        (["a/b"], "a_b"),
-        ([f"concept number {i}" for i in range(20)], "concept_number_0+19_others"),
-    ],
-)
-def test_folders_are_named_by_concepts(concepts: list[str], label: str) -> None:
-    assert training.run_label(concepts) == label
-
-
 def test_a_fit_resumes_in_its_folder(run_folder: Path, recipe: Path) -> None:
     ckpt_path = run_folder / "checkpoints" / "last.ckpt"
     more = ["--model.rounds", "2", "--ckpt_path", str(ckpt_path)]
