@@ -112,6 +112,8 @@ def _run(args: list[str]) -> int:
     # Imports of transformers and diffusers that a terminal needs no advice on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # What PyTorch has not written for Apple's GPU yet runs on the processor; to be set before it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if command in ("fit", "test"):
         for name in default_signals():  # SLURM's, before a job's time is up, may come while Python still imports
             note_signal(name)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 
+from lit_unlearn.methods.gradient import GradientEditor
 from lit_unlearn.system.devices import device_name, explaining_memory
 
 
@@ -31,12 +32,17 @@ def on_its_device(
 def less_memory(
     subcommand: str, module: L.LightningModule, data: L.LightningDataModule | None, device: torch.device
 ) -> list[str]:
-    """What takes less memory than this run does: a smaller batch, half of the precision, the processor."""
+    """What takes less memory than this run does: a smaller batch, half of the precision, the processor.
+
+    Weights that learn stay in float32: the steps of these methods would vanish in half of it.
+    """
     batch = "batch_size" if subcommand == "fit" else "eval_batch_size"
-    size = getattr(data, batch, None)
-    ways = [f"lower --data.{batch} (now {size})"] if isinstance(size, int) and size > 1 else []
-    if subcommand == "fit" and getattr(module, "weights_dtype", None) == torch.float32:
-        ways.append("load the model in half of it (--model.dtype bfloat16)")
+    size = getattr(data, batch, 1)  # null is every pair at once
+    ways = [f"lower --data.{batch} (now {'all at once' if size is None else size})"] if size != 1 else []
+    if subcommand == "fit" and isinstance(module, GradientEditor):
+        ways.append("compute in half of the precision (--trainer.precision bf16-mixed)")
+    elif subcommand == "fit" and getattr(module, "weights_dtype", None) == torch.float32:
+        ways.append("load the model in half of the precision (--model.dtype bfloat16)")
     if device.type != "cpu":
         ways.append("run on the processor (--trainer.accelerator cpu)")
     return ways

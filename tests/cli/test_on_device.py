@@ -30,7 +30,7 @@ def test_a_fit_that_runs_out_of_memory(
     assert cli.main(["fit", "--config", str(recipe), "--data.batch_size", "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "lit-unlearn: error: fit: the processor ran out of memory; lower --data.batch_size (now 2), or load the model "
-        "in half of it (--model.dtype bfloat16)."
+        "in half of the precision (--model.dtype bfloat16)."
     )
     monkeypatch.undo()  # what is advised can be given as it stands
     monkeypatch.chdir(workplace)
