@@ -10,48 +10,14 @@ from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.names import LONGEST_LABEL, check_path, file_name, joint_name, why_not
 
 ODD = [
-    *(
-        "aux",
-        "AUX",
-        "con.x",
-        "nul ",
-        "com1",
-        "lpt³",
-        "conin$",
-        "Mr.",
-        "Mr",
-        "what?",
-        "what*",
-        "what",
-        "a:b",
-        "a|b",
-        "a<b",
-    ),
-    *(
-        "a>b",
-        'a"b',
-        "a/b",
-        "a\\b",
-        "a_b.",
-        "..",
-        ".",
-        "",
-        " ",
-        ".hidden",
-        "_hidden",
-        "~",
-        "\n",
-        "\x7f",
-        "\udcc3",
-        "a+b",
-    ),
-    *("x" * 100, "x" * 101, "x" * 5000, "語" * 100, "語" * 99 + "犬", "𐐷" * 300, "x" * 99 + ".", "dog ", "dog. "),
+    *("aux", "AUX", "con.x", "nul ", "com1", "lpt³", "conin$", "Mr.", "Mr", "what?", "what*", "what", "a:b", "a|b"),
+    *("a<b", "a>b", 'a"b', "a/b", "a\\b", "a_b.", "..", ".", "", " ", ".hidden", "_hidden", "~", "\n", "\x7f", "a+b"),
+    *("\udcc3", "x" * 100, "x" * 101, "x" * 5000, "語" * 100, "語" * 99 + "犬", "𐐷" * 300, "x" * 99 + ".", "dog. "),
 ]
+LEGAL = ["dog", "soccer ball", "Pokémon", "Van Gogh", "1.5-bit", "x" * 100, "con_man", "auxiliary"]
 
 
-@pytest.mark.parametrize(
-    "label", ["dog", "soccer ball", "Pokémon", "Van Gogh", "1.5-bit", "x" * 100, "con_man", "auxiliary"]
-)
+@pytest.mark.parametrize("label", LEGAL)
 def test_a_name_that_every_system_can_have_stays(label: str) -> None:
     assert file_name(label) == label.replace(" ", "_")
 
