@@ -1,0 +1,124 @@
+"""What ``same_numbers.py`` compares: hashes and scores of the files that runs have left, and where two runs differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+CLOCKS = ("seconds", "memory")
+"""Fields of scores whose name has one of these are left out."""
+COUNTS = ("cost", "made", "forward_equivalents")
+"""Fields that say how much work was done, which is more in a run that was interrupted."""
+SHOWN = 12
+"""Differing values of each kind that are printed of a run."""
+
+Results = dict[str, dict[str, Any]]
+"""Kind (weights, scores, ...) -> what exactly -> hash or value."""
+
+
+def checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the only run below ``folder``, relative to it."""
+    found = sorted((folder / "logs").rglob("last.ckpt"))
+    assert len(found) <= 1, found
+    return found[0].relative_to(folder) if found else None
+
+
+def sha256(*parts: bytes) -> str:
+    """The first 16 digits."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def tensor_hash(tensor: Any) -> str:
+    """Of its type, shape and bytes."""
+    import torch
+
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return sha256(str(tensor.dtype).encode(), str(tuple(tensor.shape)).encode(), content)
+
+
+def file_hash(path: Path) -> str:
+    """Of what a file means: the tensors, the pixels, or its bytes."""
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+        return sha256(*(f"{name} {tensor_hash(tensors[name])}".encode() for name in sorted(tensors)))
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            return sha256(picture.mode.encode(), str(picture.size).encode(), picture.tobytes())
+    return sha256(path.read_bytes())
+
+
+def leaves(content: Any, leave_out: Sequence[str], name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number and text in a JSON file with its place, except in fields named like one of ``leave_out``."""
+    if isinstance(content, dict | list) and content:
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            if not any(word in str(key) for word in leave_out):
+                yield from leaves(value, leave_out, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, content
+
+
+def collect(folder: Path, leave_out: Sequence[str]) -> Results:
+    """Everything below ``folder`` that must stay."""
+    import torch
+
+    result: Results = {kind: {} for kind in ("weights", "scores", "pictures", "exports")}
+    run = checkpoint(folder)
+    assert run is not None, f"no checkpoint in {folder}"
+    state = torch.load(folder / run, weights_only=True, map_location="cpu")["state_dict"]
+    result["weights"] = {name: tensor_hash(value) for name, value in state.items()}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        top = name.split("/")[0]
+        if not path.is_file() or name.startswith("logs/unedited/") or path.name in ("provenance.json", "README.md"):
+            continue
+        if path.suffix == ".png":
+            result["pictures"][name] = file_hash(path)
+        elif top == "logs" and path.suffix == ".json" and path.name != "run.json":
+            content = json.loads(path.read_text())
+            result["scores"] |= {f"{path.name}: {key}": value for key, value in leaves(content, leave_out)}
+        elif path.suffix == ".safetensors" or top in ("export", "checkpoints"):
+            result["exports"][name] = file_hash(path)
+    return result
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs, or is in one of both only."""
+    return [name for name in dict.fromkeys([*before, *after]) if before.get(name, ...) != after.get(name, ...)]
+
+
+def total(values: dict[str, Any]) -> str:
+    """One hash for all values of a kind."""
+    return sha256(json.dumps(values, sort_keys=True).encode())
+
+
+def report(before: dict[str, Results], after: dict[str, Results], failed: dict[str, str]) -> bool:
+    """Print a table of runs, then what differs; return whether all is equal."""
+    kinds = list(dict.fromkeys(kind for results in [*before.values(), *after.values()] for kind in results))
+    print(f"\n| run | {' | '.join(kinds)} |\n| --- |{' --- |' * len(kinds)}")
+    details, equal = [], not failed
+    for name in dict.fromkeys([*before, *after, *failed]):
+        if name not in before or name not in after:
+            cells = [f"FAILED: {failed[name]}" if name in failed else "new" if name in after else "GONE"]
+            equal &= name not in before
+        else:
+            cells = []
+            for kind in kinds:
+                old, new = before[name].get(kind, {}), after[name].get(kind, {})
+                size, names = len({**old, **new}), differing(old, new)
+                lines = [f"  {item}: {old.get(item, 'not there')} -> {new.get(item, 'not there')}" for item in names]
+                cells.append(f"DIFFERS, {len(lines)} of {size}" if lines else f"equal ({size})" if size else "")
+                if lines:
+                    equal = False
+                    details.append(f"\n{name}: {kind}: {total(old)} -> {total(new)}")
+                    details += lines[:SHOWN]
+                    details += [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\n".join(details))
+    print("\nEverything is equal." if equal else "\nNot everything is equal.")
+    return equal
