@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PETS
+import yaml
 from torch.utils import backend_registration
 
-from devices.recipes import Stock, more, teach, write_concepts
+from devices.recipes import TRAININGS, Stock, more, prepare, small, teach, write_concepts
 from devices.workers import Workers
 from lit_unlearn.emoji.judge import JudgeTraining
 
@@ -26,9 +26,10 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="session")
-def stock(tiny_sd: Path, keep_forget: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Stock:
+def stock(tiny_sd: Path, pets: str, keep_forget: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Stock:
     folder = tmp_path_factory.mktemp("stock")
-    concepts = more(PETS, "owl", "castle")
+    two = yaml.safe_load(Path(pets).read_text(encoding="utf-8"))["concepts"]
+    concepts = more(two, "owl", "castle")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         JudgeTraining(width=8).save_pretrained(folder / "judge")
@@ -36,7 +37,34 @@ def stock(tiny_sd: Path, keep_forget: dict[str, str], tmp_path_factory: pytest.T
     return Stock(
         model=tiny_sd,
         judge=folder / "judge",
-        concepts=write_concepts(folder / "pets.yaml", PETS),
+        concepts=Path(pets),
         more_concepts=write_concepts(folder / "more.yaml", concepts),
         keep_forget={**keep_forget, "held_out": keep_forget["keep"]},
     )
+
+
+class Finished:
+    """Recipes that were fitted and tested, each once on each kind of device; nothing is written to their folders."""
+
+    def __init__(self, workers: Workers, stock: Stock, root: Path) -> None:
+        self.workers, self.stock, self.root = workers, stock, root
+
+    def folder(self, name: str, kind: str) -> Path:
+        return self.root / kind / name
+
+    def __call__(self, name: str, *kinds: str) -> list[Path]:
+        """Folders of the recipe ``name`` on ``kinds``, which work at the same time."""
+        asked = [kind for kind in kinds if not self.folder(name, kind).exists()]
+        commands = ["fit"] if name in TRAININGS else ["fit", "test"]
+        for kind in asked:
+            folder = self.folder(name, kind)
+            prepare(name, self.stock, folder)
+            self.workers[kind].send_run(folder, *([command, *small(name, self.stock)] for command in commands))
+        for answer, kind in [(self.workers[kind].receive(), kind) for kind in asked]:
+            assert answer.succeeded(len(commands)), f"{name} on {kind}: {answer}"
+        return [self.folder(name, kind) for kind in kinds]
+
+
+@pytest.fixture(scope="session")
+def finished(workers: Workers, stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return Finished(workers, stock, tmp_path_factory.mktemp("finished"))

@@ -41,7 +41,7 @@ FEW = {
         "hidden_size": 16,
         "num_heads": 2,
         "num_layers": 1,
-        "block_out_channels": "[8,16]",
+        "block_out_channels": "[16,32]",
     },
     "data": {
         "batch_size": 2,
@@ -105,17 +105,27 @@ def more(concepts: dict[str, Any], *names: str) -> dict[str, Any]:
     return {**concepts, **added}
 
 
-def teach(judge: Path, concepts: dict[str, Any]) -> None:
-    """Have a judge of drawings answer the questions of ``concepts``, each by the subject of the same name.
+ANSWERS = {
+    "dog": ("subject", "dog"),
+    "cat": ("style", "cartoon"),
+    "owl": ("scene", "rain"),
+    "castle": ("scene", "neon"),
+}
+"""What a judge of drawings is asked instead of whether a picture shows a concept."""
 
-    Its random heads are made sharper: probabilities of one in sixteen would all say no.
+
+def teach(judge: Path, concepts: dict[str, Any]) -> None:
+    """Have a judge of random weights answer the questions of ``concepts``.
+
+    It sees a dog and a cat in every picture, so that rounding decides no verdict; pictures are compared on their own.
     """
     config = json.loads((judge / "config.json").read_text(encoding="utf-8"))
-    config["questions"].update({concept["question"]: ["subject", name] for name, concept in concepts.items()})
-    (judge / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = load_file(judge / "model.safetensors")
-    for name in concepts:
-        weights["heads.subject.bias"][config["attributes"]["subject"].index(name)] += 2.5
+    for name, concept in concepts.items():
+        attribute, value = config["questions"][concept["question"]] = ANSWERS[name]
+        if name in ("dog", "cat"):
+            weights[f"heads.{attribute}.bias"][config["attributes"][attribute].index(value)] += 100
+    (judge / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(weights, judge / "model.safetensors")
 
 

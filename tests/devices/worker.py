@@ -28,6 +28,7 @@ from typing import IO, Any
 os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", TQDM_DISABLE="1")  # threads of the loader would not see the mode
 
 import torch
+
 from devices import examples
 
 TRAINER = ("fit", "validate", "test", "predict")
@@ -45,6 +46,8 @@ def start(kind: str) -> tuple[Callable[[], AbstractContextManager[Any]], list[st
         The context to run everything under, and arguments for commands of the trainer and for others.
     """
     torch.set_num_threads(1)
+    # Attention fused into one kernel rounds otherwise, and Adam's first steps make much of little.
+    torch.backends.cuda.enable_flash_sdp(False)
     if kind == "cpu":
         from devices.accelerator import ON_PROCESSOR
 
@@ -121,7 +124,12 @@ class Worker:
 
     def act(self, request: dict[str, Any]) -> Any:
         if "run" in request:
-            return [self.run(**command) for command in request["run"]]
+            codes: list[int] = []
+            for command in request["run"]:
+                codes.append(self.run(**command))
+                if codes[-1]:
+                    break
+            return codes
         if "call" in request:
             module, _, name = request["call"].partition(":")
             return getattr(import_module(module), name)(**request["arguments"])

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
+PACKAGE = f"{os.sep}lit_unlearn{os.sep}"
 
 
 @dataclass
@@ -28,9 +30,16 @@ class Answer:
     output: str
     error: dict[str, str] | None
 
+    def succeeded(self, commands: int) -> bool:
+        """Whether so many commands have all ended with 0."""
+        return self.error is None and self.value == [0] * commands
+
     def __str__(self) -> str:
-        shown = self.error["trace"] if self.error else ""
-        return f"exit codes {self.value}\n{self.output[-3000:]}\n{shown[-6000:]}"
+        if self.error is None:
+            return f"exit codes {self.value}\n{self.output[-3000:]}"
+        lines = self.error["trace"].splitlines()
+        ours = [f"{at.strip()}: {line.strip()}" for at, line in pairwise(lines) if PACKAGE in at]
+        return "\n".join([self.output[-1000:], *ours[-6:], f"{self.error['type']}: {self.error['message'][:1000]}"])
 
 
 class Worker:
@@ -67,15 +76,20 @@ class Worker:
         self.send(**request)
         return self.receive()
 
-    def run(self, folder: Path, *commands: Sequence[str], **stop: Any) -> Answer:
-        """Run commands in ``folder``; ``stop`` (``stop_at``, ``how``) is for all of them."""
+    def send_run(self, folder: Path, *commands: Sequence[Any], **stop: Any) -> None:
+        """As ``run``, without waiting."""
         folder.mkdir(parents=True, exist_ok=True)
-        return self.ask(folder=str(folder), run=[{"args": list(map(str, args)), **stop} for args in commands])
+        self.send(folder=str(folder), run=[{"args": list(map(str, args)), **stop} for args in commands])
 
-    def succeed(self, folder: Path, *commands: Sequence[str]) -> str:
+    def run(self, folder: Path, *commands: Sequence[Any], **stop: Any) -> Answer:
+        """Run commands in ``folder``, until one fails; ``stop`` (``stop_at``, ``how``) is for all of them."""
+        self.send_run(folder, *commands, **stop)
+        return self.receive()
+
+    def succeed(self, folder: Path, *commands: Sequence[Any]) -> str:
         """As ``run``; asserts that every command ends with 0, and returns what they print."""
         answer = self.run(folder, *commands)
-        assert answer.error is None and answer.value == [0] * len(commands), f"{self.kind}: {answer}"
+        assert answer.succeeded(len(commands)), f"{self.kind}: {answer}"
         return answer.output
 
     def call(self, folder: Path, function: str, **arguments: Any) -> Any:

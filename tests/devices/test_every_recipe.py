@@ -1,0 +1,120 @@
+"""Every recipe does on a GPU what it does on the processor, whatever the command.
+
+The recipes are read from ``configs``, so a new method is covered as soon as it has one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devices.conftest import Finished
+from devices.recipes import CONTENT, EDITS, TRAININGS, UNLEARNINGS, Stock, prepare, small
+from devices.runs import (
+    assert_close,
+    assert_same_gradients,
+    assert_same_pictures,
+    exported,
+    pictures,
+    run_folder,
+    state,
+    verdicts,
+    weights,
+)
+from devices.workers import Answer, Workers
+from helpers import load_once
+from lit_unlearn.cli import ATTACK_NAMES, TOLD_TO_STOP
+
+LACKS_FLOAT64, HAS_FLOAT64 = "no_float64", "float64"
+slow = pytest.mark.slow
+KINDS = [LACKS_FLOAT64, pytest.param(HAS_FLOAT64, marks=slow)]
+
+OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
+"""The first recipe of each class."""
+ATTACKED = [name for name in OF_EACH_METHOD if name not in (*UNLEARNINGS, "textual_inversion")]
+"""What ``attack`` takes: an edit of weights, for a concept."""
+
+
+def before(stock: Stock) -> dict[str, Any]:
+    return {name: value.detach() for name, value in load_once(str(stock.model)).named_parameters().items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", EDITS)
+def test_fit_and_test(name: str, kind: str, finished: Finished, stock: Stock) -> None:
+    on_processor, on_device = finished(name, "cpu", kind)
+    assert_close(weights(on_device), weights(on_processor), before(stock))
+    scores = verdicts(on_device)
+    assert len(scores) == 1 and scores == verdicts(on_processor)
+    assert_same_pictures(pictures(on_device), pictures(on_processor))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_trainings_of_the_embedded_model(name: str, kind: str, finished: Finished) -> None:
+    on_processor, on_device = finished(name, "cpu", kind)
+    assert state(on_device)["global_step"] == 2
+    assert_same_gradients(on_device, on_processor)
+    found, expected = (exported(folder / "checkpoints") for folder in (on_device, on_processor))
+    assert found.keys() == expected.keys() and len(found) > 0
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@slow
+@pytest.mark.parametrize("kind", [LACKS_FLOAT64, HAS_FLOAT64])
+@pytest.mark.parametrize("name", EDITS)
+def test_what_follows_a_fit(
+    name: str, kind: str, finished: Finished, workers: Workers, stock: Stock, tmp_path: Path
+) -> None:
+    answers: dict[str, list[Answer]] = {}
+    for place, folder in zip(("cpu", kind), finished(name, "cpu", kind), strict=True):
+        shutil.copytree(folder, tmp_path / place)
+        run = run_folder(folder).relative_to(folder)
+        answers[place] = [workers[place].run(tmp_path / place, args) for args in following(name, run, stock)]
+    for one, other in zip(answers["cpu"], answers[kind], strict=True):
+        assert one.error is None and other.error is None, f"{one}\n\n{other}"
+        assert one.value == other.value, f"{one}\n\n{other}"
+    done = [answer.value == [0] for answer in answers[kind]]
+    assert all(done[:3])  # validate, predict, generate
+    assert all(done) or name == "textual_inversion"  # it changes no weight that could be exported
+    assert_same_pictures(pictures(tmp_path / kind), pictures(tmp_path / "cpu"))
+    assert_close(exported(tmp_path / kind), exported(tmp_path / "cpu"), {})
+    assert verdicts(tmp_path / kind) == verdicts(tmp_path / "cpu")
+
+
+def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
+    """What a person does with a run: looks at pictures, exports, attacks."""
+    edit = ["--ckpt_path", run / "checkpoints/last.ckpt"]
+    commands: list[list[Any]] = [
+        ["validate", *small(name, stock)],
+        ["predict", *small(name, stock)],
+        ["generate", "one dog", "a cat", *edit, "--num_inference_steps", 1, "-o", "generated.png"],
+        ["export", *edit, "-o", "pipeline"],
+        ["export", *edit, "--delta", "-o", "delta"],
+    ]
+    if name in ATTACKED:
+        attacks = ATTACK_NAMES if name == ATTACKED[0] else ATTACK_NAMES[:1]
+        commands.append(["attack", *edit, "--attacks", *attacks, "--steps", 1, "--num_pictures", 2])
+    return commands
+
+
+@slow
+@pytest.mark.parametrize("kind", [LACKS_FLOAT64, HAS_FLOAT64])
+@pytest.mark.parametrize("name", [*EDITS, *TRAININGS])
+def test_an_interrupted_fit_goes_on(
+    name: str, kind: str, finished: Finished, workers: Workers, stock: Stock, tmp_path: Path
+) -> None:
+    (whole,) = finished(name, kind)
+    prepare(name, stock, tmp_path)
+    steps = state(whole)["global_step"]
+    # A fit of one step has nothing to save before its end: it begins again.
+    how, code = ("signal", TOLD_TO_STOP) if steps > 1 and name not in TRAININGS else ("kill", -1)
+    answer = workers[kind].run(tmp_path, ["fit", *small(name, stock)], stop_at=0, how=how)
+    assert answer.error is None and answer.value == [code], answer
+    said = workers[kind].succeed(tmp_path, ["fit", *small(name, stock)])
+    assert name in TRAININGS or "which was interrupted" in said
+    assert state(tmp_path)["global_step"] == steps
+    assert_close(weights(tmp_path), weights(whole), {})
