@@ -28,12 +28,22 @@ from devices.workers import Answer, Workers
 from helpers import load_once
 from lit_unlearn.cli import ATTACK_NAMES, TOLD_TO_STOP
 
-LACKS_FLOAT64, HAS_FLOAT64 = "no_float64", "float64"
 slow = pytest.mark.slow
-KINDS = [LACKS_FLOAT64, pytest.param(HAS_FLOAT64, marks=slow)]
-
 OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
-"""The first recipe of each class."""
+"""The first recipe of each class: these are in the quick tests, on a device without float64."""
+LONG = ["emoji/text_to_image"]  # draws and encodes each of 320 combinations
+
+
+def each_kind(names: list[str], quick: list[str]) -> list[Any]:
+    """Recipes on each kind of device, all slow but ``quick`` ones without float64."""
+    kinds = ("no_float64", "float64")
+    return [
+        pytest.param(name, kind, marks=() if name in quick and kind == kinds[0] else slow, id=f"{name}-{kind}")
+        for name in names
+        for kind in kinds
+    ]
+
+
 ATTACKED = [name for name in OF_EACH_METHOD if name not in (*UNLEARNINGS, "textual_inversion")]
 """What ``attack`` takes: an edit of weights, for a concept."""
 
@@ -42,8 +52,7 @@ def before(stock: Stock) -> dict[str, Any]:
     return {name: value.detach() for name, value in load_once(str(stock.model)).named_parameters().items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(("name", "kind"), each_kind(EDITS, quick=OF_EACH_METHOD))
 def test_fit_and_test(name: str, kind: str, finished: Finished, stock: Stock) -> None:
     on_processor, on_device = finished(name, "cpu", kind)
     assert_close(weights(on_device), weights(on_processor), before(stock))
@@ -52,8 +61,7 @@ def test_fit_and_test(name: str, kind: str, finished: Finished, stock: Stock) ->
     assert_same_pictures(pictures(on_device), pictures(on_processor))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize(("name", "kind"), each_kind(TRAININGS, quick=[name for name in TRAININGS if name not in LONG]))
 def test_trainings_of_the_embedded_model(name: str, kind: str, finished: Finished) -> None:
     on_processor, on_device = finished(name, "cpu", kind)
     assert state(on_device)["global_step"] == 2
@@ -63,9 +71,7 @@ def test_trainings_of_the_embedded_model(name: str, kind: str, finished: Finishe
     assert all(value.isfinite().all() for value in found.values())
 
 
-@slow
-@pytest.mark.parametrize("kind", [LACKS_FLOAT64, HAS_FLOAT64])
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(("name", "kind"), each_kind(EDITS, quick=[]))
 def test_what_follows_a_fit(
     name: str, kind: str, finished: Finished, workers: Workers, stock: Stock, tmp_path: Path
 ) -> None:
@@ -101,9 +107,7 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
     return commands
 
 
-@slow
-@pytest.mark.parametrize("kind", [LACKS_FLOAT64, HAS_FLOAT64])
-@pytest.mark.parametrize("name", [*EDITS, *TRAININGS])
+@pytest.mark.parametrize(("name", "kind"), each_kind([*EDITS, *TRAININGS], quick=[]))
 def test_an_interrupted_fit_goes_on(
     name: str, kind: str, finished: Finished, workers: Workers, stock: Stock, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ caught and is part of the answer. ``workers.py`` is the other end.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -33,6 +34,8 @@ from devices import examples
 
 TRAINER = ("fit", "validate", "test", "predict")
 GIVEN_A_DEVICE = ("generate", "attack")
+LONGEST = 300
+"""Seconds that a request may take."""
 
 
 class Killed(BaseException):
@@ -56,6 +59,10 @@ def start(kind: str) -> tuple[Callable[[], AbstractContextManager[Any]], list[st
 
     mode = pretend.register(has_float64=kind == "float64", index=int(os.environ.get("LOCAL_RANK", 0)))
     accelerator.register()
+    if "LOCAL_RANK" in os.environ:  # one of several processes of a job
+        from devices import collectives
+
+        return mode, [*accelerator.ON_DEVICE, *collectives.register()], []
     return mode, accelerator.ON_DEVICE, [f"--device={pretend.NAME}"]
 
 
@@ -152,9 +159,12 @@ def main(kind: str) -> None:
     os.dup2(2, 1)  # nothing but answers goes to the other end
     sys.stdin = io.StringIO()
     worker = Worker(kind)
+    errors = os.dup(2)
     for line in requests:
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=errors)  # two processes may wait for one another
         answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
         answers.flush()
+        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
