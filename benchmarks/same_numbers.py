@@ -3,9 +3,9 @@
     python benchmarks/same_numbers.py write before.json      # before the first move
     python benchmarks/same_numbers.py compare before.json    # after the last one; exit code 1 if anything differs
 
-takes about ten minutes on one core. Both take ``--only PATTERN`` for some of the runs, and
-``--tree PATH`` for the sources of another checkout (``git worktree add --detach PATH COMMIT``): this file may be newer
-than what it measures. ``write`` goes on where it was interrupted. ``compare before.json after.json`` runs nothing.
+takes about ten minutes on a core of its own. Both take ``--only PATTERN`` for some of the runs, and ``--tree PATH`` for
+the sources of another checkout (``git worktree add --detach PATH COMMIT``): this file may be newer than what it
+measures. ``write`` goes on where it was interrupted. ``compare before.json after.json`` runs nothing.
 
 Recipes are read from ``configs``, so a new one is run as well; overlays, which need another model, are left out. Every
 edit is fitted on emoji-sd with few steps, tested, predicted, drawn from and exported in all forms. Pictures to unlearn
@@ -239,10 +239,13 @@ def run_job(job: Job, tree: Path, folder: Path) -> Results:
     if job.how == "two processes":
         prepare(job, tree, folder)
         two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+        two += ["--data.init_args.batch_size=3"] if "batch_size" in job.content["data"]["init_args"] else []
         with (folder / "output.log").open("w") as log:
             for command in commands:
                 program = [sys.executable, "-m", "lit_unlearn", *command, *two]
-                subprocess.run(program, cwd=folder, stdout=log, stderr=log, check=True, timeout=600)
+                code = subprocess.run(program, cwd=folder, stdout=log, stderr=log, timeout=600).returncode
+                if code:
+                    raise RuntimeError(f"{command[0]} ends with exit code {code}: {folder / 'output.log'}")
         wait(start(folder, lambda: run_whole([])), folder)
     elif job.how == "resumed":
         told, more = INTERRUPTED[job.recipe]
