@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ CLOCKS = ("seconds", "memory")
 """Fields of scores whose name has one of these are left out."""
 COUNTS = ("cost", "made", "forward_equivalents")
 """Fields that say how much work was done, which is more in a run that was interrupted."""
+SOURCE = re.compile(rb'\n *"_name_or_path": [^\n]*')
+"""What diffusers says in a config.json of where a model was loaded from: the path of the checkout."""
 SHOWN = 12
 """Differing values of each kind that are printed of a run."""
 
@@ -50,7 +53,7 @@ def file_hash(path: Path) -> str:
     if path.suffix == ".png":
         with Image.open(path) as picture:
             return sha256(picture.mode.encode(), str(picture.size).encode(), picture.tobytes())
-    return sha256(path.read_bytes())
+    return sha256(SOURCE.sub(b"", path.read_bytes()))
 
 
 def leaves(content: Any, leave_out: Sequence[str], name: str = "") -> Iterator[tuple[str, Any]]:
@@ -80,7 +83,7 @@ def collect(folder: Path, leave_out: Sequence[str]) -> Results:
         if path.suffix == ".png":
             result["pictures"][name] = file_hash(path)
         elif top == "logs" and path.suffix == ".json" and path.name != "run.json":
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             result["scores"] |= {f"{path.name}: {key}": value for key, value in leaves(content, leave_out)}
         elif path.suffix == ".safetensors" or top in ("export", "checkpoints"):
             result["exports"][name] = file_hash(path)

@@ -137,7 +137,7 @@ def read_jobs(configs: Path) -> list[Job]:
     names = sorted(
         (path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml")), key=lambda n: ("/" in n, n)
     )
-    recipes = {name: yaml.safe_load((configs / name).read_text()) for name in names}
+    recipes = {name: yaml.safe_load((configs / name).read_text(encoding="utf-8")) for name in names}
     recipes = {name: content for name, content in recipes.items() if "class_path" in content.get("model", {})}
     jobs = [Job(name, content) for name, content in recipes.items()]
     others = {"two concepts": TWO_CONCEPTS, "two processes": TWO_PROCESSES, "resumed": tuple(INTERRUPTED)}
@@ -177,7 +177,7 @@ def write_pictures(folder: Path) -> None:
             picture = Image.fromarray(blocks).resize((48, 48), Image.Resampling.BILINEAR)
             picture.save(folder / name / f"{number}.png")
             lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
-        (folder / name / "metadata.jsonl").write_text("\n".join(lines))
+        (folder / name / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
 def start(folder: Path, function: Callable[[], Any]) -> Any:
@@ -264,9 +264,9 @@ def run_job(job: Job, tree: Path, folder: Path) -> Results:
     else:
         prepare(job, tree, folder)
         wait(start(folder, lambda: run_whole(commands)), folder)
-    result: Results = json.loads((folder / "result.json").read_text())
+    result: Results = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if job.how == "resumed":
-        left_alone = json.loads((alone / "result.json").read_text())
+        left_alone = json.loads((alone / "result.json").read_text(encoding="utf-8"))
         shutil.rmtree(alone)
         result["unlike left alone"] = {kind: differing(left_alone[kind], result[kind]) for kind in result}
     return result
@@ -277,7 +277,9 @@ def about(tree: Path) -> dict[str, str]:
     import torch
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", tree, *args], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", tree, *args], capture_output=True, text=True, encoding="utf-8"
+        ).stdout.strip()
 
     measured = [path for top in ("lit_unlearn", "configs", "checkpoints/emoji-sd") for path in tree.glob(f"{top}/**/*")]
     sources = sorted(path for path in measured if path.is_file() and path.suffix != ".pyc")
@@ -338,13 +340,15 @@ def main() -> None:
 
     assert Path(package).resolve().is_relative_to(tree), f"{package} is not of {tree}"
     jobs = [job for job in read_jobs(tree / "configs") if fnmatch(job.name, f"*{arguments.only}*")]
-    before = json.loads(arguments.file.read_text()) if arguments.file.exists() else {}
+    before = json.loads(arguments.file.read_text(encoding="utf-8")) if arguments.file.exists() else {}
     now = about(tree)
     if arguments.what == "compare":
         if not before:
             sys.exit(f"There is no {arguments.file}: `write` makes it.")
         others: dict[str, Any] = (
-            json.loads(arguments.after.read_text()) if arguments.after else {"about": now, "results": {}}
+            json.loads(arguments.after.read_text(encoding="utf-8"))
+            if arguments.after
+            else {"about": now, "results": {}}
         )
         for name, value in before["about"].items():
             if value != others["about"].get(name):
@@ -357,7 +361,7 @@ def main() -> None:
     def keep() -> None:
         if arguments.what == "write":
             part = arguments.file.with_suffix(".part")
-            part.write_text(json.dumps(others, indent=1))
+            part.write_text(json.dumps(others, indent=1), encoding="utf-8")
             part.replace(arguments.file)
 
     failed: dict[str, str] = {}
