@@ -240,7 +240,7 @@ def _earlier_report(path: Path, edit: Edit) -> AttackReport:
             f"{path} is about an edit of {', '.join(found)}, and {edit.path} edits {', '.join(edit.concepts)}: "
             "give another folder with --output."
         )
-    return AttackReport(method=method, concepts=list(edit.concepts), checkpoint=str(edit.path), attacks=earlier)
+    return AttackReport(method=method, concepts=list(edit.concepts), checkpoint=edit.path.as_posix(), attacks=earlier)
 
 
 def _todo(

@@ -77,6 +77,9 @@ def faults(source: str, name: str) -> Iterator[str]:
                 yield f"{node.lineno}: os.rename does not replace a file on Windows"
         elif attribute in REPLACING.get(library, ()):
             yield f"{node.lineno}: {library}.{attribute} belongs to {FILE_OPERATIONS}"
+        options = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else set()
+        if {"num_workers", "multiprocessing_context"} & options:
+            yield f"{node.lineno}: Windows spawns processes: test first that what they are given can be pickled"
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -143,6 +146,8 @@ def test_text_is_opened_with_an_encoding(folder: str) -> None:
         ("path.unlink()", False),
         ("path.replace(other)", False),
         ("text.replace(a, b)", True),
+        ("DataLoader(data, batch_size=2)", True),
+        ("DataLoader(data, num_workers=2)", False),
     ],
 )
 def test_a_fault_is_seen(source: str, allowed: bool) -> None:

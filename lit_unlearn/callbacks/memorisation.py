@@ -106,7 +106,7 @@ class MemorisationReport(L.Callback):
             "method": folder.parent.name if folder.name.startswith("version_") else type(module).__name__,
             "backbone": {"name": module.model_id, "sha256": module.base_fingerprint},
             "images": data.identity,
-            "forget": [{"file": str(image.path), "caption": image.caption} for image in data.forget],
+            "forget": [{"file": image.path.as_posix(), "caption": image.caption} for image in data.forget],
             "judge": module.judge.name if "features" in module.detector.spaces else None,
             "copy_quantile": module.copy_quantile,
             "thresholds": module.detector.thresholds,

@@ -220,17 +220,11 @@ class ConceptSet:
                 raise fail("adjacent", f"{name!r} is the concept itself; name other concepts of the set")
 
     def _validate_unique(self) -> None:
-        """Every concept's name and every direct, indirect, adversarial and edit prompt occurs once in the whole set.
+        """Every direct, indirect, adversarial and edit prompt occurs once in the whole set.
 
         Target prompts may repeat: several concepts may share a target, whose own prompts they then use.
         """
         places: dict[str, tuple[str, str]] = {}
-        keys: dict[str, str] = {}
-        for name in self.concepts:
-            if (other := keys.setdefault(name_key(name), name)) != name:
-                raise _error(
-                    self.path, name, "name", f"is that of {other!r} but for case, spaces, '_' or '-': rename it"
-                )
         for concept in self.concepts.values():
             for field_name in ("direct", "indirect", "adversarial", "edit_prompts"):
                 for prompt in getattr(concept, field_name):

@@ -63,12 +63,13 @@ def resolve_model(model: str) -> Path | str:
     path = Path(model)
     if path.is_dir():
         return path
-    if model in (EMBEDDED, f"checkpoints/{EMBEDDED}"):
+    if model.replace("\\", "/") in (EMBEDDED, f"checkpoints/{EMBEDDED}"):  # a run of Windows' may say so
         package = Path(str(files("lit_unlearn")))
         for folder in (Path("checkpoints"), package / "checkpoints", package.parent / "checkpoints"):
             if (folder / EMBEDDED).is_dir():
                 return folder / EMBEDDED
-    if model.count("/") == 1 and not model.startswith((".", "/", "~", "checkpoints/", "logs/")):
+    is_path = model.startswith((".", "/", "~", "checkpoints/", "logs/")) or {":", "\\"} & set(model)
+    if model.count("/") == 1 and not is_path:
         return model
     raise ValueError(
         f"model={model!r} is no folder and no hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}."

@@ -237,7 +237,7 @@ def report_csv(runs: Sequence[RunResult]) -> str:
             "unet_backwards": s.cost.unet_backwards if s.cost else None,
             "peak_memory_bytes": s.cost.peak_memory_bytes if s.cost else None,
             **{f"attack_{name}": None for name in attacks},
-            "folder": str(run.folder),
+            "folder": run.folder.as_posix(),
         }
         for name, results in _by_attack([run]).items():
             row[f"attack_{name}"] = fmean(result.shown for result in results)

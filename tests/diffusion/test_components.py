@@ -86,7 +86,14 @@ def test_a_hub_id_is_left_to_the_hub() -> None:
     assert check_model("CompVis/stable-diffusion-v1-4") == {}
 
 
-@pytest.mark.parametrize("model", ["nowhere", "./a/b", "../a", "/no/folder", "~/model", "a/b/c", "checkpoints/mine"])
+def test_the_embedded_model_as_a_run_on_windows_names_it() -> None:
+    assert resolve_model("checkpoints\\emoji-sd") == resolve_model("checkpoints/emoji-sd")
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["nowhere", "./a/b", "../a", "/no/folder", "~/model", "a/b/c", "checkpoints/mine", "C:/mine", "C:\\a/b", "a\\b"],
+)
 def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match="give a diffusers folder, or 'emoji-sd'"):
         resolve_model(model)
