@@ -240,7 +240,7 @@ def run_job(job: Job, tree: Path, folder: Path) -> Results:
         prepare(job, tree, folder)
         two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
         two += ["--data.init_args.batch_size=3"] if "batch_size" in job.content["data"]["init_args"] else []
-        with (folder / "output.log").open("w") as log:
+        with (folder / "output.log").open("w", encoding="utf-8") as log:
             for command in commands:
                 program = [sys.executable, "-m", "lit_unlearn", *command, *two]
                 code = subprocess.run(program, cwd=folder, stdout=log, stderr=log, timeout=600).returncode
