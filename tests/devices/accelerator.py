@@ -37,7 +37,7 @@ class PretendAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        return [torch.device(NAME, index) for index in range(devices)]
+        return [Settings.device] * devices  # as if CUDA_VISIBLE_DEVICES gave each process its own
 
     @staticmethod
     def auto_device_count() -> int:
@@ -56,5 +56,5 @@ def register() -> None:
     """Make accelerator and strategy known by the device's name; ``pretend.register`` comes before it."""
     AcceleratorRegistry.register(NAME, PretendAccelerator, description=PretendAccelerator.__doc__ or "")
     StrategyRegistry.register(
-        NAME, SingleDeviceStrategy, "one device", device=Settings.device(), accelerator=PretendAccelerator()
+        NAME, SingleDeviceStrategy, "one device", device=Settings.device, accelerator=PretendAccelerator()
     )

@@ -72,16 +72,13 @@ class Settings:
     """What kind of device it is in this process."""
 
     has_float64 = True
-    index = 0
+    device: torch.device
+    """Known once it is registered. Each process sees one, also if several have a device each."""
     float64_bytes = Float64Bytes()
     written: dict[int, StorageWeakRef] = {}  # noqa: RUF012
     """Storages that go into a file as the device's."""
     kernels: torch.library.Library
     """What is called without a wrapper's being asked; it lasts as long as this."""
-
-    @classmethod
-    def device(cls) -> torch.device:
-        return torch.device(NAME, cls.index)
 
 
 class OnDevice(torch.Tensor):
@@ -94,7 +91,7 @@ class OnDevice(torch.Tensor):
         assert type(memory) is Tensor and memory.device.type == "cpu", (type(memory), memory.device)
         if memory.dtype in (torch.float64, torch.complex128):
             if not Settings.has_float64:
-                raise TypeError(f"{Settings.device()} has no {memory.dtype}: use float32, or the processor.")
+                raise TypeError(f"{Settings.device} has no {memory.dtype}: use float32, or the processor.")
             Settings.float64_bytes.add(memory)
         new = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -102,7 +99,7 @@ class OnDevice(torch.Tensor):
             strides=memory.stride(),
             storage_offset=memory.storage_offset(),
             dtype=memory.dtype,
-            device=Settings.device(),
+            device=Settings.device,
             requires_grad=requires_grad,
         )
         new.memory = memory
@@ -238,7 +235,7 @@ def check(func: Any, args: Any, kwargs: dict[str, Any], result_here: bool) -> No
         there = [tuple(tensor.shape) for tensor in found if not isinstance(tensor, OnDevice)]
         if here and any(there):  # numbers, of shape (), go with everything
             raise Refused(
-                f"{func}: Expected all tensors to be on the same device, but {here} are on {Settings.device()} "
+                f"{func}: Expected all tensors to be on the same device, but {here} are on {Settings.device} "
                 f"and {there} on cpu"
             )
 
@@ -276,9 +273,6 @@ class Backend(backend_registration._DummyBackendModule):
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         """Nothing: it is the processor's, which is set on its own."""
 
-    def current_device(self) -> int:
-        return Settings.index
-
     def synchronize(self, device: Any = None) -> None:
         """Nothing: every operation has ended when it returns."""
 
@@ -290,7 +284,7 @@ def location_of(storage: Any) -> str | None:
     """What ``torch.save`` notes of a storage: where it lay, as ``cuda:0`` in files that a GPU's process wrote."""
     storage = getattr(storage, "_untyped_storage", storage)
     reference = Settings.written.get(storage._cdata)
-    return str(Settings.device()) if reference is not None and not reference.expired() else None
+    return str(Settings.device) if reference is not None and not reference.expired() else None
 
 
 def restore(storage: Any, location: str) -> None:
@@ -305,18 +299,18 @@ def number(tensor: Tensor) -> Any:
     return tensor.memory.item()
 
 
-def register(has_float64: bool, index: int = 0) -> Callable[[], Mode]:
+def register(has_float64: bool) -> Callable[[], Mode]:
     """Make the device known to PyTorch, in this process and for good.
 
     Args:
         has_float64: Whether it has float64.
-        index: Which of several it is; each process has one.
 
     Returns:
         The dispatch mode under which everything that uses the device must run.
     """
-    Settings.has_float64, Settings.index = has_float64, index
+    Settings.has_float64 = has_float64
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
+    Settings.device = torch.device(NAME, 0)
     torch.__future__.set_swap_module_params_on_conversion(True)  # a weight stays the same object when its module moves
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes it on the processor, then moves it
     torch.serialization.register_package(1, location_of, restore)  # asked before the processor's

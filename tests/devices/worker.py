@@ -57,7 +57,7 @@ def start(kind: str) -> tuple[Callable[[], AbstractContextManager[Any]], list[st
         return nullcontext, ON_PROCESSOR, ["--device=cpu"]
     from devices import accelerator, pretend
 
-    mode = pretend.register(has_float64=kind == "float64", index=int(os.environ.get("LOCAL_RANK", 0)))
+    mode = pretend.register(has_float64=kind == "float64")
     accelerator.register()
     if "LOCAL_RANK" in os.environ:  # one of several processes of a job
         from devices import collectives
