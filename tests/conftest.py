@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from helpers import SHARED, load_copy
+from helpers import SHARED, draw_weights, load_copy
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
@@ -65,8 +65,7 @@ def build_pipeline(
     tokenizer = train_tokenizer()
     if pad_token is not None:
         tokenizer.pad_token = pad_token
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng():  # the libraries draw weights too
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -77,7 +76,6 @@ def build_pipeline(
                 max_position_embeddings=MAX_LENGTH,
                 projection_dim=HIDDEN,
                 hidden_act=hidden_act,
-                initializer_factor=5.0,  # prompts must differ in the states by more than rounding
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -95,10 +93,6 @@ def build_pipeline(
             attention_head_dim=2,
             norm_num_groups=8,
         )
-        with torch.no_grad():
-            for name, weight in unet.named_parameters():
-                if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight")):
-                    weight.mul_(10)  # at their usual initial size a prompt would hardly matter
         vae = AutoencoderKL(
             block_out_channels=(8, 16),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -108,6 +102,13 @@ def build_pipeline(
             norm_num_groups=4,
             sample_size=16,
         )
+    draw_weights(text_encoder, seed, gain=2.0)  # prompts must differ in the states by more than rounding
+    draw_weights(unet, seed, gain=3**-0.5)  # the spread of PyTorch's own, here and below
+    draw_weights(vae, seed, gain=3**-0.5)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight")):
+                weight.mul_(10)  # at that size a prompt would hardly matter
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
@@ -54,6 +54,21 @@ Module = TypeVar("Module", bound=DiffusionEditor)
 
 
 # --- weights
+
+
+def draw_weights(model: nn.Module, seed: int, gain: float) -> None:
+    """Give layers random weights: normal, their spread ``gain`` over the root of the fan-in.
+
+    What a library draws changes between its versions, with the number and order of its draws. These do not. Norms and
+    scalars stay as they are: constants.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in sorted(model.named_modules()):
+            drawn = [parameter for parameter in layer.parameters(recurse=False) if parameter.dim()]
+            for parameter in () if "Norm" in type(layer).__name__ else drawn:
+                fan_in = max(other[0].numel() for other in drawn)
+                parameter.normal_(std=gain * fan_in**-0.5, generator=generator)
 
 
 load_once = cache(load_components)

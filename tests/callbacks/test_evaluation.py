@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
@@ -23,22 +24,31 @@ from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.files import WriteError
 
-REDNESS = 0.4988  # no picture of the random pipeline is near it, so that rounding cannot turn a verdict
-
 
 class RednessJudge:
-    """Says yes to pictures whose mean red is at least ``REDNESS``."""
+    """Says yes to pictures whose mean red is at least ``threshold``."""
 
     name = "redness"
 
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        return (images[:, 0].mean(dim=(1, 2)) >= REDNESS).float()
+        return (images[:, 0].mean(dim=(1, 2)) >= self.threshold).float()
 
 
 @pytest.fixture
 def edited(refinement: Callable[..., ValueRefinement]) -> ValueRefinement:
-    """A module whose edited weights have moved, and whose judge is ``RednessJudge``."""
-    return moved(refinement(), RednessJudge)
+    """A module whose edited weights have moved, and whose judge is a ``RednessJudge`` that is of two minds."""
+    module = moved(refinement(), lambda: None)
+    items = Pictures(module.concepts, 2, 0).items
+    pictures = module.generate([item.prompt for item in items], [item.seed for item in items])
+    levels = pictures[:, 0].float().mean(dim=(1, 2)).sort().values[1:-1] / 255
+    # In the widest gap, so that rounding cannot turn a verdict, with pictures on either side of it.
+    place = int(levels.diff().argmax())
+    threshold = float(levels[place] + levels[place + 1]) / 2
+    module.load_judge = lambda: RednessJudge(threshold)  # type: ignore[method-assign]
+    return module
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
@@ -51,7 +61,7 @@ def test_scores_are_those_of_the_pictures(edited: ValueRefinement, tmp_path: Pat
         before = edited.generate([i.prompt for i in items], [i.seed for i in items])
     assert not torch.equal(before, after)
     for pictures, found in ((before, scores.before), (after, scores)):
-        yes = pictures[:, 0].float().mean(dim=(1, 2)) / 255 >= REDNESS
+        yes = pictures[:, 0].float().mean(dim=(1, 2)) / 255 >= edited.load_judge().threshold
         is_dog = torch.tensor([names[item.concept_index] == "dog" for item in items])
         assert found is not None
         assert found.forget == pytest.approx(1 - yes[is_dog].float().mean().item())
@@ -86,11 +96,11 @@ def test_scores_do_not_depend_on_batch_size(edited: ValueRefinement, tmp_path: P
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
 def test_unedited_pictures_are_made_once(edited: ValueRefinement, tmp_path: Path) -> None:
-    cache = tmp_path / "unedited"
-    score(edited, tmp_path / "first", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
-    first = edited.forwards.count
-    score(edited, tmp_path / "second", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
-    second = edited.forwards.count - first
+    cache, counts = tmp_path / "unedited", [edited.forwards.count]
+    for run in ("first", "second"):
+        score(edited, tmp_path / run, UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
+        counts.append(edited.forwards.count)
+    first, second = (after - before for before, after in pairwise(counts))
     assert second == first / 2  # only the edited model's pictures are made
     assert len(list(cache.rglob("*.png"))) == 4
     results = [Scores.load(tmp_path / name / "scores.json") for name in ("first", "second")]
@@ -190,36 +200,31 @@ def test_tensorboard_compares_runs_by_arguments_and_scores(edited: ValueRefineme
 def test_the_agreement_of_two_judges_is_cohen_s_kappa(
     edited: ValueRefinement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdicts: dict[str, list[bool]] = {"redness": [], "upper half": []}
+    verdicts: dict[str, list[bool]] = {"every other": [], "every fourth": []}
 
-    class UpperHalfJudge(RednessJudge):
-        name = "upper half"
+    class Counting:
+        """Sees the concept in one picture out of so many."""
+
+        def __init__(self, name: str, period: int) -> None:
+            self.name, self.period = name, period
 
         def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-            return super().__call__(images[:, :, : images.shape[2] // 2], questions)
+            asked = len(verdicts[self.name])
+            answers = [number % self.period == 0 for number in range(asked, asked + len(images))]
+            verdicts[self.name] += answers
+            return torch.tensor(answers).float()
 
-    def judge(kind: type[RednessJudge]) -> RednessJudge:
-        asked = kind()
-
-        class Noting(kind):  # type: ignore[misc, valid-type]
-            def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-                answers = asked(images, questions)
-                verdicts[self.name] += (answers >= 0.5).tolist()
-                return answers
-
-        return Noting()
-
-    monkeypatch.setattr(edited, "load_judge", lambda: judge(RednessJudge))
-    monkeypatch.setattr(edited, "_judge", lambda name, options: judge(UpperHalfJudge))
+    monkeypatch.setattr(edited, "load_judge", lambda: Counting("every other", 2))
+    monkeypatch.setattr(edited, "_judge", lambda name, options: Counting("every fourth", 4))
     edited.second_judge_path = "another"
     score(edited, tmp_path, EvaluationReport(), images_per_prompt=3)
-    pairs = list(zip(verdicts["redness"], verdicts["upper half"], strict=True))
+    pairs = list(zip(*verdicts.values(), strict=True))
     n = len(pairs)
     agree = sum(a == b for a, b in pairs) / n
     yes = [sum(column) / n for column in zip(*pairs, strict=True)]
     chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
     agreement = Scores.load(tmp_path / "scores.json").agreement
     assert agreement is not None
-    assert agreement["judge"] == "upper half"
+    assert agreement["judge"] == "every fourth"
     assert agreement["cohen_kappa"] == pytest.approx((agree - chance) / (1 - chance), abs=1e-6)
     assert 0 < abs(agreement["cohen_kappa"]) < 1

@@ -7,19 +7,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from helpers import Reddish, moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
-RUNS = {"null_space/dog/version_0": 3.0, "esd/dog/version_0": 1.5}
-"""Folder of a run to what its edited weights are multiplied by."""
+RUNS = {"null_space/dog/version_0": 0.0, "esd/dog/version_0": 1.0}
+"""Folder of a run to what its judge inclines to: no, or yes."""
+
+
+class Biased(Reddish):
+    """Answers on one side of a half, by the mean red of a picture."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        return (super().__call__(images, questions) + self.bias) / 2
+
 
 # What has a place on the page, also below shadow roots: texts [text, x, y of the middle], sizes of pictures, and the
 # widths of lines in charts.
@@ -48,9 +62,9 @@ return [texts, pictures, curves];
 def runs(refinement: Callable[..., ValueRefinement], tmp_path: Path) -> dict[str, Scores]:
     """Scores of two runs by their folder below ``tmp_path / "logs"``."""
     found = {}
-    for run, factor in RUNS.items():
+    for run, bias in RUNS.items():
         logger = TensorBoardLogger(tmp_path / "logs", name=run.rpartition("/")[0], version=0, default_hp_metric=False)
-        module = moved(refinement(), Reddish, factor)
+        module = moved(refinement(), partial(Biased, bias))
         score(module, tmp_path, EvaluationReport(judge_negatives=6), logger=logger, images_per_prompt=3)
         logger.experiment.close()
         found[run] = Scores.load(tmp_path / "logs" / run / "scores.json")

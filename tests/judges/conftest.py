@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from helpers import draw_weights
+
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "yes", "Yes", "no", "No", "NO", "USER", "ASSISTANT", ":", "."]
 WORDS += ["Is", "there", "a", "dog", "cat", "?", "Answer", "with", "or", "in", "this", "picture"]
 
@@ -47,12 +49,12 @@ def tiny_llava(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     text = LlamaConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng():  # the library draws weights too
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=words.index("<image>"))
         model = LlavaForConditionalGeneration(config)
-        with torch.no_grad():
-            model.lm_head.weight.mul_(40)  # random models are sure of nothing
+    draw_weights(model, seed=0, gain=3**-0.5)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)  # random models are sure of nothing
     model.save_pretrained(folder)
     LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), fast, patch_size=8,
@@ -73,9 +75,9 @@ def tiny_clip(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng():  # the library draws weights too
         model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8))
+    draw_weights(model, seed=0, gain=1.0)
     model.save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)

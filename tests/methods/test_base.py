@@ -187,9 +187,10 @@ def test_the_scores_are_the_judges_verdicts(
     before = brightness()
     edit(module)
     after = brightness()
-    changed = int((after - before).abs().argmax())
-    # Between the two pictures that the edit changed most, so one verdict at least turns.
-    judge.threshold = float(before[changed] + after[changed]) / 2
+    # Between two of the pictures before the edit, where the most verdicts turn.
+    levels = before.sort().values
+    middles = (levels[:-1] + levels[1:]) / 2
+    judge.threshold = float(max(middles, key=lambda middle: ((before > middle) != (after > middle)).sum()))
     trainer_with(keep).test(module, data, verbose=False)
     verdicts = []
     for name, metric in (("before", module.before), ("after", module.after)):
