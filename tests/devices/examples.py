@@ -41,3 +41,54 @@ def counted(device: torch.device) -> tuple[int, int, int, int]:
     found.append(count.now() - before)
     del tensor, view, other
     return found[0], found[1], found[2], count.now() - before
+
+
+def float64_of_a_fit(args: list[str]) -> dict[str, Any]:
+    """Bytes of float64 on the device before each step of a fit, at most within it, and after it.
+
+    The device passes for one that is quick at float64, so that it solves by itself.
+    """
+    from unittest.mock import patch
+
+    from devices.pretend import Settings
+    from lit_unlearn.callbacks.preemption import SaveOnSignal
+    from lit_unlearn.cli import main
+
+    count, between = Settings.float64_bytes, []
+    original = SaveOnSignal.on_train_batch_start
+
+    def look(self: SaveOnSignal, trainer: Any, *rest: Any) -> None:
+        original(self, trainer, *rest)
+        between.append(count.now())
+
+    count.restart()
+    with (
+        patch("lit_unlearn.system.devices._is_fast", lambda device: True),
+        patch.object(SaveOnSignal, "on_train_batch_start", look),
+    ):
+        assert main(args) == 0
+    return {"between": between, "peak": count.peak, "after": count.now()}
+
+
+def left_behind(model: str, device: str) -> list[tuple[str, int, str]]:
+    """For each part of a model that is loaded: storages of the parts before it still held by the processor, and where
+    these parts lie.
+    """
+    from unittest.mock import patch
+
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from lit_unlearn.diffusion import components
+
+    original, held, found = components._load_part, [], []
+
+    def load(kind: Any, path: Any, part: str, options: dict[str, Any]) -> Any:
+        found.append((part, sum(not storage.expired() for storage in held)))
+        module = original(kind, path, part, options)
+        held.extend(StorageWeakRef(weight.untyped_storage()) for weight in module.parameters())
+        return module
+
+    with patch.object(components, "_load_part", load), torch.device(device):
+        loaded = components.load_components(model)
+    places = {name: {weight.device.type for weight in part.parameters()} for name, part in loaded.modules().items()}
+    return [(part, count, ",".join(sorted(places[part]))) for part, count in found]

@@ -115,6 +115,7 @@ class Worker:
         self.device = torch.device("cpu") if kind == "cpu" else torch.device("pretend", 0)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        os.makedirs(request["folder"], exist_ok=True)
         os.chdir(request["folder"])
         result: dict[str, Any] = {"error": None}
         with caught() as output:
