@@ -93,7 +93,7 @@ def test_apt_brings_what_the_makefile_needs_and_leaves_no_lists() -> None:
     assert install[4:] == ["make", "python3", "python3-venv"]
     assert clean == ["rm", "-rf", "/var/lib/apt/lists/*"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "PYTHON ?= python3\n" in makefile and "$(PYTHON) -m venv .venv" in makefile
+    assert "PYTHON ?= python3\n" in makefile and "$(PYTHON) -m venv $(VENV)" in makefile
 
 
 def test_make_is_asked_for_targets_and_variables_that_it_has() -> None:

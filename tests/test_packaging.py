@@ -98,6 +98,15 @@ def test_every_target_sets_up_the_environment() -> None:
         assert makefile_recipe(target)[0].split()[0] == ".venv/.installed", target
 
 
+def test_the_oldest_packages_have_an_environment_of_their_own() -> None:
+    (prerequisite, run), setup = makefile_recipe("test-lowest"), makefile_recipe("$(LOWEST)/.installed")
+    assert prerequisite == "$(LOWEST)/.installed"
+    assert run.startswith("$(LOWEST)/bin/python -m pytest")
+    (install,) = [line for line in setup if "pip install" in line]
+    assert {"--python $(LOWEST)/bin/python", "--resolution lowest-direct"} <= set(re.findall(r"--\S+ \S+", install))
+    assert "constraint" not in install
+
+
 def test_docker_installs_as_the_makefile_does() -> None:
     runs = instructions("RUN")
     assert [run for run in runs if re.search(r"\b(make|pip) install\b", run)] == ["make install EXTRAS="]
