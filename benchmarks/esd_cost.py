@@ -64,9 +64,9 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
     import torch
 
     torch.set_num_threads(1)
-    from lit_unlearn.recipes import find_recipe
     from lit_unlearn.system.files import atomic_write
-    from lit_unlearn.training import run, run_label
+    from lit_unlearn.training.cli import run, run_label
+    from lit_unlearn.training.recipes import find_recipe
 
     top = Path(root, policy, f"seed_{seed}")
     folder = top / "esd" / run_label([concept])
@@ -137,7 +137,7 @@ COLUMNS = {
 
 def summary(root: Path, concepts: list[str], seeds: list[int], command: str) -> str:
     """Markdown: means of both policies and their differences in pairs, then every cell."""
-    from lit_unlearn.training import run_label
+    from lit_unlearn.training.cli import run_label
 
     cells: dict[tuple[str, int, str], dict[str, float]] = {}
     for concept in concepts:

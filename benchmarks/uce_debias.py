@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from quiet import QUIET, output_to
 
-from lit_unlearn.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.core.debiasing import attribute_ratios
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.sampling import draw_pictures
-from lit_unlearn.evaluation.judges import judge_questions
+from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.judges.load import load_judge
-from lit_unlearn.recipes import find_recipe
-from lit_unlearn.training import run
+from lit_unlearn.training.cli import run
+from lit_unlearn.training.recipes import find_recipe
 
 SUBJECTS = ("dog", "owl", "castle")
 ATTRIBUTES = ("cartoon", "glossy", "sketch", "pixel art")

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lit_unlearn import __version__
-from lit_unlearn.recipes import recipe_names, resolve_recipes
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
 from lit_unlearn.system.names import check_path
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
+from lit_unlearn.training.recipes import recipe_names, resolve_recipes
 
 TRAINER_COMMANDS = {
     "fit": "find and apply an edit, or train a part of the embedded model",
@@ -119,7 +119,7 @@ def _run(args: list[str]) -> int:
             note_signal(name)
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)
-        from lit_unlearn import training
+        from lit_unlearn.training import cli as training
 
         training.run(resolved)
         return 0

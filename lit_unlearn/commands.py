@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lit_unlearn.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model
 from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.diffusion.stored import WholeModel
-from lit_unlearn.evaluation.pictures import image_grid, save_png, to_pil
-from lit_unlearn.export import check_output, export_delta, export_lora, export_pipeline, provenance
-from lit_unlearn.lora import FILE_NAME, parse_rank
-from lit_unlearn.recipes import find_recipe
+from lit_unlearn.edits.checkpoint import Edit, load_edited, read_edit
+from lit_unlearn.edits.export import check_output, export_delta, export_lora, export_pipeline, provenance
+from lit_unlearn.edits.lora import FILE_NAME, parse_rank
+from lit_unlearn.evaluation.grids import image_grid, save_png, to_pil
 from lit_unlearn.system.devices import explaining_memory, find_device
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
+from lit_unlearn.training.recipes import find_recipe
 
 MIN_SIDE = 256
 """Smaller pictures are enlarged to at least so many pixels."""
@@ -148,7 +148,7 @@ def verify(options: argparse.Namespace) -> int:
     Raises:
         UserError: There is no export of lit-unlearn to check, or no such base model.
     """
-    from lit_unlearn.verify import findings_table, verify_export
+    from lit_unlearn.edits.verify import findings_table, verify_export
 
     with user_errors():
         findings = verify_export(Path(options.export), options.base, options.revision)
@@ -168,7 +168,7 @@ def report(options: argparse.Namespace) -> None:
         UserError: A folder holds no run, runs do not compare, or the output exists.
         OSError: The output cannot be written.
     """
-    from lit_unlearn.evaluation.report import collect, report_csv, report_html, report_markdown
+    from lit_unlearn.reports.report import collect, report_csv, report_html, report_markdown
 
     output = Path(options.output)
     with user_errors():
@@ -192,8 +192,8 @@ def attack(options: argparse.Namespace) -> None:
         UserError: An option, the checkpoint, the model or the judge is wrong, or there is nothing to attack with.
         OSError: The output cannot be written.
     """
-    from lit_unlearn.attack import attack_run
-    from lit_unlearn.evaluation.attack_results import attacks_table
+    from lit_unlearn.attacks.run import attack_run
+    from lit_unlearn.reports.attack_results import attacks_table
 
     with user_errors():
         device = find_device(options.device)
@@ -225,7 +225,7 @@ def demo(options: argparse.Namespace) -> None:
         UserError: The recipe or the concept is wrong.
         OSError: Something cannot be written.
     """
-    from lit_unlearn import training
+    from lit_unlearn.training import cli as training
 
     started = time.monotonic()
     recipe = ["--config", options.config, "--concept", options.concept]

@@ -23,7 +23,7 @@ from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]

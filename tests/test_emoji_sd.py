@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.components import load_components, resolve_model
 from lit_unlearn.diffusion.sampling import draw_pictures, initial_noise
-from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.judges.classifier import ClassifierJudge
 
 MODEL = Path(resolve_model("emoji-sd"))
 

@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_unlearn import cli
-from lit_unlearn.checkpoint import read_edit
 from lit_unlearn.diffusion.components import load_components
-from lit_unlearn.export import check_output
+from lit_unlearn.edits.checkpoint import read_edit
+from lit_unlearn.edits.export import check_output
 
 NAME = "text_encoder.encoder.layers.1.mlp.fc2.weight"
 FACTS: dict[str, Any] = {

@@ -26,7 +26,7 @@ from lit_unlearn.diffusion.sampling import (
     sample_latents,
     training_target,
 )
-from lit_unlearn.evaluation.judges import Judge, judge_questions
+from lit_unlearn.judges.base import Judge, judge_questions
 
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 """From prompts and seeds to pictures (B, 3, H, W), float32 in [0, 1] on the CPU."""

@@ -22,11 +22,11 @@ from typing_extensions import override
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.evaluation.pictures import before_after_grid, image_grid, save_png, to_pil
+from lit_unlearn.evaluation.grids import before_after_grid, image_grid, save_png, to_pil
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
-from lit_unlearn.evaluation.tables import scores_table
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.reports.tables import scores_table
 from lit_unlearn.system.devices import float64_device
 
 TEST_SCORES = (

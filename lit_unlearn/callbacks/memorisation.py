@@ -20,8 +20,8 @@ from typing_extensions import override
 from lit_unlearn.callbacks.evaluation import run_folder
 from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.data.images import CaptionItem, load_image
+from lit_unlearn.evaluation.grids import save_png
 from lit_unlearn.evaluation.memorisation import copies_grid
-from lit_unlearn.evaluation.pictures import save_png
 from lit_unlearn.evaluation.scores import write_json
 from lit_unlearn.methods.data_unlearning import DataUnlearning
 

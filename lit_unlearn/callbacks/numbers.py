@@ -16,7 +16,7 @@ from typing_extensions import override
 from lit_unlearn.callbacks.evaluation import run_folder
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError
-from lit_unlearn.methods.base import DiffusionEditor
+from lit_unlearn.methods.shared.base import DiffusionEditor
 from lit_unlearn.methods.value_refinement import LayerState
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"

@@ -14,8 +14,8 @@ from typing_extensions import override
 from lit_unlearn.callbacks.evaluation import run_folder
 from lit_unlearn.data.images import CaptionItem
 from lit_unlearn.data.prompts import PictureItem
-from lit_unlearn.evaluation.pictures import save_png, to_pil
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.evaluation.grids import save_png, to_pil
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.system.names import file_name
 
 

@@ -27,7 +27,7 @@ from lit_unlearn.diffusion.sampling import encode_pictures
 from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, Drawing
 from lit_unlearn.emoji.text_to_image import TextToImageTraining
-from lit_unlearn.evaluation.pictures import save_png, to_tensor
+from lit_unlearn.evaluation.grids import save_png, to_tensor
 from lit_unlearn.system.files import replaced_folder
 
 MEMORISED: tuple[tuple[str, str, str, str], ...] = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
-from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.evaluation.grids import to_pil
 from lit_unlearn.system.devices import find_device
 
 MODEL = "openai/clip-vit-large-patch14"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.evaluation.grids import to_pil
 from lit_unlearn.judges.clip import MODEL, normalised
 
 

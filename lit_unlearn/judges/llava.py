@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.evaluation.grids import to_pil
 from lit_unlearn.system.devices import find_device
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from torch import Tensor
 from lit_unlearn.core.importance import choose_forget, global_norm
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, noise_levels, training_target
-from lit_unlearn.methods.base import check_timesteps
-from lit_unlearn.methods.gradient import GradientEditor
-from lit_unlearn.methods.image_editor import ImageEditor
+from lit_unlearn.methods.shared.base import check_timesteps
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.image_editor import ImageEditor
 
 
 @dataclass

@@ -26,8 +26,8 @@ from lit_unlearn.diffusion.trajectories import (
     sample_chains,
     sample_state,
 )
-from lit_unlearn.methods.base import ConceptEditor
-from lit_unlearn.methods.gradient import GradientEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.gradient import GradientEditor
 
 
 class States(NamedTuple):

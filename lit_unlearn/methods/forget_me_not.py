@@ -23,8 +23,8 @@ from lit_unlearn.diffusion.new_tokens import (
 )
 from lit_unlearn.diffusion.prompts import encode, tokenize
 from lit_unlearn.diffusion.sampling import add_noise
-from lit_unlearn.methods.gradient import GradientEditor
-from lit_unlearn.methods.reference_images import ReferenceImages
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.reference_images import ReferenceImages
 
 
 def check_templates(templates: Sequence[str] | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.new_tokens import token_table
-from lit_unlearn.methods.one_step import OneStepEditor
+from lit_unlearn.methods.shared.one_step import OneStepEditor
 
 
 class RenameTokens(OneStepEditor):

@@ -14,7 +14,7 @@ from lit_unlearn.core.null_space import NullSpaceRule
 from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.sampling import seeded
-from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
 from lit_unlearn.system.devices import for_solving
 
 

@@ -21,7 +21,7 @@ from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, seeded
-from lit_unlearn.methods.base import ConceptEditor, linear_layer
+from lit_unlearn.methods.shared.base import ConceptEditor, linear_layer
 from lit_unlearn.methods.value_refinement import UNET_BATCH, LayerState, ValueRefinement
 
 WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000

@@ -25,7 +25,7 @@ from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents, seeded
-from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps, linear_layer
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps, linear_layer
 
 Batch = TypeVar("Batch")
 

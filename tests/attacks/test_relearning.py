@@ -12,7 +12,7 @@ from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.relearning import Relearning, trained
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import judge_folder
 
 Attacked = Callable[..., AttackedModel]

@@ -17,7 +17,7 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.components import save_pipeline
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import ConceptEditor, linear_layer
+from lit_unlearn.methods.shared.base import ConceptEditor, linear_layer
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]

@@ -9,9 +9,9 @@ from safetensors import safe_open
 
 from lit_unlearn.callbacks.embeddings import FILE, SaveEmbeddings
 from lit_unlearn.callbacks.evaluation import run_folder
-from lit_unlearn.checkpoint import load_edited, read_edit
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
+from lit_unlearn.edits.checkpoint import load_edited, read_edit
 from lit_unlearn.methods.forget_me_not import ForgetMeNot
 from lit_unlearn.methods.textual_inversion import TextualInversion
 

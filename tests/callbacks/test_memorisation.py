@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_unlearn import cli
 from lit_unlearn.callbacks.memorisation import MemorisationReport
-from lit_unlearn.checkpoint import read_edit
 from lit_unlearn.data.images import KeepForgetImages
 from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.emoji.judge import JudgeTraining
 from lit_unlearn.evaluation.memorisation import CopyDetector, pixel_features
 from lit_unlearn.methods.siss import SISS

@@ -14,7 +14,7 @@ from helpers import weights
 from lit_unlearn.callbacks.uce import UCEEdit
 from lit_unlearn.core.closed_form import ridge_map_update
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.uce import UCE
 
 Fit = Callable[..., L.Trainer]

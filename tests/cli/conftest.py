@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers import files
-from lit_unlearn import checkpoint, cli
+from lit_unlearn import cli
+from lit_unlearn.edits import checkpoint
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
 
 STEPS = 2
 """Denoising steps of every picture here."""

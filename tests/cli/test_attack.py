@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_unlearn import attack, cli
+from lit_unlearn import cli
+from lit_unlearn.attacks import run as attack
 from lit_unlearn.attacks.relearning import Relearning
-from lit_unlearn.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
-from lit_unlearn.evaluation.attack_results import AttackReport
+from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.reports.attack_results import AttackReport
 
 SMALL = ["--steps", "2", "--num_pictures", "2"]
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from helpers import CONFIGS
-from lit_unlearn.checkpoint import read_edit
+from lit_unlearn.edits.checkpoint import read_edit
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 ON_CPU = ["--trainer.accelerator", "cpu"]

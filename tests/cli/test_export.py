@@ -14,10 +14,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from helpers import assert_alike, metadata, read_picture
-from lit_unlearn import cli, export
+from lit_unlearn import cli
 from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.diffusion.sampling import initial_noise
-from lit_unlearn.methods import base
+from lit_unlearn.edits import export
+from lit_unlearn.methods.shared import base
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""

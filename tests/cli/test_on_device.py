@@ -10,7 +10,7 @@ import torch
 
 from helpers import files
 from lit_unlearn import cli, commands
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from helpers import CONFIGS, files
-from lit_unlearn import cli, training
+from lit_unlearn import cli
 from lit_unlearn.diffusion.components import load_components
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
+from lit_unlearn.training import cli as training
 
 
 def test_a_fit_leaves_everything_in_its_version_folder(finished: Path) -> None:

@@ -28,6 +28,7 @@ from typing import IO, Any
 os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", TQDM_DISABLE="1")  # threads of the loader would not see the mode
 
 import torch
+
 from devices import examples
 
 TRAINER = ("fit", "validate", "test", "predict")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.evaluation.grids import to_pil
 from lit_unlearn.judges.clip_score import ClipScore
 
 

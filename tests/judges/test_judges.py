@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
-from lit_unlearn.evaluation.pictures import to_pil
+from lit_unlearn.evaluation.grids import to_pil
 from lit_unlearn.judges.cache import CachedJudge, picture_key
 from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
 from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge

@@ -8,12 +8,12 @@ import lightning as L
 import pytest
 import torch
 
-from lit_unlearn.attack import attack_run
-from lit_unlearn.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.attacks.run import attack_run
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import draw_pictures
-from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import judge_folder
 from lit_unlearn.methods.rename_tokens import RenameTokens
 

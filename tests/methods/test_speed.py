@@ -14,7 +14,7 @@ from helpers import CONFIGS, states
 from lit_unlearn.callbacks.speed import SPEEDEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.prompts import tokenize
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]

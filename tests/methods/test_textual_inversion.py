@@ -69,7 +69,7 @@ def test_the_loss_falls(build: Build, fit: Fit, monkeypatch: pytest.MonkeyPatch)
     same = textual_inversion.seeded
 
     # The same image, noise and timestep in every step: the loss is a function of the embeddings alone.
-    monkeypatch.setattr("lit_unlearn.methods.gradient.seeded", lambda seed, epoch, step, item: same(seed, item))
+    monkeypatch.setattr("lit_unlearn.methods.shared.gradient.seeded", lambda seed, epoch, step, item: same(seed, item))
     losses: list[float] = []
     record = hook("on_train_batch_end", lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"])))
     fit(build(optimizer=partial(torch.optim.AdamW, lr=0.1)), record, steps=15)

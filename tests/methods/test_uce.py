@@ -11,7 +11,7 @@ import yaml
 from torch.testing import assert_close
 
 from helpers import states
-from lit_unlearn.core.cross_attention_maps import without_component
+from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.uce import UCE
@@ -172,6 +172,6 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
 def test_mistakes_are_found_before_a_weight_is_loaded(
     arguments: dict[str, Any], message: str, uce: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_components", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         uce(**arguments)
