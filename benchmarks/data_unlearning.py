@@ -141,7 +141,8 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
     from lit_unlearn.data.images import load_image, read_folder
     from lit_unlearn.diffusion.sampling import draw_pictures
     from lit_unlearn.edits.checkpoint import load_edited, read_edit
-    from lit_unlearn.evaluation.grids import image_grid, save_png
+    from lit_unlearn.evaluation.grids import image_grid
+    from lit_unlearn.system.pixels import save_png
 
     torch.set_num_threads(1)
     forget = read_folder(str(model / "images" / "forget"), "forget")[:SHOWN]

@@ -20,10 +20,11 @@ from lit_unlearn.diffusion.components import load_components, resolve_model
 from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
-from lit_unlearn.evaluation.grids import image_grid, save_png
-from lit_unlearn.evaluation.scores import write_json
+from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.system.json_files import write_json
+from lit_unlearn.system.pixels import save_png
 
 FRESH_SEED = 7_000_000
 

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
-from lit_unlearn.commands import checked_model, edit_revision
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
 from lit_unlearn.diffusion.new_tokens import token_table, vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.edits.checkpoint import Edit, load_with_pretrained, read_edit
-from lit_unlearn.evaluation.grids import image_grid, save_png
+from lit_unlearn.edits.checkpoint import Edit, chosen_model, chosen_revision, load_with_pretrained, read_edit
+from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.judges.base import Judge
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import load_judge
@@ -31,6 +30,7 @@ from lit_unlearn.reports.attack_results import FILE, AttackReport, AttackResult,
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.files import atomic_write
 from lit_unlearn.system.names import file_name
+from lit_unlearn.system.pixels import save_png
 
 Existing = Literal["refuse", "replace", "keep"]
 FOLDER = "attacks"
@@ -92,9 +92,9 @@ def attack_run(
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)
     todo = _todo(report, path, chosen, targets, existing)
     if todo:
-        found_device, base = find_device(device), checked_model(model, edit)
+        found_device, base = find_device(device), chosen_model(model, edit)
         loaded_judge = _load_judge(edit, judge, concept_set, targets)
-        components, pretrained = load_with_pretrained(base, edit, edit_revision(revision, edit), found_device)
+        components, pretrained = load_with_pretrained(base, edit, chosen_revision(revision, edit), found_device)
         for module in components.modules().values():
             if edit.dtype != torch.float32:  # searches and training need more than half precision
                 module.float()

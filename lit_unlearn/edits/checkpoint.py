@@ -321,6 +321,22 @@ def load_with_pretrained(
     return components, pretrained
 
 
+def chosen_model(model: str | None, edit: Edit | None) -> str:
+    """The model to load, checked: the given one, else the one that was edited, else the embedded one."""
+    if edit is None:
+        model = model or "emoji-sd"
+        check_model(model)
+        return model
+    model = model or edit.model
+    edit.check_base(model)
+    return model
+
+
+def chosen_revision(revision: str | None, edit: Edit | None) -> str | None:
+    """The revision of a hub id to load: the given one, else that of the edit."""
+    return revision or (edit.hyper_parameters.get("revision") if edit else None)
+
+
 def _read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
     """Read the parameters ``names`` from the weight files of a model folder; None if one is missing."""
     values: dict[str, Tensor] = {}

@@ -22,8 +22,9 @@ from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
-from lit_unlearn.evaluation.scores import Scores, write_json
+from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.system.files import atomic_write, replaced_folder
+from lit_unlearn.system.json_files import write_json
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors")

@@ -21,10 +21,10 @@ from lit_unlearn.data.augmentation import WORDS, reframe
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, decode_latents, encode_pictures, training_target
-from lit_unlearn.evaluation.grids import to_uint8
 from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
+from lit_unlearn.system.pixels import to_uint8
 
 
 class Draw(NamedTuple):

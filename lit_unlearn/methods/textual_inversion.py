@@ -33,11 +33,11 @@ from lit_unlearn.diffusion.sampling import (
     seeded,
     training_target,
 )
-from lit_unlearn.evaluation.grids import to_uint8
 from lit_unlearn.methods.forget_me_not import check_templates, templates_of
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
+from lit_unlearn.system.pixels import to_uint8
 
 
 def inversion_loss(

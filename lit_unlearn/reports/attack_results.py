@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_unlearn.evaluation.metrics import wilson_interval
-from lit_unlearn.evaluation.scores import read_json, read_value, write_json
+from lit_unlearn.system.json_files import read_json, read_value, write_json
 
 SCHEMA = 1
 """Version of ``attacks.json``; raised when a field changes its meaning or goes."""

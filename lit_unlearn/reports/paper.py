@@ -15,7 +15,7 @@ def load_paper_tables() -> dict[str, Any]:
         ``retain``; and ``harmonic_mean`` (Table 5): one number for each of these four. As printed: averages are
         rounded, and most of ESD's forget scores are multiples of 1/24, where the others' are multiples of 1/20.
     """
-    table = resources.files("lit_unlearn.evaluation").joinpath("paper_tables.json")
+    table = resources.files("lit_unlearn.reports").joinpath("paper_tables.json")
     return json.loads(table.read_text(encoding="utf-8"))
 
 
@@ -28,5 +28,5 @@ def load_challenge_baselines() -> dict[str, list[float]]:
     Returns:
         Concept to ERR of ESD, Concept Ablation and Forget-Me-Not, in this order.
     """
-    table = resources.files("lit_unlearn.evaluation").joinpath("challenge_baselines.json")
+    table = resources.files("lit_unlearn.reports").joinpath("challenge_baselines.json")
     return json.loads(table.read_text(encoding="utf-8"))["err"]

@@ -256,7 +256,7 @@ def report_html(runs: Sequence[RunResult], grids: int = 1) -> str:
         runs: Runs of one protocol.
         grids: Runs of each method whose ``grid.png`` is shown.
     """
-    template = resources.files("lit_unlearn.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = resources.files("lit_unlearn.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     parts = [_html_part(part, grids) for part in group(runs)]
     paper = Markup(_table(paper_markdown())) if runs[0].scores.concepts.name == "paper20" else None

@@ -16,9 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_unlearn.evaluation.scores import write_json
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.files import WriteError, naming, remove, remove_if_possible
+from lit_unlearn.system.json_files import write_json
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 RUNNING, FINISHED = "running", "finished"

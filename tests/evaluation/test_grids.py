@@ -10,16 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from lit_unlearn.evaluation import grids as pictures
-from lit_unlearn.evaluation.grids import (
-    GAP,
-    MARGIN,
-    before_after_grid,
-    image_grid,
-    save_png,
-    to_pil,
-    to_tensor,
-    to_uint8,
-)
+from lit_unlearn.evaluation.grids import GAP, MARGIN, before_after_grid, image_grid
+from lit_unlearn.system.pixels import save_png, to_pil, to_tensor, to_uint8
 
 RED, GREEN, BLUE, GREY = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (0.5, 0.5, 0.5)
 LONG = "the loyal pet that barks, fetches sticks and guards the house in a hatched chalk drawing"

@@ -17,7 +17,6 @@ from lit_unlearn.data.prompts import PictureItem, edited_concepts
 from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.sampling import ForwardCount, draw_pictures
-from lit_unlearn.evaluation.grids import to_uint8
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.cache import CachedJudge
@@ -25,6 +24,7 @@ from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared.shared_work import SharedWork
 from lit_unlearn.system.memory import peak_memory
+from lit_unlearn.system.pixels import to_uint8
 
 CHECKPOINT_KEY = "lit_unlearn"
 """Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""

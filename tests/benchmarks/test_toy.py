@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.testing import assert_close
-
-from lit_unlearn.evaluation import toy
-from lit_unlearn.evaluation.toy import (
+from toy import (
     EXAMPLE,
     NOISE,
     Mixture,

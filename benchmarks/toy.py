@@ -3,7 +3,7 @@
     p(x) = sum_j alpha_j N(x; mu_j, 1), and component c is the concept.
 
 Three densities without the concept are compared: the ideal one (Eq. 8), the one that ESD's objective implies
-(Prop. 2), and what a sampler draws that is guided away from the concept. ``python -m lit_unlearn.evaluation.toy FILE``
+(Prop. 2), and what a sampler draws that is guided away from the concept. ``python benchmarks/toy.py FILE``
 draws the figure of ``docs/toy.md`` and prints its table. All is one-dimensional and in float64.
 """
 
