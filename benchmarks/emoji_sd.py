@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, Pictures
-from lit_unlearn.diffusion.components import load_components, resolve_model
+from lit_unlearn.diffusion.load import load_pipeline, resolve_model
 from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", default=None)
     arguments = parser.parse_args()
 
-    components = load_components(arguments.model)
+    components = load_pipeline(arguments.model)
     judge = ClassifierJudge(arguments.judge or f"{resolve_model(arguments.model)}/judge")
     result: dict[str, object] = {
         "sampler": {k: getattr(arguments, k) for k in ("num_inference_steps", "guidance_scale")}

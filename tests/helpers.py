@@ -21,7 +21,8 @@ from transformers import CLIPTokenizer
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.data.prompts import ConceptPrompts
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.load import load_pipeline, resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 
@@ -56,22 +57,22 @@ Module = TypeVar("Module", bound=DiffusionEditor)
 # --- weights
 
 
-load_once = cache(load_components)
+load_once = cache(load_pipeline)
 
 
-def load_copy(model: str, *options: Any) -> DiffusionComponents:
-    """As ``load_components``, in less time: a copy of what was loaded once, if nothing writes to its folder."""
+def load_copy(model: str, *options: Any) -> StableDiffusion:
+    """As ``load_pipeline``, in less time: a copy of what was loaded once, if nothing writes to its folder."""
     if model not in SHARED:
-        return load_components(model, *options)
+        return load_pipeline(model, *options)
     loaded = load_once(model, *options)
     # A copied tokenizer does not decode as the original.
     tokenizer = CLIPTokenizer.from_pretrained(resolve_model(model), subfolder="tokenizer")
     return replace(copy.deepcopy(replace(loaded, tokenizer=None)), tokenizer=tokenizer)  # type: ignore[arg-type]
 
 
-def weights(source: DiffusionEditor | DiffusionComponents) -> dict[str, Tensor]:
+def weights(source: DiffusionEditor | StableDiffusion) -> dict[str, Tensor]:
     """Copies of all weights of a pipeline by name, as they are now."""
-    components = source if isinstance(source, DiffusionComponents) else source.components
+    components = source if isinstance(source, StableDiffusion) else source.pipeline
     return {name: parameter.detach().clone() for name, parameter in components.named_parameters().items()}
 
 
@@ -144,7 +145,7 @@ def moved(module: Module, judge: Callable[[], Any], factor: float = 3.0) -> Modu
     module.configure_model()
     with torch.no_grad():
         for name in module.edited_names:
-            module.components.named_parameters()[name].mul_(factor)
+            module.pipeline.named_parameters()[name].mul_(factor)
     return module
 
 
@@ -177,7 +178,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def states(module: Any, *prompts: str) -> Tensor:
     """Text states (B, L, D) of ``prompts`` by the text encoder as it is now, without gradients."""
     with torch.no_grad():
-        return encode_prompts(module.components.tokenizer, module.components.text_encoder, prompts)
+        return encode_prompts(module.pipeline.tokenizer, module.pipeline.text_encoder, prompts)
 
 
 # --- files

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import load_components, resolve_model
+from lit_unlearn.diffusion.load import load_pipeline, resolve_model
 from lit_unlearn.diffusion.sampling import draw_pictures, initial_noise
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.judges.classifier import ClassifierJudge
@@ -41,7 +41,7 @@ def test_layout_is_stable_diffusions() -> None:
 def test_plain_diffusers_draws_the_same_picture(kind: type[DiffusionPipeline], judge: ClassifierJudge) -> None:
     pipeline = kind.from_pretrained(MODEL)
     pipeline.set_progress_bar_config(disable=True)
-    components = load_components("emoji-sd")
+    components = load_pipeline("emoji-sd")
     noise = initial_noise(components.unet, [3])
     theirs = pipeline(
         "a dog at sunset", num_inference_steps=10, guidance_scale=4.0, latents=noise, output_type="pt"

@@ -140,7 +140,7 @@ def test_only_classes_of_the_kind_that_belongs_there(
 
     for owner, name in ((subprocess.Popen, "__init__"), (torch.hub, "load")):
         monkeypatch.setattr(owner, name, call)
-    monkeypatch.setattr(base, "load_components", call)
+    monkeypatch.setattr(base, "load_pipeline", call)
     with pytest.raises(UserError) as caught:
         training.run(["fit", "--config", str(path)])
     assert "\n" not in str(caught.value)

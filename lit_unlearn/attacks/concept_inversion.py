@@ -37,14 +37,14 @@ class ConceptInversion(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Learn the embeddings."""
-        components, concept = model.components, model.concept
-        tokenizer, text_encoder = components.tokenizer, components.text_encoder
+        pipeline, concept = model.pipeline, model.concept
+        tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
         named = [concept.replace_names(prompt, PLACE) for prompt, _ in model.named_pairs if concept.find_name(prompt)]
         templates = list(dict.fromkeys(named)) or templates_of(concept, None)
         generator = seeded(model.seed, "concept inversion")
         start = initial_embeddings(tokenizer, text_encoder, self.num_tokens, None, generator)
         embeddings, losses = optimise_embeddings(
-            components,
+            pipeline,
             start,
             templates,
             model.references.latents,

@@ -54,9 +54,9 @@ class PromptSearch(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Find the prefix."""
-        components, references = model.components, model.references
-        tokenizer, text_encoder = components.tokenizer, components.text_encoder
-        latents, num_timesteps = references.latents, len(components.scheduler.alphas_cumprod)
+        pipeline, references = model.pipeline, model.references
+        tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        latents, num_timesteps = references.latents, len(pipeline.scheduler.alphas_cumprod)
         allowed = allowed_words(model, self.exclude_names)
         templates = [f"{PLACE} {prompt}" for prompt in references.prompts]
         input_ids, slots = tokenize_templates(tokenizer, templates, self.num_tokens)
@@ -64,7 +64,7 @@ class PromptSearch(Attack):
         def errors(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
             rows, noise, timesteps = noise_draws(latents, num_timesteps, generators, self.window)
             states = encode_mixtures(text_encoder, weights[0], allowed, (input_ids[rows], slots[rows]))
-            return denoising_errors(components, states, latents[rows], noise, timesteps).mean()[None]
+            return denoising_errors(pipeline, states, latents[rows], noise, timesteps).mean()[None]
 
         def losses(weights: Tensor, step: int) -> Tensor:
             return errors(weights, [seeded(model.seed, self.name, step, item) for item in range(self.batch_size)])
@@ -92,5 +92,5 @@ class PromptSearch(Attack):
 
 def allowed_words(model: AttackedModel, exclude_names: bool) -> Tensor:
     """Numbers (A,) of the tokens that a searched prompt may hold."""
-    tokenizer, concept = model.components.tokenizer, model.concept
+    tokenizer, concept = model.pipeline.tokenizer, model.concept
     return whole_words(tokenizer, concept.find_name, concept.names) if exclude_names else whole_words(tokenizer)

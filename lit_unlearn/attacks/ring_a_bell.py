@@ -48,7 +48,7 @@ class RingABell(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Find the prompts."""
-        tokenizer, text_encoder = model.components.tokenizer, model.components.text_encoder
+        tokenizer, text_encoder = model.pipeline.tokenizer, model.pipeline.text_encoder
         originals = list(dict.fromkeys(model.prompts))
         with torch.no_grad(), model.pretrained.restored():
             named, targets = (list(prompts) for prompts in zip(*model.named_pairs, strict=True))

@@ -94,13 +94,13 @@ def attack_run(
     if todo:
         found_device, base = find_device(device), chosen_model(model, edit)
         loaded_judge = _load_judge(edit, judge, concept_set, targets)
-        components, pretrained = load_with_pretrained(base, edit, chosen_revision(revision, edit), found_device)
-        for module in components.modules().values():
+        pipeline, pretrained = load_with_pretrained(base, edit, chosen_revision(revision, edit), found_device)
+        for module in pipeline.parts.values():
             if edit.dtype != torch.float32:  # searches and training need more than half precision
                 module.float()
     for concept in dict.fromkeys(concept for _, concept in todo):
         attacked = AttackedModel(
-            components,
+            pipeline,
             pretrained,
             concept,
             loaded_judge,
@@ -176,7 +176,7 @@ def _result(
 def _vocabulary(model: AttackedModel, base: str) -> str:
     """What learned embeddings belong to, as ``vocabulary_of`` says it; an edited table is a vocabulary of its own."""
     if any(name.endswith("token_embedding.weight") for name in model.pretrained.parameters):
-        table = token_table(model.components.text_encoder).weight
+        table = token_table(model.pipeline.text_encoder).weight
         return fingerprint({"token_embedding.weight": table.float()})
     return vocabulary_of(base)[0]
 

@@ -75,11 +75,11 @@ class UneditedPictures(L.Callback):
 
     def _make_key(self, module: ConceptEditor) -> str:
         with module.pretrained.restored():
-            weights = fingerprint(module.components.named_parameters())
+            weights = fingerprint(module.pipeline.named_parameters())
         settings = {
             "weights": weights,
             "scheduler": {
-                k: str(v) for k, v in module.components.scheduler.config.items() if not k.startswith("_diffusers")
+                k: str(v) for k, v in module.pipeline.scheduler.config.items() if not k.startswith("_diffusers")
             },
             "num_inference_steps": module.num_inference_steps,
             "guidance_scale": module.guidance_scale,

@@ -13,7 +13,7 @@ from lit_unlearn.system.errors import plain_warnings, user_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lit_unlearn.diffusion.components import DiffusionComponents
+    from lit_unlearn.diffusion.pipeline import Pipeline
 
 DESCRIPTION = "draw pictures of prompts, with or without an edit"
 MIN_SIDE = 256
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
     ways += ["draw on the processor (--device cpu)"] if device.type != "cpu" else []
     with user_errors(), explaining_memory("generate", device, ways):
-        components = load_edited(model, edit, chosen_revision(options.revision, edit), device)
+        pipeline = load_edited(model, edit, chosen_revision(options.revision, edit), device)
     hyper_parameters = edit.hyper_parameters if edit else {}
     steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
     guidance_scale = options.guidance_scale
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         guidance_scale = hyper_parameters.get("guidance_scale", 4.0)
     seeds = list(range(options.seed, options.seed + options.num))
     with plain_warnings(), explaining_memory("generate", device, ways):
-        pictures = draw(components, options.prompts, seeds, steps, guidance_scale, options.batch_size)
+        pictures = draw(pipeline, options.prompts, seeds, steps, guidance_scale, options.batch_size)
     scale = options.scale or -(-MIN_SIDE // min(pictures.shape[-2:]))
     if len(pictures) == 1:
         image = to_pil(pictures[0])
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def draw(
-    components: DiffusionComponents,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     num_inference_steps: int,
@@ -110,12 +110,12 @@ def draw(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Drawing", total=num_inference_steps * len(batches))
-        handle = components.unet.register_forward_hook(lambda *_: progress.advance(task))
+        handle = pipeline.unet.register_forward_hook(lambda *_: progress.advance(task))
         try:
             for batch in batches:
                 batch_prompts, batch_seeds = zip(*batch, strict=True)
                 pictures.append(
-                    draw_pictures(components, batch_prompts, batch_seeds, num_inference_steps, guidance_scale)
+                    draw_pictures(pipeline, batch_prompts, batch_seeds, num_inference_steps, guidance_scale)
                 )
         finally:
             handle.remove()

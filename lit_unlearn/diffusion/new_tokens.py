@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.components import resolve_model, weight_files
+from lit_unlearn.diffusion.load import resolve_model, weight_files
 from lit_unlearn.diffusion.parameters import fingerprint
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lit_unlearn.diffusion.prompts import encode_prompts
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 
-    from lit_unlearn.diffusion.components import DiffusionComponents
+    from lit_unlearn.diffusion.pipeline import Pipeline
 
 
 def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
@@ -163,24 +163,24 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_pictures(
-    components: DiffusionComponents,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
     """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
-    tokenizer, text_encoder = components.tokenizer, components.text_encoder
+    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
     latents = sample_latents(
-        components.unet,
-        components.scheduler,
+        pipeline.unet,
+        pipeline.scheduler,
         encode_prompts(tokenizer, text_encoder, prompts),
         encode_prompts(tokenizer, text_encoder, [""]),
-        initial_noise(components.unet, seeds),
+        initial_noise(pipeline.unet, seeds),
         num_inference_steps,
         guidance_scale,
     )
-    return decode_latents(components.vae, latents)
+    return decode_latents(pipeline.vae, latents)
 
 
 class ForwardCount:

@@ -10,14 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.components import (
-    DiffusionComponents,
-    check_model,
-    load_components,
-    resolve_model,
-    weight_files,
-)
+from lit_unlearn.diffusion.load import check_model, load_pipeline, resolve_model, weight_files
 from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
 
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
 
@@ -85,12 +80,12 @@ class WholeModel:
     commit: str | None = None
 
     @classmethod
-    def loaded(cls, components: DiffusionComponents) -> WholeModel:
+    def loaded(cls, pipeline: Pipeline) -> WholeModel:
         """The weights of a loaded pipeline; they are its own, no copies."""
         parts: dict[str, Mapping[str, Tensor]] = {
-            part: dict(module.named_parameters()) for part, module in components.modules().items()
+            part: dict(module.named_parameters()) for part, module in pipeline.parts.items()
         }
-        return cls(parts, getattr(components.text_encoder.config, "_commit_hash", None))
+        return cls(parts, getattr(pipeline.text_encoder.config, "_commit_hash", None))
 
     @classmethod
     def of(cls, model: str, dtype: torch.dtype | None = None, revision: str | None = None) -> WholeModel:
@@ -101,7 +96,7 @@ class WholeModel:
         """
         path = resolve_model(model)
         if isinstance(path, str):
-            return cls.loaded(load_components(model, dtype or torch.float32, revision))
+            return cls.loaded(load_pipeline(model, dtype or torch.float32, revision))
         check_model(model)
         return cls.in_folder(path, dtype)
 

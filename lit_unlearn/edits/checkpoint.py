@@ -18,14 +18,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.components import (
-    DiffusionComponents,
-    check_model,
-    load_components,
-    resolve_model,
-    weight_files,
-)
+from lit_unlearn.diffusion.load import check_model, load_pipeline, resolve_model, weight_files
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.system.files import atomic_write
 
@@ -156,13 +151,13 @@ class Edit:
             )
 
     @torch.no_grad()
-    def apply(self, components: DiffusionComponents) -> None:
+    def apply(self, pipeline: Pipeline) -> None:
         """Write the edited weights into the loaded pipeline.
 
         Raises:
             ValueError: The pipeline lacks a weight, has it in another shape, or is another than the edit was made on.
         """
-        parameters = components.named_parameters()
+        parameters = pipeline.named_parameters()
         for name, value in self.weights.items():
             if name not in parameters or parameters[name].shape != value.shape:
                 raise ValueError(
@@ -170,7 +165,7 @@ class Edit:
                 )
         if fingerprint({name: parameters[name] for name in self.weights}) != self.base_fingerprint:
             raise ValueError(f"{self.path} edits {self.model!r}, which has other weights than the loaded model.")
-        self.check_whole(WholeModel.loaded(components), "the loaded one")
+        self.check_whole(WholeModel.loaded(pipeline), "the loaded one")
         for name, value in self.weights.items():
             parameters[name].copy_(value)
 
@@ -293,20 +288,20 @@ def _read_delta(path: Path) -> Edit:
 
 def load_edited(
     model: str, edit: Edit | None, revision: str | None = None, device: torch.device | None = None
-) -> DiffusionComponents:
-    """Load the pipeline ``model`` onto ``device`` (as for ``load_components``) and apply ``edit``, if there is one.
+) -> Pipeline:
+    """Load the pipeline ``model`` onto ``device`` (as for ``load_pipeline``) and apply ``edit``, if there is one.
 
     Raises:
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
     if edit:
         return load_with_pretrained(model, edit, revision, device)[0]
-    return load_components(model, torch.float32, revision, device)
+    return load_pipeline(model, torch.float32, revision, device)
 
 
 def load_with_pretrained(
     model: str, edit: Edit, revision: str | None = None, device: torch.device | None = None
-) -> tuple[DiffusionComponents, PretrainedValues]:
+) -> tuple[Pipeline, PretrainedValues]:
     """As ``load_edited``; also return what the edited weights were before.
 
     Raises:
@@ -314,11 +309,11 @@ def load_with_pretrained(
     """
     if not edit.weights:
         raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
-    components = load_components(model, edit.dtype, revision, device)
-    parameters = components.named_parameters()
+    pipeline = load_pipeline(model, edit.dtype, revision, device)
+    parameters = pipeline.named_parameters()
     pretrained = PretrainedValues({name: parameters[name] for name in edit.weights if name in parameters})
-    edit.apply(components)
-    return components, pretrained
+    edit.apply(pipeline)
+    return pipeline, pretrained
 
 
 def chosen_model(model: str | None, edit: Edit | None) -> str:

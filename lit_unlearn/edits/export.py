@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lit_unlearn import __version__
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model, save_pipeline
+from lit_unlearn.diffusion.load import load_pipeline, resolve_model
 from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
@@ -171,18 +172,18 @@ def export_pipeline(
         WriteError: The folder cannot be written; what was there is unchanged.
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
-    components = load_components(model, edit.dtype, revision)
-    facts = {"kind": "pipeline", **provenance(edit, model, WholeModel.loaded(components), revision)}
-    edit.apply(components)
-    for module in components.modules().values():
+    pipeline = load_pipeline(model, edit.dtype, revision)
+    facts = {"kind": "pipeline", **provenance(edit, model, WholeModel.loaded(pipeline), revision)}
+    edit.apply(pipeline)
+    for module in pipeline.parts.values():
         module.to(dtype=dtype)
-    parameters = components.named_parameters()
+    parameters = pipeline.named_parameters()
     facts["dtype"] = str(dtype or edit.dtype).removeprefix("torch.")
     facts["weights_sha256"] = weights_sha256({name: parameters[name] for name in edit.weights})
     if output.exists():
-        _copy_into_memory(components)
+        _copy_into_memory(pipeline)
     with replaced_folder(output) as folder:
-        save_pipeline(components, folder)
+        pipeline.save(folder)
         if old_names:
             rename_text_encoder(folder)
         (folder / "README.md").write_text(model_card(facts, output.name), encoding="utf-8")
@@ -200,9 +201,9 @@ def export_pipeline(
             file.chmod(mode)
 
 
-def _copy_into_memory(components: DiffusionComponents) -> None:
+def _copy_into_memory(pipeline: Pipeline) -> None:
     """Let go of the files that the weights are mapped from: the export may replace them, if it replaces its base."""
-    for module in components.modules().values():
+    for module in pipeline.parts.values():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
 

@@ -130,7 +130,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline and, where the token embedding learns, keep all but the concepts' rows from it."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
         self.trains_text = any(name.startswith("text_encoder.") for name in self.edited_names)
@@ -155,7 +155,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
 
         def tokens(texts: Sequence[str]) -> set[int]:
             return {
-                token for text in texts for token in self.components.tokenizer(text, add_special_tokens=False).input_ids
+                token for text in texts for token in self.pipeline.tokenizer(text, add_special_tokens=False).input_ids
             }
 
         found: set[int] = set()
@@ -187,7 +187,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
     def on_fit_start(self) -> None:
         """Draw, or read, the anchor pictures; encode what stays."""
         super().on_fit_start()
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         self.concept_ids, self.anchor_ids = (
             tokenize(tokenizer, prompts) for prompts in (self.concept_prompts, self.anchor_prompts)
         )
@@ -226,7 +226,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             batch_idx: Number of the step within the epoch.
         """
         draw = self.draw(batch, batch_idx)
-        scheduler = self.components.scheduler
+        scheduler = self.pipeline.scheduler
         noisy = add_noise(scheduler, draw.latents, draw.noise, draw.timesteps)
         truth = training_target(scheduler, draw.latents, draw.noise, draw.timesteps)
         with first_token_detached(self.attention_inputs if self.freeze_bos else []):
@@ -275,9 +275,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
             number = item % self.num_pairs
             clean, place = self.latents[number], self.places[number]
-            timesteps.append(
-                torch.randint(self.components.scheduler.config.num_train_timesteps, (), generator=generator)
-            )
+            timesteps.append(torch.randint(self.pipeline.scheduler.config.num_train_timesteps, (), generator=generator))
             noise.append(torch.randn(clean.shape, generator=generator))
             mask = torch.ones(1, *clean.shape[-2:], dtype=torch.bool)
             if self.augmentation:

@@ -121,7 +121,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         self.latents = self.made_once(len(pictures), lambda numbers: self.encode_images([pictures[i] for i in numbers]))
         captions = sorted({picture.caption for picture in pictures})
         self.caption_of = torch.tensor([captions.index(picture.caption) for picture in pictures])
-        ids = tokenize(self.components.tokenizer, captions)
+        ids = tokenize(self.pipeline.tokenizer, captions)
         with torch.no_grad():
             self.states = torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)])
 
@@ -172,7 +172,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
             states: ``encoder_hidden_states``, (B, L, D).
             target: What the UNet should put out; the noise or velocity by default.
         """
-        scheduler = self.components.scheduler
+        scheduler = self.pipeline.scheduler
         if target is None:
             target = training_target(scheduler, latents, pairs.noise, pairs.timesteps)
         output = self.unet(add_noise(scheduler, latents, pairs.noise, pairs.timesteps), pairs.timesteps, states).sample
@@ -180,7 +180,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
 
     def noise_levels(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """γ and σ of the timesteps of ``pairs``, each (B, 1, 1, 1), float32."""
-        return noise_levels(self.components.scheduler, pairs.noise.float(), pairs.timesteps)
+        return noise_levels(self.pipeline.scheduler, pairs.noise.float(), pairs.timesteps)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """One optimizer step on the pairs that ``batch`` (B, 3) numbers."""

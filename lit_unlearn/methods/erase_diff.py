@@ -30,7 +30,7 @@ class EraseDiff(DataUnlearning):
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``‖ε_θ(x_t) − ε‖²`` and ``‖ε_θ(a_t) − u‖²`` with u uniform in [0, 1)."""
         yield self.noise_error(pairs.keep, pairs, pairs.keep_states)
-        scheduler = self.components.scheduler
+        scheduler = self.pipeline.scheduler
         noisy = add_noise(scheduler, pairs.forget, pairs.noise, pairs.timesteps)
         output = self.unet(noisy, pairs.timesteps, pairs.forget_states).sample
         yield square_error(predicted_noise(scheduler, output, noisy, pairs.timesteps), pairs.uniform)

@@ -138,11 +138,11 @@ class ESD(GradientEditor, ConceptEditor):
         super().on_fit_start()
         prompts = ["", *self.prompts, *([] if self.erase_from is None else [self.erase_from])]
         with torch.no_grad():
-            states = encode_prompts(self.components.tokenizer, self.text_encoder, prompts)
+            states = encode_prompts(self.pipeline.tokenizer, self.text_encoder, prompts)
         self.unconditional, self.prompt_states, self.from_states = states.split(
             [1, self.num_pairs, len(states) - 1 - self.num_pairs]
         )
-        self.scheduler = chain_scheduler(self.components.scheduler, self.chain_sampler)
+        self.scheduler = chain_scheduler(self.pipeline.scheduler, self.chain_sampler)
         self.timesteps = chain_timesteps(self.scheduler, self.num_chain_steps).to(self.device)
         self.schedule = ReuseSchedule(self.chains, len(self.timesteps), self.passes, self.seed)
         self.refresh, self.kept = -1, torch.empty(0)

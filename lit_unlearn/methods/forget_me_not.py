@@ -139,7 +139,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
 
     def prepare_prompts(self) -> None:
         """Tokenize the prompts and mark the concept's tokens: ``input_ids`` (n, L) and ``mask`` (n, L)."""
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         eos = tokenizer.eos_token_id
         if self.embeddings is not None:
             self.input_ids, self.slots = tokenize_templates(tokenizer, self.edit_prompts, len(self.embeddings))
@@ -157,7 +157,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         They are those of its names; in a prompt without any, those that differ from its target prompt; and if the
         target only adds words, all of the prompt's own.
         """
-        tokenizer, owners = self.components.tokenizer, torch.tensor(self.owners)
+        tokenizer, owners = self.pipeline.tokenizer, torch.tensor(self.owners)
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for number, concept in enumerate(self.edited):
             rows = owners == number
@@ -207,7 +207,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
 
     def noisy_images(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """x_t (B, C, H, W) of a reference image for each item of ``batch``, and t (B,), uniform over all steps."""
-        scheduler = self.components.scheduler
+        scheduler = self.pipeline.scheduler
         clean, noise, timesteps = [], [], []
         for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
             latents = self.latents[self.owners[item % self.num_pairs]]

@@ -39,7 +39,7 @@ class RenameTokens(OneStepEditor):
 
     def renamed(self) -> dict[int, int]:
         """Token of a concept's name to the token whose embedding it gets: the target's at the same place, or last."""
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         found: dict[int, int] = {}
         for concept in self.edited:
             target = tokenizer(concept.target, add_special_tokens=False).input_ids
@@ -56,7 +56,7 @@ class RenameTokens(OneStepEditor):
             table = token_table(self.text_encoder).weight
             table[list(renamed)] = before[list(renamed.values())].to(table)
         words, others = (
-            self.components.tokenizer.convert_ids_to_tokens(list(ids)) for ids in zip(*renamed.items(), strict=True)
+            self.pipeline.tokenizer.convert_ids_to_tokens(list(ids)) for ids in zip(*renamed.items(), strict=True)
         )
         self.report["renamed"] = dict(zip(words, others, strict=True))
         return super().training_step(batch, batch_idx)

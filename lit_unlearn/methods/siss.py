@@ -91,7 +91,7 @@ class Mixture(Subtraction):
         """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of what it was made from."""
         chosen = pairs.from_forget.view(-1, 1, 1, 1)
         noisy = add_noise(
-            self.components.scheduler, torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps
+            self.pipeline.scheduler, torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps
         )
         return self.unet(
             noisy, pairs.timesteps, torch.where(chosen[..., 0], pairs.forget_states, pairs.keep_states)
@@ -129,7 +129,7 @@ class SISS(Mixture):
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``w_x ‖ε_θ(m) − ε_x‖²`` and ``w_a ‖ε_θ(m) − ε_a‖²``."""
-        scheduler = self.components.scheduler
+        scheduler = self.pipeline.scheduler
         alpha, sigma = self.noise_levels(pairs)
         noise_keep, noise_forget = mixture_noises(
             pairs.keep.float(), pairs.forget.float(), pairs.noise.float(), pairs.from_forget, alpha, sigma
@@ -158,7 +158,7 @@ class Bernoulli(Mixture):
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``1[m = x_t] / (1−λ) ‖ε_θ(m) − ε‖²`` and ``1[m = a_t] / λ ‖ε_θ(m) − ε‖²``."""
         latents = torch.where(pairs.from_forget.view(-1, 1, 1, 1), pairs.forget, pairs.keep)
-        target = training_target(self.components.scheduler, latents, pairs.noise, pairs.timesteps)
+        target = training_target(self.pipeline.scheduler, latents, pairs.noise, pairs.timesteps)
         error = square_error(self.forward_mixture(pairs), target)
         yield from self.subtract(
             ~pairs.from_forget / (1 - self.mixture) * error, pairs.from_forget / self.mixture * error, pairs

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.new_tokens import (
     PLACE,
     initial_embeddings,
@@ -24,6 +23,7 @@ from lit_unlearn.diffusion.new_tokens import (
     vocabulary_of,
 )
 from lit_unlearn.diffusion.parameters import PretrainedValues
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import encode, encode_prompts
 from lit_unlearn.diffusion.sampling import (
     add_noise,
@@ -41,7 +41,7 @@ from lit_unlearn.system.pixels import to_uint8
 
 
 def inversion_loss(
-    components: DiffusionComponents,
+    pipeline: Pipeline,
     embeddings: Tensor,
     prompts: tuple[Tensor, Tensor],
     latents: Tensor,
@@ -50,7 +50,7 @@ def inversion_loss(
     """Error of the UNet's prediction on noised images with prompts that hold the new tokens, a scalar (Eq. 2).
 
     Args:
-        components: Any pipeline, edited or not.
+        pipeline: Any pipeline, edited or not.
         embeddings: Those of the new tokens, (n, D); gradients flow into them.
         prompts: ``input_ids`` and ``slots`` of the batch's prompts, (B, L) each; see ``tokenize_templates``.
         latents: Images of the concept, (num, C, H, W).
@@ -58,16 +58,16 @@ def inversion_loss(
     """
     clean, noise, timesteps = [], [], []
     for generator in generators:
-        timesteps.append(torch.randint(len(components.scheduler.alphas_cumprod), (), generator=generator))
+        timesteps.append(torch.randint(len(pipeline.scheduler.alphas_cumprod), (), generator=generator))
         clean.append(latents[int(torch.randint(len(latents), (), generator=generator))])
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     images, steps = torch.stack(clean), torch.stack(timesteps).to(latents.device)
     noises = torch.stack(noise).to(images)
     input_ids, slots = prompts
-    with substitute_embeddings(components.text_encoder, embeddings, slots):
-        states = encode(components.text_encoder, input_ids)
-    prediction = components.unet(add_noise(components.scheduler, images, noises, steps), steps, states).sample
-    return F.mse_loss(prediction.float(), training_target(components.scheduler, images, noises, steps).float())
+    with substitute_embeddings(pipeline.text_encoder, embeddings, slots):
+        states = encode(pipeline.text_encoder, input_ids)
+    prediction = pipeline.unet(add_noise(pipeline.scheduler, images, noises, steps), steps, states).sample
+    return F.mse_loss(prediction.float(), training_target(pipeline.scheduler, images, noises, steps).float())
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def pull_norm(embeddings: Tensor, norm: float, rate: float) -> None:
 
 
 def optimise_embeddings(
-    components: DiffusionComponents,
+    pipeline: Pipeline,
     embeddings: Tensor,
     templates: Sequence[str],
     latents: Tensor,
@@ -91,7 +91,7 @@ def optimise_embeddings(
     """Textual inversion on any pipeline, without a trainer; an attack calls it on an edited one.
 
     Args:
-        components: The pipeline; its weights stay as they are.
+        pipeline: The pipeline; its weights stay as they are.
         embeddings: Where the new tokens start, (n, D).
         templates: Prompts with ``{}`` for all of the new tokens.
         latents: Images of the concept, (num, C, H, W).
@@ -106,14 +106,14 @@ def optimise_embeddings(
     """
     learned = nn.Parameter(embeddings.detach().float().clone())
     optimizer = torch.optim.AdamW([learned], lr=learning_rate, weight_decay=0.0)
-    input_ids, slots = tokenize_templates(components.tokenizer, templates, len(embeddings))
-    norm = vocabulary_norm(components.text_encoder)
+    input_ids, slots = tokenize_templates(pipeline.tokenizer, templates, len(embeddings))
+    norm = vocabulary_norm(pipeline.text_encoder)
     losses = []
     for step in range(steps):
         items = [slot * len(templates) + (step * batch_size + slot) % len(templates) for slot in range(batch_size)]
         rows = torch.tensor(items) % len(templates)
         generators = [seeded(seed, 0, step, item) for item in items]
-        loss = inversion_loss(components, learned, (input_ids[rows], slots[rows]), latents, generators)
+        loss = inversion_loss(pipeline, learned, (input_ids[rows], slots[rows]), latents, generators)
         (learned.grad,) = torch.autograd.grad(loss, [learned])
         optimizer.step()
         pull_norm(learned, norm, norm_decay)
@@ -199,11 +199,11 @@ class TextualInversion(GradientEditor, ReferenceImages):
 
     def configure_model(self) -> None:
         """Load the pipeline, frozen, and make the embeddings."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
         self.pretrained = WithoutNewTokens(self)
-        tokenizer, text_encoder = self.components.tokenizer, self.text_encoder
+        tokenizer, text_encoder = self.pipeline.tokenizer, self.text_encoder
         generator = seeded(self.seed, "embeddings")
         self.embeddings = nn.Parameter(
             initial_embeddings(tokenizer, text_encoder, self.num_tokens, self.initial_words, generator)
@@ -253,7 +253,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         """
         rows = batch.cpu() % self.num_pairs
         prompts, generators = (self.input_ids[rows], self.slots[rows]), self.generators(batch, batch_idx)
-        loss = inversion_loss(self.components, self.embeddings, prompts, self.latents, generators)
+        loss = inversion_loss(self.pipeline, self.embeddings, prompts, self.latents, generators)
         self.log_losses({"train/loss": loss}, batch)
         return loss
 
@@ -268,18 +268,18 @@ class TextualInversion(GradientEditor, ReferenceImages):
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts`` with the new tokens for the concept's names."""
         if not self.reads_new_tokens:
             return super().generate(prompts, seeds)
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         templates = [self.concept.replace_names(prompt, PLACE) for prompt in prompts]
         input_ids, slots = tokenize_templates(tokenizer, templates, self.num_tokens)
         with substitute_embeddings(self.text_encoder, self.embeddings, slots):
             states = encode(self.text_encoder, input_ids)
         latents = sample_latents(
             self.unet,
-            self.components.scheduler,
+            self.pipeline.scheduler,
             states,
             encode_prompts(tokenizer, self.text_encoder, [""]),
             initial_noise(self.unet, seeds),
             self.num_inference_steps,
             self.guidance_scale,
         )
-        return to_uint8(decode_latents(self.components.vae, latents))
+        return to_uint8(decode_latents(self.pipeline.vae, latents))

@@ -88,16 +88,16 @@ class UNetValueRefinement(ValueRefinement):
 
     def configure_model(self) -> None:
         """Load the pipeline and make room for V1."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         ConceptEditor.configure_model(self)
-        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        self.layers = {name: linear_layer(self.pipeline, name) for name in self.edited_names}
         d_out = max(layer.out_features for layer in self.layers.values())
         self.values = nn.Parameter(torch.zeros(self.num_pairs, self.num_positions(), d_out))
 
     def num_positions(self) -> int:
         """Most positions at which an edited layer is called: the length of a text."""
-        return self.components.tokenizer.model_max_length
+        return self.pipeline.tokenizer.model_max_length
 
     def gather(self) -> None:
         """Compute what the unedited model must provide; its weights are restored while this runs."""
@@ -111,7 +111,7 @@ class UNetValueRefinement(ValueRefinement):
 
     def gather_moments(self) -> None:
         """``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys: states of the retained prompts, alike for all layers."""
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         states = self.text_states(tokenize(tokenizer, self.retain_prompts)).flatten(0, 1)
         moment, count = second_moment(states).cpu(), len(states)
         if self.retain_empty:
@@ -123,7 +123,7 @@ class UNetValueRefinement(ValueRefinement):
         """Make what ``retained_outputs`` asks the UNet; the pictures are no cost of the edit."""
         every = max(1, len(self.retain_prompts) // self.watched_prompts)
         prompts = self.retain_prompts[::every][: self.watched_prompts]
-        self.watched_states = self.text_states(tokenize(self.components.tokenizer, prompts))
+        self.watched_states = self.text_states(tokenize(self.pipeline.tokenizer, prompts))
         with self.uncounted():
             pictures = self.pictures(self.watched_states, WATCHED_SEED)
         self.watched_noisy, self.watched_timesteps = self.noised(pictures, "watched")
@@ -144,7 +144,7 @@ class UNetValueRefinement(ValueRefinement):
             timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         times = torch.stack(timesteps).to(latents.device)
-        return add_noise(self.components.scheduler, latents, torch.stack(noise).to(latents), times), times
+        return add_noise(self.pipeline.scheduler, latents, torch.stack(noise).to(latents), times), times
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -177,7 +177,7 @@ class UNetValueRefinement(ValueRefinement):
         """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
-        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
+        noisy = add_noise(self.pipeline.scheduler, latents, noise, timesteps)
         goal = self.pretrained("unet", self.unet, noisy, timesteps, self.goal_states[pairs]).sample
         with replace_output(state.layer, values, state.mask[pairs]):
             return self.unet(noisy, timesteps, self.edit_states[pairs]).sample, goal
@@ -253,7 +253,7 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
 
     def gather_moments(self) -> None:
         """Stream pictures of the retained prompts through the UNet: ``K0 K0ᵀ``, float64, and how many keys."""
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         states = self.text_states(tokenize(tokenizer, self.retain_prompts))
         latents = self.pictures(states, RETAINED_SEED)
         noisy, timesteps = self.noised(latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")

@@ -148,12 +148,12 @@ class ValueRefinement(ConceptEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline and make room for V1."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        self.layers = {name: linear_layer(self.pipeline, name) for name in self.edited_names}
         d_out = max(layer.out_features for layer in self.layers.values())
-        length = self.components.tokenizer.model_max_length
+        length = self.pipeline.tokenizer.model_max_length
         self.values = nn.Parameter(torch.zeros(len(self.edit_prompts), length, d_out))
 
     def own_state(self) -> list[str]:
@@ -180,7 +180,7 @@ class ValueRefinement(ConceptEditor):
         """Set the length of the run and compute what the frozen model must provide."""
         super().on_fit_start()
         self.trainer.fit_loop.max_epochs = self.rounds * self.epochs_per_round
-        tokenizer = self.components.tokenizer
+        tokenizer = self.pipeline.tokenizer
         eos = tokenizer.eos_token_id
         self.edit_ids = tokenize(tokenizer, self.edit_prompts)
         target_ids = tokenize(tokenizer, self.target_prompts)
@@ -208,7 +208,7 @@ class ValueRefinement(ConceptEditor):
 
     def gather_moments(self) -> None:
         """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
-        ids = tokenize(self.components.tokenizer, self.retain_prompts)
+        ids = tokenize(self.pipeline.tokenizer, self.retain_prompts)
 
         def inputs(part: Tensor) -> Mapping[str, Tensor]:
             with capture_inputs(self.layers) as captured:
@@ -255,9 +255,9 @@ class ValueRefinement(ConceptEditor):
         """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), each from its own seed."""
         return sample_latents(
             self.unet,
-            self.components.scheduler,
+            self.pipeline.scheduler,
             states,
-            encode(self.text_encoder, tokenize(self.components.tokenizer, [""])),
+            encode(self.text_encoder, tokenize(self.pipeline.tokenizer, [""])),
             initial_noise(self.unet, seeds),
             self.num_inference_steps,
             self.guidance_scale,
@@ -266,7 +266,7 @@ class ValueRefinement(ConceptEditor):
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave as it is, float32: states (B, L, D) of retained prompts."""
-        ids = tokenize(self.components.tokenizer, self.retain_prompts)
+        ids = tokenize(self.pipeline.tokenizer, self.retain_prompts)
         return [encode(self.text_encoder, part).float() for part in self.own_share(ids.split(ENCODE_BATCH))]
 
     def retained_drift(self, before: Sequence[Tensor]) -> float:
@@ -364,7 +364,7 @@ class ValueRefinement(ConceptEditor):
         """What the UNet makes of the edit prompts with V1 in place, and of the target prompts, (B, C, H, W) each."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
-        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
+        noisy = add_noise(self.pipeline.scheduler, latents, noise, timesteps)
         with replace_output(state.layer, values, state.mask[pairs]):
             states = encode(self.text_encoder, self.edit_ids[pairs.cpu()])
         with torch.no_grad():

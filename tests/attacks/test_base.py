@@ -64,7 +64,7 @@ def test_pictures_are_of_direct_prompts_and_their_own_seeds(attacked: Attacked) 
     assert len(set(model.seeds)) == 12
     assert not set(model.seeds) & set(attacked(num_pictures=12, seed=1).seeds)
     pictures = model.draw(model.prompts, model.seeds)  # in two batches
-    expected = draw_pictures(model.components, model.prompts[9:11], model.seeds[9:11], 2, 4.0)
+    expected = draw_pictures(model.pipeline, model.prompts[9:11], model.seeds[9:11], 2, 4.0)
     assert_close(pictures[9:11], expected, rtol=0, atol=1e-5)  # batches of other sizes differ in the last bits
     assert torch.equal(pictures, attacked(num_pictures=12).draw(model.prompts, model.seeds))
 
@@ -73,7 +73,7 @@ def test_it_learns_from_the_unedited_models_pictures(
     attacked: Attacked, untouched: Callable[..., object], forwards_per_picture: int
 ) -> None:
     model = attacked()
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         references = model.references
     assert set(references.prompts) == {"a dog", "the dog at sunset"}
     assert len(references.latents) == NUM_REFERENCES
@@ -88,10 +88,10 @@ def test_it_learns_from_the_unedited_models_pictures(
 
 def test_it_learns_from_pictures_that_show_the_concept(attacked: Attacked, forwards_per_picture: int) -> None:
     model = attacked()
-    means = decode_latents(model.components.vae, model.references.latents).mean(dim=(1, 2, 3))
+    means = decode_latents(model.pipeline.vae, model.references.latents).mean(dim=(1, 2, 3))
     picky = attacked(judge=Bright(float(means.sort().values[4:6].mean())))  # five of the first ten pass
     references = picky.references
-    shown = decode_latents(picky.components.vae, references.latents).mean(dim=(1, 2, 3))
+    shown = decode_latents(picky.pipeline.vae, references.latents).mean(dim=(1, 2, 3))
     assert shown.min() > picky.judge.threshold  # type: ignore[attr-defined]
     assert references.cost.unet_forwards in (20 * forwards_per_picture, 30 * forwards_per_picture)
     with pytest.raises(

@@ -21,8 +21,8 @@ def loss(model: AttackedModel, prefix: str) -> float:
         references.latents, 1000, [seeded("held out", i) for i in range(64)], (0.3, 0.9)
     )
     prompts = [f"{prefix} {references.prompts[row]}".strip() for row in rows]
-    states = encode_prompts(model.components.tokenizer, model.components.text_encoder, prompts)
-    errors = denoising_errors(model.components, states, references.latents[rows], noise, timesteps)
+    states = encode_prompts(model.pipeline.tokenizer, model.pipeline.text_encoder, prompts)
+    errors = denoising_errors(model.pipeline, states, references.latents[rows], noise, timesteps)
     return float(errors.mean())
 
 
@@ -30,10 +30,10 @@ def test_a_prefix_of_words_that_denoises_better(
     attacked: Attacked, untouched: Callable[..., object], forwards_per_picture: int
 ) -> None:
     model = attacked()
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         found = PromptSearch(steps=25, num_tokens=3).run(model)
     prefix = found.report["prefix"]
-    tokenizer = model.components.tokenizer
+    tokenizer = model.pipeline.tokenizer
     assert len(tokenizer(prefix, add_special_tokens=False).input_ids) == 3
     assert not model.concept.find_name(prefix)
     assert found.text == f"{prefix} one dog"

@@ -90,8 +90,8 @@ def refuses(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(base, "load_components", loaded)
-    monkeypatch.setattr(checkpoint, "load_components", loaded)
+    monkeypatch.setattr(base, "load_pipeline", loaded)
+    monkeypatch.setattr(checkpoint, "load_pipeline", loaded)
 
     def run(*args: str) -> str:
         before = files(workplace)

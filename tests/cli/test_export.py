@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from helpers import assert_alike, metadata, read_picture
 from lit_unlearn import cli
-from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.sampling import initial_noise
 from lit_unlearn.edits import export
 from lit_unlearn.methods.shared import base
@@ -29,7 +29,7 @@ def test_an_exported_pipeline_is_the_edited_model(run_folder: Path, tiny_sd: Pat
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out"]) == 0
     pipeline = DiffusionPipeline.from_pretrained("out")
     state = torch.load(ckpt_path, weights_only=True)
-    expected = dict(load_components(str(tiny_sd)).named_parameters())
+    expected = dict(load_pipeline(str(tiny_sd)).named_parameters())
     names = state[base.CHECKPOINT_KEY]["edited_names"]
     for part in ("text_encoder", "unet", "vae"):
         for name, value in getattr(pipeline, part).named_parameters():

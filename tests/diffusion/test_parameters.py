@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import (
     GROUPS,
     PretrainedValues,
@@ -32,7 +32,7 @@ def attention_parameters(unet: nn.Module, cross: bool, only: tuple[str, ...] = (
     }
 
 
-def test_groups_select_what_they_say(components: DiffusionComponents) -> None:
+def test_groups_select_what_they_say(components: StableDiffusion) -> None:
     unet, names = components.unet, list(components.named_parameters())
     everything = {f"unet.{name}" for name, _ in unet.named_parameters()}
     cross = attention_parameters(unet, cross=True)
@@ -161,7 +161,7 @@ def optimizer_step(parameters: dict[str, nn.Parameter]) -> None:
 @pytest.mark.parametrize("edit", [edit_in_place, optimizer_step])
 @pytest.mark.parametrize("group", ["xattn", "full"])
 def test_the_reference_equals_a_copy_made_before_the_edit(
-    group: str, edit: object, components: DiffusionComponents
+    group: str, edit: object, components: StableDiffusion
 ) -> None:
     unet, parameters = components.unet, components.named_parameters()
     edited = {name: parameters[name].requires_grad_() for name in match_parameters(group, parameters)}
@@ -176,7 +176,7 @@ def test_the_reference_equals_a_copy_made_before_the_edit(
     assert (live - ours).abs().max() > 1e-3
 
 
-def test_values_of_one_part_stay_out_of_the_other(components: DiffusionComponents) -> None:
+def test_values_of_one_part_stay_out_of_the_other(components: StableDiffusion) -> None:
     parameters = components.named_parameters()
     names = ["text_encoder.encoder.layers.1.mlp.fc2.weight", "unet.conv_in.weight"]
     pretrained = PretrainedValues({name: parameters[name] for name in names})
@@ -187,7 +187,7 @@ def test_values_of_one_part_stay_out_of_the_other(components: DiffusionComponent
     assert not torch.equal(encode(components.text_encoder, ids), before)
 
 
-def test_values_are_restored_for_a_block_and_the_edit_comes_back(components: DiffusionComponents) -> None:
+def test_values_are_restored_for_a_block_and_the_edit_comes_back(components: StableDiffusion) -> None:
     parameters = {name: p for name, p in components.named_parameters().items() if ".attn2." in name}
     original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     pretrained = PretrainedValues(parameters)

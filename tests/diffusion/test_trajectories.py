@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from helpers import load_copy
 from lit_unlearn.core.objectives import esd_target
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import count_forwards, denoise, initial_noise, predicted_noise, sample_latents
 from lit_unlearn.diffusion.trajectories import (
@@ -27,11 +27,11 @@ SCHEDULERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "PNDMScheduler", "
 STEPS, GUIDANCE = 4, 3.0
 
 
-def with_scheduler(name: str, components: DiffusionComponents) -> Any:
+def with_scheduler(name: str, components: StableDiffusion) -> Any:
     return getattr(diffusers, name).from_config(components.scheduler.config, clip_sample=False)
 
 
-def inputs(components: DiffusionComponents) -> tuple[list[Tensor], Tensor]:
+def inputs(components: StableDiffusion) -> tuple[list[Tensor], Tensor]:
     """States of the empty prompt, of two prompts and of a third one, and noise."""
     with torch.no_grad():
         uncond, dog, owl, cat = encode_prompts(
@@ -74,7 +74,7 @@ def test_chains_keep_what_a_plain_loop_visits(model: str, scheduler: str, reques
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_further_prediction_changes_no_chain(scheduler: str, components: DiffusionComponents) -> None:
+def test_a_further_prediction_changes_no_chain(scheduler: str, components: StableDiffusion) -> None:
     own = with_scheduler(scheduler, components)
     states, noise = inputs(components)
     two, three = (list(denoise(components.unet, own, s, noise, STEPS, GUIDANCE)) for s in (states[:2], states))
@@ -86,7 +86,7 @@ def test_a_further_prediction_changes_no_chain(scheduler: str, components: Diffu
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_state_is_that_of_the_whole_chain_at_the_cost_of_the_steps_before_it(
-    scheduler: str, components: DiffusionComponents
+    scheduler: str, components: StableDiffusion
 ) -> None:
     own = with_scheduler(scheduler, components)
     states, noise = inputs(components)
@@ -101,7 +101,7 @@ def test_a_state_is_that_of_the_whole_chain_at_the_cost_of_the_steps_before_it(
     assert len({float(x) for x in chains[0, :, 0, 0, 0, 0]}) == len(timesteps)
 
 
-def test_chains_ask_for_no_gradient(components: DiffusionComponents) -> None:
+def test_chains_ask_for_no_gradient(components: StableDiffusion) -> None:
     components.unet.requires_grad_(True)
     states, noise = inputs(components)
     with count_forwards(components.unet) as forwards:
@@ -129,7 +129,7 @@ def test_velocities_of_a_chain_make_the_same_target_as_noises(tiny_sd2: Any) -> 
         assert (target - esd_target(erase_from, concept, uncond, 2.0)).abs().max() > 1e-2
 
 
-def test_ddim_is_that_of_stable_diffusions_first_code(components: DiffusionComponents) -> None:
+def test_ddim_is_that_of_stable_diffusions_first_code(components: StableDiffusion) -> None:
     scheduler = chain_scheduler(components.scheduler, "ddim")
     # 50 steps of DDIM there: 981, 961, ..., 1.
     assert chain_timesteps(scheduler, 50).tolist() == list(range(981, 0, -20))

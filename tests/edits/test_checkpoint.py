@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import LAYERS
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.checkpoint import load_edited, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 
 
 @pytest.fixture
-def content(components: DiffusionComponents, tiny_sd: Path) -> dict[str, Any]:
+def content(components: StableDiffusion, tiny_sd: Path) -> dict[str, Any]:
     """A checkpoint as a run writes it: two weights, one larger."""
     values = {name: components.named_parameters()[name].detach().clone() for name in LAYERS}
     return {
@@ -47,7 +47,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_an_edit_is_read_and_applied(
-    content: dict[str, Any], write: Callable[..., Path], tiny_sd: Path, components: DiffusionComponents
+    content: dict[str, Any], write: Callable[..., Path], tiny_sd: Path, components: StableDiffusion
 ) -> None:
     edit = read_edit(write(content))
     assert (edit.method, edit.concepts, edit.hyper_parameters) == (
@@ -142,7 +142,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(
-    content: dict[str, Any], write: Callable[..., Path], tiny_sd: Path, components: DiffusionComponents
+    content: dict[str, Any], write: Callable[..., Path], tiny_sd: Path, components: StableDiffusion
 ) -> None:
     content[CHECKPOINT_KEY]["base_fingerprint"] = "another"
     edit = read_edit(write(content))
@@ -155,7 +155,7 @@ def test_another_model_is_refused(
 
 
 def test_weights_that_the_model_lacks(
-    content: dict[str, Any], write: Callable[..., Path], components: DiffusionComponents
+    content: dict[str, Any], write: Callable[..., Path], components: StableDiffusion
 ) -> None:
     content["state_dict"][LAYERS[0]] = torch.zeros(3, 3)
     with pytest.raises(

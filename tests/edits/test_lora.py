@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.edits.lora import AUTO_RESIDUAL, fits_lora, low_rank, parse_rank
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -15,7 +15,7 @@ CONVOLUTION = "unet.mid_block.resnets.0.conv1.weight"
 
 
 @pytest.fixture
-def base(components: DiffusionComponents) -> dict[str, Tensor]:
+def base(components: StableDiffusion) -> dict[str, Tensor]:
     parameters = components.named_parameters()
     return {name: parameters[name].detach() for name in (LINEAR, TEXT, CONVOLUTION)}
 
@@ -91,7 +91,7 @@ def test_names_are_those_of_diffusers(base: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet.conv_in.bias", "text_encoder.embeddings.token_embedding.weight"])
-def test_what_lora_cannot_hold_is_refused_by_name(components: DiffusionComponents, name: str) -> None:
+def test_what_lora_cannot_hold_is_refused_by_name(components: StableDiffusion, name: str) -> None:
     value = components.named_parameters()[name]
     assert not fits_lora(name, value)
     with pytest.raises(ValueError, match=rf"the edit changes {name}, which LoRA cannot hold"):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from helpers import LAYERS
 from lit_unlearn import cli
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import read_edit
@@ -29,7 +29,7 @@ from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 def exports(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``folder``, ``delta.safetensors`` and ``lora.safetensors`` of one edit; not to be written to."""
     root = tmp_path_factory.mktemp("exports")
-    parameters = load_components(str(tiny_sd)).named_parameters()
+    parameters = load_pipeline(str(tiny_sd)).named_parameters()
     values = {name: parameters[name].detach().clone() for name in LAYERS}
     content = {
         "state_dict": {name: value + 0.5 for name, value in values.items()},  # of rank 1
@@ -72,7 +72,7 @@ def test_an_export_is_as_it_says(exports: Path, tiny_sd: Path, name: str, capsys
 def test_provenance_has_every_hash(exports: Path, tiny_sd: Path, tiny_sd_2022: Path) -> None:
     facts = json.loads((exports / "folder/provenance.json").read_text(encoding="utf-8"))
     assert facts["base_sha256"] == WholeModel.of(str(tiny_sd)).sha256()
-    assert facts["base_sha256"] == WholeModel.loaded(load_components(str(tiny_sd))).sha256()
+    assert facts["base_sha256"] == WholeModel.loaded(load_pipeline(str(tiny_sd))).sha256()
     assert facts["base_sha256"] == WholeModel.of(str(tiny_sd_2022)).sha256()  # the weights, not the files
     assert facts["concept_set_sha256"] == load_concept_set("emoji20").sha256
     names = {p.relative_to(exports / "folder").as_posix() for p in (exports / "folder").rglob("*") if p.is_file()}
@@ -141,7 +141,7 @@ def test_another_base_is_refused_though_its_edited_weights_are_equal(
     with pytest.raises(ValueError, match=r"whose vae differs: use the model that it was made on"):
         edit.check_base(str(other))
     with pytest.raises(ValueError, match=r"whose vae differs"):
-        edit.apply(load_components(str(other)))
+        edit.apply(load_pipeline(str(other)))
     read_edit(exports / "edit.ckpt").check_base(str(other))  # a checkpoint knows the weights that it edits only
     assert wrong(exports / "delta.safetensors", other) == [f"vae is not that of {edit.model:.100}"]
     assert "vae.quant_conv.bias is not that of the base model" in wrong(exports / "folder", other)
@@ -185,7 +185,7 @@ def test_names_of_2022_are_the_same_export(
     old, new = (load_file(path / "text_encoder/model.safetensors") for path in (tmp_path / "old", exports / "folder"))
     assert set(old) == {f"text_model.{name}" for name in new}
     assert wrong(tmp_path / "old", tiny_sd) == []
-    loaded = load_components(str(tmp_path / "old")).named_parameters()
+    loaded = load_pipeline(str(tmp_path / "old")).named_parameters()
     assert all(torch.equal(value, loaded[f"text_encoder.{name}"]) for name, value in new.items())
     assert cli.main([*command, "--delta"]) == 2
     assert "--delta cannot be combined with --lora or --names" in capsys.readouterr().err

@@ -42,5 +42,5 @@ def test_a_recipe_takes_two_steps(
     assert isinstance(cli.model, DataUnlearning)
     assert cli.trainer.global_step == 2
     assert cli.model.pretrained.change_ratio() > 0
-    parameters = cli.model.components.named_parameters()
+    parameters = cli.model.pipeline.named_parameters()
     assert all(torch.isfinite(parameters[name]).all() for name in cli.model.edited_names)

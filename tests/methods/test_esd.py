@@ -59,7 +59,7 @@ def disturb(module: ESD) -> None:
     """An edit as training may have left it."""
     generator = torch.Generator().manual_seed(0)
     for name in module.edited_names:
-        parameter = module.components.named_parameters()[name]
+        parameter = module.pipeline.named_parameters()[name]
         parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
 
 
@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_two_unets(
     loss.backward()
     # As in a script with two models, one prediction after the other, from x_t on.
     x, t = seen[0].model_input, seen[0].timesteps
-    tokenizer, text_encoder = module.components.tokenizer, module.text_encoder
+    tokenizer, text_encoder = module.pipeline.tokenizer, module.text_encoder
     empty, dog, cat = (encode_prompts(tokenizer, text_encoder, [p]).detach() for p in ("", "dog", "a cat"))
     e_0, e_c, e_cat = (frozen(x, t, state).sample for state in (empty, dog, cat))
     eta = arguments.get("eta", 1.0)
@@ -344,6 +344,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         build(**arguments)

@@ -60,7 +60,7 @@ def prepared(module: ForgetMeNot) -> ForgetMeNot:
 
 def marked(module: ForgetMeNot) -> list[list[str]]:
     """The marked tokens of each prompt but the last of them, the end of the text."""
-    tokenizer = module.components.tokenizer
+    tokenizer = module.pipeline.tokenizer
     rows = zip(module.input_ids.tolist(), module.mask.tolist(), strict=True)
     words = [[tokenizer.convert_ids_to_tokens(i) for i, m in zip(*row, strict=True) if m] for row in rows]
     assert all(row[-1] == "<|endoftext|>" for row in words) or not module.include_eot
@@ -74,7 +74,7 @@ def plain_loss(
     module: ForgetMeNot, prompt: str, positions: list[int], noisy: Tensor, timesteps: Tensor, form: str
 ) -> Tensor:
     """The loss of one item by queries and keys of the unchanged UNet, head by head and token by token."""
-    unet, components = module.unet, module.components
+    unet, components = module.unet, module.pipeline
     layers = {name: m for name, m in unet.named_modules() if name.endswith("attn2")}
     projections = {(name, p): getattr(m, p) for name, m in layers.items() for p in ("to_q", "to_k")}
     with capture_inputs(projections) as captured, torch.no_grad():  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_the_loss_equals_a_plain_loop(
     timestep = torch.randint(1000, (), generator=generator).view(1)
     image = module.latents[0][int(torch.randint(2, (), generator=generator))].unsqueeze(0)
     noise = torch.randn(image.shape[1:], generator=generator).unsqueeze(0)
-    noisy = add_noise(module.components.scheduler, image, noise, timestep)
+    noisy = add_noise(module.pipeline.scheduler, image, noise, timestep)
     # "a photo of the dog" falls into a, p, ho, to, of, the, dog: the dog is token 7, its end 8.
     expected = plain_loss(module, "a photo of the dog", [7, 8], noisy, timestep, form)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_only_the_group_moves_and_the_reference_stays(group: str, build: Build, 
         seen["weights"], seen["unet"] = weights(module), copy.deepcopy(module.unet)
 
     def gradients(*_: Any) -> None:
-        seen["grad"] = [n for n, p in module.components.named_parameters().items() if p.grad is not None]
+        seen["grad"] = [n for n, p in module.pipeline.named_parameters().items() if p.grad is not None]
 
     fit(module, hook("on_train_start", at_start), hook("on_after_backward", gradients), steps=2)
     selected = match_parameters(GROUPS.get(group, group), seen["weights"])
@@ -243,8 +243,8 @@ def test_each_concept_is_seen_on_its_own_images(build: Build, fit: Fit) -> None:
     assert [len(latents) for latents in module.latents] == [3, 3]
     assert marked(module) == [["dog"], ["dog"], ["cat"], ["cat"]]
     # Without noise (t = 0) an item shows one of the images of its own concept.
-    alphas = module.components.scheduler.alphas_cumprod
-    module.components.scheduler.alphas_cumprod = torch.ones_like(alphas)
+    alphas = module.pipeline.scheduler.alphas_cumprod
+    module.pipeline.scheduler.alphas_cumprod = torch.ones_like(alphas)
     noisy, _ = module.noisy_images(torch.arange(40), 0)
     for item in range(40):
         own, other = (module.latents[n] for n in (module.owners[item % 4], 1 - module.owners[item % 4]))
@@ -270,7 +270,7 @@ def test_learned_tokens_stand_for_the_concept(build: Build, fit: Fit, tiny_sd: P
     assert module.mask.nonzero()[:, 1].tolist() == [4, 5, 6, 7]
     assert module.texts(0) == ["a picture of dog"]  # what images are drawn from
     states = module.states(torch.tensor([0]))
-    plain = encode_prompts(module.components.tokenizer, module.text_encoder, ["a picture of dog"])
+    plain = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["a picture of dog"])
     assert torch.equal(states[:, :4], plain[:, :4])
     assert not torch.isclose(states[:, 4:], plain[:, 4:]).all(-1).any()
     before = weights(module)

@@ -34,7 +34,7 @@ def test_a_name_reads_as_its_target(build: Callable[..., RenameTokens], fit: Fit
     module = build(concept=["dog", "cat"])
     trainer = fit(module, steps=5)
     assert trainer.global_step == 1  # there is nothing to repeat
-    tokenizer, text_encoder = module.components.tokenizer, module.text_encoder
+    tokenizer, text_encoder = module.pipeline.tokenizer, module.text_encoder
     dog, cat, soccer, parrot = tokenizer("dog cat soccer parrot", add_special_tokens=False).input_ids
     before = module.pretrained.values["text_encoder.embeddings.token_embedding.weight"]
     after = module.pretrained.parameters["text_encoder.embeddings.token_embedding.weight"].detach()
@@ -53,7 +53,7 @@ def test_a_name_reads_as_its_target(build: Callable[..., RenameTokens], fit: Fit
 def test_names_and_targets_of_several_tokens(build: Callable[..., RenameTokens]) -> None:
     module = build(concept=["soccer ball", "dog"], concept_set="emoji20")
     module.configure_model()
-    tokenizer = module.components.tokenizer
+    tokenizer = module.pipeline.tokenizer
     words = {
         tokenizer.decode([token]).strip(): tokenizer.decode([other]).strip()
         for token, other in module.renamed().items()

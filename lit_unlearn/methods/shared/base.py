@@ -14,8 +14,9 @@ from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
-from lit_unlearn.diffusion.components import DiffusionComponents, check_model, load_components
+from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount, draw_pictures
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
@@ -107,15 +108,15 @@ class DiffusionEditor(SharedWork):
 
     def configure_model(self) -> None:
         """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
-        self.components: DiffusionComponents = load_components(self.model_id, self.weights_dtype, self.revision)
+        self.pipeline: Pipeline = load_pipeline(self.model_id, self.weights_dtype, self.revision)
         self.text_encoder, self.unet, self.vae = (
-            self.components.text_encoder,
-            self.components.unet,
-            self.components.vae,
+            self.pipeline.text_encoder,
+            self.pipeline.unet,
+            self.pipeline.vae,
         )
-        parameters = self.components.named_parameters()
+        parameters = self.pipeline.named_parameters()
         self.edited_names = self.select(list(parameters))
         self.pretrained = PretrainedValues({name: parameters[name] for name in self.edited_names})
         self.base_fingerprint = fingerprint(self.pretrained.values)
@@ -203,7 +204,7 @@ class DiffusionEditor(SharedWork):
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
-        pictures = draw_pictures(self.components, prompts, seeds, self.num_inference_steps, self.guidance_scale)
+        pictures = draw_pictures(self.pipeline, prompts, seeds, self.num_inference_steps, self.guidance_scale)
         return to_uint8(pictures)
 
     def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
@@ -344,14 +345,14 @@ class ConceptEditor(DiffusionEditor):
         return self.generate([item.prompt for item in batch], [item.seed for item in batch])
 
 
-def linear_layer(components: DiffusionComponents, weight_name: str) -> nn.Linear:
+def linear_layer(pipeline: Pipeline, weight_name: str) -> nn.Linear:
     """The linear layer whose weight has the full name ``weight_name``.
 
     Raises:
         ValueError: The parameter is not the weight of a linear layer.
     """
     part, _, path = weight_name.partition(".")
-    layer = components.modules()[part].get_submodule(path.rsplit(".", 1)[0])
+    layer = pipeline.parts[part].get_submodule(path.rsplit(".", 1)[0])
     if not isinstance(layer, nn.Linear) or not weight_name.endswith(".weight"):
         raise ValueError(f"edited_parameters selects {weight_name}, which is not the weight of a linear layer.")
     return layer

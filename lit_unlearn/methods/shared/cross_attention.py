@@ -37,13 +37,13 @@ class CrossAttentionEditor(OneStepEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline and find the layers."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        self.layers = {name: linear_layer(self.pipeline, name) for name in self.edited_names}
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``input_ids`` (n, L) and the states (n, L, D), float32, of ``prompts``, the keys of all edited layers."""
-        ids = tokenize(self.components.tokenizer, prompts)
+        ids = tokenize(self.pipeline.tokenizer, prompts)
         return ids, torch.cat([encode(self.text_encoder, part).float() for part in ids.split(ENCODE_BATCH)])

@@ -36,16 +36,16 @@ class GradientEditor(DiffusionEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline and let the edited weights learn."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        parameters = self.components.named_parameters()
+        parameters = self.pipeline.named_parameters()
         for name in self.edited_names:
             parameters[name].requires_grad_(True)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the edited weights."""
-        parameters = self.components.named_parameters()
+        parameters = self.pipeline.named_parameters()
         return self.optimizer([parameters[name] for name in self.edited_names])
 
     def configure_optimizers(self) -> Any:

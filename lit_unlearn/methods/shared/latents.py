@@ -180,8 +180,8 @@ class PretrainedSampler:
         self.module = module
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.folder, self.batch_size = folder, batch_size
-        components = module.components
-        parameters = components.named_parameters()
+        pipeline = module.pipeline
+        parameters = pipeline.named_parameters()
         with module.pretrained.restored():
             weights = fingerprint({name: p for name, p in parameters.items() if not name.startswith("vae.")})
         self.settings = {
@@ -189,7 +189,7 @@ class PretrainedSampler:
             "dtype": str(module.unet.dtype),
             "unet": _plain(module.unet.config),
             "text_encoder": {name: str(getattr(module.text_encoder.config, name)) for name in TEXT_SETTINGS},
-            "scheduler": _plain(components.scheduler.config),
+            "scheduler": _plain(pipeline.scheduler.config),
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
         }
@@ -201,20 +201,20 @@ class PretrainedSampler:
             "prompts": list(prompts),
             "seeds": list(seeds),
             # Tokenizers may differ, for the empty prompt as well.
-            "input_ids": fingerprint({"input_ids": tokenize(self.module.components.tokenizer, [*prompts, ""])}),
+            "input_ids": fingerprint({"input_ids": tokenize(self.module.pipeline.tokenizer, [*prompts, ""])}),
         }
         return LatentCache(self.folder, settings, len(prompts), self.batch_size)
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> CachedLatents:
         """Latents (n, C, H, W) of ``prompts``, each from the noise of its own seed."""
-        module, components = self.module, self.module.components
-        tokenizer, text_encoder = components.tokenizer, module.text_encoder
+        module, pipeline = self.module, self.module.pipeline
+        tokenizer, text_encoder = pipeline.tokenizer, module.text_encoder
 
         def make(numbers: list[int]) -> Tensor:
             return sample_latents(
                 module.unet,
-                components.scheduler,
+                pipeline.scheduler,
                 encode_prompts(tokenizer, text_encoder, [prompts[number] for number in numbers]),
                 encode_prompts(tokenizer, text_encoder, [""]),
                 initial_noise(module.unet, [seeds[number] for number in numbers]),

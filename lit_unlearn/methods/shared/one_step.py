@@ -14,7 +14,7 @@ class OneStepEditor(ConceptEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline, and make a parameter that is nothing."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
         # Checkpoints are written only after an optimizer step, and DDP takes no module without a gradient.

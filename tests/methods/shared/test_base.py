@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import changed, weights
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
 
@@ -62,7 +62,7 @@ def editor(tiny_sd: Path, pets: str) -> Editor:
 @torch.no_grad()
 def edit(module: ConceptEditor) -> None:
     for name in module.edited_names:
-        module.components.named_parameters()[name].mul_(-1)
+        module.pipeline.named_parameters()[name].mul_(-1)
 
 
 # --- set-up
@@ -84,7 +84,7 @@ def edit(module: ConceptEditor) -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         editor(**arguments)
 
@@ -93,9 +93,9 @@ def test_making_a_method_loads_no_weights(editor: Editor) -> None:
     module = editor(load=False)
     assert list(module.parameters()) == []
     module.configure_model()
-    components = module.components
+    components = module.pipeline
     module.configure_model()
-    assert module.components is components
+    assert module.pipeline is components
 
 
 def test_the_pipeline_stays_in_evaluation_mode(editor: Editor) -> None:
@@ -112,7 +112,7 @@ def test_edited_names_are_those_of_the_state_dict(editor: Editor) -> None:
     assert set(module.edited_names) <= set(module.state_dict())
 
 
-def test_linear_layers_are_found_by_their_weight(components: DiffusionComponents) -> None:
+def test_linear_layers_are_found_by_their_weight(components: StableDiffusion) -> None:
     layer = linear_layer(components, "text_encoder.encoder.layers.1.mlp.fc2.weight")
     assert layer is components.text_encoder.encoder.layers[1].mlp.fc2
     for name in ("unet.conv_in.weight", "text_encoder.encoder.layers.1.mlp.fc2.bias"):
@@ -334,15 +334,15 @@ def test_a_base_that_differs_in_one_bit_is_refused(
     from lit_unlearn.methods.shared import base
 
     checkpoint = checkpoint_of(editor(), trainer_with, pets, tmp_path / "edit.ckpt")
-    original = base.load_components
+    original = base.load_pipeline
 
-    def another(*arguments: Any) -> DiffusionComponents:
+    def another(*arguments: Any) -> StableDiffusion:
         components = original(*arguments)
         with torch.no_grad():
             components.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.view(torch.int32)[0, 0] ^= 1
         return components
 
-    monkeypatch.setattr(base, "load_components", another)
+    monkeypatch.setattr(base, "load_pipeline", another)
     with pytest.raises(ValueError, match="another base model"):
         load(editor(), checkpoint)
 

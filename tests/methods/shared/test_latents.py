@@ -226,7 +226,7 @@ def module(tiny_sd: Path, pets: str, trainer_with: Callable[..., L.Trainer]) -> 
 
 
 def test_latents_are_the_pretrained_models_also_after_an_edit(module: ConceptAblation, tmp_path: Path) -> None:
-    components = module.components
+    components = module.pipeline
     expected = sample_latents(
         module.unet,
         components.scheduler,
@@ -281,11 +281,11 @@ def test_the_key_has_all_arguments(module: ConceptAblation, tmp_path: Path) -> N
 
 def add_one(module: ConceptAblation, name: str) -> None:
     with torch.no_grad():
-        module.components.named_parameters()[name].flatten()[0] += 1
+        module.pipeline.named_parameters()[name].flatten()[0] += 1
 
 
 def test_the_key_has_all_of_the_model_that_draws(module: ConceptAblation, tmp_path: Path) -> None:
-    components = module.components
+    components = module.pipeline
     scheduler = components.scheduler
     changes: list[Callable[[], object]] = [
         lambda: add_one(module, "unet.conv_out.bias"),

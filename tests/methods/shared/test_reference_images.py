@@ -42,14 +42,14 @@ def picture(path: Path, color: str = "red", size: tuple[int, int] = (20, 30)) ->
 def test_images_are_drawn_by_the_unedited_model(build: Build, trainer_with: Any) -> None:
     module = attached(build(num_images=3, image_seed=9, concept=["dog", "cat"]), trainer_with())
     prompts = [["a dog", "the dog at sunset"], ["a cat"]]
-    weight = module.components.named_parameters()[module.edited_names[0]]
+    weight = module.pipeline.named_parameters()[module.edited_names[0]]
     with torch.no_grad():
         weight.add_(1.0)  # the edit has begun
     latents = module.reference_latents(prompts)
     with module.pretrained.restored(), torch.no_grad():
-        states = [encode_prompts(module.components.tokenizer, module.text_encoder, [p]) for p in ("a dog", "", "a cat")]
+        states = [encode_prompts(module.pipeline.tokenizer, module.text_encoder, [p]) for p in ("a dog", "", "a cat")]
         noise = initial_noise(module.unet, [11, 100_011])
-        arguments = (module.unet, module.components.scheduler)
+        arguments = (module.unet, module.pipeline.scheduler)
         for (number, row), state, start in zip([(0, 2), (1, 2)], (states[0], states[2]), noise, strict=True):
             alone = sample_latents(*arguments, state, states[1], start[None], 2, module.guidance_scale)[0]
             # Float32 in a batch of another size.
@@ -104,7 +104,7 @@ def damaged(path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_refused_before_weights_are(
     fill: Callable[[Path], Any], problem: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "load_components", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(base, "load_pipeline", lambda *_: pytest.fail("weights were loaded"))
     fill(tmp_path / "dogs")
     with pytest.raises(ValueError, match=problem):
         build(images=str(tmp_path / "dogs"))

@@ -1,55 +1,27 @@
-"""A Stable-Diffusion-like pipeline taken apart, and where it comes from.
+"""Where a pipeline comes from: found, checked and loaded.
 
 Data flow: a model name (a folder in the diffusers layout, the name of the embedded model, or a hub id) is resolved and
-checked by ``check_model`` without loading weights; ``load_components`` then builds the parts, frozen.
+checked by ``check_model`` without loading weights; ``load_pipeline`` then builds the parts, frozen.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+
+from lit_unlearn.diffusion.families import StableDiffusion
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import SchedulerMixin
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 EMBEDDED = "emoji-sd"
 """Name of the model that ships with the project."""
-
-
-@dataclass
-class DiffusionComponents:
-    """The parts of a text-to-image pipeline; all parameters are frozen when loaded.
-
-    Attributes:
-        tokenizer: Turns prompts into ``input_ids``.
-        text_encoder: ``input_ids`` (B, L) to ``encoder_hidden_states`` (B, L, D).
-        unet: Noise prediction (B, C, H, W) from latents, timesteps and ``encoder_hidden_states``.
-        vae: Latents (B, C, H, W) to pictures (B, 3, 8H, 8W) and back.
-        scheduler: The sampler's configuration; every sampling takes a fresh copy.
-    """
-
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: SchedulerMixin
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The parts that hold weights, by name."""
-        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every weight by its full name, such as ``unet.mid_block.attentions.0...attn2.to_k.weight``."""
-        return {f"{part}.{name}": p for part, module in self.modules().items() for name, p in module.named_parameters()}
 
 
 def resolve_model(model: str) -> Path | str:
@@ -131,12 +103,12 @@ def check_model(model: str) -> dict[str, list[str]]:
     return names
 
 
-def load_components(
+def load_pipeline(
     model: str,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     device: torch.device | None = None,
-) -> DiffusionComponents:
+) -> StableDiffusion:
     """Load the parts of ``model``, frozen and in evaluation mode.
 
     One after the other, each moved at once: the processor's memory holds the largest part, never all of them beside
@@ -154,10 +126,10 @@ def load_components(
     """
     device = torch.get_default_device() if device is None else device
     with torch.device("cpu"):  # transformers takes another default device for a device map, which needs accelerate
-        return _load_components(model, dtype, revision, device)
+        return _load(model, dtype, revision, device)
 
 
-def _load_components(model: str, dtype: torch.dtype, revision: str | None, device: torch.device) -> DiffusionComponents:
+def _load(model: str, dtype: torch.dtype, revision: str | None, device: torch.device) -> StableDiffusion:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import is_accelerate_available
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -175,7 +147,7 @@ def _load_components(model: str, dtype: torch.dtype, revision: str | None, devic
         return _load_part(kind, path, part, options).eval().requires_grad_(False).to(device)
 
     channels_last = {"memory_format": torch.channels_last}
-    return DiffusionComponents(
+    return StableDiffusion(
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
         text_encoder=load(CLIPTextModel, "text_encoder", weights),
         unet=load(UNet2DConditionModel, "unet", models).to(**channels_last),
@@ -207,19 +179,3 @@ def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin
     if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
         raise ValueError(f"model={str(path)!r} names {name!r:.100} as its scheduler, which diffusers does not have.")
     return kind.from_config(config)  # type: ignore[attr-defined]
-
-
-def save_pipeline(components: DiffusionComponents, output: str | Path) -> None:
-    """Write ``components`` as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
-    from diffusers import StableDiffusionPipeline
-
-    StableDiffusionPipeline(
-        vae=components.vae,
-        text_encoder=components.text_encoder,
-        tokenizer=components.tokenizer,
-        unet=components.unet,
-        scheduler=components.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(output)

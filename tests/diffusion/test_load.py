@@ -13,15 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import lit_unlearn
-from lit_unlearn.diffusion.components import (
-    PARTS,
-    DiffusionComponents,
-    _load_part,
-    check_model,
-    load_components,
-    resolve_model,
-    save_pipeline,
-)
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.load import PARTS, _load_part, check_model, load_pipeline, resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
 from lit_unlearn.diffusion.stored import WholeModel
@@ -30,12 +23,12 @@ PROMPTS, SEEDS, STEPS, GUIDANCE = ["a dog at sunset", "an owl"], [11, 5], 3, 4.0
 
 
 @pytest.fixture
-def components(tiny_sd: Path) -> DiffusionComponents:
+def components(tiny_sd: Path) -> StableDiffusion:
     """Loaded, where other tests take a copy."""
-    return load_components(str(tiny_sd))
+    return load_pipeline(str(tiny_sd))
 
 
-def pictures(components: DiffusionComponents) -> torch.Tensor:
+def pictures(components: StableDiffusion) -> torch.Tensor:
     tokenizer, text_encoder, unet = components.tokenizer, components.text_encoder, components.unet
     latents = sample_latents(
         unet,
@@ -68,7 +61,7 @@ def test_the_embedded_model_is_sought_here_then_in_the_package_then_beside_it(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(lit_unlearn, "__path__", [str(tmp_path / "tree/lit_unlearn")])
-    monkeypatch.setattr("lit_unlearn.diffusion.components.files", lambda package: tmp_path / "tree" / package)
+    monkeypatch.setattr("lit_unlearn.diffusion.load.files", lambda package: tmp_path / "tree" / package)
     with pytest.raises(ValueError, match="is no folder and no hub id"):
         resolve_model(name)
     places = (
@@ -138,11 +131,11 @@ def test_another_architecture_is_refused_before_weights_load(
 
     monkeypatch.setattr("diffusers.UNet2DConditionModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="only pipelines with a single CLIPTextModel"):
-        load_components(str(broken_model(pretend)))
+        load_pipeline(str(broken_model(pretend)))
 
 
 def test_the_check_finds_the_names_that_the_loaded_model_has(
-    tiny_sd: Path, tiny_sd_2022: Path, components: DiffusionComponents
+    tiny_sd: Path, tiny_sd_2022: Path, components: StableDiffusion
 ) -> None:
     for model in (tiny_sd, tiny_sd_2022):
         found = check_model(str(model))
@@ -153,29 +146,29 @@ def test_the_check_finds_the_names_that_the_loaded_model_has(
 # --- loading and saving
 
 
-def test_everything_is_frozen_and_in_evaluation_mode(components: DiffusionComponents) -> None:
-    assert list(components.modules()) == ["text_encoder", "unet", "vae"]
+def test_everything_is_frozen_and_in_evaluation_mode(components: StableDiffusion) -> None:
+    assert list(components.parts) == ["text_encoder", "unet", "vae"]
     assert not any(parameter.requires_grad for parameter in components.named_parameters().values())
-    assert not any(module.training for part in components.modules().values() for module in part.modules())
+    assert not any(module.training for part in components.parts.values() for module in part.modules())
     assert isinstance(components.scheduler, DPMSolverMultistepScheduler)
 
 
-def test_names_lead_to_the_parameters(components: DiffusionComponents) -> None:
+def test_names_lead_to_the_parameters(components: StableDiffusion) -> None:
     parameters = components.named_parameters()
     layer = components.text_encoder.encoder.layers[1].mlp.fc2
     assert parameters["text_encoder.encoder.layers.1.mlp.fc2.weight"] is layer.weight
-    assert len(parameters) == sum(len(list(part.parameters())) for part in components.modules().values())
+    assert len(parameters) == sum(len(list(part.parameters())) for part in components.parts.values())
 
 
 def test_weights_take_the_type_asked_for(tiny_sd: Path) -> None:
-    parameters = load_components(str(tiny_sd), torch.bfloat16).named_parameters()
+    parameters = load_pipeline(str(tiny_sd), torch.bfloat16).named_parameters()
     assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
 
 
-def test_the_names_of_2022_load_with_equal_weights(tiny_sd_2022: Path, components: DiffusionComponents) -> None:
+def test_the_names_of_2022_load_with_equal_weights(tiny_sd_2022: Path, components: StableDiffusion) -> None:
     stored = load_file(tiny_sd_2022 / "text_encoder/model.safetensors")
     assert "text_model.encoder.layers.1.mlp.fc2.weight" in stored
-    old = load_components(str(tiny_sd_2022))
+    old = load_pipeline(str(tiny_sd_2022))
     for name, parameter in components.text_encoder.named_parameters():
         assert torch.equal(old.text_encoder.get_parameter(name), parameter), name
         assert torch.equal(stored[f"text_model.{name}"], parameter), name
@@ -194,12 +187,12 @@ def half_precision(folder: Path, beside: bool) -> Path:
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_files_of_half_precision_are_taken_where_there_are_no_others(
-    beside: bool, broken_model: Callable[..., Path], components: DiffusionComponents
+    beside: bool, broken_model: Callable[..., Path], components: StableDiffusion
 ) -> None:
     folder = broken_model(lambda copy: half_precision(copy, beside))
     names = check_model(str(folder))
     assert sum(len(found) for found in names.values()) == len(components.named_parameters())
-    loaded = load_components(str(folder)).named_parameters()
+    loaded = load_pipeline(str(folder)).named_parameters()
     for name, value in components.named_parameters().items():
         expected = value if beside else value.half().float()
         assert torch.equal(loaded[name], expected), name
@@ -226,7 +219,7 @@ def test_the_hub_is_asked_for_half_precision_where_it_has_no_other(monkeypatch: 
 
 @pytest.mark.parametrize("pipeline_class", [DiffusionPipeline, StableDiffusionPipeline])
 def test_a_saved_pipeline_makes_the_same_pictures_in_diffusers(
-    pipeline_class: type[DiffusionPipeline], components: DiffusionComponents, tmp_path: Path
+    pipeline_class: type[DiffusionPipeline], components: StableDiffusion, tmp_path: Path
 ) -> None:
     original = pictures(components)
     with torch.no_grad():
@@ -248,9 +241,9 @@ def test_a_saved_pipeline_makes_the_same_pictures_in_diffusers(
     assert (edited - original).abs().max() > 1e-2
 
 
-def test_what_was_saved_loads_again_with_every_weight(components: DiffusionComponents, tmp_path: Path) -> None:
+def test_what_was_saved_loads_again_with_every_weight(components: StableDiffusion, tmp_path: Path) -> None:
     save_pipeline(components, tmp_path / "copy")
-    again = load_components(str(tmp_path / "copy"))
+    again = load_pipeline(str(tmp_path / "copy"))
     for name, parameter in components.named_parameters().items():
         assert torch.equal(again.named_parameters()[name], parameter), name
     assert again.scheduler.config == components.scheduler.config
