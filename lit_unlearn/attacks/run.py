@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
-from lit_unlearn.diffusion.new_tokens import token_table, vocabulary_of
+from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.checkpoint import Edit, chosen_model, chosen_revision, load_with_pretrained, read_edit
 from lit_unlearn.evaluation.grids import image_grid
@@ -176,7 +176,7 @@ def _result(
 def _vocabulary(model: AttackedModel, base: str) -> str:
     """What learned embeddings belong to, as ``vocabulary_of`` says it; an edited table is a vocabulary of its own."""
     if any(name.endswith("token_embedding.weight") for name in model.pretrained.parameters):
-        table = token_table(model.pipeline.text_encoder).weight
+        table = model.pipeline.text.table
         return fingerprint({"token_embedding.weight": table.float()})
     return vocabulary_of(base)[0]
 

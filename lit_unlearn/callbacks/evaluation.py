@@ -78,9 +78,7 @@ class UneditedPictures(L.Callback):
             weights = fingerprint(module.pipeline.named_parameters())
         settings = {
             "weights": weights,
-            "scheduler": {
-                k: str(v) for k, v in module.pipeline.scheduler.config.items() if not k.startswith("_diffusers")
-            },
+            **module.pipeline.settings(),
             "num_inference_steps": module.num_inference_steps,
             "guidance_scale": module.guidance_scale,
         }

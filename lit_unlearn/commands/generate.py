@@ -102,21 +102,17 @@ def draw(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lit_unlearn.diffusion.sampling import draw_pictures
-
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
     pictures: list[Tensor] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Drawing", total=num_inference_steps * len(batches))
-        handle = pipeline.unet.register_forward_hook(lambda *_: progress.advance(task))
+        handle = pipeline.denoiser.register_forward_hook(lambda *_: progress.advance(task))
         try:
             for batch in batches:
                 batch_prompts, batch_seeds = zip(*batch, strict=True)
-                pictures.append(
-                    draw_pictures(pipeline, batch_prompts, batch_seeds, num_inference_steps, guidance_scale)
-                )
+                pictures.append(pipeline.draw(batch_prompts, batch_seeds, num_inference_steps, guidance_scale))
         finally:
             handle.remove()
     return torch.cat(pictures)

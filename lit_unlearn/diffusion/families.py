@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import DDPM
+from lit_unlearn.diffusion.parameters import num_places
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, denoise, encode_pictures, initial_noise
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
@@ -69,6 +70,15 @@ class StableDiffusion(Pipeline):
         """See ``Pipeline.picture_size``."""
         side = int(self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1))
         return side, side
+
+    @property
+    def commit(self) -> str | None:
+        """See ``Pipeline.commit``."""
+        return getattr(self.text_encoder.config, "_commit_hash", None)
+
+    def num_places(self, name: str) -> int:
+        """See ``Pipeline.num_places``."""
+        return num_places(self.unet.config, name)
 
     def settings(self) -> dict[str, Any]:
         """See ``Pipeline.settings``."""

@@ -61,6 +61,15 @@ class Pipeline(ABC):
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the model's pictures, in pixels."""
 
+    @property
+    @abstractmethod
+    def commit(self) -> str | None:
+        """The commit of a model from the hub, if it is known."""
+
+    @abstractmethod
+    def num_places(self, name: str) -> int:
+        """Positions (height times width) that the block of the denoiser's weight ``name`` works on."""
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What acts on pictures and cannot be seen in the weights, as JSON can hold it: for the keys of caches."""
@@ -196,6 +205,17 @@ class Pipeline(ABC):
         with self.text.learned(embeddings, tokens.slots[0]):
             return self.condition(tokens)
 
+    def encode_mixtures(self, weights: Tensor, allowed: Tensor, tokens: Tokens) -> Condition:
+        """As ``encode``, with learned tokens that are mixtures of those of the vocabulary; gradients reach ``weights``.
+
+        Args:
+            weights: Of each allowed token in each learned one, (k, A).
+            allowed: Numbers of the tokens, (A,).
+            tokens: From ``tokenize_templates``.
+        """
+        table = self.text.table.detach()
+        return self.encode(tokens, weights @ table[allowed.to(table.device)].to(weights))
+
     def encode_many(self, prompts: Sequence[str] | Tokens) -> Condition:
         """As ``encode``, some at a time where there are many."""
         tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
@@ -218,10 +238,10 @@ class Pipeline(ABC):
             guidance_scale: 1 means no guidance, and half of the forwards.
             unconditional: Of the empty prompt, if it is known already.
         """
-        unconditional = self.encode([""]) if unconditional is None else unconditional
         conditions = [condition]
         if guidance_scale != 1:
-            conditions.insert(0, unconditional.expand(len(condition)))
+            empty = self.encode([""]) if unconditional is None else unconditional
+            conditions.insert(0, empty.expand(len(condition)))
         latents = noise
         for step in self.chain(conditions, noise, num_inference_steps, guidance_scale):
             latents = step.latents

@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.prompts import encode_prompts
-
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-
-    from lit_unlearn.diffusion.pipeline import Pipeline
 
 
 def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
@@ -159,28 +155,6 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W)."""
     pictures = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-@torch.no_grad()
-def draw_pictures(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Tensor:
-    """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
-    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
-    latents = sample_latents(
-        pipeline.unet,
-        pipeline.scheduler,
-        encode_prompts(tokenizer, text_encoder, prompts),
-        encode_prompts(tokenizer, text_encoder, [""]),
-        initial_noise(pipeline.unet, seeds),
-        num_inference_steps,
-        guidance_scale,
-    )
-    return decode_latents(pipeline.vae, latents)
 
 
 class ForwardCount:

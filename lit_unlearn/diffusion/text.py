@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.concept_tokens import names_mask
-from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, whole_words, words_of
+from lit_unlearn.diffusion.discrete_prompts import whole_words, words_of
 from lit_unlearn.diffusion.new_tokens import (
     initial_embeddings,
     substitute_embeddings,
@@ -132,10 +132,6 @@ class TextEncoder:
     def words_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens from ``whole_words``."""
         return words_of(self.tokenizer, tokens)
-
-    def mixtures(self, weights: Tensor, allowed: Tensor, tokens: Tokens) -> Tensor:
-        """States (B, L, D) of prompts whose learned tokens are mixtures of those ``allowed``, by ``weights`` (k, A)."""
-        return encode_mixtures(self.model, weights, allowed, (tokens.ids[0], tokens.slots[0]))
 
 
 def linear_layers(module: nn.Module, endings: tuple[str, ...]) -> list[nn.Module]:

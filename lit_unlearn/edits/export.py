@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.load import load_pipeline, resolve_model
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.diffusion.stored import WholeModel, rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
 from lit_unlearn.evaluation.scores import Scores
@@ -185,7 +184,7 @@ def export_pipeline(
     with replaced_folder(output) as folder:
         pipeline.save(folder)
         if old_names:
-            rename_text_encoder(folder)
+            rename_weights(folder)
         (folder / "README.md").write_text(model_card(facts, output.name), encoding="utf-8")
         base = resolve_model(model)
         if isinstance(base, Path):
@@ -206,14 +205,6 @@ def _copy_into_memory(pipeline: Pipeline) -> None:
     for module in pipeline.parts.values():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
-
-
-def rename_text_encoder(folder: Path) -> None:
-    """Give the text encoder's weights in ``folder`` the names of 2022, which tools for transformers 4 want."""
-    for path in (folder / "text_encoder").glob("*.safetensors"):
-        stored = deserialize(path.read_bytes())  # not mapped: it is written over
-        weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in stored.items()}
-        path.write_bytes(serialize(weights, {"format": "pt"}))
 
 
 def model_card(facts: dict[str, Any], name: str) -> str:

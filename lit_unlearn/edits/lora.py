@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_unlearn.diffusion.stored import OLD_PREFIX
+
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
 AUTO_RESIDUAL = 1e-3
@@ -90,7 +92,7 @@ def low_rank(
         missing = (change - b.double() @ a.double()).norm()
         residual[name] = float(missing / change.norm()) if change.any() else 0.0
         part, _, layer = name.removesuffix(".weight").partition(".")
-        prefix = "text_model." if old_names and part == "text_encoder" else ""
+        prefix = OLD_PREFIX.get(part, "") if old_names else ""
         kernel = value.shape[2:]
         factors[f"{part}.{prefix}{layer}.lora_A.weight"] = a.reshape(used, value.shape[1], *kernel)
         factors[f"{part}.{prefix}{layer}.lora_B.weight"] = b.reshape(len(b), used, *(1 for _ in kernel))

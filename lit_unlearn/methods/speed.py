@@ -141,7 +141,7 @@ class SPEED(CrossAttentionEditor):
 
     def keys(self) -> SPEEDKeys:
         """Gather the inputs of the edited layers."""
-        eos_token_id = self.pipeline.tokenizer.eos_token_id
+        eos_token_id = self.pipeline.text.eos
         ids, states = self.states(self.edited_texts)
         anchor_ids, anchor_states = self.states(self.anchor_texts)
         rows, places, (anchor_places,) = subject_positions(ids, [anchor_ids], eos_token_id, self.tokens)

@@ -109,7 +109,7 @@ class PhraseMap(CrossAttentionEditor):
     def on_fit_start(self) -> None:
         """Encode phrases, guides and preserved prompts, once."""
         super().on_fit_start()
-        eos_token_id = self.pipeline.tokenizer.eos_token_id
+        eos_token_id = self.pipeline.text.eos
         ids, states = self.states(self.phrases)
         encoded = [self.states(guides) for guides in self.guides]
         self.rows, places, guide_places = subject_positions(

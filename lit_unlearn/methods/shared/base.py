@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.sampling import ForwardCount, draw_pictures
+from lit_unlearn.diffusion.sampling import ForwardCount
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.cache import CachedJudge
@@ -111,16 +113,13 @@ class DiffusionEditor(SharedWork):
         if hasattr(self, "pipeline"):
             return
         self.pipeline: Pipeline = load_pipeline(self.model_id, self.weights_dtype, self.revision)
-        self.text_encoder, self.unet, self.vae = (
-            self.pipeline.text_encoder,
-            self.pipeline.unet,
-            self.pipeline.vae,
-        )
+        for name, part in self.pipeline.parts.items():  # Lightning moves them, and checkpoints name them so
+            self.add_module(name, part)
         parameters = self.pipeline.named_parameters()
         self.edited_names = self.select(list(parameters))
         self.pretrained = PretrainedValues({name: parameters[name] for name in self.edited_names})
         self.base_fingerprint = fingerprint(self.pretrained.values)
-        self.unet.register_forward_pre_hook(self.forwards)
+        self.pipeline.denoiser.register_forward_pre_hook(self.forwards)
 
     def train(self, mode: bool = True) -> DiffusionEditor:
         """Keep the pipeline in evaluation mode whatever Lightning asks: there is no dropout to train with."""
@@ -199,13 +198,26 @@ class DiffusionEditor(SharedWork):
             "peak_memory_bytes": max(self._loaded_cost["peak_memory_bytes"], peak),
         }
 
-    # --- pictures
+    # --- predictions and pictures
+
+    @torch.no_grad()
+    def pretrained_prediction(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """What the denoiser with its pretrained weights says, (B, C, H, W); arguments as of ``Pipeline.predict``."""
+        return self.pipeline.predict(x_t, timesteps, condition, self.pretrained.of(self.pipeline.denoiser_part))
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Measuring is no part of what an edit costs: forwards inside the block are not counted."""
+        counts = self.forwards.count, self.forwards.backward
+        try:
+            yield
+        finally:
+            self.forwards.count, self.forwards.backward = counts
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
-        pictures = draw_pictures(self.pipeline, prompts, seeds, self.num_inference_steps, self.guidance_scale)
-        return to_uint8(pictures)
+        return to_uint8(self.pipeline.draw(prompts, seeds, self.num_inference_steps, self.guidance_scale))
 
     def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
         """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.
@@ -343,19 +355,6 @@ class ConceptEditor(DiffusionEditor):
     def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of the edited model."""
         return self.generate([item.prompt for item in batch], [item.seed for item in batch])
-
-
-def linear_layer(pipeline: Pipeline, weight_name: str) -> nn.Linear:
-    """The linear layer whose weight has the full name ``weight_name``.
-
-    Raises:
-        ValueError: The parameter is not the weight of a linear layer.
-    """
-    part, _, path = weight_name.partition(".")
-    layer = pipeline.parts[part].get_submodule(path.rsplit(".", 1)[0])
-    if not isinstance(layer, nn.Linear) or not weight_name.endswith(".weight"):
-        raise ValueError(f"edited_parameters selects {weight_name}, which is not the weight of a linear layer.")
-    return layer
 
 
 def check_timesteps(min_timestep: int, max_timestep: int) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
-from lit_unlearn.methods.shared.base import linear_layer
 from lit_unlearn.methods.shared.one_step import OneStepEditor
 
 
@@ -40,10 +38,10 @@ class CrossAttentionEditor(OneStepEditor):
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        self.layers = {name: linear_layer(self.pipeline, name) for name in self.edited_names}
+        self.layers = self.pipeline.sites(self.edited_names)
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``input_ids`` (n, L) and the states (n, L, D), float32, of ``prompts``, the keys of all edited layers."""
-        ids = tokenize(self.pipeline.tokenizer, prompts)
-        return ids, torch.cat([encode(self.text_encoder, part).float() for part in ids.split(ENCODE_BATCH)])
+        tokens = self.pipeline.tokenize(prompts)
+        return tokens.ids[0], self.pipeline.encode_many(tokens).states.float()

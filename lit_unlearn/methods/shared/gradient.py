@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 
 from lit_unlearn.diffusion.sampling import seeded
@@ -53,8 +54,8 @@ class GradientEditor(DiffusionEditor):
         optimizer = self.make_optimizer()
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = LRSchedulerConfig(self.lr_scheduler(optimizer), interval="step")
+        return {"optimizer": optimizer, "lr_scheduler": vars(schedule)}
 
     def generators(self, batch: Tensor, batch_idx: int) -> list[torch.Generator]:
         """A generator for each item of ``batch`` (B,), numbered as the data does.

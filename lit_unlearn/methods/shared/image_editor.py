@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.images import CaptionedImage, CaptionItem, KeepForgetImages, load_image
-from lit_unlearn.diffusion.sampling import decode_latents, encode_pictures
 from lit_unlearn.evaluation.memorisation import CopyCount, CopyDetector, Space, pixel_features
 from lit_unlearn.judges.classifier import ClassifierJudge, check_judge
 from lit_unlearn.judges.load import judge_folder
@@ -55,18 +54,12 @@ class ImageEditor(DiffusionEditor):
             )
         return data
 
-    @property
-    def picture_size(self) -> int:
-        """Width and height of the model's pictures, in pixels."""
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     def encode_images(self, images: Sequence[CaptionedImage]) -> Tensor:
         """Latents (n, C, H, W) of ``images``, resized to the model's size."""
         parts = [images[start : start + PICTURE_BATCH] for start in range(0, len(images), PICTURE_BATCH)]
-        size = self.picture_size
-        return torch.cat(
-            [encode_pictures(self.vae, torch.stack([load_image(i.path, size) for i in part])) for part in parts]
-        )
+        size = self.pipeline.picture_size[0]
+        pictures = (torch.stack([load_image(image.path, size) for image in part]) for part in parts)
+        return torch.cat([self.pipeline.encode_pictures(part) for part in pictures])
 
     # --- checkpoints
 
@@ -102,7 +95,7 @@ class ImageEditor(DiffusionEditor):
 
     def reconstructions(self, images: Sequence[CaptionedImage]) -> Tensor:
         """What the autoencoder makes of ``images``, (n, 3, H, W) in [0, 1]: what the model would draw of each."""
-        return torch.cat([decode_latents(self.vae, part) for part in self.encode_images(images).split(PICTURE_BATCH)])
+        return torch.cat([self.pipeline.decode(part) for part in self.encode_images(images).split(PICTURE_BATCH)])
 
     def on_test_start(self) -> None:
         """Learn what a copy is."""

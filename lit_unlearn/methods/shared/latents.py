@@ -19,13 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
-from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
 from lit_unlearn.methods.shared.base import DiffusionEditor
 from lit_unlearn.system.files import atomic_write
-
-TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
-"""What of a text encoder's configuration acts on its output and cannot be seen in its weights."""
 
 
 def nothing() -> None:
@@ -186,10 +181,8 @@ class PretrainedSampler:
             weights = fingerprint({name: p for name, p in parameters.items() if not name.startswith("vae.")})
         self.settings = {
             "weights": weights,
-            "dtype": str(module.unet.dtype),
-            "unet": _plain(module.unet.config),
-            "text_encoder": {name: str(getattr(module.text_encoder.config, name)) for name in TEXT_SETTINGS},
-            "scheduler": _plain(pipeline.scheduler.config),
+            "dtype": str(pipeline.dtype),
+            **pipeline.settings(),
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
         }
@@ -201,7 +194,7 @@ class PretrainedSampler:
             "prompts": list(prompts),
             "seeds": list(seeds),
             # Tokenizers may differ, for the empty prompt as well.
-            "input_ids": fingerprint({"input_ids": tokenize(self.module.pipeline.tokenizer, [*prompts, ""])}),
+            "input_ids": fingerprint({"input_ids": self.module.pipeline.tokenize([*prompts, ""]).ids[0]}),
         }
         return LatentCache(self.folder, settings, len(prompts), self.batch_size)
 
@@ -209,25 +202,13 @@ class PretrainedSampler:
     def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> CachedLatents:
         """Latents (n, C, H, W) of ``prompts``, each from the noise of its own seed."""
         module, pipeline = self.module, self.module.pipeline
-        tokenizer, text_encoder = pipeline.tokenizer, module.text_encoder
 
         def make(numbers: list[int]) -> Tensor:
-            return sample_latents(
-                module.unet,
-                pipeline.scheduler,
-                encode_prompts(tokenizer, text_encoder, [prompts[number] for number in numbers]),
-                encode_prompts(tokenizer, text_encoder, [""]),
-                initial_noise(module.unet, [seeds[number] for number in numbers]),
-                self.num_inference_steps,
-                self.guidance_scale,
-            )
+            condition = pipeline.encode([prompts[number] for number in numbers])
+            own = [seeds[number] for number in numbers]
+            return pipeline.draw_latents(condition, own, self.num_inference_steps, self.guidance_scale)
 
         trainer = module.trainer
         with module.pretrained.restored():
             cache = self.cache(prompts, seeds)
             return cache.get(make, trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration of diffusers without its notes about itself, such as its version."""
-    return {name: str(value) for name, value in config.items() if name == "_class_name" or not name.startswith("_")}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.images import load_image, read_folder
-from lit_unlearn.diffusion.sampling import encode_pictures
 from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
 from lit_unlearn.system.names import file_name
@@ -55,11 +54,6 @@ class ReferenceImages(ConceptEditor):
                 [image.path for image in read_folder(str(folder), "model.images", caption="")] for folder in folders
             ]
 
-    @property
-    def picture_size(self) -> int:
-        """Height and width of the model's pictures, in pixels."""
-        return int(self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1))
-
     @torch.no_grad()
     def reference_latents(self, prompts: Sequence[Sequence[str]]) -> list[Tensor]:
         """Latents (n, C, H, W) of the images of each edited concept, the same on every process.
@@ -73,12 +67,12 @@ class ReferenceImages(ConceptEditor):
         first = [self.image_seed + 100_000 * number for number in range(len(prompts))]
         seeds = [number + i for number in first for i in range(self.num_images)]
         sampler = PretrainedSampler(self, self.num_inference_steps, self.guidance_scale, self.image_cache)
-        latents = sampler.latents(texts, seeds).latents.to(self.device, self.unet.dtype)
+        latents = sampler.latents(texts, seeds).latents.to(self.device, self.pipeline.dtype)
         return list(latents.split(self.num_images))
 
     def _encode(self, files: Sequence[Path], rows: list[int]) -> Tensor:
-        pictures = torch.stack([load_image(files[row], self.picture_size) for row in rows])
-        return torch.cat([encode_pictures(self.vae, part) for part in pictures.split(ENCODE_PICTURES)])
+        pictures = torch.stack([load_image(files[row], self.pipeline.picture_size[0]) for row in rows])
+        return torch.cat([self.pipeline.encode_pictures(part) for part in pictures.split(ENCODE_PICTURES)])
 
 
 def concept_folder(folder: Path, name: str) -> Path:
