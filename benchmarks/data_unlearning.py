@@ -139,7 +139,6 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
     import torch
 
     from lit_unlearn.data.images import load_image, read_folder
-    from lit_unlearn.diffusion.sampling import draw_pictures
     from lit_unlearn.edits.checkpoint import load_edited, read_edit
     from lit_unlearn.evaluation.grids import image_grid
     from lit_unlearn.system.pixels import save_png
@@ -154,7 +153,7 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
             continue
         edit = read_edit(ckpt_path) if method else None
         components = load_edited(str(model), edit)
-        rows.append(draw_pictures(components, captions, list(range(len(captions))), 10, 4.0))
+        rows.append(components.draw(captions, list(range(len(captions))), 10, 4.0))
         labels.append(method or "not unlearned")
     save_png(path, image_grid(rows, labels, captions, scale=2))
 

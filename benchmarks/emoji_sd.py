@@ -17,7 +17,6 @@ from torch import Tensor
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, Pictures
 from lit_unlearn.diffusion.load import load_pipeline, resolve_model
-from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.evaluation.grids import image_grid
@@ -75,8 +74,7 @@ def main() -> None:
     started = time.perf_counter()
     for start in range(0, len(pictures), 40):
         batch = pictures[start : start + 40]
-        made = draw_pictures(
-            components,
+        made = components.draw(
             [item.prompt for item in batch],
             [item.seed for item in batch],
             arguments.num_inference_steps,

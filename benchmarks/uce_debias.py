@@ -19,7 +19,6 @@ from quiet import QUIET, output_to
 
 from lit_unlearn.core.debiasing import attribute_ratios
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.judges.base import judge_questions
@@ -61,7 +60,7 @@ def shares(folder: Path, pictures: int) -> dict[str, dict[str, list[float]]]:
         answers = []
         for start in range(0, pictures, 40):
             seeds = list(range(seed + start, seed + min(start + 40, pictures)))
-            drawn = draw_pictures(components, [subject] * len(seeds), seeds, steps, guidance)
+            drawn = components.draw([subject] * len(seeds), seeds, steps, guidance)
             asked = [judge_questions(judge, drawn, [question] * len(seeds)) for question in questions]
             answers.append(torch.stack(asked, dim=1))
         found = torch.cat(answers)

@@ -24,6 +24,7 @@ from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline, resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.sampling import denoise
 from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -121,6 +122,28 @@ def half() -> NullSpaceEdit:
 def exact(ridge: float = 1e-3) -> NullSpaceEdit:
     """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
     return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
+
+
+# --- pictures by the plain way
+
+
+def sample_latents(
+    unet: Any,
+    scheduler: Any,
+    encoder_hidden_states: Tensor,
+    unconditional: Tensor,
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Latents (B, C, H, W) of prompts by their states (B, L, D): the plain loop that ``Pipeline.sample`` must equal."""
+    states = [encoder_hidden_states]
+    if guidance_scale != 1:
+        states.insert(0, unconditional.expand_as(encoder_hidden_states))
+    latents = noise
+    for step in denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale):
+        latents = step.latents
+    return latents
 
 
 # --- tests by pictures

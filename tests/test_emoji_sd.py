@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.load import load_pipeline, resolve_model
-from lit_unlearn.diffusion.sampling import draw_pictures, initial_noise
+from lit_unlearn.diffusion.sampling import initial_noise
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.judges.classifier import ClassifierJudge
 
@@ -46,7 +46,7 @@ def test_plain_diffusers_draws_the_same_picture(kind: type[DiffusionPipeline], j
     theirs = pipeline(
         "a dog at sunset", num_inference_steps=10, guidance_scale=4.0, latents=noise, output_type="pt"
     ).images
-    ours = draw_pictures(components, ["a dog at sunset"], [3], 10, 4.0)
+    ours = components.draw(["a dog at sunset"], [3], 10, 4.0)
     # Both run in float32; only the order of sums differs.
     torch.testing.assert_close(ours, theirs.cpu(), rtol=0, atol=2e-3)
     assert judge(ours, [load_concept_set("emoji20").get("dog").question]).item() > 0.5

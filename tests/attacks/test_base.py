@@ -11,7 +11,7 @@ from helpers import load_copy
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import decode_latents, draw_pictures, seeded
+from lit_unlearn.diffusion.sampling import decode_latents, seeded
 
 Attacked = Callable[..., AttackedModel]
 
@@ -64,7 +64,7 @@ def test_pictures_are_of_direct_prompts_and_their_own_seeds(attacked: Attacked) 
     assert len(set(model.seeds)) == 12
     assert not set(model.seeds) & set(attacked(num_pictures=12, seed=1).seeds)
     pictures = model.draw(model.prompts, model.seeds)  # in two batches
-    expected = draw_pictures(model.pipeline, model.prompts[9:11], model.seeds[9:11], 2, 4.0)
+    expected = model.pipeline.draw(model.prompts[9:11], model.seeds[9:11], 2, 4.0)
     assert_close(pictures[9:11], expected, rtol=0, atol=1e-5)  # batches of other sizes differ in the last bits
     assert torch.equal(pictures, attacked(num_pictures=12).draw(model.prompts, model.seeds))
 

@@ -16,7 +16,7 @@ from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, 
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.shared.base import ConceptEditor, linear_layer
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
@@ -50,7 +50,7 @@ def exact_null_space(**arguments: Any) -> NullSpaceEdit:
 
 def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
     """States of the retained prompts, and their keys K0 at both layers."""
-    layers = {name: linear_layer(module.pipeline, name) for name in LAYERS}
+    layers = {name: module.pipeline.linear(name) for name in LAYERS}
     with torch.no_grad(), capture_inputs(layers) as keys:
         states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, module.retain_prompts)
     return states, [keys[name] for name in LAYERS]

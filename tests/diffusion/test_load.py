@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import lit_unlearn
+from helpers import sample_latents
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import PARTS, _load_part, check_model, load_pipeline, resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import decode_latents, initial_noise
 from lit_unlearn.diffusion.stored import WholeModel
 
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a dog at sunset", "an owl"], [11, 5], 3, 4.0

@@ -9,10 +9,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import load_copy
+from helpers import load_copy, sample_latents
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import ForwardCount, count_forwards, decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import ForwardCount, count_forwards, decode_latents, initial_noise
 
 PROMPTS = ["a dog", "an owl at sunset", "a castle in the rain", "a glossy apple", ""]
 SEEDS = [3, 1, 4, 1, 5]

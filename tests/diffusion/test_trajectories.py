@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import load_copy
+from helpers import load_copy, sample_latents
 from lit_unlearn.core.objectives import esd_target
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import count_forwards, denoise, initial_noise, predicted_noise, sample_latents
+from lit_unlearn.diffusion.sampling import count_forwards, denoise, initial_noise, predicted_noise
 from lit_unlearn.diffusion.trajectories import (
     Place,
     ReuseSchedule,

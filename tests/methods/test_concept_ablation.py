@@ -119,7 +119,7 @@ def test_the_frozen_reference_is_the_model_as_it_was(ablation: Ablation, fit: Fi
     inputs = (module.latents[:2], torch.tensor([10, 700]), module.anchor_states[:2])
     with torch.no_grad():
         expected = before(*inputs).sample
-        assert torch.equal(module.pretrained("unet", module.unet, *inputs).sample, expected)
+        assert torch.equal(module_frozen(*inputs).sample, expected)
         assert not torch.equal(module.unet(*inputs).sample, expected)
 
 

@@ -146,7 +146,7 @@ def test_the_reference_stays_that_of_a_copy_while_weights_move(policy: str, buil
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = before(x, t, states).sample
-        assert torch.equal(module.pretrained("unet", module.unet, x, t, states).sample, expected)
+        assert torch.equal(module_frozen(x, t, states).sample, expected)
         assert not torch.equal(module.unet(x, t, states).sample, expected)
 
 
@@ -295,10 +295,10 @@ def test_several_concepts_are_erased_in_one_run(policy: str, build: Build, fit: 
     # The predictions are those for the state's own prompt.
     for states in seen:
         conditions = module.conditions(states.prompts)[1]
-        expected = module.pretrained("unet", module.unet, states.model_input, states.timesteps, conditions).sample
+        expected = module_frozen(states.model_input, states.timesteps, conditions).sample
         assert_close(states.noise_preds[1], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
         conditions = module.conditions(1 - states.prompts)[1]
-        other = module.pretrained("unet", module.unet, states.model_input, states.timesteps, conditions).sample
+        other = module_frozen(states.model_input, states.timesteps, conditions).sample
         assert (states.noise_preds[1] - other).abs().max() > 1e-2 * float(expected.abs().max())
 
 

@@ -166,7 +166,7 @@ def test_only_the_group_moves_and_the_reference_stays(group: str, build: Build, 
     module.unet.zero_grad()
     generator = torch.Generator().manual_seed(5)
     latents, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 32, 32, generator=generator)
-    frozen = module.pretrained("unet", module.unet, latents, torch.tensor([500]), states).sample
+    frozen = module_frozen(latents, torch.tensor([500]), states).sample
     with torch.no_grad():
         assert torch.equal(frozen, seen["unet"](latents, torch.tensor([500]), states).sample)
         if not group.startswith("text"):

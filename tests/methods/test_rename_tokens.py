@@ -11,7 +11,6 @@ import torch
 from lit_unlearn.attacks.run import attack_run
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import draw_pictures
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import judge_folder
@@ -80,7 +79,7 @@ def test_direct_prompts_are_deceived_and_indirect_ones_and_attacks_are_not(tmp_p
     judge, dog = ClassifierJudge(judge_folder("emoji")), load_concept_set("emoji20").get("dog")
 
     def forgotten(prompts: tuple[str, ...]) -> float:
-        pictures = draw_pictures(components, prompts, range(len(prompts)), 8, 4.0)
+        pictures = components.draw(prompts, range(len(prompts)), 8, 4.0)
         return float((judge(pictures, [dog.question] * len(prompts)) < 0.5).float().mean())
 
     with pretrained.restored():

@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import LAYERS, PROMPTS, TARGETS, changed, hook, started, weights
+from helpers import LAYERS, PROMPTS, TARGETS, changed, hook, sample_latents, started, weights
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
-from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import add_noise, initial_noise
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]

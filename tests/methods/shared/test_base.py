@@ -13,7 +13,7 @@ from helpers import changed, weights
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, linear_layer
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
 
 Editor = Callable[..., ConceptEditor]
 TrainerWith = Callable[..., L.Trainer]
@@ -113,11 +113,11 @@ def test_edited_names_are_those_of_the_state_dict(editor: Editor) -> None:
 
 
 def test_linear_layers_are_found_by_their_weight(components: StableDiffusion) -> None:
-    layer = linear_layer(components, "text_encoder.encoder.layers.1.mlp.fc2.weight")
+    layer = components.linear("text_encoder.encoder.layers.1.mlp.fc2.weight")
     assert layer is components.text_encoder.encoder.layers[1].mlp.fc2
     for name in ("unet.conv_in.weight", "text_encoder.encoder.layers.1.mlp.fc2.bias"):
         with pytest.raises(ValueError, match=f"{name}, which is not the weight of a linear layer"):
-            linear_layer(components, name)
+            components.linear(name)
 
 
 # --- pictures

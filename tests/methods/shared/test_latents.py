@@ -19,8 +19,9 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers import sample_latents
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import initial_noise
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.shared import latents as anchors
 from lit_unlearn.methods.shared.latents import LatentCache, PretrainedSampler

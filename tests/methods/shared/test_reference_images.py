@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import sample_latents
 from lit_unlearn.data.images import load_image
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import encode_pictures, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import encode_pictures, initial_noise
 from lit_unlearn.methods.shared import base
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
 
