@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, Pictures
-from lit_unlearn.diffusion.load import load_pipeline, resolve_model
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.evaluation.grids import image_grid

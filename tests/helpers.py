@@ -22,9 +22,10 @@ from transformers import CLIPTokenizer
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import load_pipeline, resolve_model
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import denoise
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -10,8 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.load import load_pipeline, resolve_model
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.sampling import initial_noise
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.judges.classifier import ClassifierJudge
 

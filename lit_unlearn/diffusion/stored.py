@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_unlearn.diffusion.load import check_model, load_pipeline, resolve_model, weight_files
+from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.source import resolve_model, weight_files
 
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
 

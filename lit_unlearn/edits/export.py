@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lit_unlearn import __version__
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.load import load_pipeline, resolve_model
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.diffusion.stored import WholeModel, rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank

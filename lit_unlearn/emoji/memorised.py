@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lit_unlearn.diffusion.load import resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import encode_pictures
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, Drawing
 from lit_unlearn.emoji.text_to_image import TextToImageTraining

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_unlearn.data.concepts import ConceptSet
-from lit_unlearn.diffusion.load import resolve_model
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.judges.base import Judge
 from lit_unlearn.judges.classifier import ClassifierJudge, check_judge
 from lit_unlearn.judges.clip import ClipJudge

@@ -260,7 +260,7 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
         original = dog(first)
     written = dog(first)
     assert relative(written, original) > 1e-2
-    save_pipeline(first.pipeline, tmp_path / "edited")
+    first.pipeline.save(tmp_path / "edited")
     arguments = {"concept": "cat", "concept_set": str(path), "model": str(tmp_path / "edited"), "values": "residual"}
     second = refinement(**arguments)
     fit(second, exact_null_space(), steps=1)

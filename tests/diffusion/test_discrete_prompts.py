@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, whole_words, words_of
+from lit_unlearn.diffusion.discrete_prompts import whole_words, words_of
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.new_tokens import tokenize_templates
 from lit_unlearn.diffusion.prompts import encode_prompts
 
 
@@ -38,8 +37,8 @@ def test_a_mixture_of_one_token_is_that_token(components: StableDiffusion) -> No
     allowed = whole_words(tokenizer)
     ids = tokenizer("dog castle", add_special_tokens=False).input_ids
     weights = (allowed == torch.tensor(ids)[:, None]).float().requires_grad_()
-    prompts = tokenize_templates(tokenizer, ["{} in the rain", "a {}"], 2)
-    states = encode_mixtures(text_encoder, weights, allowed, prompts)
+    prompts = components.tokenize_templates(["{} in the rain", "a {}"], 2)
+    states = components.encode_mixtures(weights, allowed, prompts).states
     texts = ["dog castle in the rain", "a dog castle"]
     assert_close(states, encode_prompts(tokenizer, text_encoder, texts))
     other = encode_prompts(tokenizer, text_encoder, ["castle dog in the rain", "a castle dog"])

@@ -15,9 +15,10 @@ from torch.testing import assert_close
 import lit_unlearn
 from helpers import sample_latents
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import PARTS, _load_part, check_model, load_pipeline, resolve_model
+from lit_unlearn.diffusion.load import PARTS, _load_part, check_model, load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, initial_noise
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.diffusion.stored import WholeModel
 
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a dog at sunset", "an owl"], [11, 5], 3, 4.0
@@ -62,7 +63,7 @@ def test_the_embedded_model_is_sought_here_then_in_the_package_then_beside_it(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(lit_unlearn, "__path__", [str(tmp_path / "tree/lit_unlearn")])
-    monkeypatch.setattr("lit_unlearn.diffusion.load.files", lambda package: tmp_path / "tree" / package)
+    monkeypatch.setattr("lit_unlearn.diffusion.source.files", lambda package: tmp_path / "tree" / package)
     with pytest.raises(ValueError, match="is no folder and no hub id"):
         resolve_model(name)
     places = (
@@ -227,7 +228,7 @@ def test_a_saved_pipeline_makes_the_same_pictures_in_diffusers(
         components.text_encoder.encoder.layers[2].mlp.fc2.weight.mul_(-1)
         components.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(-1)
     edited = pictures(components)
-    save_pipeline(components, tmp_path / "edited")
+    components.save(tmp_path / "edited")
     pipeline = pipeline_class.from_pretrained(tmp_path / "edited")
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -243,7 +244,7 @@ def test_a_saved_pipeline_makes_the_same_pictures_in_diffusers(
 
 
 def test_what_was_saved_loads_again_with_every_weight(components: StableDiffusion, tmp_path: Path) -> None:
-    save_pipeline(components, tmp_path / "copy")
+    components.save(tmp_path / "copy")
     again = load_pipeline(str(tmp_path / "copy"))
     for name, parameter in components.named_parameters().items():
         assert torch.equal(again.named_parameters()[name], parameter), name
