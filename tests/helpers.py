@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from torch.func import functional_call
 from transformers import CLIPTokenizer
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
@@ -203,6 +204,11 @@ def states(module: Any, *prompts: str) -> Tensor:
     """Text states (B, L, D) of ``prompts`` by the text encoder as it is now, without gradients."""
     with torch.no_grad():
         return encode_prompts(module.pipeline.tokenizer, module.pipeline.text_encoder, prompts)
+
+
+def frozen(module: Any, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    """What the UNet with its pretrained weights says of ``x`` (B, C, H, W) at ``t`` for ``states`` (B, L, D)."""
+    return functional_call(module.unet, module.pretrained.of("unet"), (x, t, states)).sample
 
 
 # --- files

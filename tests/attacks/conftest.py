@@ -16,7 +16,6 @@ from lit_unlearn.attacks.base import AttackedModel
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.diffusion.trajectories import chain_timesteps
 
 STEPS = 2
 """Denoising steps of every picture here."""
@@ -78,4 +77,4 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
 @pytest.fixture
 def forwards_per_picture(components: StableDiffusion) -> int:
     """UNet forwards of a picture: guidance doubles the sampler's steps."""
-    return 2 * len(chain_timesteps(components.scheduler, STEPS))
+    return 2 * len(components.noise.timesteps(STEPS))

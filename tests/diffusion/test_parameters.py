@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.func import functional_call
 
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import (
@@ -168,9 +169,10 @@ def test_the_reference_equals_a_copy_made_before_the_edit(
     pretrained, reference = PretrainedValues(edited), copy.deepcopy(unet)
     edit(edited)
     latents, timesteps, states = torch.randn(2, 4, 8, 8), torch.tensor([9, 700]), torch.randn(2, 32, 32)
-    ours = pretrained("unet", unet, latents, timesteps, encoder_hidden_states=states).sample
-    assert not ours.requires_grad
+    values = pretrained.of("unet")
+    assert not any(value.requires_grad for value in values.values())
     with torch.no_grad():
+        ours = functional_call(unet, values, (latents, timesteps, states)).sample
         assert torch.equal(ours, reference(latents, timesteps, encoder_hidden_states=states).sample)
         live = unet(latents, timesteps, encoder_hidden_states=states).sample
     assert (live - ours).abs().max() > 1e-3
@@ -183,7 +185,11 @@ def test_values_of_one_part_stay_out_of_the_other(components: StableDiffusion) -
     ids = tokenize(components.tokenizer, ["a dog"])
     before = encode(components.text_encoder, ids)
     edit_in_place({name: parameters[name] for name in names})
-    assert torch.equal(pretrained("text_encoder", components.text_encoder, ids).last_hidden_state, before)
+    assert set(pretrained.of("text_encoder")) == {"encoder.layers.1.mlp.fc2.weight"}
+    assert set(pretrained.of("unet")) == {"conv_in.weight"}
+    assert pretrained.of("vae") == {}
+    again = functional_call(components.text_encoder, pretrained.of("text_encoder"), (ids,))
+    assert torch.equal(again.last_hidden_state, before)
     assert not torch.equal(encode(components.text_encoder, ids), before)
 
 
