@@ -36,23 +36,22 @@ def held_out_loss(module: Any) -> tuple[float, float]:
     import torch
 
     from lit_unlearn.core.objectives import esd_target
-    from lit_unlearn.diffusion.sampling import initial_noise, seeded
+    from lit_unlearn.diffusion.sampling import seeded
     from lit_unlearn.diffusion.trajectories import sample_chains
 
     before, after = [], []
     with torch.no_grad():
         for number in range(HELD_OUT_CHAINS):
             conditions = module.conditions(torch.tensor([number % module.num_pairs]))
-            noise = initial_noise(module.unet, [seeded("held out", number).initial_seed()])
+            noise = module.sampler.initial_noise([seeded("held out", number).initial_seed()])
             with module.pretrained.restored():
                 states = sample_chains(
-                    module.unet, module.scheduler, conditions, noise, module.num_chain_steps, module.start_guidance
+                    module.sampler, conditions, noise, module.num_chain_steps, module.start_guidance
                 )
             inputs, uncond, concept, *erase_from = states[0].unbind(1)  # (S, C, H, W) each
             start = uncond if module.eta_form == "paper" else (*erase_from, concept)[0]
             target = esd_target(start, concept, uncond, module.eta)
-            condition = conditions[-1].expand(len(inputs), -1, -1)
-            edited = module.unet(inputs, module.timesteps, condition).sample
+            edited = module.pipeline.predict(inputs, module.timesteps, conditions[-1].expand(len(inputs)))
             before.append(float(((*erase_from, concept)[0] - target).square().mean()))
             after.append(float((edited - target).square().mean()))
     return fmean(before), fmean(after)

@@ -374,7 +374,7 @@ def _plot_ideal(axes: Axes, mixture: Mixture, concept: int, x: Tensor) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Write the figure to the file named by the only argument, and print the table of ``docs/toy.md``."""
     if len(arguments) != 1:
-        print("usage: python -m lit_unlearn.evaluation.toy FIGURE.png", file=sys.stderr)
+        print("usage: python benchmarks/toy.py FIGURE.png", file=sys.stderr)
         return 2
     with atomic_write(arguments[0]) as file:
         # Without the version of matplotlib the same figure is the same file.

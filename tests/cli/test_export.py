@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from helpers import assert_alike, metadata, read_picture
 from lit_unlearn import cli
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.sampling import initial_noise
-from lit_unlearn.edits import export
 from lit_unlearn.methods.shared import base
 
 STEPS = 2
@@ -83,11 +83,11 @@ def test_a_failed_export_leaves_the_old_one(
     assert cli.main(arguments) == 0
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
-    def disk_full(components: Any, folder: Path) -> None:
+    def disk_full(pipeline: StableDiffusion, folder: Path) -> None:
         (folder / "half").write_text("...", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_pipeline", disk_full)
+    monkeypatch.setattr(StableDiffusion, "save", disk_full)
     assert cli.main([*arguments, "--overwrite"]) == 2
     assert (
         capsys.readouterr().err.splitlines()[-1]

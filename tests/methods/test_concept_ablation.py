@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import changed, started, weights
+from helpers import changed, frozen, started, weights
 from lit_unlearn.data.augmentation import WORDS
 from lit_unlearn.diffusion.parameters import match_parameters
 from lit_unlearn.diffusion.prompts import encode_prompts
@@ -116,10 +116,10 @@ def test_the_frozen_reference_is_the_model_as_it_was(ablation: Ablation, fit: Fi
     module.configure_model()
     before = copy.deepcopy(module.unet)
     fit(module, steps=3, batch_size=2)
-    inputs = (module.latents[:2], torch.tensor([10, 700]), module.anchor_states[:2])
+    inputs = (module.latents[:2], torch.tensor([10, 700]), module.anchor_known.states[:2])
     with torch.no_grad():
         expected = before(*inputs).sample
-        assert torch.equal(module_frozen(*inputs).sample, expected)
+        assert torch.equal(frozen(module, *inputs), expected)
         assert not torch.equal(module.unet(*inputs).sample, expected)
 
 
@@ -186,7 +186,7 @@ def test_anchors_are_pictures_of_the_anchors_prompts(ablation: Ablation, fit: Fi
     assert prompts == [PAIRS[0][1], PAIRS[1][1], PAIRS[0][1], "a parrot", "the parrot in the rain", "a parrot"]
     assert [module.concept_prompts[place] for place in module.places][3:5] == ["a cat", "the cat in the rain"]
     with module.pretrained.restored():
-        unet, states = module.unet, module.anchor_states[module.places]
+        unet, states = module.unet, module.anchor_known.states[module.places]
         scheduler = module.pipeline.scheduler.from_config(module.pipeline.scheduler.config)
         scheduler.set_timesteps(1)
         noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(i % 3)) for i in range(6)])
@@ -300,9 +300,9 @@ def test_rows_of_words_that_the_anchor_has_stay(ablation: Ablation) -> None:
     module = ablation(concept_set="emoji20", concept=["pixel art", "surfing"])
     module.configure_model()
     tokenizer = module.pipeline.tokenizer
-    assert sorted(tokenizer.convert_ids_to_tokens(module.concept_tokens())) == ["art</w>", "pixel</w>", "surfing</w>"]
+    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens())) == ["art</w>", "pixel</w>", "surfing</w>"]
     module.pairs[0] = [(mine, f"{theirs} in an art museum") for mine, theirs in module.pairs[0]]
-    assert sorted(tokenizer.convert_ids_to_tokens(module.concept_tokens())) == ["pixel</w>", "surfing</w>"]
+    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens())) == ["pixel</w>", "surfing</w>"]
 
 
 def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fit) -> None:
@@ -316,7 +316,7 @@ def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fi
         return constant(noisy, timesteps, states.detach())
 
     expected = plain_loss(module, batch, module.unet, text_encoder, teacher, **options)
-    (row,) = module.concept_tokens()
+    (row,) = module.own_tokens()
     (theirs,) = torch.autograd.grad(expected, text_encoder.get_parameter(EMBEDDING.removeprefix("text_encoder.")))
     assert_close(ours[row], theirs[row], rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
     assert ours[row].abs().max() > 0

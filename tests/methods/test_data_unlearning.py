@@ -48,7 +48,7 @@ def test_latents_and_states_are_those_of_the_folders(
     owl = module.pairs(torch.tensor([[0, 4, 1]]), 0)
     states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["an owl", "a cat"])
     # Prompts encoded in another batch round differently.
-    assert_close(torch.cat([owl.keep_states, owl.forget_states]), states, rtol=1e-4, atol=1e-4)
+    assert_close(torch.cat([owl.keep_condition.states, owl.forget_condition.states]), states, rtol=1e-4, atol=1e-4)
     assert torch.equal(owl.keep, module.latents[4:5])
     assert torch.equal(owl.forget, module.latents[6:7])
     assert not owl.same_caption.any()

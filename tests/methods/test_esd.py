@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import Interrupted, changed, hook, interrupt, started, weights
+from helpers import Interrupted, changed, frozen, hook, interrupt, started, weights
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.esd import ESD, States
@@ -142,11 +142,11 @@ def test_the_reference_stays_that_of_a_copy_while_weights_move(policy: str, buil
     before = copy.deepcopy(module.unet)
     fit(module, steps=4)
     assert changed(dict(before.named_parameters()), dict(module.unet.named_parameters()))
-    states, t = module.conditions(torch.tensor([0]))[1], torch.tensor([400])
+    states, t = module.conditions(torch.tensor([0]))[1].states, torch.tensor([400])
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = before(x, t, states).sample
-        assert torch.equal(module_frozen(x, t, states).sample, expected)
+        assert torch.equal(frozen(module, x, t, states), expected)
         assert not torch.equal(module.unet(x, t, states).sample, expected)
 
 
@@ -294,11 +294,11 @@ def test_several_concepts_are_erased_in_one_run(policy: str, build: Build, fit: 
     assert sorted(prompts) == [0] * 4 + [1] * 4
     # The predictions are those for the state's own prompt.
     for states in seen:
-        conditions = module.conditions(states.prompts)[1]
-        expected = module_frozen(states.model_input, states.timesteps, conditions).sample
+        own = module.conditions(states.prompts)[1].states
+        expected = frozen(module, states.model_input, states.timesteps, own)
         assert_close(states.noise_preds[1], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-        conditions = module.conditions(1 - states.prompts)[1]
-        other = module_frozen(states.model_input, states.timesteps, conditions).sample
+        others = module.conditions(1 - states.prompts)[1].states
+        other = frozen(module, states.model_input, states.timesteps, others)
         assert (states.noise_preds[1] - other).abs().max() > 1e-2 * float(expected.abs().max())
 
 

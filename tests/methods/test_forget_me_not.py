@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import Interrupted, changed, hook, interrupt, started, weights
+from helpers import Interrupted, changed, frozen, hook, interrupt, started, weights
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import GROUPS, match_parameters
@@ -61,7 +61,7 @@ def prepared(module: ForgetMeNot) -> ForgetMeNot:
 def marked(module: ForgetMeNot) -> list[list[str]]:
     """The marked tokens of each prompt but the last of them, the end of the text."""
     tokenizer = module.pipeline.tokenizer
-    rows = zip(module.input_ids.tolist(), module.mask.tolist(), strict=True)
+    rows = zip(module.prompts.ids[0].tolist(), module.mask.tolist(), strict=True)
     words = [[tokenizer.convert_ids_to_tokens(i) for i, m in zip(*row, strict=True) if m] for row in rows]
     assert all(row[-1] == "<|endoftext|>" for row in words) or not module.include_eot
     return [[word.removesuffix("</w>") for word in row if word != "<|endoftext|>"] for row in words]
@@ -166,11 +166,11 @@ def test_only_the_group_moves_and_the_reference_stays(group: str, build: Build, 
     module.unet.zero_grad()
     generator = torch.Generator().manual_seed(5)
     latents, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 32, 32, generator=generator)
-    frozen = module_frozen(latents, torch.tensor([500]), states).sample
     with torch.no_grad():
-        assert torch.equal(frozen, seen["unet"](latents, torch.tensor([500]), states).sample)
+        before = frozen(module, latents, torch.tensor([500]), states)
+        assert torch.equal(before, seen["unet"](latents, torch.tensor([500]), states).sample)
         if not group.startswith("text"):
-            assert not torch.equal(frozen, module.unet(latents, torch.tensor([500]), states).sample)
+            assert not torch.equal(before, module.unet(latents, torch.tensor([500]), states).sample)
 
 
 def test_weights_that_attention_does_not_depend_on(build: Build) -> None:

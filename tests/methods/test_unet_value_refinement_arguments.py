@@ -10,12 +10,8 @@ import torch
 
 from helpers import FF, KV
 from lit_unlearn.diffusion.hooks import capture_inputs
-from lit_unlearn.methods.unet_value_refinement import (
-    UNetFeedForwardRefinement,
-    UNetValueRefinement,
-    call_order,
-    num_places,
-)
+from lit_unlearn.diffusion.parameters import call_order, num_places
+from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement, UNetValueRefinement
 
 Build = Callable[..., Any]
 

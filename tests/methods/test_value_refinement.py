@@ -264,7 +264,7 @@ def test_pictures_and_goals_are_the_pretrained_models_even_after_an_edit(refinem
         module.text_encoder.encoder.layers[1].mlp.fc2.weight.mul_(-1)  # as a resumed run finds it
     started(module, fit)
     assert torch.equal(module.latents, torch.stack(expected))
-    assert torch.equal(module.goal_states, goals)
+    assert torch.equal(module.goal.states, goals)
     assert not module.latents.is_inference()
 
 
