@@ -45,9 +45,7 @@ def held_out_loss(module: Any) -> tuple[float, float]:
             conditions = module.conditions(torch.tensor([number % module.num_pairs]))
             noise = module.sampler.initial_noise([seeded("held out", number).initial_seed()])
             with module.pretrained.restored():
-                states = sample_chains(
-                    module.sampler, conditions, noise, module.num_chain_steps, module.start_guidance
-                )
+                states = sample_chains(module.sampler, conditions, noise, module.num_chain_steps, module.start_guidance)
             inputs, uncond, concept, *erase_from = states[0].unbind(1)  # (S, C, H, W) each
             start = uncond if module.eta_form == "paper" else (*erase_from, concept)[0]
             target = esd_target(start, concept, uncond, module.eta)

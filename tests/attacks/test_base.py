@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from helpers import load_copy
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, seeded
@@ -41,7 +42,7 @@ def test_the_loss_is_that_of_the_training(name: str, request: pytest.FixtureRequ
     target = noise if name == "tiny_sd" else (alpha * noise - sigma * latents)
     output = components.unet(noisy, timesteps, states).sample
     expected = [float((output[i] - target[i]).double().square().mean()) for i in range(3)]
-    found = denoising_errors(components, states, latents, noise, timesteps)
+    found = denoising_errors(components, Condition(states), latents, noise, timesteps)
     assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)  # float32 throughout
 
 

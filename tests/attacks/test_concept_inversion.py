@@ -8,7 +8,7 @@ import torch
 
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.concept_inversion import ConceptInversion
-from lit_unlearn.diffusion.new_tokens import initial_embeddings, tokenize_templates
+from lit_unlearn.diffusion.new_tokens import initial_embeddings
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.textual_inversion import inversion_loss
 
@@ -31,7 +31,7 @@ def test_it_lowers_the_loss_and_touches_no_weight(
     assert found.embeddings is not None
 
     def loss(embeddings: torch.Tensor) -> float:
-        prompts = tokenize_templates(model.pipeline.tokenizer, ["a {}"] * 64, 2)
+        prompts = model.pipeline.tokenize_templates(["a {}"] * 64, 2)
         generators = [seeded("held out", i) for i in range(64)]
         with torch.no_grad():
             return float(inversion_loss(model.pipeline, embeddings, prompts, model.references.latents, generators))

@@ -7,7 +7,6 @@ import torch
 
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
 from lit_unlearn.attacks.prompt_search import SCORED, PromptSearch
-from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import seeded
 
 Attacked = Callable[..., AttackedModel]
@@ -21,8 +20,8 @@ def loss(model: AttackedModel, prefix: str) -> float:
         references.latents, 1000, [seeded("held out", i) for i in range(64)], (0.3, 0.9)
     )
     prompts = [f"{prefix} {references.prompts[row]}".strip() for row in rows]
-    states = encode_prompts(model.pipeline.tokenizer, model.pipeline.text_encoder, prompts)
-    errors = denoising_errors(model.pipeline, states, references.latents[rows], noise, timesteps)
+    condition = model.pipeline.encode(prompts)
+    errors = denoising_errors(model.pipeline, condition, references.latents[rows], noise, timesteps)
     return float(errors.mean())
 
 

@@ -32,9 +32,7 @@ def naive_losses(step: Any, mixture: float) -> tuple[Tensor, Tensor, Tensor]:
     chosen = pairs.from_forget.view(-1, 1, 1, 1)
     x, a = pairs.keep.double(), pairs.forget.double()
     m = gamma * torch.where(chosen, a, x) + sigma * pairs.noise.double()
-    states = torch.where(
-        pairs.from_forget.view(-1, 1, 1), pairs.forget_condition.states, pairs.keep_condition.states
-    )
+    states = torch.where(pairs.from_forget.view(-1, 1, 1), pairs.forget_condition.states, pairs.keep_condition.states)
     ratio = ((m - gamma * x).square() - (m - gamma * a).square()) / (2 * sigma**2)
     ratio = ratio.sum(dim=(1, 2, 3)).exp()
     weight_x, weight_a = 1 / ((1 - mixture) + mixture * ratio), 1 / ((1 - mixture) / ratio + mixture)

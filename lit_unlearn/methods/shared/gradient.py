@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -55,7 +56,10 @@ class GradientEditor(DiffusionEditor):
         if self.lr_scheduler is None:
             return optimizer
         schedule = LRSchedulerConfig(self.lr_scheduler(optimizer), interval="step")
-        return {"optimizer": optimizer, "lr_scheduler": vars(schedule)}
+        # Of what is left at its default, Lightning would warn that manual optimization ignores it.
+        defaults = {field.name: field.default for field in fields(schedule)}
+        chosen = {name: value for name, value in vars(schedule).items() if value != defaults[name]}
+        return {"optimizer": optimizer, "lr_scheduler": chosen}
 
     def generators(self, batch: Tensor, batch_idx: int) -> list[torch.Generator]:
         """A generator for each item of ``batch`` (B,), numbered as the data does.

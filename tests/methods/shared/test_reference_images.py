@@ -68,7 +68,7 @@ def test_images_of_a_folder(build: Build, trainer_with: Any, tmp_path: Path) -> 
     (folder / "notes.txt").write_text("not a picture, and not in the way", encoding="utf-8")
     module = attached(build(images=str(folder)), trainer_with())
     assert module.image_files == [sorted(files)]
-    assert module.picture_size == 16
+    assert module.pipeline.picture_size == (16, 16)
     (latents,) = module.reference_latents([["a dog"]])
     expected = encode_pictures(module.vae, torch.stack([load_image(file, 16) for file in sorted(files)]))
     assert torch.equal(latents, expected)
