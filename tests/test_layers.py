@@ -128,6 +128,76 @@ def test_what_is_never_imported(folder: str) -> None:
         assert not libraries & set(NEVER), path
 
 
+# --- what only those know who take pipelines apart
+
+PART_NAMES = {
+    *("unet", "transformer", "vae", "scheduler", "tokenizer", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("UNet2DConditionModel", "AutoencoderKL", "DDPMScheduler", "DDIMScheduler", "CLIPTextModel", "CLIPTokenizer"),
+}
+"""Names of the parts of a diffusers pipeline and of their classes: all others ask the pipeline."""
+
+
+def parts_named(source: str) -> list[str]:
+    """Lines of ``source`` that name a part, as an identifier or as a whole string; docstrings may name any."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        names: list[object] = []
+        if isinstance(node, ast.Name):
+            names = [node.id]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            names = [node.arg]
+        elif isinstance(node, ast.alias):
+            names = [*node.name.split("."), node.asname]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            names = [node.value]
+        found += [f"line {node.lineno}: {name}" for name in names if name in PART_NAMES]  # type: ignore[attr-defined]
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if layer_of(path) not in PIPELINE_LAYERS],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_only_who_takes_pipelines_apart_names_their_parts(path: Path) -> None:
+    assert parts_named(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("x = unet(y)", ["unet"]),
+        ("x = module.unet.config", ["unet"]),
+        ("module.vae = None", ["vae"]),
+        ("def encode(tokenizer): ...", ["tokenizer"]),
+        ("encode = lambda *, text_encoder_2: 0", ["text_encoder_2"]),
+        ("build(scheduler=None)", ["scheduler"]),
+        ("from diffusers import DDIMScheduler", ["DDIMScheduler"]),
+        ("import part as transformer", ["transformer"]),
+        ("import package.vae.file", ["vae"]),
+        ("def unet(): ...", ["unet"]),
+        ("class CLIPTextModel: ...", ["CLIPTextModel"]),
+        ("x: AutoencoderKL | None = None", ["AutoencoderKL"]),
+        ("getattr(module, 'text_encoder_3')", ["text_encoder_3"]),
+        ("x = parts['unet']['vae']", ["unet", "vae"]),
+        ('"""unet"""', []),
+        ('def f():\n    """unet"""', []),
+        ('class C:\n    x = 0\n    """unet"""', []),
+        ("x = name.startswith('unet.')  # unet", []),
+        ("x = 'the unet'\nunets = unet_forwards = 0", []),
+        ("x = f'{y}unet.'", []),
+    ],
+)
+def test_a_part_that_is_named_is_seen(source: str, found: list[str]) -> None:
+    assert [line.split(": ")[1] for line in parts_named(source)] == found
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = {"torch", "lightning", "diffusers", "transformers", "numpy"}
     code = f"import sys, lit_unlearn; print(sorted(set(sys.modules) & {heavy!r}), lit_unlearn.__version__)"
