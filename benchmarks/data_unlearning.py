@@ -31,7 +31,7 @@ def quietly(log: Path, *commands: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from lit_unlearn.training import run
+    from lit_unlearn.training.cli import run
 
     with output_to(log):
         for command in commands:
@@ -40,7 +40,7 @@ def quietly(log: Path, *commands: list[str]) -> None:
 
 def make_model(model: Path, log: Path, steps: int | None) -> None:
     """Train the model that has memorised the drawings; goes on with a training that was cut short."""
-    from lit_unlearn.recipes import find_recipe
+    from lit_unlearn.training.recipes import find_recipe
 
     command = ["fit", "--config", str(find_recipe(MEMORISE)), *QUIET]
     command += ["--data.init_args.output", str(model / "images")]
@@ -52,7 +52,7 @@ def make_model(model: Path, log: Path, steps: int | None) -> None:
 def run_cell(cell: tuple[str, str, str, tuple[str, ...]]) -> str:
     """Fit and test one method; return a line to print."""
     recipe, model, root, extra = cell
-    from lit_unlearn.recipes import find_recipe
+    from lit_unlearn.training.recipes import find_recipe
 
     method = recipe.removesuffix(".yaml")
     folder = Path(root, method)
@@ -138,10 +138,10 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
     """A column per caption to forget: the drawing, then one picture of each method with the same seed."""
     import torch
 
-    from lit_unlearn.checkpoint import load_edited, read_edit
     from lit_unlearn.data.images import load_image, read_folder
-    from lit_unlearn.diffusion.sampling import draw_pictures
-    from lit_unlearn.evaluation.pictures import image_grid, save_png
+    from lit_unlearn.edits.checkpoint import load_edited, read_edit
+    from lit_unlearn.evaluation.grids import image_grid
+    from lit_unlearn.system.pixels import save_png
 
     torch.set_num_threads(1)
     forget = read_folder(str(model / "images" / "forget"), "forget")[:SHOWN]
@@ -153,7 +153,7 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
             continue
         edit = read_edit(ckpt_path) if method else None
         components = load_edited(str(model), edit)
-        rows.append(draw_pictures(components, captions, list(range(len(captions))), 10, 4.0))
+        rows.append(components.draw(captions, list(range(len(captions))), 10, 4.0))
         labels.append(method or "not unlearned")
     save_png(path, image_grid(rows, labels, captions, scale=2))
 

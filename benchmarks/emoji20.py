@@ -42,7 +42,7 @@ from pathlib import Path
 
 from quiet import QUIET, output_to
 
-from lit_unlearn.evaluation.report import collect, report_markdown
+from lit_unlearn.reports.report import collect, report_markdown
 
 RECIPES = (
     "null_space.yaml",
@@ -103,14 +103,14 @@ class Cell:
         return self.folder / "version_0" / "scores.json"
 
     def _folder(self, root: Path) -> Path:
-        from lit_unlearn.training import run_label
+        from lit_unlearn.training.cli import run_label
 
         return root / self.recipe.removesuffix(".yaml") / run_label(self.concepts)
 
     def make(self, extra: Sequence[str]) -> None:
         """Fit and test, or test the edit of another cell."""
-        from lit_unlearn.recipes import find_recipe
-        from lit_unlearn.training import run
+        from lit_unlearn.training.cli import run
+        from lit_unlearn.training.recipes import find_recipe
 
         shutil.rmtree(self.folder, ignore_errors=True)
         common = ["--config", str(find_recipe(self.recipe)), "--concept", json.dumps(list(self.concepts))]
@@ -133,8 +133,8 @@ def has_seed(recipe: str) -> bool:
 
     import yaml
 
-    from lit_unlearn.classes import known_classes, prepare
-    from lit_unlearn.recipes import find_recipe
+    from lit_unlearn.training.classes import known_classes, prepare
+    from lit_unlearn.training.recipes import find_recipe
 
     prepare()
     name = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))["model"]["class_path"]
@@ -185,7 +185,7 @@ def run_cell(cell: Cell, extra: Sequence[str]) -> str:
         seconds = f"{time.perf_counter() - started:.0f} s"
     under_attack = ""
     if cell.attacks is not None:
-        from lit_unlearn.attack import attack_run
+        from lit_unlearn.attacks.run import attack_run
 
         results = attack_run(cell.scores.parent / "checkpoints/last.ckpt", cell.attacks or None, existing="keep")
         under_attack = "".join(f" {result.attack} {result.shown:.2f}" for result in results)

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, Pictures
-from lit_unlearn.diffusion.components import load_components, resolve_model
-from lit_unlearn.diffusion.sampling import draw_pictures
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
-from lit_unlearn.evaluation.classifier import ClassifierJudge
-from lit_unlearn.evaluation.judges import judge_questions
-from lit_unlearn.evaluation.pictures import image_grid, save_png
-from lit_unlearn.evaluation.scores import write_json
+from lit_unlearn.evaluation.grids import image_grid
+from lit_unlearn.judges.base import judge_questions
+from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.system.json_files import write_json
+from lit_unlearn.system.pixels import save_png
 
 FRESH_SEED = 7_000_000
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", default=None)
     arguments = parser.parse_args()
 
-    components = load_components(arguments.model)
+    components = load_pipeline(arguments.model)
     judge = ClassifierJudge(arguments.judge or f"{resolve_model(arguments.model)}/judge")
     result: dict[str, object] = {
         "sampler": {k: getattr(arguments, k) for k in ("num_inference_steps", "guidance_scale")}
@@ -74,8 +75,7 @@ def main() -> None:
     started = time.perf_counter()
     for start in range(0, len(pictures), 40):
         batch = pictures[start : start + 40]
-        made = draw_pictures(
-            components,
+        made = components.draw(
             [item.prompt for item in batch],
             [item.seed for item in batch],
             arguments.num_inference_steps,

@@ -36,23 +36,20 @@ def held_out_loss(module: Any) -> tuple[float, float]:
     import torch
 
     from lit_unlearn.core.objectives import esd_target
-    from lit_unlearn.diffusion.sampling import initial_noise, seeded
+    from lit_unlearn.diffusion.sampling import seeded
     from lit_unlearn.diffusion.trajectories import sample_chains
 
     before, after = [], []
     with torch.no_grad():
         for number in range(HELD_OUT_CHAINS):
             conditions = module.conditions(torch.tensor([number % module.num_pairs]))
-            noise = initial_noise(module.unet, [seeded("held out", number).initial_seed()])
+            noise = module.sampler.initial_noise([seeded("held out", number).initial_seed()])
             with module.pretrained.restored():
-                states = sample_chains(
-                    module.unet, module.scheduler, conditions, noise, module.num_chain_steps, module.start_guidance
-                )
+                states = sample_chains(module.sampler, conditions, noise, module.num_chain_steps, module.start_guidance)
             inputs, uncond, concept, *erase_from = states[0].unbind(1)  # (S, C, H, W) each
             start = uncond if module.eta_form == "paper" else (*erase_from, concept)[0]
             target = esd_target(start, concept, uncond, module.eta)
-            condition = conditions[-1].expand(len(inputs), -1, -1)
-            edited = module.unet(inputs, module.timesteps, condition).sample
+            edited = module.pipeline.predict(inputs, module.timesteps, conditions[-1].expand(len(inputs)))
             before.append(float(((*erase_from, concept)[0] - target).square().mean()))
             after.append(float((edited - target).square().mean()))
     return fmean(before), fmean(after)
@@ -64,9 +61,9 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
     import torch
 
     torch.set_num_threads(1)
-    from lit_unlearn.recipes import find_recipe
     from lit_unlearn.system.files import atomic_write
-    from lit_unlearn.training import run, run_label
+    from lit_unlearn.training.cli import run, run_label
+    from lit_unlearn.training.recipes import find_recipe
 
     top = Path(root, policy, f"seed_{seed}")
     folder = top / "esd" / run_label([concept])
@@ -137,7 +134,7 @@ COLUMNS = {
 
 def summary(root: Path, concepts: list[str], seeds: list[int], command: str) -> str:
     """Markdown: means of both policies and their differences in pairs, then every cell."""
-    from lit_unlearn.training import run_label
+    from lit_unlearn.training.cli import run_label
 
     cells: dict[tuple[str, int, str], dict[str, float]] = {}
     for concept in concepts:

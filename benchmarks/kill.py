@@ -80,8 +80,8 @@ def run(recipe: str, folder: Path, kill_after: float | None = None, once: Path |
 
 def outcome(recipe: str, folder: Path) -> dict[str, str]:
     """Hashes of what must be equal: edited weights, scores without the clock, exported files."""
-    from lit_unlearn.checkpoint import read_edit
     from lit_unlearn.diffusion.parameters import fingerprint
+    from lit_unlearn.edits.checkpoint import read_edit
 
     run_folder = folder / run_of(recipe)
     scores = json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))

@@ -46,7 +46,7 @@ SPECTRA = ("text", "kv", "ffn")
 
 def cell_folder(root: Path, setting: str, concept: str, rounds: int) -> Path:
     """Folder that ``fit`` and ``test`` fill."""
-    from lit_unlearn.training import run_label
+    from lit_unlearn.training.cli import run_label
 
     return root / f"rounds_{rounds}" / setting / run_label([concept])
 
@@ -58,8 +58,8 @@ def run_chain(chain: tuple[str, str, list[int], str, list[str]]) -> str:
 
     torch.set_num_threads(1)
     from lit_unlearn.evaluation.scores import Scores
-    from lit_unlearn.recipes import find_recipe
-    from lit_unlearn.training import run
+    from lit_unlearn.training.cli import run
+    from lit_unlearn.training.recipes import find_recipe
 
     root, lines, before = Path(root_name), [], None
     for rounds in all_rounds:
@@ -105,7 +105,7 @@ def threshold_of(setting: str) -> float:
     """Threshold of the setting's recipe, in parts of the mean eigenvalue."""
     import yaml
 
-    from lit_unlearn.recipes import find_recipe
+    from lit_unlearn.training.recipes import find_recipe
 
     edit = yaml.safe_load(find_recipe(SETTINGS[setting][1]).read_text(encoding="utf-8"))["trainer"]["callbacks"][0][
         "init_args"
@@ -118,7 +118,7 @@ def threshold_of(setting: str) -> float:
 def report(cells: dict[Any, Any], settings: list[str], all_rounds: list[int], command: str, picture: Path) -> str:
     """Draw the spectra into ``picture`` and return the tables as Markdown."""
     from lit_unlearn.diffusion.parameters import layer_label
-    from lit_unlearn.evaluation.figures import encoder_spectra_figure
+    from lit_unlearn.reports.figures import encoder_spectra_figure
     from lit_unlearn.system.files import atomic_write
 
     concepts = sorted({concept for _, concept, _ in cells})

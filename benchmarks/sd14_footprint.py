@@ -58,10 +58,10 @@ def build(folder: Path, dtype: str) -> dict[str, int]:
     )
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from lit_unlearn.diffusion.components import load_components
+    from lit_unlearn.diffusion.load import load_pipeline
 
     if not (folder / "model_index.json").exists():
-        tokenizer = load_components("emoji-sd").tokenizer
+        tokenizer = load_pipeline("emoji-sd").tokenizer
         tokenizer.model_max_length = LENGTH
         torch.manual_seed(0)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -87,8 +87,8 @@ def build(folder: Path, dtype: str) -> dict[str, int]:
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
         pipeline.to(getattr(torch, dtype)).save_pretrained(folder)
-    components = load_components(str(folder), getattr(torch, dtype))
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in components.modules().items()}
+    components = load_pipeline(str(folder), getattr(torch, dtype))
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in components.parts.items()}
 
 
 def concept_set(path: Path) -> Path:
@@ -194,8 +194,8 @@ def main() -> None:
 
 def read_forwards(run: Path) -> int:
     """UNet forwards of the fit in the run's folder."""
-    from lit_unlearn.checkpoint import load_checkpoint
-    from lit_unlearn.methods.base import CHECKPOINT_KEY
+    from lit_unlearn.edits.checkpoint import load_checkpoint
+    from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 
     return int(load_checkpoint(run / "checkpoints" / "last.ckpt")[CHECKPOINT_KEY]["cost"]["unet_forwards"])
 

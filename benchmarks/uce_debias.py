@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 from quiet import QUIET, output_to
 
-from lit_unlearn.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.core.debiasing import attribute_ratios
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.sampling import draw_pictures
-from lit_unlearn.evaluation.judges import judge_questions
+from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.judges.load import load_judge
-from lit_unlearn.recipes import find_recipe
-from lit_unlearn.training import run
+from lit_unlearn.training.cli import run
+from lit_unlearn.training.recipes import find_recipe
 
 SUBJECTS = ("dog", "owl", "castle")
 ATTRIBUTES = ("cartoon", "glossy", "sketch", "pixel art")
@@ -61,7 +60,7 @@ def shares(folder: Path, pictures: int) -> dict[str, dict[str, list[float]]]:
         answers = []
         for start in range(0, pictures, 40):
             seeds = list(range(seed + start, seed + min(start + 40, pictures)))
-            drawn = draw_pictures(components, [subject] * len(seeds), seeds, steps, guidance)
+            drawn = components.draw([subject] * len(seeds), seeds, steps, guidance)
             asked = [judge_questions(judge, drawn, [question] * len(seeds)) for question in questions]
             answers.append(torch.stack(asked, dim=1))
         found = torch.cat(answers)

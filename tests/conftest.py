@@ -24,10 +24,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import SHARED, draw_weights, load_copy
 from lit_unlearn.data.prompts import ConceptPrompts
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
-from lit_unlearn.methods.base import ConceptEditor
 from lit_unlearn.methods.concept_ablation import ConceptAblation
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.strict_yaml import load_yaml
 
@@ -165,11 +165,11 @@ def tiny_sd_2022(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def loads_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods take copies of pipelines: loading took a third of their tests' time, and has its own in ``diffusion``."""
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", load_copy)
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", load_copy)
 
 
 @pytest.fixture
-def components(tiny_sd: Path) -> DiffusionComponents:
+def components(tiny_sd: Path) -> StableDiffusion:
     """The parts of ``tiny_sd``, each test's own."""
     return load_copy(str(tiny_sd))
 

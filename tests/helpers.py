@@ -17,13 +17,17 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import CLIPTokenizer
 
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.data.prompts import ConceptPrompts
-from lit_unlearn.diffusion.components import DiffusionComponents, load_components, resolve_model
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.diffusion.sampling import denoise
+from lit_unlearn.diffusion.source import resolve_model
+from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -71,22 +75,22 @@ def draw_weights(model: nn.Module, seed: int, gain: float) -> None:
                 parameter.normal_(std=gain * fan_in**-0.5, generator=generator)
 
 
-load_once = cache(load_components)
+load_once = cache(load_pipeline)
 
 
-def load_copy(model: str, *options: Any) -> DiffusionComponents:
-    """As ``load_components``, in less time: a copy of what was loaded once, if nothing writes to its folder."""
+def load_copy(model: str, *options: Any) -> StableDiffusion:
+    """As ``load_pipeline``, in less time: a copy of what was loaded once, if nothing writes to its folder."""
     if model not in SHARED:
-        return load_components(model, *options)
+        return load_pipeline(model, *options)
     loaded = load_once(model, *options)
     # A copied tokenizer does not decode as the original.
     tokenizer = CLIPTokenizer.from_pretrained(resolve_model(model), subfolder="tokenizer")
     return replace(copy.deepcopy(replace(loaded, tokenizer=None)), tokenizer=tokenizer)  # type: ignore[arg-type]
 
 
-def weights(source: DiffusionEditor | DiffusionComponents) -> dict[str, Tensor]:
+def weights(source: DiffusionEditor | StableDiffusion) -> dict[str, Tensor]:
     """Copies of all weights of a pipeline by name, as they are now."""
-    components = source if isinstance(source, DiffusionComponents) else source.components
+    components = source if isinstance(source, StableDiffusion) else source.pipeline
     return {name: parameter.detach().clone() for name, parameter in components.named_parameters().items()}
 
 
@@ -137,6 +141,28 @@ def exact(ridge: float = 1e-3) -> NullSpaceEdit:
     return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
 
 
+# --- pictures by the plain way
+
+
+def sample_latents(
+    unet: Any,
+    scheduler: Any,
+    encoder_hidden_states: Tensor,
+    unconditional: Tensor,
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Latents (B, C, H, W) of prompts by their states (B, L, D): the plain loop that ``Pipeline.sample`` must equal."""
+    states = [encoder_hidden_states]
+    if guidance_scale != 1:
+        states.insert(0, unconditional.expand_as(encoder_hidden_states))
+    latents = noise
+    for step in denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale):
+        latents = step.latents
+    return latents
+
+
 # --- tests by pictures
 
 
@@ -159,7 +185,7 @@ def moved(module: Module, judge: Callable[[], Any], factor: float = 3.0) -> Modu
     module.configure_model()
     with torch.no_grad():
         for name in module.edited_names:
-            module.components.named_parameters()[name].mul_(factor)
+            module.pipeline.named_parameters()[name].mul_(factor)
     return module
 
 
@@ -192,7 +218,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def states(module: Any, *prompts: str) -> Tensor:
     """Text states (B, L, D) of ``prompts`` by the text encoder as it is now, without gradients."""
     with torch.no_grad():
-        return encode_prompts(module.components.tokenizer, module.components.text_encoder, prompts)
+        return encode_prompts(module.pipeline.tokenizer, module.pipeline.text_encoder, prompts)
+
+
+def frozen(module: Any, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    """What the UNet with its pretrained weights says of ``x`` (B, C, H, W) at ``t`` for ``states`` (B, L, D)."""
+    return functional_call(module.unet, module.pretrained.of("unet"), (x, t, states)).sample
 
 
 # --- files

@@ -10,10 +10,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import load_components, resolve_model
-from lit_unlearn.diffusion.sampling import draw_pictures, initial_noise
-from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.sampling import initial_noise
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.judges.classifier import ClassifierJudge
 
 MODEL = Path(resolve_model("emoji-sd"))
 
@@ -41,12 +42,12 @@ def test_layout_is_stable_diffusions() -> None:
 def test_plain_diffusers_draws_the_same_picture(kind: type[DiffusionPipeline], judge: ClassifierJudge) -> None:
     pipeline = kind.from_pretrained(MODEL)
     pipeline.set_progress_bar_config(disable=True)
-    components = load_components("emoji-sd")
+    components = load_pipeline("emoji-sd")
     noise = initial_noise(components.unet, [3])
     theirs = pipeline(
         "a dog at sunset", num_inference_steps=10, guidance_scale=4.0, latents=noise, output_type="pt"
     ).images
-    ours = draw_pictures(components, ["a dog at sunset"], [3], 10, 4.0)
+    ours = components.draw(["a dog at sunset"], [3], 10, 4.0)
     # Both run in float32; only the order of sums differs.
     torch.testing.assert_close(ours, theirs.cpu(), rtol=0, atol=2e-3)
     assert judge(ours, [load_concept_set("emoji20").get("dog").question]).item() > 0.5

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from lit_unlearn.checkpoint import Edit, read_edit
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
+from lit_unlearn.edits.checkpoint import Edit, read_edit
 
 NAME = "text_encoder.encoder.layers.1.mlp.fc2.weight"
 FACTS: dict[str, Any] = {

@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_unlearn import cli
-from lit_unlearn.checkpoint import read_edit
-from lit_unlearn.diffusion.components import load_components
-from lit_unlearn.export import check_output
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.edits.checkpoint import read_edit
+from lit_unlearn.edits.export import check_output
 
 NAME = "text_encoder.encoder.layers.1.mlp.fc2.weight"
 FACTS: dict[str, Any] = {
@@ -205,7 +205,7 @@ def test_a_scheduler_is_a_scheduler(broken_model: Callable[..., Path]) -> None:
 
     folder = broken_model(name_a_pipeline)
     with pytest.raises(ValueError, match=r"names 'DiffusionPipeline' as its scheduler"):
-        load_components(str(folder))
+        load_pipeline(str(folder))
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs

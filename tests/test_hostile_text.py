@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from lit_unlearn import training
 from lit_unlearn.data.concepts import MAX_BYTES, load_concept_set
-from lit_unlearn.methods import base
-from lit_unlearn.recipes import find_recipe
+from lit_unlearn.methods.shared import base
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.names import joint_name
+from lit_unlearn.training import cli as training
+from lit_unlearn.training.recipes import find_recipe
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_only_classes_of_the_kind_that_belongs_there(
 
     for owner, name in ((subprocess.Popen, "__init__"), (torch.hub, "load")):
         monkeypatch.setattr(owner, name, call)
-    monkeypatch.setattr(base, "load_components", call)
+    monkeypatch.setattr(base, "load_pipeline", call)
     with pytest.raises(UserError) as caught:
         training.run(["fit", "--config", str(path)])
     assert "\n" not in str(caught.value)

@@ -12,19 +12,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lit_unlearn"
 
-LAYERS: dict[str, set[str]] = {
-    "system": set(),
-    "core": {"system"},
-    "diffusion": {"system", "core"},
-    "data": {"system", "core", "diffusion"},
-    "evaluation": {"system", "core", "diffusion"},
-    "emoji": {"system", "core", "data", "diffusion", "evaluation"},
-    "judges": {"system", "core", "data", "diffusion", "evaluation"},
-    "methods": {"system", "core", "diffusion", "data", "evaluation", "judges"},
-    "attacks": {"system", "core", "diffusion", "data", "evaluation", "judges", "methods"},
-    "callbacks": {"system", "core", "diffusion", "data", "evaluation", "judges", "methods"},
-}
-"""What each sub-package may import besides itself. Modules at the top (``cli``) may import all of them."""
+FLOORS = (
+    "cli",
+    "commands",
+    "training",
+    "attacks",
+    "callbacks",
+    "edits",
+    "methods",
+    "reports",
+    "evaluation",
+    "emoji",
+    "judges",
+    "data",
+    "diffusion",
+    "core",
+    "system",
+)
+"""The rooms from the top floor down: each may import those below it, and none above."""
+
+LAYERS: dict[str, set[str]] = {room: set(FLOORS[place + 1 :]) for place, room in enumerate(FLOORS)}
 
 NEVER = {
     "pytorch_lightning": "a second class tree beside lightning.pytorch, whose classes are not the same",
@@ -48,9 +55,10 @@ def imported_names(source: str, package: str) -> set[str]:
 
 
 def layer_of(path: Path) -> str | None:
-    """Sub-package a file belongs to; none for the modules at the top."""
+    """The room that a file belongs to; none for the two that start the program."""
     parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else None
+    room = parts[0] if len(parts) > 1 else path.stem
+    return None if room in ("__init__", "__main__") else room
 
 
 def violations(layer: str | None, names: set[str]) -> list[str]:
@@ -96,10 +104,13 @@ def test_imports_point_one_way(path: Path) -> None:
         ("data", "from lit_unlearn import __version__", True),
         ("methods", "from lit_unlearn.data.concepts import Concept", True),
         ("methods", "from lit_unlearn.callbacks.export import export", False),
+        ("evaluation", "from lit_unlearn.reports import tables", False),
+        ("commands", "from lit_unlearn import cli", False),
+        ("cli", "from lit_unlearn.commands import demo", True),
         ("methods", "import diffusers", False),
         ("methods", "import pytorch_lightning as pl", False),
         ("emoji", "from transformers import CLIPTextModel", True),
-        ("emoji", "from lit_unlearn.methods import base", False),
+        ("emoji", "from lit_unlearn.methods import esd", False),
         ("callbacks", "from lit_unlearn.__main__ import main", False),
         (None, "from lit_unlearn.callbacks import export", True),
         (None, "from torchvision import transforms", False),
@@ -115,6 +126,76 @@ def test_what_is_never_imported(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         libraries = {name.split(".")[0] for name in imported_names(path.read_text(encoding="utf-8"), folder)}
         assert not libraries & set(NEVER), path
+
+
+# --- what only those know who take pipelines apart
+
+PART_NAMES = {
+    *("unet", "transformer", "vae", "scheduler", "tokenizer", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("UNet2DConditionModel", "AutoencoderKL", "DDPMScheduler", "DDIMScheduler", "CLIPTextModel", "CLIPTokenizer"),
+}
+"""Names of the parts of a diffusers pipeline and of their classes: all others ask the pipeline."""
+
+
+def parts_named(source: str) -> list[str]:
+    """Lines of ``source`` that name a part, as an identifier or as a whole string; docstrings may name any."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        names: list[object] = []
+        if isinstance(node, ast.Name):
+            names = [node.id]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            names = [node.arg]
+        elif isinstance(node, ast.alias):
+            names = [*node.name.split("."), node.asname]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            names = [node.value]
+        found += [f"line {node.lineno}: {name}" for name in names if name in PART_NAMES]  # type: ignore[attr-defined]
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if layer_of(path) not in PIPELINE_LAYERS],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_only_who_takes_pipelines_apart_names_their_parts(path: Path) -> None:
+    assert parts_named(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("x = unet(y)", ["unet"]),
+        ("x = module.unet.config", ["unet"]),
+        ("module.vae = None", ["vae"]),
+        ("def encode(tokenizer): ...", ["tokenizer"]),
+        ("encode = lambda *, text_encoder_2: 0", ["text_encoder_2"]),
+        ("build(scheduler=None)", ["scheduler"]),
+        ("from diffusers import DDIMScheduler", ["DDIMScheduler"]),
+        ("import part as transformer", ["transformer"]),
+        ("import package.vae.file", ["vae"]),
+        ("def unet(): ...", ["unet"]),
+        ("class CLIPTextModel: ...", ["CLIPTextModel"]),
+        ("x: AutoencoderKL | None = None", ["AutoencoderKL"]),
+        ("getattr(module, 'text_encoder_3')", ["text_encoder_3"]),
+        ("x = parts['unet']['vae']", ["unet", "vae"]),
+        ('"""unet"""', []),
+        ('def f():\n    """unet"""', []),
+        ('class C:\n    x = 0\n    """unet"""', []),
+        ("x = name.startswith('unet.')  # unet", []),
+        ("x = 'the unet'\nunets = unet_forwards = 0", []),
+        ("x = f'{y}unet.'", []),
+    ],
+)
+def test_a_part_that_is_named_is_seen(source: str, found: list[str]) -> None:
+    assert [line.split(": ")[1] for line in parts_named(source)] == found
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 
-from lit_unlearn.checkpoint import read_edit
+from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.runs import read_run
+from lit_unlearn.training.runs import read_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "configs" / "slurm"

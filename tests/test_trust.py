@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_unlearn import checkpoint
+from lit_unlearn.edits import checkpoint
 
 ROOT = Path(__file__).parents[1]
 

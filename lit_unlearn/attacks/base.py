@@ -15,18 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_unlearn.data.concepts import Concept
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import (
-    add_noise,
     count_forwards,
-    decode_latents,
-    initial_noise,
-    sample_latents,
-    training_target,
 )
-from lit_unlearn.evaluation.judges import Judge, judge_questions
+from lit_unlearn.judges.base import Judge, judge_questions
 
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 """From prompts and seeds to pictures (B, 3, H, W), float32 in [0, 1] on the CPU."""
@@ -62,10 +57,10 @@ class Meter:
 
 
 @contextmanager
-def measure(unet: torch.nn.Module) -> Iterator[Meter]:
+def measure(denoiser: torch.nn.Module) -> Iterator[Meter]:
     """Measure what the block costs."""
     meter, started = Meter(), time.perf_counter()
-    with count_forwards(unet) as counter:
+    with count_forwards(denoiser) as counter:
         yield meter
     meter.cost = AttackCost(time.perf_counter() - started, counter.count, counter.backward)
 
@@ -90,7 +85,7 @@ class AttackedModel:
     """An edited model, one of its edited concepts, and how pictures of it are drawn and judged.
 
     Attributes:
-        components: The edited pipeline, frozen.
+        pipeline: The edited pipeline, frozen.
         pretrained: The values of the edited weights before the edit.
         concept: The concept that was edited away.
         judge: Says whether a picture shows it.
@@ -100,7 +95,7 @@ class AttackedModel:
         seed: Seed of everything: pictures, pictures to learn from, searches.
     """
 
-    components: DiffusionComponents
+    pipeline: Pipeline
     pretrained: PretrainedValues
     concept: Concept
     judge: Judge
@@ -128,23 +123,19 @@ class AttackedModel:
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, by the weights as they are."""
-        return self.draw_states(encode_prompts(self.components.tokenizer, self.components.text_encoder, prompts), seeds)
+        return self.draw_condition(self.pipeline.encode(prompts), seeds)
 
     @torch.no_grad()
-    def draw_states(self, states: Tensor, seeds: Sequence[int]) -> Tensor:
-        """As ``draw``, of the states (B, L, D) of prompts."""
+    def draw_condition(self, condition: Condition, seeds: Sequence[int]) -> Tensor:
+        """As ``draw``, of what the denoiser is told of B prompts."""
         parts = [
-            decode_latents(self.components.vae, self._latents(part, part_seeds))
-            for part, part_seeds in zip(states.split(DRAW_BATCH), _batches(seeds), strict=True)
+            self.pipeline.decode(self._latents(part, part_seeds))
+            for part, part_seeds in zip(condition.split(DRAW_BATCH), _batches(seeds), strict=True)
         ]
         return torch.cat(parts)
 
-    @torch.no_grad()
-    def _latents(self, states: Tensor, seeds: Sequence[int]) -> Tensor:
-        unet, scheduler = self.components.unet, self.components.scheduler
-        empty = encode_prompts(self.components.tokenizer, self.components.text_encoder, [""])
-        noise = initial_noise(unet, seeds)
-        return sample_latents(unet, scheduler, states, empty, noise, self.num_inference_steps, self.guidance_scale)
+    def _latents(self, condition: Condition, seeds: Sequence[int]) -> Tensor:
+        return self.pipeline.draw_latents(condition, seeds, self.num_inference_steps, self.guidance_scale)
 
     def verdicts(self, pictures: Tensor) -> list[bool]:
         """Whether each of ``pictures`` (B, 3, H, W) shows the concept; without those that the judge could not tell.
@@ -171,14 +162,13 @@ class AttackedModel:
         named = [prompt for prompt, _ in self.named_pairs]
         prompts: list[str] = []
         latents: list[Tensor] = []
-        with measure(self.components.unet) as meter, self.pretrained.restored():
+        with measure(self.pipeline.denoiser) as meter, self.pretrained.restored():
             for first in range(0, NUM_REFERENCES * REFERENCE_ROUNDS, NUM_REFERENCES):
                 numbers = range(first, first + NUM_REFERENCES)
                 texts = [named[number % len(named)] for number in numbers]
                 seeds = [REFERENCE_SEED + 10_000 * self.seed + number for number in numbers]
-                states = encode_prompts(self.components.tokenizer, self.components.text_encoder, texts).detach()
-                drawn = self._latents(states, seeds)
-                pictures = decode_latents(self.components.vae, drawn)
+                drawn = self._latents(self.pipeline.encode(texts).detach(), seeds)
+                pictures = self.pipeline.decode(drawn)
                 answers = judge_questions(self.judge, pictures, [self.concept.question] * len(pictures))
                 for place in (answers >= 0.5).nonzero().flatten().tolist():
                     prompts.append(texts[place])
@@ -246,7 +236,7 @@ class Attack(ABC):
             ValueError: There is nothing to attack with.
         """
         learned_from = model.references.cost if self.learns_from_pictures else AttackCost()
-        with measure(model.components.unet) as meter:
+        with measure(model.pipeline.denoiser) as meter:
             found = self.search(model)
         found.cost = learned_from + meter.cost
         return found
@@ -257,20 +247,19 @@ class Attack(ABC):
 
 
 def denoising_errors(
-    components: DiffusionComponents, states: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor
+    pipeline: Pipeline, condition: Condition, latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
     """Mean squared error (B,) of the UNet's prediction on noised ``latents`` (B, C, H, W), the loss of its training.
 
     Args:
-        components: Any pipeline, edited or not.
-        states: Of the prompts, (B, L, D).
+        pipeline: Any pipeline, edited or not.
+        condition: Of the B prompts.
         latents: Pictures, (B, C, H, W).
         noise: Standard normal, (B, C, H, W).
         timesteps: (B,).
     """
-    noisy = add_noise(components.scheduler, latents, noise, timesteps)
-    target = training_target(components.scheduler, latents, noise, timesteps)
-    output = components.unet(noisy, timesteps, states).sample
+    output = pipeline.predict(pipeline.noise.add(latents, noise, timesteps), timesteps, condition)
+    target = pipeline.noise.target(latents, noise, timesteps)
     return F.mse_loss(output.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
-from lit_unlearn.diffusion.new_tokens import PLACE, initial_embeddings, substitute_embeddings, tokenize_templates
-from lit_unlearn.diffusion.prompts import encode
+from lit_unlearn.diffusion.new_tokens import PLACE
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.textual_inversion import optimise_embeddings
@@ -37,14 +36,13 @@ class ConceptInversion(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Learn the embeddings."""
-        components, concept = model.components, model.concept
-        tokenizer, text_encoder = components.tokenizer, components.text_encoder
+        pipeline, concept = model.pipeline, model.concept
         named = [concept.replace_names(prompt, PLACE) for prompt, _ in model.named_pairs if concept.find_name(prompt)]
         templates = list(dict.fromkeys(named)) or templates_of(concept, None)
         generator = seeded(model.seed, "concept inversion")
-        start = initial_embeddings(tokenizer, text_encoder, self.num_tokens, None, generator)
+        start = pipeline.text.initial_embeddings(self.num_tokens, None, generator)
         embeddings, losses = optimise_embeddings(
-            components,
+            pipeline,
             start,
             templates,
             model.references.latents,
@@ -58,10 +56,8 @@ class ConceptInversion(Attack):
         @torch.no_grad()
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             texts = [concept.replace_names(prompt, PLACE) for prompt in prompts]
-            input_ids, slots = tokenize_templates(tokenizer, texts, self.num_tokens)
-            with substitute_embeddings(text_encoder, embeddings, slots):
-                states = encode(text_encoder, input_ids)
-            return model.draw_states(states, seeds)
+            prompts_with_tokens = pipeline.tokenize_templates(texts, self.num_tokens)
+            return model.draw_condition(pipeline.encode(prompts_with_tokens, embeddings), seeds)
 
         quarter = max(1, len(losses) // 4)
         report = {"first_loss": sum(losses[:quarter]) / quarter, "last_loss": sum(losses[-quarter:]) / quarter}

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found, denoising_errors, noise_draws
 from lit_unlearn.attacks.token_search import search_tokens
-from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, whole_words, words_of
-from lit_unlearn.diffusion.new_tokens import PLACE, tokenize_templates
+from lit_unlearn.diffusion.new_tokens import PLACE
 from lit_unlearn.diffusion.sampling import seeded
 
 SCORED = 16
@@ -54,17 +53,16 @@ class PromptSearch(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Find the prefix."""
-        components, references = model.components, model.references
-        tokenizer, text_encoder = components.tokenizer, components.text_encoder
-        latents, num_timesteps = references.latents, len(components.scheduler.alphas_cumprod)
+        pipeline, references = model.pipeline, model.references
+        latents, num_timesteps = references.latents, pipeline.noise.num_timesteps
         allowed = allowed_words(model, self.exclude_names)
         templates = [f"{PLACE} {prompt}" for prompt in references.prompts]
-        input_ids, slots = tokenize_templates(tokenizer, templates, self.num_tokens)
+        tokens = pipeline.tokenize_templates(templates, self.num_tokens)
 
         def errors(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
             rows, noise, timesteps = noise_draws(latents, num_timesteps, generators, self.window)
-            states = encode_mixtures(text_encoder, weights[0], allowed, (input_ids[rows], slots[rows]))
-            return denoising_errors(components, states, latents[rows], noise, timesteps).mean()[None]
+            condition = pipeline.encode_mixtures(weights[0], allowed, tokens[rows])
+            return denoising_errors(pipeline, condition, latents[rows], noise, timesteps).mean()[None]
 
         def losses(weights: Tensor, step: int) -> Tensor:
             return errors(weights, [seeded(model.seed, self.name, step, item) for item in range(self.batch_size)])
@@ -82,7 +80,7 @@ class PromptSearch(Attack):
             self.straight_through,
             score,
         )
-        prefix = words_of(tokenizer, allowed[places.cpu()].tolist())
+        prefix = pipeline.text.words_of(allowed[places.cpu()].tolist())
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return model.draw([f"{prefix} {prompt}" for prompt in prompts], seeds)
@@ -92,5 +90,5 @@ class PromptSearch(Attack):
 
 def allowed_words(model: AttackedModel, exclude_names: bool) -> Tensor:
     """Numbers (A,) of the tokens that a searched prompt may hold."""
-    tokenizer, concept = model.components.tokenizer, model.concept
-    return whole_words(tokenizer, concept.find_name, concept.names) if exclude_names else whole_words(tokenizer)
+    text, concept = model.pipeline.text, model.concept
+    return text.whole_words(concept.find_name, concept.names) if exclude_names else text.whole_words()

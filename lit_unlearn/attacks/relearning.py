@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found, denoising_errors, noise_draws
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.diffusion.prompts import encode, tokenize
 from lit_unlearn.diffusion.sampling import seeded
 
 
@@ -56,9 +55,9 @@ class Relearning(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Train, look after 1, 2, 4, ... steps and the last one whether the concept is back, and undo it all."""
-        components, references = model.components, model.references
-        latents, num_timesteps = references.latents, len(components.scheduler.alphas_cumprod)
-        input_ids = tokenize(components.tokenizer, references.prompts)
+        pipeline, references = model.pipeline, model.references
+        latents, num_timesteps = references.latents, pipeline.noise.num_timesteps
+        tokens = pipeline.tokenize(references.prompts)
         edited = model.pretrained.parameters
         curve: list[list[float]] = []
         with trained(edited) as weights:
@@ -66,8 +65,8 @@ class Relearning(Attack):
             for step in range(1, self.steps + 1):
                 generators = [seeded(model.seed, self.name, step, item) for item in range(self.batch_size)]
                 rows, noise, timesteps = noise_draws(latents, num_timesteps, generators)
-                states = encode(components.text_encoder, input_ids[rows])
-                loss = denoising_errors(components, states, latents[rows], noise, timesteps).mean()
+                condition = pipeline.encode(tokens[rows])
+                loss = denoising_errors(pipeline, condition, latents[rows], noise, timesteps).mean()
                 for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                     weight.grad = gradient
                 optimizer.step()

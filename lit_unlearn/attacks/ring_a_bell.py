@@ -12,10 +12,9 @@ from torch import Tensor
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.prompt_search import allowed_words
 from lit_unlearn.attacks.token_search import search_tokens
-from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, words_of
-from lit_unlearn.diffusion.new_tokens import PLACE, tokenize_templates
-from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.new_tokens import PLACE
 from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.diffusion.text import Tokens
 
 
 def concept_vector(states: Tensor, without: Tensor) -> Tensor:
@@ -48,22 +47,20 @@ class RingABell(Attack):
 
     def search(self, model: AttackedModel) -> Found:
         """Find the prompts."""
-        tokenizer, text_encoder = model.components.tokenizer, model.components.text_encoder
+        pipeline = model.pipeline
         originals = list(dict.fromkeys(model.prompts))
         with torch.no_grad(), model.pretrained.restored():
             named, targets = (list(prompts) for prompts in zip(*model.named_pairs, strict=True))
-            vector = concept_vector(
-                encode_prompts(tokenizer, text_encoder, named), encode_prompts(tokenizer, text_encoder, targets)
-            )
-            goal = encode_prompts(tokenizer, text_encoder, originals) + self.strength * vector
+            vector = concept_vector(pipeline.encode(named).states, pipeline.encode(targets).states)
+            goal = pipeline.encode(originals).states + self.strength * vector
         allowed = allowed_words(model, self.exclude_names)
-        input_ids, slots = tokenize_templates(tokenizer, [PLACE] * len(originals), self.num_tokens)
+        tokens = pipeline.tokenize_templates([PLACE] * len(originals), self.num_tokens)
         # Each prompt has tokens of its own, one behind the other's.
         first = self.num_tokens * torch.arange(len(originals)).unsqueeze(1)
-        slots = torch.where(slots >= 0, slots + first, slots)
+        tokens = Tokens(tokens.ids, tuple(torch.where(slots >= 0, slots + first, slots) for slots in tokens.slots))
 
         def losses(weights: Tensor, step: int = 0) -> Tensor:
-            states = encode_mixtures(text_encoder, weights.flatten(0, 1), allowed, (input_ids, slots))
+            states = pipeline.encode_mixtures(weights.flatten(0, 1), allowed, tokens).states
             return (states - goal).square().mean(dim=(1, 2))
 
         places = search_tokens(
@@ -75,7 +72,7 @@ class RingABell(Attack):
             goal.device,
         )
         found = {
-            original: words_of(tokenizer, allowed[row].tolist())
+            original: pipeline.text.words_of(allowed[row].tolist())
             for original, row in zip(originals, places.cpu(), strict=True)
         }
 

@@ -25,8 +25,8 @@ from lit_unlearn.core.closed_form import (
     null_space_update,
 )
 from lit_unlearn.diffusion.parameters import layer_label
-from lit_unlearn.evaluation.figures import spectrum_figure
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.reports.figures import spectrum_figure
 from lit_unlearn.system.devices import for_solving, solving_device
 
 

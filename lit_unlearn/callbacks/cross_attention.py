@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.callbacks.numbers import write_finite
-from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
 
 
 class CrossAttentionEdit(L.Callback):

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save
 from typing_extensions import override
 
-from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.methods.textual_inversion import TextualInversion
 from lit_unlearn.system.files import atomic_write
@@ -28,7 +28,7 @@ class SaveEmbeddings(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TextualInversion)
-        folder = run_folder(trainer)  # on every rank: they agree on it
+        folder = folder_of(trainer)  # on every rank: they agree on it
         if not trainer.is_global_zero or trainer.interrupted:
             return
         embeddings = pl_module.embeddings.detach().float().cpu().contiguous()

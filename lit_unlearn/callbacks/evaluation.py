@@ -19,15 +19,17 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.evaluation.pictures import before_after_grid, image_grid, save_png, to_pil
+from lit_unlearn.evaluation.grids import before_after_grid, image_grid
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
-from lit_unlearn.evaluation.tables import scores_table
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.reports.tables import scores_table
 from lit_unlearn.system.devices import float64_device
+from lit_unlearn.system.pixels import save_png, to_pil
 
 TEST_SCORES = (
     "forget",
@@ -40,11 +42,6 @@ TEST_SCORES = (
     "err",
 )
 """What a test logs, before and after."""
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """Where a run keeps what it makes: the logger's version folder, or the default root; to be asked on every rank."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class UneditedPictures(L.Callback):
@@ -78,12 +75,10 @@ class UneditedPictures(L.Callback):
 
     def _make_key(self, module: ConceptEditor) -> str:
         with module.pretrained.restored():
-            weights = fingerprint(module.components.named_parameters())
+            weights = fingerprint(module.pipeline.named_parameters())
         settings = {
             "weights": weights,
-            "scheduler": {
-                k: str(v) for k, v in module.components.scheduler.config.items() if not k.startswith("_diffusers")
-            },
+            **module.pipeline.settings(),
             "num_inference_steps": module.num_inference_steps,
             "guidance_scale": module.guidance_scale,
         }
@@ -181,7 +176,7 @@ class EvaluationReport(L.Callback):
         if self._distance is not None:
             drift |= self._distance.compute()
         curves = self._curve.compute()
-        folder = run_folder(trainer)
+        folder = folder_of(trainer)
         agreement = None
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}

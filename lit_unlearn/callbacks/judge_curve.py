@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.data.prompts import PictureItem
-from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.judge_curve import Curve, JudgeCurves
-from lit_unlearn.evaluation.judges import Judge, judge_questions
+from lit_unlearn.judges.base import Judge, judge_questions
+from lit_unlearn.judges.classifier import ClassifierJudge
 
 
 def known_answers(

@@ -17,13 +17,13 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.data.images import CaptionItem, load_image
 from lit_unlearn.evaluation.memorisation import copies_grid
-from lit_unlearn.evaluation.pictures import save_png
-from lit_unlearn.evaluation.scores import write_json
 from lit_unlearn.methods.data_unlearning import DataUnlearning
+from lit_unlearn.system.json_files import write_json
+from lit_unlearn.system.pixels import save_png
 
 SCHEMA = 1
 FILE = "memorisation.json"
@@ -75,7 +75,7 @@ class MemorisationReport(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DataUnlearning)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
-        folder = run_folder(trainer)  # so does this
+        folder = folder_of(trainer)  # so does this
         parts = pl_module.gathered(self._shown)
         for kind, limit in self._limits.items():  # in the order in which one process sees them
             shown = [one for part in parts for one in part[kind]]
@@ -120,7 +120,7 @@ class MemorisationReport(L.Callback):
 
     def _grid(self, module: DataUnlearning) -> Image.Image:
         shown = self._shown["forget"] + self._shown["keep"]
-        size, forget = module.picture_size, module.images.forget
+        size, forget = module.pipeline.picture_size[0], module.images.forget
 
         def generated(name: str) -> Tensor:
             return torch.stack([pictures[name] for _, pictures in shown]).float() / 255

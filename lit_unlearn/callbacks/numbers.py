@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError
-from lit_unlearn.methods.base import DiffusionEditor
+from lit_unlearn.methods.shared.base import DiffusionEditor
 from lit_unlearn.methods.value_refinement import LayerState
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"
@@ -158,7 +158,7 @@ class CheckNumbers(L.Callback):
         return name
 
     def _stop(self, trainer: L.Trainer, what: str) -> NoReturn:
-        path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+        path = folder_of(trainer) / "checkpoints" / "last.ckpt"
         state = getattr(trainer.lightning_module, "state", None)
         where = f", {state.name}" if isinstance(state, LayerState) else ""
         place = f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}{where}): presumably {CAUSES}"

@@ -11,12 +11,12 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
-from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.data.images import CaptionItem
 from lit_unlearn.data.prompts import PictureItem
-from lit_unlearn.evaluation.pictures import save_png, to_pil
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.system.names import file_name
+from lit_unlearn.system.pixels import save_png, to_pil
 
 
 class SavePictures(BasePredictionWriter):
@@ -34,7 +34,7 @@ class SavePictures(BasePredictionWriter):
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.folder = self.output or run_folder(trainer) / "pictures"
+        self.folder = self.output or folder_of(trainer) / "pictures"
 
     @override
     def write_on_batch_end(

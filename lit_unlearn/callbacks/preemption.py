@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lit_unlearn.callbacks.evaluation import run_folder
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal, take_signal
 
 
@@ -47,7 +47,7 @@ class SaveOnSignal(L.Callback):
         between = (batch_idx + 1) % trainer.accumulate_grad_batches
         if trainer.is_last_batch or between or not self._told(trainer):
             return
-        path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+        path = folder_of(trainer) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
         # Not trainer.should_stop: the hooks at the end of an epoch would run, and write an edit that is not finished.
         self._stop(trainer, f"saved {path} at step {trainer.global_step}")

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lit_unlearn.callbacks.cross_attention import CrossAttentionEdit
 from lit_unlearn.callbacks.numbers import solving
-from lit_unlearn.core.cross_attention_maps import map_condition, map_report, map_updates
+from lit_unlearn.core.uce import map_condition, map_report, map_updates
 from lit_unlearn.methods.uce import PhraseMap
 from lit_unlearn.system.devices import for_solving
 

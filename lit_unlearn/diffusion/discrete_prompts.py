@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.new_tokens import substitute_embeddings, token_table
-from lit_unlearn.diffusion.prompts import encode
-
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 
 def whole_words(
@@ -54,20 +51,3 @@ def whole_words(
 def words_of(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
     """The text of tokens from ``whole_words``."""
     return " ".join(token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(list(ids)))
-
-
-def encode_mixtures(
-    text_encoder: CLIPTextModel, weights: Tensor, allowed: Tensor, prompts: tuple[Tensor, Tensor]
-) -> Tensor:
-    """States (B, L, D) of prompts in which the new tokens are mixtures of those allowed; gradients reach ``weights``.
-
-    Args:
-        text_encoder: As for ``encode``.
-        weights: Of each allowed token in each new token, (k, A).
-        allowed: Numbers of the tokens, (A,).
-        prompts: ``input_ids`` and ``slots``, (B, L) each, of ``tokenize_templates``.
-    """
-    table = token_table(text_encoder).weight.detach()
-    embeddings = weights @ table[allowed.to(table.device)].to(weights)
-    with substitute_embeddings(text_encoder, embeddings, prompts[1]):
-        return encode(text_encoder, prompts[0])

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.components import resolve_model, weight_files
 from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.source import resolve_model, weight_files
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -8,11 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 GROUPS: dict[str, str] = {
     "xattn": r"^unet\..*attn2\.",
@@ -86,6 +84,24 @@ def layer_label(name: str) -> str:
     return f"{place} {'.'.join(numbers)} {kind}"
 
 
+def call_order(name: str) -> tuple[int, list[int], str]:
+    """Sorts weights of the UNet's blocks as these are called: down, mid, up, by number."""
+    place = name.removeprefix("unet.").split("_")[0]
+    return ["down", "mid", "up"].index(place), [int(digits) for digits in re.findall(r"\.(\d+)\.", name)], name
+
+
+def num_places(config: Mapping[str, object], name: str) -> int:
+    """Positions (height times width) that the block of the UNet's weight ``name`` works on, by the UNet's config."""
+    place, _, blocks = name.removeprefix("unet.").partition("_blocks.")
+    last = len(config["down_block_types"]) - 1  # type: ignore[arg-type]
+    number = int(blocks.split(".")[0]) if blocks else 0
+    halvings = {"down": number, "up": last - number}.get(place, last)
+    side = int(config["sample_size"])  # type: ignore[call-overload]
+    for _ in range(halvings):
+        side = -(-side // 2)
+    return side * side
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes and values; equal for equal weights whatever their device."""
     digest = hashlib.sha256()
@@ -111,12 +127,10 @@ class PretrainedValues:
         self.values = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         self._beside: dict[str, Tensor] = {}
 
-    def __call__(self, part: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call ``module`` (the part ``unet`` or ``text_encoder``) with the pretrained values, without gradients."""
+    def of(self, part: str) -> dict[str, Tensor]:
+        """The pretrained values within ``part``, by their names in it, where the parameters lie."""
         prefix = f"{part}."
-        values = {name.removeprefix(prefix): self.beside(name) for name in self.values if name.startswith(prefix)}
-        with torch.no_grad():
-            return functional_call(module, values, args, kwargs)
+        return {name.removeprefix(prefix): self.beside(name) for name in self.values if name.startswith(prefix)}
 
     def beside(self, name: str) -> Tensor:
         """The pretrained value of the parameter ``name``, on the parameter's device and from then on kept there.

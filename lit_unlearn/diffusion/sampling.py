@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.prompts import encode_prompts
-
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-
-    from lit_unlearn.diffusion.components import DiffusionComponents
 
 
 def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
@@ -122,65 +118,11 @@ def denoise(
         yield DenoisingStep(model_input[: len(latents)], timestep, noise_preds, latents)
 
 
-def sample_latents(
-    unet: UNet2DConditionModel,
-    scheduler: SchedulerMixin,
-    encoder_hidden_states: Tensor,
-    unconditional: Tensor,
-    noise: Tensor,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Tensor:
-    """Where ``denoise`` ends.
-
-    Args:
-        unet: Noise or velocity prediction, as the scheduler expects.
-        scheduler: Its configuration is used, its state is not.
-        encoder_hidden_states: States of the prompts, (B, L, D).
-        unconditional: States of the empty prompt, (1, L, D) or (B, L, D).
-        noise: Where the chains start, standard normal, (B, C, H, W).
-        num_inference_steps: Steps of the sampler.
-        guidance_scale: 1 means no guidance (and half the UNet forwards).
-
-    Returns:
-        Latents (B, C, H, W).
-    """
-    states = [encoder_hidden_states]
-    if guidance_scale != 1:
-        states.insert(0, unconditional.expand_as(encoder_hidden_states))
-    latents = noise
-    for step in denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale):
-        latents = step.latents
-    return latents
-
-
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W)."""
     pictures = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-@torch.no_grad()
-def draw_pictures(
-    components: DiffusionComponents,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Tensor:
-    """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
-    tokenizer, text_encoder = components.tokenizer, components.text_encoder
-    latents = sample_latents(
-        components.unet,
-        components.scheduler,
-        encode_prompts(tokenizer, text_encoder, prompts),
-        encode_prompts(tokenizer, text_encoder, [""]),
-        initial_noise(components.unet, seeds),
-        num_inference_steps,
-        guidance_scale,
-    )
-    return decode_latents(components.vae, latents)
 
 
 class ForwardCount:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_unlearn.diffusion.components import (
-    DiffusionComponents,
-    check_model,
-    load_components,
-    resolve_model,
-    weight_files,
-)
+from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.source import resolve_model, weight_files
 
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
+
+OLD_PREFIX = {"text_encoder": "text_model."}
+"""What stood before the names of a part's weights in 2022, and still does for tools that expect it."""
 
 # What diffusers renames when it loads an autoencoder of 2022.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -85,12 +85,12 @@ class WholeModel:
     commit: str | None = None
 
     @classmethod
-    def loaded(cls, components: DiffusionComponents) -> WholeModel:
+    def loaded(cls, pipeline: Pipeline) -> WholeModel:
         """The weights of a loaded pipeline; they are its own, no copies."""
         parts: dict[str, Mapping[str, Tensor]] = {
-            part: dict(module.named_parameters()) for part, module in components.modules().items()
+            part: dict(module.named_parameters()) for part, module in pipeline.parts.items()
         }
-        return cls(parts, getattr(components.text_encoder.config, "_commit_hash", None))
+        return cls(parts, pipeline.commit)
 
     @classmethod
     def of(cls, model: str, dtype: torch.dtype | None = None, revision: str | None = None) -> WholeModel:
@@ -101,7 +101,7 @@ class WholeModel:
         """
         path = resolve_model(model)
         if isinstance(path, str):
-            return cls.loaded(load_components(model, dtype or torch.float32, revision))
+            return cls.loaded(load_pipeline(model, dtype or torch.float32, revision))
         check_model(model)
         return cls.in_folder(path, dtype)
 
@@ -124,3 +124,13 @@ class WholeModel:
         It is of the weights, not of the files: a model split into other files, or with the names of 2022, has the same.
         """
         return {part: fingerprint(weights) for part, weights in self.parts.items()}
+
+
+def rename_weights(folder: Path) -> None:
+    """Give the weights in ``folder`` the names of 2022, which tools for transformers 4 want."""
+    for part, prefix in OLD_PREFIX.items():
+        for path in (folder / part).glob("*.safetensors"):
+            stored = load(path.read_bytes())  # not mapped: it is written over
+            path.write_bytes(
+                save({prefix + name.removeprefix(prefix): v for name, v in stored.items()}, {"format": "pt"})
+            )

@@ -5,70 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.sampling import denoise, seeded
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, UNet2DConditionModel
-
-
-def chain_scheduler(scheduler: SchedulerMixin, kind: Literal["model", "ddim"]) -> SchedulerMixin:
-    """The sampler of chains: the model's own, or DDIM (Song et al., 2021) as Stable Diffusion's first code has it."""
-    if kind == "model":
-        return scheduler
-    from diffusers import DDIMScheduler
-
-    changes = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-    return DDIMScheduler.from_config(scheduler.config, **changes)
-
-
-def chain_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> Tensor:
-    """Timesteps (S,) of the states of a chain; some schedulers take one more than ``num_inference_steps``."""
-    scheduler = scheduler.__class__.from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    return scheduler.timesteps
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.sampling import seeded
 
 
 @torch.no_grad()
 def sample_chains(
-    unet: UNet2DConditionModel,
-    scheduler: SchedulerMixin,
-    states: Sequence[Tensor],
+    pipeline: Pipeline,
+    conditions: Sequence[Condition],
     noise: Tensor,
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Chains of ``denoise`` with all that the UNet sees and puts out along them.
+    """Chains of ``Pipeline.chain`` with all that the denoiser sees and puts out along them.
 
     Args:
-        unet: As for ``denoise``.
-        scheduler: As for ``denoise``.
-        states: Those of the empty prompt, of the prompts, and any others whose predictions are wanted: K of them,
-            (B, L, D) each.
+        pipeline: Whose chains they are.
+        conditions: Those of the empty prompt, of the prompts, and any others whose predictions are wanted: K of them.
         noise: Where the chains start, (B, C, H, W).
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of the guidance.
 
     Returns:
-        (B, S, 1 + K, C, H, W) in the UNet's type, S as in ``chain_timesteps``: of every state x_t, scaled as the UNet
-        sees it, then the predictions for each of ``states``.
+        (B, S, 1 + K, C, H, W) in the denoiser's type, S as in ``DDPM.timesteps``: of every state x_t, scaled as the
+        denoiser sees it, then the predictions for each of ``conditions``.
     """
     steps = [
-        torch.stack([part.to(unet.dtype) for part in (step.model_input, *step.noise_preds)], dim=1)
-        for step in denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale)
+        torch.stack([part.to(pipeline.dtype) for part in (step.model_input, *step.noise_preds)], dim=1)
+        for step in pipeline.chain(conditions, noise, num_inference_steps, guidance_scale)
     ]
     return torch.stack(steps, dim=1)
 
 
 @torch.no_grad()
 def sample_state(
-    unet: UNet2DConditionModel,
-    scheduler: SchedulerMixin,
-    states: Sequence[Tensor],
+    pipeline: Pipeline,
+    conditions: Sequence[Condition],
     noise: Tensor,
     num_inference_steps: int,
     guidance_scale: float,
@@ -77,9 +55,9 @@ def sample_state(
     """The state of number ``stop``, counted from 0, of chains like those of ``sample_chains``, at ``stop`` steps' cost.
 
     Returns:
-        x_t (B, C, H, W), scaled as the UNet sees it, and t, ().
+        x_t (B, C, H, W), scaled as the denoiser sees it, and t, ().
     """
-    *_, step = denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale, stop)
+    *_, step = pipeline.chain(conditions, noise, num_inference_steps, guidance_scale, stop)
     return step.model_input, step.timestep
 
 

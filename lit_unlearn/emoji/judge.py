@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.emoji.data import blur
 from lit_unlearn.emoji.drawing import ATTRIBUTES
-from lit_unlearn.evaluation.classifier import AttributeClassifier
+from lit_unlearn.judges.classifier import AttributeClassifier
 
 
 class JudgeTraining(L.LightningModule):

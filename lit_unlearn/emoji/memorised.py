@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lit_unlearn.diffusion.components import resolve_model
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import encode_pictures
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, Drawing
 from lit_unlearn.emoji.text_to_image import TextToImageTraining
-from lit_unlearn.evaluation.pictures import save_png, to_tensor
 from lit_unlearn.system.files import replaced_folder
+from lit_unlearn.system.pixels import save_png, to_tensor
 
 MEMORISED: tuple[tuple[str, str, str, str], ...] = (
     ("dog", "glossy", "sunset", "look at a dog"),

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.evaluation.metrics import wilson_interval
-from lit_unlearn.evaluation.pictures import image_grid
 
 Space = Callable[[Tensor], Tensor]
 """From pictures (B, 3, H, W) in [0, 1] to points (B, D) between which distances are measured."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from lit_unlearn.system.files import atomic_write
+from lit_unlearn.system.json_files import plain, read_json, read_value, write_json
 
 SCHEMA = 1
 """Version of ``scores.json``; raised when a field changes its meaning or goes."""
@@ -153,9 +151,9 @@ class Scores(Measurement):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries, lists and numbers, as in ``scores.json``."""
-        plain = _plain(self)
+        content = plain(self)
         order = ("schema", "method", "backbone", "concepts", "edited", "judge", "images_per_concept", "seed")
-        return {name: plain[name] for name in (*order, *(name for name in plain if name not in order))}
+        return {name: content[name] for name in (*order, *(name for name in content if name not in order))}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``scores.json``; a file that was there survives a failure."""
@@ -187,105 +185,3 @@ class Scores(Measurement):
             return read_value(cls, content, "scores")
         except ValueError as error:
             raise ValueError(f"{path} is no valid file of scores: {error}") from error
-
-
-def read_json(path: Path, origin: str) -> Any:
-    """Read JSON.
-
-    Args:
-        path: The file.
-        origin: What writes it, for the sentence that says that it is missing.
-
-    Raises:
-        ValueError: The file is missing, cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no {path}; {origin}.") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # covers broken JSON and broken UTF-8
-        raise ValueError(f"{path} is not JSON ({error}); was it cut short or edited by hand?") from error
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON in one step: readers see the old file or the new one, and a failure leaves the old one.
-
-    Args:
-        path: The file to write.
-        content: Anything of dictionaries, lists, numbers, texts, dataclasses, paths, tensors and arrays. Numbers that
-            are not finite become null, JSON having no word for them.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
-        TypeError: Something that has no form in JSON.
-    """
-    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
-
-
-def _plain(content: Any) -> Any:
-    """Return content as JSON can say it: None for nan and infinity, lists for tuples, tensors and arrays."""
-    if isinstance(content, float):
-        return float(content) if math.isfinite(content) else None
-    if content is None or isinstance(content, str | int):
-        return content
-    if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    if is_dataclass(content):
-        return {f.name: _plain(getattr(content, f.name)) for f in fields(content)}
-    if isinstance(content, os.PathLike):
-        return os.fspath(content)
-    if hasattr(content, "tolist"):
-        return _plain(content.tolist())
-    raise TypeError(f"{content!r} of type {type(content).__name__} has no form in JSON.")
-
-
-def read_value(hint: Any, value: Any, where: str) -> Any:
-    """Make what the type ``hint`` says of a value from JSON.
-
-    Args:
-        hint: A type, a dataclass, or a list, tuple, dict or optional of such.
-        value: From JSON.
-        where: Name of the value for messages, to which those of its fields are added.
-
-    Raises:
-        ValueError: The value is something else; the message names the field.
-    """
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):  # of one type and None
-        (some,) = (argument for argument in arguments if argument is not NoneType)
-        return None if value is None else read_value(some, value, where)
-    expected: Any = {dict: dict, list: list, tuple: list}.get(origin, hint)
-    if is_dataclass(hint):
-        expected = dict
-    elif hint is float:
-        expected = (float, int)
-    if hint is not Any and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
-        raise ValueError(f"{where} is {value!r}, expected {hint.__name__ if origin is None else hint}.")
-    if is_dataclass(hint):
-        return _read_dataclass(hint, value, where)
-    if origin is dict:
-        return {key: read_value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is list:
-        return [read_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is tuple:
-        if len(value) != len(arguments):
-            raise ValueError(f"{where} is {value!r}, expected {len(arguments)} values.")
-        return tuple(read_value(argument, item, where) for argument, item in zip(arguments, value, strict=True))
-    return value
-
-
-def _read_dataclass(kind: Any, content: dict[str, Any], where: str) -> Any:
-    known = {f.name: f for f in fields(kind)}
-    if unknown := sorted(set(content) - set(known)):
-        raise ValueError(f"{where} has an unknown field {unknown[0]!r}; its fields are {', '.join(known)}.")
-    required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if name not in content]:
-        raise ValueError(f"{where} lacks the field {missing[0]!r}.")
-    hints = get_type_hints(kind)
-    return kind(**{name: read_value(hints[name], value, f"{where}.{name}") for name, value in content.items()})

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_unlearn.evaluation.judges import Judge
-from lit_unlearn.evaluation.scores import write_json
+from lit_unlearn.judges.base import Judge
+from lit_unlearn.system.json_files import write_json
 
 
 class CachedJudge:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
-from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.system.devices import find_device
+from lit_unlearn.system.pixels import to_pil
 
 MODEL = "openai/clip-vit-large-patch14"
 TEMPLATES = {

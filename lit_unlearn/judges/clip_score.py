@@ -13,8 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.judges.clip import MODEL, normalised
+from lit_unlearn.system.pixels import to_pil
 
 
 class ClipScore(Metric):

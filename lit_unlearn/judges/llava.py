@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.system.devices import find_device
+from lit_unlearn.system.pixels import to_pil
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

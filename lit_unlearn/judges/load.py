@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_unlearn.data.concepts import ConceptSet
-from lit_unlearn.diffusion.components import resolve_model
-from lit_unlearn.evaluation.classifier import ClassifierJudge, check_judge
-from lit_unlearn.evaluation.judges import Judge
+from lit_unlearn.diffusion.source import resolve_model
+from lit_unlearn.judges.base import Judge
+from lit_unlearn.judges.classifier import ClassifierJudge, check_judge
 from lit_unlearn.judges.clip import ClipJudge
 from lit_unlearn.judges.llava import LlavaJudge, check_llava
 from lit_unlearn.judges.nudenet import QUESTION, NudeNetJudge, check_nudenet

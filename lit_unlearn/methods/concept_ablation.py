@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from lit_unlearn.data.augmentation import WORDS, reframe
 from lit_unlearn.data.concepts import Concept
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
-from lit_unlearn.diffusion.sampling import add_noise, decode_latents, encode_pictures, training_target
-from lit_unlearn.evaluation.pictures import to_uint8
-from lit_unlearn.methods.anchors import PretrainedSampler
-from lit_unlearn.methods.base import ConceptEditor
-from lit_unlearn.methods.gradient import GradientEditor
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.text import linear_layers
+from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.latents import PretrainedSampler
+from lit_unlearn.system.pixels import to_uint8
 
 
 class Draw(NamedTuple):
@@ -130,23 +130,21 @@ class ConceptAblation(GradientEditor, ConceptEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline and, where the token embedding learns, keep all but the concepts' rows from it."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
         self.trains_text = any(name.startswith("text_encoder.") for name in self.edited_names)
-        self.attention_inputs = [
-            module for name, module in self.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))
-        ]
+        self.attention_inputs = linear_layers(self.pipeline.denoiser, ("attn2.to_k", "attn2.to_v"))
         self.rows: dict[str, Tensor] = {}
         for name in self.edited_names:
             if name.endswith("token_embedding.weight"):
                 parameter = self.pretrained.parameters[name]
                 rows = torch.zeros(len(parameter), 1, dtype=torch.bool)
-                rows[self.concept_tokens()] = True
+                rows[self.own_tokens()] = True
                 self.rows[name] = rows
                 parameter.register_hook(lambda grad, rows=rows: grad * rows.to(grad.device))
 
-    def concept_tokens(self) -> list[int]:
+    def own_tokens(self) -> list[int]:
         """Tokens of the concepts' names that do not occur in their anchors.
 
         Raises:
@@ -154,9 +152,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         """
 
         def tokens(texts: Sequence[str]) -> set[int]:
-            return {
-                token for text in texts for token in self.components.tokenizer(text, add_special_tokens=False).input_ids
-            }
+            return {token for text in texts for token in self.pipeline.text.words(text)}
 
         found: set[int] = set()
         for concept, pair in zip(self.edited, self.pairs, strict=True):
@@ -187,14 +183,12 @@ class ConceptAblation(GradientEditor, ConceptEditor):
     def on_fit_start(self) -> None:
         """Draw, or read, the anchor pictures; encode what stays."""
         super().on_fit_start()
-        tokenizer = self.components.tokenizer
-        self.concept_ids, self.anchor_ids = (
-            tokenize(tokenizer, prompts) for prompts in (self.concept_prompts, self.anchor_prompts)
+        self.concept_tokens, self.anchor_tokens = map(
+            self.pipeline.tokenize, (self.concept_prompts, self.anchor_prompts)
         )
         with self.pretrained.restored(), torch.no_grad():
-            self.concept_states, self.anchor_states = (
-                torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)])
-                for ids in (self.concept_ids, self.anchor_ids)
+            self.concept_known, self.anchor_known = map(
+                self.pipeline.encode_many, (self.concept_tokens, self.anchor_tokens)
             )
         self.draw_anchors()
 
@@ -225,18 +219,17 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             batch: Anchor pictures, numbered as ``ConceptPrompts`` does, (B,).
             batch_idx: Number of the step within the epoch.
         """
-        draw = self.draw(batch, batch_idx)
-        scheduler = self.components.scheduler
-        noisy = add_noise(scheduler, draw.latents, draw.noise, draw.timesteps)
-        truth = training_target(scheduler, draw.latents, draw.noise, draw.timesteps)
+        draw, pipeline = self.draw(batch, batch_idx), self.pipeline
+        x_t = pipeline.noise.add(draw.latents, draw.noise, draw.timesteps)
+        truth = pipeline.noise.target(draw.latents, draw.noise, draw.timesteps)
         with first_token_detached(self.attention_inputs if self.freeze_bos else []):
-            prediction = self.unet(noisy, draw.timesteps, self.states("concept", draw.prompts)).sample
+            prediction = pipeline.predict(x_t, draw.timesteps, self.condition("concept", draw.prompts))
             anchored = (
-                self.unet(noisy, draw.timesteps, self.states("anchor", draw.prompts)).sample
+                pipeline.predict(x_t, draw.timesteps, self.condition("anchor", draw.prompts))
                 if self.prior_weight
                 else None
             )
-        target = truth if self.objective == "noise" else self.anchor_prediction(noisy, draw, anchored)
+        target = truth if self.objective == "noise" else self.anchor_prediction(x_t, draw, anchored)
         loss = masked_error(prediction, target, draw.mask)
         losses = {"train/ablation": loss}
         if anchored is not None:
@@ -246,28 +239,27 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         return loss
 
     @torch.no_grad()
-    def anchor_prediction(self, noisy: Tensor, draw: Draw, anchored: Tensor | None) -> Tensor:
+    def anchor_prediction(self, x_t: Tensor, draw: Draw, anchored: Tensor | None) -> Tensor:
         """What the reference predicts for the anchors' prompts (B, C, H, W), no gradient.
 
         Args:
-            noisy: x_t, (B, C, H, W).
+            x_t: Noised anchor pictures, (B, C, H, W).
             draw: What the step learns from.
             anchored: The live network's prediction, if it is known already.
         """
         if self.reference == "frozen":
-            states = self.anchor_states[draw.prompts]
-            return self.pretrained("unet", self.unet, noisy, draw.timesteps, states).sample
+            return self.pretrained_prediction(x_t, draw.timesteps, self.anchor_known[draw.prompts])
         if anchored is not None:
             return anchored.detach()
-        return self.unet(noisy, draw.timesteps, self.states("anchor", draw.prompts)).sample
+        return self.pipeline.predict(x_t, draw.timesteps, self.condition("anchor", draw.prompts))
 
-    def states(self, kind: Literal["concept", "anchor"], places: Tensor) -> Tensor:
-        """Text states (B, L, D) of the prompts at ``places`` by the live text encoder."""
-        ids, known = {
-            "concept": (self.concept_ids, self.concept_states),
-            "anchor": (self.anchor_ids, self.anchor_states),
+    def condition(self, kind: Literal["concept", "anchor"], places: Tensor) -> Condition:
+        """Of the prompts at ``places`` (B,), by the live text encoder."""
+        tokens, known = {
+            "concept": (self.concept_tokens, self.concept_known),
+            "anchor": (self.anchor_tokens, self.anchor_known),
         }[kind]
-        return encode(self.text_encoder, ids[places]) if self.trains_text else known[places]
+        return self.pipeline.encode(tokens[places]) if self.trains_text else known[places]
 
     def draw(self, batch: Tensor, batch_idx: int) -> Draw:
         """What the items of ``batch`` (B,) stand for; each depends on seed, epoch, step and item alone."""
@@ -275,9 +267,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
             number = item % self.num_pairs
             clean, place = self.latents[number], self.places[number]
-            timesteps.append(
-                torch.randint(self.components.scheduler.config.num_train_timesteps, (), generator=generator)
-            )
+            timesteps.append(self.pipeline.noise.draw_timestep(generator))
             noise.append(torch.randn(clean.shape, generator=generator))
             mask = torch.ones(1, *clean.shape[-2:], dtype=torch.bool)
             if self.augmentation:
@@ -288,7 +278,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             prompts.append(place)
         stacked = torch.stack(latents)
         if self.augmentation:
-            stacked = encode_pictures(self.vae, stacked)
+            stacked = self.pipeline.encode_pictures(stacked)
         stacked = stacked.to(self.device, self.weights_dtype)
         return Draw(
             stacked,
@@ -301,7 +291,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
     def picture(self, number: int) -> Tensor:
         """Anchor picture ``number`` in pixels (3, H, W), float in [0, 1], decoded once and kept as bytes."""
         if number not in self.pictures:
-            self.pictures[number] = to_uint8(decode_latents(self.vae, self.latents[number : number + 1]))[0]
+            self.pictures[number] = to_uint8(self.pipeline.decode(self.latents[number : number + 1]))[0]
         return self.pictures[number].float() / 255
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.importance import choose_forget, global_norm
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
-from lit_unlearn.diffusion.sampling import add_noise, noise_levels, training_target
-from lit_unlearn.methods.base import check_timesteps
-from lit_unlearn.methods.gradient import GradientEditor
-from lit_unlearn.methods.image_editor import ImageEditor
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.methods.shared.base import check_timesteps
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.image_editor import ImageEditor
 
 
 @dataclass
@@ -33,8 +32,8 @@ class Pairs:
         forget: Latents a, (B, C, H, W).
         noise: The one noise of both, standard normal, (B, C, H, W).
         timesteps: The one timestep of both, (B,).
-        keep_states: ``encoder_hidden_states`` of the captions of x, (B, L, D).
-        forget_states: Those of the captions of a, (B, L, D).
+        keep_condition: What the denoiser is told of the captions of x.
+        forget_condition: Of the captions of a.
         same_caption: Whether they are the same, (B,), bool.
         from_forget: The mixture's choice: whether a is noised and shown to the UNet in place of x, (B,), bool.
         uniform: Uniform noise in [0, 1), (B, C, H, W).
@@ -46,8 +45,8 @@ class Pairs:
     forget: Tensor
     noise: Tensor
     timesteps: Tensor
-    keep_states: Tensor
-    forget_states: Tensor
+    keep_condition: Condition
+    forget_condition: Condition
     same_caption: Tensor
     from_forget: Tensor
     uniform: Tensor
@@ -121,9 +120,8 @@ class DataUnlearning(GradientEditor, ImageEditor):
         self.latents = self.made_once(len(pictures), lambda numbers: self.encode_images([pictures[i] for i in numbers]))
         captions = sorted({picture.caption for picture in pictures})
         self.caption_of = torch.tensor([captions.index(picture.caption) for picture in pictures])
-        ids = tokenize(self.components.tokenizer, captions)
         with torch.no_grad():
-            self.states = torch.cat([encode(self.text_encoder, part) for part in ids.split(ENCODE_BATCH)])
+            self.conditions = self.pipeline.encode_many(captions)
 
     def pairs(self, batch: Tensor, batch_idx: int) -> Pairs:
         """The pairs that ``batch`` (B, 3) numbers, with all that is drawn for them, per place in the global batch."""
@@ -142,8 +140,8 @@ class DataUnlearning(GradientEditor, ImageEditor):
             *latents,
             noise=torch.stack(noise).to(latents[0]),
             timesteps=torch.stack(timesteps).to(self.device),
-            keep_states=self.states[keep_caption],
-            forget_states=self.states[forget_caption],
+            keep_condition=self.conditions[keep_caption],
+            forget_condition=self.conditions[forget_caption],
             same_caption=(keep_caption == forget_caption).to(self.device),
             from_forget=choose_forget(torch.stack(choice), self.mixture).to(self.device),
             uniform=torch.stack(uniform).to(latents[0]),
@@ -163,24 +161,24 @@ class DataUnlearning(GradientEditor, ImageEditor):
     def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
         """The gradient to descend, from those of the two losses."""
 
-    def noise_error(self, latents: Tensor, pairs: Pairs, states: Tensor, target: Tensor | None = None) -> Tensor:
+    def noise_error(self, latents: Tensor, pairs: Pairs, condition: Condition, target: Tensor | None = None) -> Tensor:
         """The model's training loss, summed over a picture's numbers, (B,), on ``latents`` (B, C, H, W) of ``pairs``.
 
         Args:
             latents: x or a.
             pairs: Where noise and timesteps come from.
-            states: ``encoder_hidden_states``, (B, L, D).
-            target: What the UNet should put out; the noise or velocity by default.
+            condition: Of their captions.
+            target: What the denoiser should say; the noise or velocity by default.
         """
-        scheduler = self.components.scheduler
+        noise = self.pipeline.noise
         if target is None:
-            target = training_target(scheduler, latents, pairs.noise, pairs.timesteps)
-        output = self.unet(add_noise(scheduler, latents, pairs.noise, pairs.timesteps), pairs.timesteps, states).sample
-        return square_error(output, target)
+            target = noise.target(latents, pairs.noise, pairs.timesteps)
+        x_t = noise.add(latents, pairs.noise, pairs.timesteps)
+        return square_error(self.pipeline.predict(x_t, pairs.timesteps, condition), target)
 
     def noise_levels(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """γ and σ of the timesteps of ``pairs``, each (B, 1, 1, 1), float32."""
-        return noise_levels(self.components.scheduler, pairs.noise.float(), pairs.timesteps)
+        return self.pipeline.noise.levels(pairs.noise.float(), pairs.timesteps)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """One optimizer step on the pairs that ``batch`` (B, 3) numbers."""
@@ -212,8 +210,8 @@ class DataUnlearning(GradientEditor, ImageEditor):
             parameter.grad = gradient.to(parameter.dtype)
         optimizer.step()
         optimizer.zero_grad()
-        if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # type: ignore[union-attr]
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()  # type: ignore[union-attr]
 
     def average(self, gradients: list[Tensor]) -> None:
         """Divide by the size of the global batch, after summing over processes, in place."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lit_unlearn.core.importance import erase_diff_scale, global_norm
-from lit_unlearn.diffusion.sampling import add_noise, predicted_noise
 from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs, square_error
 
 
@@ -29,11 +28,11 @@ class EraseDiff(DataUnlearning):
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``‖ε_θ(x_t) − ε‖²`` and ``‖ε_θ(a_t) − u‖²`` with u uniform in [0, 1)."""
-        yield self.noise_error(pairs.keep, pairs, pairs.keep_states)
-        scheduler = self.components.scheduler
-        noisy = add_noise(scheduler, pairs.forget, pairs.noise, pairs.timesteps)
-        output = self.unet(noisy, pairs.timesteps, pairs.forget_states).sample
-        yield square_error(predicted_noise(scheduler, output, noisy, pairs.timesteps), pairs.uniform)
+        yield self.noise_error(pairs.keep, pairs, pairs.keep_condition)
+        noise = self.pipeline.noise
+        a_t = noise.add(pairs.forget, pairs.noise, pairs.timesteps)
+        output = self.pipeline.predict(a_t, pairs.timesteps, pairs.forget_condition)
+        yield square_error(noise.noise_of(output, a_t, pairs.timesteps), pairs.uniform)
 
     def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
         """``g_x`` and as much of ``g_a`` as is needed."""

@@ -17,17 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_unlearn.core.objectives import esd_target
-from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import initial_noise, seeded
-from lit_unlearn.diffusion.trajectories import (
-    ReuseSchedule,
-    chain_scheduler,
-    chain_timesteps,
-    sample_chains,
-    sample_state,
-)
-from lit_unlearn.methods.base import ConceptEditor
-from lit_unlearn.methods.gradient import GradientEditor
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.diffusion.trajectories import ReuseSchedule, sample_chains, sample_state
+from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.gradient import GradientEditor
 
 
 class States(NamedTuple):
@@ -138,12 +132,12 @@ class ESD(GradientEditor, ConceptEditor):
         super().on_fit_start()
         prompts = ["", *self.prompts, *([] if self.erase_from is None else [self.erase_from])]
         with torch.no_grad():
-            states = encode_prompts(self.components.tokenizer, self.text_encoder, prompts)
-        self.unconditional, self.prompt_states, self.from_states = states.split(
-            [1, self.num_pairs, len(states) - 1 - self.num_pairs]
+            encoded = self.pipeline.encode(prompts)
+        self.unconditional, self.of_prompts, self.of_erase_from = encoded.split(
+            [1, self.num_pairs, len(encoded) - 1 - self.num_pairs]
         )
-        self.scheduler = chain_scheduler(self.components.scheduler, self.chain_sampler)
-        self.timesteps = chain_timesteps(self.scheduler, self.num_chain_steps).to(self.device)
+        self.sampler = self.pipeline.with_sampler(self.chain_sampler)
+        self.timesteps = self.sampler.noise.timesteps(self.num_chain_steps).to(self.device)
         self.schedule = ReuseSchedule(self.chains, len(self.timesteps), self.passes, self.seed)
         self.refresh, self.kept = -1, torch.empty(0)
         self.global_batch_size = 0
@@ -161,15 +155,15 @@ class ESD(GradientEditor, ConceptEditor):
         base = uncond if self.eta_form == "paper" else (*erase_from, concept)[0]
         target = esd_target(base, concept, uncond, self.eta)
         condition = self.conditions(states.prompts)[-1]  # erase_from's, or else the prompts'
-        noise_pred = self.unet(states.model_input, states.timesteps, condition).sample
+        noise_pred = self.pipeline.predict(states.model_input, states.timesteps, condition)
         loss = F.mse_loss(noise_pred.float(), target)
         self.log_losses({"train/loss": loss}, batch)
         return loss
 
-    def conditions(self, prompts: Tensor) -> list[Tensor]:
-        """States (B, L, D) of the empty prompt, of the prompts of numbers ``prompts`` (B,), and of ``erase_from``."""
-        states = self.prompt_states[prompts]
-        return [self.unconditional.expand_as(states), states, *(own.expand_as(states) for own in self.from_states)]
+    def conditions(self, prompts: Tensor) -> list[Condition]:
+        """Of the empty prompt, of the prompts of numbers ``prompts`` (B,), and of ``erase_from`` if there is one."""
+        own = [self.unconditional, self.of_prompts[prompts], *([self.of_erase_from] if len(self.of_erase_from) else [])]
+        return [condition.expand(len(prompts)) for condition in own]
 
     # --- states_per_chain: all
 
@@ -203,14 +197,9 @@ class ESD(GradientEditor, ConceptEditor):
         def make(numbers: list[int]) -> Tensor:
             prompts = torch.tensor([self.prompt_of(refresh, number) for number in numbers], device=self.device)
             seeds = [seeded("chain", self.seed, refresh, number).initial_seed() for number in numbers]
-            return sample_chains(
-                self.unet,
-                self.scheduler,
-                self.conditions(prompts),
-                initial_noise(self.unet, seeds),
-                self.num_chain_steps,
-                self.start_guidance,
-            )
+            noise = self.sampler.initial_noise(seeds)
+            conditions = self.conditions(prompts)
+            return sample_chains(self.sampler, conditions, noise, self.num_chain_steps, self.start_guidance)
 
         with self.pretrained.restored():
             self.kept = self.made_once(self.chains, make)
@@ -226,26 +215,19 @@ class ESD(GradientEditor, ConceptEditor):
             for generator, prompt in zip(self.generators(batch, batch_idx), prompts, strict=True):
                 stop = int(torch.randint(len(self.timesteps), (), generator=generator))
                 seed = int(torch.randint(2**31, (), generator=generator))
-                found.append(
-                    sample_state(
-                        self.unet,
-                        self.scheduler,
-                        self.conditions(prompt[None])[:2],
-                        initial_noise(self.unet, [seed]),
-                        self.num_chain_steps,
-                        self.start_guidance,
-                        stop,
-                    )
-                )
+                guided = self.conditions(prompt[None])[:2]
+                noise = self.sampler.initial_noise([seed])
+                chain = (noise, self.num_chain_steps, self.start_guidance)
+                found.append(sample_state(self.sampler, guided, *chain, stop))
         torch.clear_autocast_cache()  # of weights that were cast without a gradient
         model_input = torch.cat([state for state, _ in found])
         timesteps = torch.stack([timestep for _, timestep in found])
         conditions = self.conditions(prompts)
         count = len(conditions)
-        noise_preds = self.pretrained(
-            "unet", self.unet, model_input.repeat(count, 1, 1, 1), timesteps.repeat(count), torch.cat(conditions)
-        ).sample.chunk(count)
-        return States(model_input, timesteps, prompts, noise_preds)
+        noise_preds = self.pretrained_prediction(
+            model_input.repeat(count, 1, 1, 1), timesteps.repeat(count), Condition.cat(conditions)
+        )
+        return States(model_input, timesteps, prompts, noise_preds.chunk(count))
 
     def on_train_epoch_end(self) -> None:
         """Report what a step has cost, in forwards of one picture (a backward counts as two)."""

@@ -13,18 +13,14 @@ from lit_unlearn.core.alignment import positions_mask
 from lit_unlearn.core.attention_resteering import ResteeringForm, attention_resteering_loss, attention_share
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.attention import record_attention
-from lit_unlearn.diffusion.concept_tokens import Padding, difference_mask, eot_mask, names_mask
+from lit_unlearn.diffusion.concept_tokens import Padding, difference_mask, eot_mask
 from lit_unlearn.diffusion.new_tokens import (
     PLACE,
     read_embeddings,
-    substitute_embeddings,
-    tokenize_templates,
     vocabulary_of,
 )
-from lit_unlearn.diffusion.prompts import encode, tokenize
-from lit_unlearn.diffusion.sampling import add_noise
-from lit_unlearn.methods.gradient import GradientEditor
-from lit_unlearn.methods.reference_images import ReferenceImages
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.reference_images import ReferenceImages
 
 
 def check_templates(templates: Sequence[str] | None) -> None:
@@ -138,17 +134,16 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             self.latents = self.reference_latents([self.texts(number) for number in range(len(self.edited))])
 
     def prepare_prompts(self) -> None:
-        """Tokenize the prompts and mark the concept's tokens: ``input_ids`` (n, L) and ``mask`` (n, L)."""
-        tokenizer = self.components.tokenizer
-        eos = tokenizer.eos_token_id
+        """Tokenize the prompts and mark the concept's tokens: ``prompts`` and ``mask`` (n, L)."""
+        pipeline = self.pipeline
         if self.embeddings is not None:
-            self.input_ids, self.slots = tokenize_templates(tokenizer, self.edit_prompts, len(self.embeddings))
-            mask = self.slots >= 0
+            self.prompts = pipeline.tokenize_templates(self.edit_prompts, len(self.embeddings))
+            mask = self.prompts.slots[0] >= 0
         else:
-            self.input_ids = tokenize(tokenizer, self.edit_prompts)
-            mask = self.concept_mask(self.input_ids)
+            self.prompts = pipeline.tokenize(self.edit_prompts)
+            mask = self.concept_mask(self.prompts.ids[0])
         if self.include_eot:
-            mask |= eot_mask(self.input_ids, eos, self.padding)
+            mask |= eot_mask(self.prompts.ids[0], pipeline.text.eos, self.padding)
         self.mask = mask.to(self.device)
 
     def concept_mask(self, input_ids: Tensor) -> Tensor:
@@ -157,29 +152,22 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         They are those of its names; in a prompt without any, those that differ from its target prompt; and if the
         target only adds words, all of the prompt's own.
         """
-        tokenizer, owners = self.components.tokenizer, torch.tensor(self.owners)
+        text, owners = self.pipeline.text, torch.tensor(self.owners)
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for number, concept in enumerate(self.edited):
             rows = owners == number
-            mask[rows] = names_mask(tokenizer, input_ids[rows], concept.names)
+            mask[rows] = text.names_mask(input_ids[rows], concept.names)
         if not self.named:
-            targets = tokenize(tokenizer, [prompt for concept in self.edited for prompt in concept.target_prompts])
-            differs = difference_mask(input_ids, targets, tokenizer.eos_token_id)
+            targets = text.tokenize([prompt for concept in self.edited for prompt in concept.target_prompts])
+            differs = difference_mask(input_ids, targets, text.eos)
             mask = torch.where(mask.any(-1, keepdim=True), mask, differs)
-        content = positions_mask(input_ids, tokenizer.eos_token_id, "content")
+        content = positions_mask(input_ids, text.eos, "content")
         return torch.where(mask.any(-1, keepdim=True), mask, content)
 
     def texts(self, number: int) -> list[str]:
         """Prompts of the edited concept ``number``, by its first name where learned tokens stand for it."""
         prompts = [prompt for prompt, owner in zip(self.edit_prompts, self.owners, strict=True) if owner == number]
         return [prompt.replace(PLACE, self.edited[number].names[0]) for prompt in prompts]
-
-    def states(self, pairs: Tensor) -> Tensor:
-        """States (B, L, D) of the prompts ``pairs`` (B,), on the CPU."""
-        if self.embeddings is None:
-            return encode(self.text_encoder, self.input_ids[pairs])
-        with substitute_embeddings(self.text_encoder, self.embeddings, self.slots[pairs]):
-            return encode(self.text_encoder, self.input_ids[pairs])
 
     # --- the loss
 
@@ -191,9 +179,9 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             batch_idx: Number of the step within the epoch.
         """
         pairs = batch.cpu() % self.num_pairs
-        noisy, timesteps = self.noisy_images(batch, batch_idx)
-        with record_attention(self.unet) as attention:
-            self.unet(noisy, timesteps, self.states(pairs))
+        x_t, timesteps = self.noisy_images(batch, batch_idx)
+        with record_attention(self.pipeline.denoiser) as attention:
+            self.pipeline.predict(x_t, timesteps, self.pipeline.encode(self.prompts[pairs], self.embeddings))
         probabilities, mask = list(attention.values()), self.mask[pairs.to(self.device)]
         loss = attention_resteering_loss(probabilities, mask, self.form)
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -207,12 +195,11 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
 
     def noisy_images(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """x_t (B, C, H, W) of a reference image for each item of ``batch``, and t (B,), uniform over all steps."""
-        scheduler = self.components.scheduler
         clean, noise, timesteps = [], [], []
         for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
             latents = self.latents[self.owners[item % self.num_pairs]]
-            timesteps.append(torch.randint(len(scheduler.alphas_cumprod), (), generator=generator))
+            timesteps.append(self.pipeline.noise.draw_timestep(generator))
             clean.append(latents[int(torch.randint(len(latents), (), generator=generator))])
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         images, steps = torch.stack(clean), torch.stack(timesteps).to(self.device)
-        return add_noise(scheduler, images, torch.stack(noise).to(images), steps), steps
+        return self.pipeline.noise.add(images, torch.stack(noise).to(images), steps), steps

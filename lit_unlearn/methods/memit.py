@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.diffusion.prompts import residual_stream
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement, per_item
 
 
@@ -52,7 +51,7 @@ class MEMIT(ValueRefinement):
 
     def stream(self, input_ids: Tensor) -> Tensor:
         """The residual stream (n, L, D), float32, behind the last edited layer."""
-        return residual_stream(self.text_encoder, input_ids, layer_index(self.edited_names[-1]))
+        return self.pipeline.text.stream(input_ids, layer_index(self.edited_names[-1]))
 
     def on_train_epoch_start(self) -> None:
         """Start the round's z (anew, with a fresh optimizer), within its bound."""

@@ -25,7 +25,7 @@ class NegGrad(DataUnlearning):
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``−superfactor ‖ε_θ(a_t) − ε‖²``."""
-        yield -self.superfactor * self.noise_error(pairs.forget, pairs, pairs.forget_states)
+        yield -self.superfactor * self.noise_error(pairs.forget, pairs, pairs.forget_condition)
 
 
 class NaiveDeletion(DataUnlearning):
@@ -33,4 +33,4 @@ class NaiveDeletion(DataUnlearning):
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``‖ε_θ(x_t) − ε‖²``."""
-        yield self.noise_error(pairs.keep, pairs, pairs.keep_states)
+        yield self.noise_error(pairs.keep, pairs, pairs.keep_condition)

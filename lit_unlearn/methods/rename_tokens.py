@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.new_tokens import token_table
-from lit_unlearn.methods.one_step import OneStepEditor
+from lit_unlearn.methods.shared.one_step import OneStepEditor
 
 
 class RenameTokens(OneStepEditor):
@@ -39,12 +38,12 @@ class RenameTokens(OneStepEditor):
 
     def renamed(self) -> dict[int, int]:
         """Token of a concept's name to the token whose embedding it gets: the target's at the same place, or last."""
-        tokenizer = self.components.tokenizer
+        text = self.pipeline.text
         found: dict[int, int] = {}
         for concept in self.edited:
-            target = tokenizer(concept.target, add_special_tokens=False).input_ids
+            target = text.words(concept.target)
             for name in concept.names:
-                for place, token in enumerate(tokenizer(name, add_special_tokens=False).input_ids):
+                for place, token in enumerate(text.words(name)):
                     found.setdefault(token, target[min(place, len(target) - 1)])
         return found
 
@@ -53,11 +52,9 @@ class RenameTokens(OneStepEditor):
         renamed = self.renamed()
         before = self.pretrained.values[self.edited_names[0]]
         with torch.no_grad():
-            table = token_table(self.text_encoder).weight
+            table = self.pipeline.text.table
             table[list(renamed)] = before[list(renamed.values())].to(table)
-        words, others = (
-            self.components.tokenizer.convert_ids_to_tokens(list(ids)) for ids in zip(*renamed.items(), strict=True)
-        )
+        words, others = (self.pipeline.text.names_of(ids) for ids in zip(*renamed.items(), strict=True))
         self.report["renamed"] = dict(zip(words, others, strict=True))
         return super().training_step(batch, batch_idx)
 

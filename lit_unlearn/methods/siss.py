@@ -16,7 +16,7 @@ from lit_unlearn.core.importance import (
     mixture_noises,
     subtraction_scale,
 )
-from lit_unlearn.diffusion.sampling import add_noise, training_target
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs, square_error
 
 
@@ -68,8 +68,8 @@ class TwoPass(Subtraction):
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``‖ε_θ(x_t) − ε‖²`` and ``‖ε_θ(a_t) − ε‖²``, with the same noise and timestep."""
         keep, forget = self.coefficients(pairs)
-        yield keep * self.noise_error(pairs.keep, pairs, pairs.keep_states)
-        yield forget * self.noise_error(pairs.forget, pairs, pairs.forget_states)
+        yield keep * self.noise_error(pairs.keep, pairs, pairs.keep_condition)
+        yield forget * self.noise_error(pairs.forget, pairs, pairs.forget_condition)
 
 
 class Mixture(Subtraction):
@@ -90,12 +90,9 @@ class Mixture(Subtraction):
     def forward_mixture(self, pairs: Pairs) -> Tensor:
         """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of what it was made from."""
         chosen = pairs.from_forget.view(-1, 1, 1, 1)
-        noisy = add_noise(
-            self.components.scheduler, torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps
-        )
-        return self.unet(
-            noisy, pairs.timesteps, torch.where(chosen[..., 0], pairs.forget_states, pairs.keep_states)
-        ).sample
+        m = self.pipeline.noise.add(torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps)
+        condition = Condition.where(pairs.from_forget, pairs.forget_condition, pairs.keep_condition)
+        return self.pipeline.predict(m, pairs.timesteps, condition)
 
     def subtract(self, keep: Tensor, forget: Tensor, pairs: Pairs) -> Iterator[Tensor]:
         """The two losses (B,), each with its coefficient; for ``formula`` their difference."""
@@ -129,7 +126,7 @@ class SISS(Mixture):
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``w_x ‖ε_θ(m) − ε_x‖²`` and ``w_a ‖ε_θ(m) − ε_a‖²``."""
-        scheduler = self.components.scheduler
+        target = self.pipeline.noise.target
         alpha, sigma = self.noise_levels(pairs)
         noise_keep, noise_forget = mixture_noises(
             pairs.keep.float(), pairs.forget.float(), pairs.noise.float(), pairs.from_forget, alpha, sigma
@@ -138,8 +135,8 @@ class SISS(Mixture):
         certain = torch.where(pairs.from_forget, torch.inf, -torch.inf).to(ratio)
         weight_keep, weight_forget = importance_weights(torch.where(pairs.same_caption, ratio, certain), self.mixture)
         output = self.forward_mixture(pairs)
-        keep = square_error(output, training_target(scheduler, pairs.keep.float(), noise_keep, pairs.timesteps))
-        forget = square_error(output, training_target(scheduler, pairs.forget.float(), noise_forget, pairs.timesteps))
+        keep = square_error(output, target(pairs.keep.float(), noise_keep, pairs.timesteps))
+        forget = square_error(output, target(pairs.forget.float(), noise_forget, pairs.timesteps))
         yield from self.subtract(weight_keep.float() * keep, weight_forget.float() * forget, pairs)
 
 
@@ -158,7 +155,7 @@ class Bernoulli(Mixture):
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``1[m = x_t] / (1−λ) ‖ε_θ(m) − ε‖²`` and ``1[m = a_t] / λ ‖ε_θ(m) − ε‖²``."""
         latents = torch.where(pairs.from_forget.view(-1, 1, 1, 1), pairs.forget, pairs.keep)
-        target = training_target(self.components.scheduler, latents, pairs.noise, pairs.timesteps)
+        target = self.pipeline.noise.target(latents, pairs.noise, pairs.timesteps)
         error = square_error(self.forward_mixture(pairs), target)
         yield from self.subtract(
             ~pairs.from_forget / (1 - self.mixture) * error, pairs.from_forget / self.mixture * error, pairs

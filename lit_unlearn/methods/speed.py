@@ -14,7 +14,7 @@ from lit_unlearn.core.null_space import NullSpaceRule
 from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.sampling import seeded
-from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
 from lit_unlearn.system.devices import for_solving
 
 
@@ -141,7 +141,7 @@ class SPEED(CrossAttentionEditor):
 
     def keys(self) -> SPEEDKeys:
         """Gather the inputs of the edited layers."""
-        eos_token_id = self.components.tokenizer.eos_token_id
+        eos_token_id = self.pipeline.text.eos
         ids, states = self.states(self.edited_texts)
         anchor_ids, anchor_states = self.states(self.anchor_texts)
         rows, places, (anchor_places,) = subject_positions(ids, [anchor_ids], eos_token_id, self.tokens)

@@ -14,60 +14,49 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.components import DiffusionComponents
 from lit_unlearn.diffusion.new_tokens import (
     PLACE,
-    initial_embeddings,
-    substitute_embeddings,
-    tokenize_templates,
-    vocabulary_norm,
     vocabulary_of,
 )
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.diffusion.prompts import encode, encode_prompts
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import (
-    add_noise,
-    decode_latents,
-    initial_noise,
-    sample_latents,
     seeded,
-    training_target,
 )
-from lit_unlearn.evaluation.pictures import to_uint8
-from lit_unlearn.methods.base import CHECKPOINT_KEY
+from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.forget_me_not import check_templates, templates_of
-from lit_unlearn.methods.gradient import GradientEditor
-from lit_unlearn.methods.reference_images import ReferenceImages
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.reference_images import ReferenceImages
+from lit_unlearn.system.pixels import to_uint8
 
 
 def inversion_loss(
-    components: DiffusionComponents,
+    pipeline: Pipeline,
     embeddings: Tensor,
-    prompts: tuple[Tensor, Tensor],
+    prompts: Tokens,
     latents: Tensor,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Error of the UNet's prediction on noised images with prompts that hold the new tokens, a scalar (Eq. 2).
 
     Args:
-        components: Any pipeline, edited or not.
+        pipeline: Any pipeline, edited or not.
         embeddings: Those of the new tokens, (n, D); gradients flow into them.
-        prompts: ``input_ids`` and ``slots`` of the batch's prompts, (B, L) each; see ``tokenize_templates``.
+        prompts: The batch's prompts, from ``Pipeline.tokenize_templates``.
         latents: Images of the concept, (num, C, H, W).
         generators: What draws image, timestep and noise of each item.
     """
     clean, noise, timesteps = [], [], []
     for generator in generators:
-        timesteps.append(torch.randint(len(components.scheduler.alphas_cumprod), (), generator=generator))
+        timesteps.append(pipeline.noise.draw_timestep(generator))
         clean.append(latents[int(torch.randint(len(latents), (), generator=generator))])
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     images, steps = torch.stack(clean), torch.stack(timesteps).to(latents.device)
     noises = torch.stack(noise).to(images)
-    input_ids, slots = prompts
-    with substitute_embeddings(components.text_encoder, embeddings, slots):
-        states = encode(components.text_encoder, input_ids)
-    prediction = components.unet(add_noise(components.scheduler, images, noises, steps), steps, states).sample
-    return F.mse_loss(prediction.float(), training_target(components.scheduler, images, noises, steps).float())
+    condition = pipeline.encode(prompts, embeddings)
+    prediction = pipeline.predict(pipeline.noise.add(images, noises, steps), steps, condition)
+    return F.mse_loss(prediction.float(), pipeline.noise.target(images, noises, steps).float())
 
 
 @torch.no_grad()
@@ -78,7 +67,7 @@ def pull_norm(embeddings: Tensor, norm: float, rate: float) -> None:
 
 
 def optimise_embeddings(
-    components: DiffusionComponents,
+    pipeline: Pipeline,
     embeddings: Tensor,
     templates: Sequence[str],
     latents: Tensor,
@@ -91,7 +80,7 @@ def optimise_embeddings(
     """Textual inversion on any pipeline, without a trainer; an attack calls it on an edited one.
 
     Args:
-        components: The pipeline; its weights stay as they are.
+        pipeline: The pipeline; its weights stay as they are.
         embeddings: Where the new tokens start, (n, D).
         templates: Prompts with ``{}`` for all of the new tokens.
         latents: Images of the concept, (num, C, H, W).
@@ -106,14 +95,14 @@ def optimise_embeddings(
     """
     learned = nn.Parameter(embeddings.detach().float().clone())
     optimizer = torch.optim.AdamW([learned], lr=learning_rate, weight_decay=0.0)
-    input_ids, slots = tokenize_templates(components.tokenizer, templates, len(embeddings))
-    norm = vocabulary_norm(components.text_encoder)
+    prompts = pipeline.tokenize_templates(templates, len(embeddings))
+    norm = pipeline.text.vocabulary_norm
     losses = []
     for step in range(steps):
         items = [slot * len(templates) + (step * batch_size + slot) % len(templates) for slot in range(batch_size)]
         rows = torch.tensor(items) % len(templates)
         generators = [seeded(seed, 0, step, item) for item in items]
-        loss = inversion_loss(components, learned, (input_ids[rows], slots[rows]), latents, generators)
+        loss = inversion_loss(pipeline, learned, prompts[rows], latents, generators)
         (learned.grad,) = torch.autograd.grad(loss, [learned])
         optimizer.step()
         pull_norm(learned, norm, norm_decay)
@@ -199,17 +188,14 @@ class TextualInversion(GradientEditor, ReferenceImages):
 
     def configure_model(self) -> None:
         """Load the pipeline, frozen, and make the embeddings."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
         self.pretrained = WithoutNewTokens(self)
-        tokenizer, text_encoder = self.components.tokenizer, self.text_encoder
-        generator = seeded(self.seed, "embeddings")
-        self.embeddings = nn.Parameter(
-            initial_embeddings(tokenizer, text_encoder, self.num_tokens, self.initial_words, generator)
-        )
-        self.vocabulary_norm = vocabulary_norm(text_encoder)
-        self.input_ids, self.slots = tokenize_templates(tokenizer, self.templates, self.num_tokens)
+        text, generator = self.pipeline.text, seeded(self.seed, "embeddings")
+        self.embeddings = nn.Parameter(text.initial_embeddings(self.num_tokens, self.initial_words, generator))
+        self.vocabulary_norm = text.vocabulary_norm
+        self.prompts = self.pipeline.tokenize_templates(self.templates, self.num_tokens)
 
     def own_state(self) -> list[str]:
         """The embeddings."""
@@ -252,8 +238,8 @@ class TextualInversion(GradientEditor, ReferenceImages):
             batch_idx: Number of the step within the epoch.
         """
         rows = batch.cpu() % self.num_pairs
-        prompts, generators = (self.input_ids[rows], self.slots[rows]), self.generators(batch, batch_idx)
-        loss = inversion_loss(self.components, self.embeddings, prompts, self.latents, generators)
+        generators = self.generators(batch, batch_idx)
+        loss = inversion_loss(self.pipeline, self.embeddings, self.prompts[rows], self.latents, generators)
         self.log_losses({"train/loss": loss}, batch)
         return loss
 
@@ -268,18 +254,9 @@ class TextualInversion(GradientEditor, ReferenceImages):
         """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts`` with the new tokens for the concept's names."""
         if not self.reads_new_tokens:
             return super().generate(prompts, seeds)
-        tokenizer = self.components.tokenizer
         templates = [self.concept.replace_names(prompt, PLACE) for prompt in prompts]
-        input_ids, slots = tokenize_templates(tokenizer, templates, self.num_tokens)
-        with substitute_embeddings(self.text_encoder, self.embeddings, slots):
-            states = encode(self.text_encoder, input_ids)
-        latents = sample_latents(
-            self.unet,
-            self.components.scheduler,
-            states,
-            encode_prompts(tokenizer, self.text_encoder, [""]),
-            initial_noise(self.unet, seeds),
-            self.num_inference_steps,
-            self.guidance_scale,
+        pipeline = self.pipeline
+        condition = pipeline.encode(pipeline.tokenize_templates(templates, self.num_tokens), self.embeddings)
+        return to_uint8(
+            pipeline.decode(pipeline.draw_latents(condition, seeds, self.num_inference_steps, self.guidance_scale))
         )
-        return to_uint8(decode_latents(self.components.vae, latents))

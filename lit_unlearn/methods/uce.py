@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.cross_attention_maps import without_component
 from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, subject_positions
+from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.methods.cross_attention import CrossAttentionEditor
+from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
 from lit_unlearn.system.devices import for_solving
 
 TEMPLATES = ("a picture of {}", "an image of {}", "a drawing of {}", "this is {}", "look at {}")
@@ -109,7 +109,7 @@ class PhraseMap(CrossAttentionEditor):
     def on_fit_start(self) -> None:
         """Encode phrases, guides and preserved prompts, once."""
         super().on_fit_start()
-        eos_token_id = self.components.tokenizer.eos_token_id
+        eos_token_id = self.pipeline.text.eos
         ids, states = self.states(self.phrases)
         encoded = [self.states(guides) for guides in self.guides]
         self.rows, places, guide_places = subject_positions(

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.cross_attention_maps import shifted_by_attributes
 from lit_unlearn.core.debiasing import attribute_ratios, debiasing_step
 from lit_unlearn.core.subject_tokens import SubjectTokens
-from lit_unlearn.evaluation.judges import judge_questions
+from lit_unlearn.core.uce import shifted_by_attributes
+from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.methods.uce import PhraseMap, expanded
 
 DRAW_BATCH = 40

@@ -9,26 +9,26 @@ t too, of which a few are fixed for each prompt.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, tokenize
-from lit_unlearn.diffusion.sampling import add_noise, seeded
-from lit_unlearn.methods.base import ConceptEditor, linear_layer
+from lit_unlearn.diffusion.parameters import call_order
+from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.diffusion.text import Tokens
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import UNET_BATCH, LayerState, ValueRefinement
 
 WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000
 """Added to the seeds of pictures, so that they are none of the edit prompts'."""
 
-Query = tuple[Tensor, Tensor, Tensor]
-"""What the UNet is asked: x_t (B, C, H, W), t (B,) and states (B, L, D)."""
+Query = tuple[Tensor, Tensor, Condition]
+"""What the denoiser is asked: x_t (B, C, H, W), t (B,) and the condition of B prompts."""
 
 
 class UNetValueRefinement(ValueRefinement):
@@ -88,34 +88,29 @@ class UNetValueRefinement(ValueRefinement):
 
     def configure_model(self) -> None:
         """Load the pipeline and make room for V1."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         ConceptEditor.configure_model(self)
-        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        self.layers = self.pipeline.sites(self.edited_names)
         d_out = max(layer.out_features for layer in self.layers.values())
         self.values = nn.Parameter(torch.zeros(self.num_pairs, self.num_positions(), d_out))
 
     def num_positions(self) -> int:
         """Most positions at which an edited layer is called: the length of a text."""
-        return self.components.tokenizer.model_max_length
+        return self.pipeline.text.length
 
     def gather(self) -> None:
         """Compute what the unedited model must provide; its weights are restored while this runs."""
-        self.edit_states = self.text_states(self.edit_ids)
+        self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         super().gather()
         self.watch()
 
-    def text_states(self, input_ids: Tensor) -> Tensor:
-        """States (n, L, D) of ``input_ids`` (n, L)."""
-        return torch.cat([encode(self.text_encoder, part) for part in input_ids.split(ENCODE_BATCH)])
-
     def gather_moments(self) -> None:
         """``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys: states of the retained prompts, alike for all layers."""
-        tokenizer = self.components.tokenizer
-        states = self.text_states(tokenize(tokenizer, self.retain_prompts)).flatten(0, 1)
+        states = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
         moment, count = second_moment(states).cpu(), len(states)
         if self.retain_empty:
-            empty = self.text_states(tokenize(tokenizer, [""]))[0]
+            empty = self.pipeline.encode_many([""]).states[0]
             moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
         self.moments = dict.fromkeys(self.edited_names, (moment, count))
 
@@ -123,43 +118,34 @@ class UNetValueRefinement(ValueRefinement):
         """Make what ``retained_outputs`` asks the UNet; the pictures are no cost of the edit."""
         every = max(1, len(self.retain_prompts) // self.watched_prompts)
         prompts = self.retain_prompts[::every][: self.watched_prompts]
-        self.watched_states = self.text_states(tokenize(self.components.tokenizer, prompts))
+        self.watched = self.pipeline.encode_many(prompts)
         with self.uncounted():
-            pictures = self.pictures(self.watched_states, WATCHED_SEED)
+            pictures = self.pictures(self.watched, WATCHED_SEED)
         self.watched_noisy, self.watched_timesteps = self.noised(pictures, "watched")
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
-        asked = (self.watched_noisy, self.watched_timesteps, self.watched_states)
-        parts = list(zip(*(tensor.split(UNET_BATCH) for tensor in asked), strict=True))
+        asked = (self.watched_noisy, self.watched_timesteps, self.watched)
+        parts = list(zip(*(rows.split(UNET_BATCH) for rows in asked), strict=True))
         with self.uncounted():
-            return [self.unet(*part).sample.float() for part in self.own_share(parts)]
+            return [self.pipeline.predict(*part).float() for part in self.own_share(parts)]
 
     def noised(self, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
         """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""
         noise, timesteps = [], []
         for place in range(len(latents)):
             generator = seeded(self.seed, label, place)
-            timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
+            timesteps.append(self.pipeline.noise.draw_timestep(generator, self.min_timestep, self.max_timestep))
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         times = torch.stack(timesteps).to(latents.device)
-        return add_noise(self.components.scheduler, latents, torch.stack(noise).to(latents), times), times
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Measuring is no part of what an edit costs: forwards inside the block are not counted."""
-        counts = self.forwards.count, self.forwards.backward
-        try:
-            yield
-        finally:
-            self.forwards.count, self.forwards.backward = counts
+        return self.pipeline.noise.add(latents, torch.stack(noise).to(latents), times), times
 
     # --- one (round, layer)
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts, the text states."""
-        keys = self.edit_states.float()
+        keys = self.edit_condition.states.float()
         return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, self.mask)
 
     def start_values(self, state: LayerState) -> Tensor:
@@ -171,16 +157,16 @@ class UNetValueRefinement(ValueRefinement):
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, L, d_in), float32: the states of the target prompts, each at the edit position aligned with it."""
-        return self.align(self.goal_states.float())
+        return self.align(self.goal.states.float())
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
-        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
-        goal = self.pretrained("unet", self.unet, noisy, timesteps, self.goal_states[pairs]).sample
+        x_t = self.pipeline.noise.add(latents, noise, timesteps)
+        goal = self.pretrained_prediction(x_t, timesteps, self.goal[pairs])
         with replace_output(state.layer, values, state.mask[pairs]):
-            return self.unet(noisy, timesteps, self.edit_states[pairs]).sample, goal
+            return self.pipeline.predict(x_t, timesteps, self.edit_condition[pairs]), goal
 
 
 class UNetFeedForwardRefinement(UNetValueRefinement):
@@ -220,7 +206,7 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
 
     def num_positions(self) -> int:
         """Most places that a layer's picture has."""
-        return max(num_places(self.unet.config, name) for name in self.edited_names)
+        return max(self.pipeline.num_places(name) for name in self.edited_names)
 
     def gather(self) -> None:
         """Also fix x_t and t of every item, and the goal there."""
@@ -228,80 +214,61 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         latents = self.latents if self.value_choice == "refined" else self.edit_latents()
         numbers = [number % len(latents) for number in range(self.noises_per_prompt)]
         self.noisy, self.timesteps = self.noised(latents[numbers].flatten(0, 1), "edited")
-        self.goals = self.asked(self.goal_states, lambda query: self.unet(*query).sample)
+        self.goals = self.asked(self.goal, lambda query: self.pipeline.predict(*query))
 
-    def queries(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> list[Query]:
-        """Batches of what to ask the UNet: the items' x_t and t, and the states of their prompts, in turn."""
+    def queries(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
+        """Batches of what to ask the denoiser: the items' x_t and t, and the condition of their prompts, in turn."""
         batches = torch.arange(len(noisy)).split(UNET_BATCH)
-        return [(noisy[items], timesteps[items], states[items % len(states)]) for items in batches]
+        return [(noisy[items], timesteps[items], condition[items % len(condition)]) for items in batches]
 
-    def asked(self, states: Tensor, answer: Callable[[Query], Tensor]) -> Tensor:
-        """What ``answer`` makes (n, ...) of all items with ``states`` as their prompts, shared out among processes."""
+    def asked(self, condition: Condition, answer: Callable[[Query], Tensor]) -> Tensor:
+        """What ``answer`` makes (n, ...) of all items with ``condition`` as that of their prompts, in turn."""
 
         def make(places: list[int]) -> Tensor:
             items = torch.tensor(places)
-            own = self.queries(self.noisy[items], self.timesteps[items], states[items % len(states)])
+            own = self.queries(self.noisy[items], self.timesteps[items], condition[items % len(condition)])
             return torch.cat([answer(query) for query in own])
 
         return self.made_once(len(self.noisy), make)
 
     def inputs(self, names: Sequence[str], query: Query) -> Mapping[str, Tensor]:
-        """Inputs (B, places, d_in) of the layers ``names`` when the UNet is asked ``query``."""
+        """Inputs (B, places, d_in) of the layers ``names`` when the denoiser is asked ``query``."""
         with capture_inputs({name: self.layers[name] for name in names}) as captured, torch.no_grad():
-            self.unet(*query)
+            self.pipeline.predict(*query)
         return captured
 
     def gather_moments(self) -> None:
         """Stream pictures of the retained prompts through the UNet: ``K0 K0ᵀ``, float64, and how many keys."""
-        tokenizer = self.components.tokenizer
-        states = self.text_states(tokenize(tokenizer, self.retain_prompts))
-        latents = self.pictures(states, RETAINED_SEED)
+        retained = self.pipeline.encode_many(self.retain_prompts)
+        latents = self.pictures(retained, RETAINED_SEED)
         noisy, timesteps = self.noised(latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
-        conditions = [states]
+        conditions = [retained]
         if self.retain_empty:
-            conditions.append(self.text_states(tokenize(tokenizer, [""])))
+            conditions.append(self.pipeline.encode_many([""]))
         queries = [query for each in conditions for query in self.queries(noisy, timesteps, each)]
         sums = self.summed_moments(queries, lambda query: self.inputs(self.edited_names, query))
-        counts = {name: len(conditions) * len(noisy) * num_places(self.unet.config, name) for name in sums}
+        counts = {name: len(conditions) * len(noisy) * self.pipeline.num_places(name) for name in sums}
         self.moments = {name: (moment, counts[name]) for name, moment in sums.items()}
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the items, from the UNet as it is now."""
-        keys = self.keys_at(name, self.edit_states)
+        keys = self.keys_at(name, self.edit_condition)
         mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
 
-    def keys_at(self, name: str, states: Tensor) -> Tensor:
-        """Inputs (n, places, d_in), float32, of the layer ``name`` at the items, with ``states`` as their prompts."""
-        return self.asked(states, lambda query: self.inputs([name], query)[name].float())
+    def keys_at(self, name: str, condition: Condition) -> Tensor:
+        """Inputs (n, places, d_in), float32, of the layer ``name`` at the items with the prompts of ``condition``."""
+        return self.asked(condition, lambda query: self.inputs([name], query)[name].float())
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited."""
         with self.pretrained.restored():
-            return self.keys_at(name, self.goal_states)
+            return self.keys_at(name, self.goal)
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
         items = batch % self.num_pairs
-        states = self.edit_states[items % len(self.edit_states)]
+        condition = self.edit_condition[items % len(self.edit_condition)]
         with replace_output(state.layer, values, state.mask[items]):
-            prediction = self.unet(self.noisy[items], self.timesteps[items], states).sample
+            prediction = self.pipeline.predict(self.noisy[items], self.timesteps[items], condition)
         return prediction, self.goals[items]
-
-
-def call_order(name: str) -> tuple[int, list[int], str]:
-    """Sorts weights of the UNet's blocks as these are called: down, mid, up, by number."""
-    place = name.removeprefix("unet.").split("_")[0]
-    return ["down", "mid", "up"].index(place), [int(digits) for digits in re.findall(r"\.(\d+)\.", name)], name
-
-
-def num_places(config: Mapping[str, object], name: str) -> int:
-    """Positions (height times width) that the block of the UNet's weight ``name`` works on, by the UNet's config."""
-    place, _, blocks = name.removeprefix("unet.").partition("_blocks.")
-    last = len(config["down_block_types"]) - 1  # type: ignore[arg-type]
-    number = int(blocks.split(".")[0]) if blocks else 0
-    halvings = {"down": number, "up": last - number}.get(place, last)
-    side = int(config["sample_size"])  # type: ignore[call-overload]
-    for _ in range(halvings):
-        side = -(-side // 2)
-    return side * side

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from lit_unlearn.core.alignment import align_tokens, positions_mask
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode, residual_stream, tokenize
-from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents, seeded
-from lit_unlearn.methods.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps, linear_layer
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.diffusion.text import Tokens
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps
 
 Batch = TypeVar("Batch")
 
@@ -148,12 +150,12 @@ class ValueRefinement(ConceptEditor):
 
     def configure_model(self) -> None:
         """Load the pipeline and make room for V1."""
-        if hasattr(self, "components"):
+        if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        self.layers = {name: linear_layer(self.components, name) for name in self.edited_names}
+        self.layers = self.pipeline.sites(self.edited_names)
         d_out = max(layer.out_features for layer in self.layers.values())
-        length = self.components.tokenizer.model_max_length
+        length = self.pipeline.text.length
         self.values = nn.Parameter(torch.zeros(len(self.edit_prompts), length, d_out))
 
     def own_state(self) -> list[str]:
@@ -180,10 +182,10 @@ class ValueRefinement(ConceptEditor):
         """Set the length of the run and compute what the frozen model must provide."""
         super().on_fit_start()
         self.trainer.fit_loop.max_epochs = self.rounds * self.epochs_per_round
-        tokenizer = self.components.tokenizer
-        eos = tokenizer.eos_token_id
-        self.edit_ids = tokenize(tokenizer, self.edit_prompts)
-        target_ids = tokenize(tokenizer, self.target_prompts)
+        text = self.pipeline.text
+        eos = text.eos
+        self.edit_ids = text.tokenize(self.edit_prompts)
+        target_ids = text.tokenize(self.target_prompts)
         self.mask = positions_mask(self.edit_ids, eos, self.positions).to(self.device)
         self.alignment = torch.tensor(
             [align_tokens(e, t, eos) for e, t in zip(self.edit_ids.tolist(), target_ids.tolist(), strict=True)]
@@ -200,7 +202,7 @@ class ValueRefinement(ConceptEditor):
     def gather(self) -> None:
         """Compute what the unedited model must provide; its weights are restored while this runs."""
         self.gather_moments()
-        self.goal_states = encode(self.text_encoder, self.target_ids)
+        self.goal = self.pipeline.encode(Tokens((self.target_ids,)))
         if self.start == "residual":
             self.goal_residual = self.align(self.stream(self.target_ids))
         if self.value_choice == "refined":
@@ -208,11 +210,11 @@ class ValueRefinement(ConceptEditor):
 
     def gather_moments(self) -> None:
         """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
-        ids = tokenize(self.components.tokenizer, self.retain_prompts)
+        ids = self.pipeline.text.tokenize(self.retain_prompts)
 
         def inputs(part: Tensor) -> Mapping[str, Tensor]:
             with capture_inputs(self.layers) as captured:
-                encode(self.text_encoder, part)
+                self.pipeline.text.states(part)
             return captured
 
         sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
@@ -234,40 +236,33 @@ class ValueRefinement(ConceptEditor):
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
-        states = encode(self.text_encoder, self.edit_ids)
-        return torch.stack([self.pictures(states, 100_000 * number) for number in range(self.latents_per_prompt)])
+        condition = self.pipeline.encode(Tokens((self.edit_ids,)))
+        return torch.stack([self.pictures(condition, 100_000 * number) for number in range(self.latents_per_prompt)])
 
-    def pictures(self, states: Tensor, first_seed: int) -> Tensor:
-        """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), shared out among processes."""
+    def pictures(self, condition: Condition, first_seed: int) -> Tensor:
+        """Latents (n, C, H, W) of pictures of the n prompts of ``condition``, shared out among processes."""
 
         def make(places: list[int]) -> Tensor:
             parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
             return torch.cat(
                 [
-                    self.picture_latents(states[part], [self.seed + first_seed + place for place in part])
+                    self.picture_latents(condition[part], [self.seed + first_seed + place for place in part])
                     for part in parts
                 ]
             )
 
-        return self.made_once(len(states), make)
+        return self.made_once(len(condition), make)
 
-    def picture_latents(self, states: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Latents (n, C, H, W) of pictures of the prompts with ``states`` (n, L, D), each from its own seed."""
-        return sample_latents(
-            self.unet,
-            self.components.scheduler,
-            states,
-            encode(self.text_encoder, tokenize(self.components.tokenizer, [""])),
-            initial_noise(self.unet, seeds),
-            self.num_inference_steps,
-            self.guidance_scale,
-        )
+    def picture_latents(self, condition: Condition, seeds: Sequence[int]) -> Tensor:
+        """Latents (n, C, H, W) of pictures of the n prompts of ``condition``, each from its own seed."""
+        return self.pipeline.draw_latents(condition, seeds, self.num_inference_steps, self.guidance_scale)
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave as it is, float32: states (B, L, D) of retained prompts."""
-        ids = tokenize(self.components.tokenizer, self.retain_prompts)
-        return [encode(self.text_encoder, part).float() for part in self.own_share(ids.split(ENCODE_BATCH))]
+        text = self.pipeline.text
+        ids = text.tokenize(self.retain_prompts)
+        return [text.states(part).float() for part in self.own_share(ids.split(ENCODE_BATCH))]
 
     def retained_drift(self, before: Sequence[Tensor]) -> float:
         """By how much ``retained_outputs`` now differ from those ``before``, relative to their norm."""
@@ -318,7 +313,7 @@ class ValueRefinement(ConceptEditor):
         parts = []
         for part in input_ids.split(ENCODE_BATCH):
             with capture_inputs({name: self.layers[name]}) as captured:
-                encode(self.text_encoder, part)
+                self.pipeline.text.states(part)
             parts.append(captured[name].float())
         return torch.cat(parts)
 
@@ -333,7 +328,7 @@ class ValueRefinement(ConceptEditor):
 
     def stream(self, input_ids: Tensor) -> Tensor:
         """The residual stream (n, L, D), float32, whose lack ``residual`` makes up for: the last layer's output."""
-        return residual_stream(self.text_encoder, input_ids)
+        return self.pipeline.text.stream(input_ids)
 
     def align(self, rows: Tensor) -> Tensor:
         """Rows of the target prompts, (n, L, D), each moved to the edit position that is aligned with it."""
@@ -361,15 +356,15 @@ class ValueRefinement(ConceptEditor):
         return error + self.pull * distance
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What the UNet makes of the edit prompts with V1 in place, and of the target prompts, (B, C, H, W) each."""
+        """What the denoiser says of the edit prompts with V1 in place, and of the target prompts, (B, C, H, W) each."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
-        noisy = add_noise(self.components.scheduler, latents, noise, timesteps)
+        x_t = self.pipeline.noise.add(latents, noise, timesteps)
         with replace_output(state.layer, values, state.mask[pairs]):
-            states = encode(self.text_encoder, self.edit_ids[pairs.cpu()])
+            condition = self.pipeline.encode(Tokens((self.edit_ids[pairs.cpu()],)))
         with torch.no_grad():
-            goal = self.unet(noisy, timesteps, self.goal_states[pairs]).sample
-        return self.unet(noisy, timesteps, states).sample, goal
+            goal = self.pipeline.predict(x_t, timesteps, self.goal[pairs])
+        return self.pipeline.predict(x_t, timesteps, condition), goal
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.
@@ -380,7 +375,7 @@ class ValueRefinement(ConceptEditor):
         for item in batch.tolist():
             pair = item % self.num_pairs
             generator = seeded(self.seed, self.current_epoch, batch_idx, item)
-            timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
+            timesteps.append(self.pipeline.noise.draw_timestep(generator, self.min_timestep, self.max_timestep))
             number = int(torch.randint(len(self.latents), (), generator=generator))
             latents.append(self.latents[number, pair])
             noise.append(torch.randn(self.latents.shape[2:], generator=generator))

@@ -14,9 +14,8 @@ from torch import Tensor
 from helpers import load_copy, weights
 from lit_unlearn.attacks.base import AttackedModel
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.diffusion.trajectories import chain_timesteps
 
 STEPS = 2
 """Denoising steps of every picture here."""
@@ -64,7 +63,7 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
     """Asserts that a block leaves all weights what they were, to the last bit, frozen and without gradients."""
 
     @contextmanager
-    def check(components: DiffusionComponents) -> Iterator[None]:
+    def check(components: StableDiffusion) -> Iterator[None]:
         before = weights(components)
         yield
         for name, parameter in components.named_parameters().items():
@@ -76,6 +75,6 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def forwards_per_picture(components: DiffusionComponents) -> int:
+def forwards_per_picture(components: StableDiffusion) -> int:
     """UNet forwards of a picture: guidance doubles the sampler's steps."""
-    return 2 * len(chain_timesteps(components.scheduler, STEPS))
+    return 2 * len(components.noise.timesteps(STEPS))

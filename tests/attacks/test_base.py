@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from helpers import load_copy
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import decode_latents, draw_pictures, seeded
+from lit_unlearn.diffusion.sampling import decode_latents, seeded
 
 Attacked = Callable[..., AttackedModel]
 
@@ -41,7 +42,7 @@ def test_the_loss_is_that_of_the_training(name: str, request: pytest.FixtureRequ
     target = noise if name == "tiny_sd" else (alpha * noise - sigma * latents)
     output = components.unet(noisy, timesteps, states).sample
     expected = [float((output[i] - target[i]).double().square().mean()) for i in range(3)]
-    found = denoising_errors(components, states, latents, noise, timesteps)
+    found = denoising_errors(components, Condition(states), latents, noise, timesteps)
     assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)  # float32 throughout
 
 
@@ -64,7 +65,7 @@ def test_pictures_are_of_direct_prompts_and_their_own_seeds(attacked: Attacked) 
     assert len(set(model.seeds)) == 12
     assert not set(model.seeds) & set(attacked(num_pictures=12, seed=1).seeds)
     pictures = model.draw(model.prompts, model.seeds)  # in two batches
-    expected = draw_pictures(model.components, model.prompts[9:11], model.seeds[9:11], 2, 4.0)
+    expected = model.pipeline.draw(model.prompts[9:11], model.seeds[9:11], 2, 4.0)
     assert_close(pictures[9:11], expected, rtol=0, atol=1e-5)  # batches of other sizes differ in the last bits
     assert torch.equal(pictures, attacked(num_pictures=12).draw(model.prompts, model.seeds))
 
@@ -73,7 +74,7 @@ def test_it_learns_from_the_unedited_models_pictures(
     attacked: Attacked, untouched: Callable[..., object], forwards_per_picture: int
 ) -> None:
     model = attacked()
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         references = model.references
     assert set(references.prompts) == {"a dog", "the dog at sunset"}
     assert len(references.latents) == NUM_REFERENCES
@@ -88,10 +89,10 @@ def test_it_learns_from_the_unedited_models_pictures(
 
 def test_it_learns_from_pictures_that_show_the_concept(attacked: Attacked, forwards_per_picture: int) -> None:
     model = attacked()
-    means = decode_latents(model.components.vae, model.references.latents).mean(dim=(1, 2, 3))
+    means = decode_latents(model.pipeline.vae, model.references.latents).mean(dim=(1, 2, 3))
     picky = attacked(judge=Bright(float(means.sort().values[4:6].mean())))  # five of the first ten pass
     references = picky.references
-    shown = decode_latents(picky.components.vae, references.latents).mean(dim=(1, 2, 3))
+    shown = decode_latents(picky.pipeline.vae, references.latents).mean(dim=(1, 2, 3))
     assert shown.min() > picky.judge.threshold  # type: ignore[attr-defined]
     assert references.cost.unet_forwards in (20 * forwards_per_picture, 30 * forwards_per_picture)
     with pytest.raises(

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from lit_unlearn import cli
 from lit_unlearn.attacks.catalog import ATTACKS, make_attacks
 from lit_unlearn.attacks.prompt_search import PromptSearch
 from lit_unlearn.attacks.relearning import Relearning
+from lit_unlearn.commands.attack import ATTACK_NAMES
 
 
 def test_the_help_names_all_attacks() -> None:
-    assert tuple(ATTACKS) == cli.ATTACK_NAMES
+    assert tuple(ATTACKS) == ATTACK_NAMES
 
 
 def test_settings_that_are_given_go_where_they_belong() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.concept_inversion import ConceptInversion
-from lit_unlearn.diffusion.new_tokens import initial_embeddings, tokenize_templates
+from lit_unlearn.diffusion.new_tokens import initial_embeddings
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.textual_inversion import inversion_loss
 
@@ -25,18 +25,18 @@ def test_it_lowers_the_loss_and_touches_no_weight(
 ) -> None:
     folder: Path = request.getfixturevalue(name)
     model = attacked(folder)
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         found = ConceptInversion(steps=30, learning_rate=0.1, num_tokens=2).run(model)
         pictures = found.draw(model.prompts, model.seeds)
     assert found.embeddings is not None
 
     def loss(embeddings: torch.Tensor) -> float:
-        prompts = tokenize_templates(model.components.tokenizer, ["a {}"] * 64, 2)
+        prompts = model.pipeline.tokenize_templates(["a {}"] * 64, 2)
         generators = [seeded("held out", i) for i in range(64)]
         with torch.no_grad():
-            return float(inversion_loss(model.components, embeddings, prompts, model.references.latents, generators))
+            return float(inversion_loss(model.pipeline, embeddings, prompts, model.references.latents, generators))
 
-    components = model.components
+    components = model.pipeline
     start = initial_embeddings(
         components.tokenizer, components.text_encoder, 2, None, seeded(model.seed, "concept inversion")
     )

@@ -7,7 +7,6 @@ import torch
 
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
 from lit_unlearn.attacks.prompt_search import SCORED, PromptSearch
-from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import seeded
 
 Attacked = Callable[..., AttackedModel]
@@ -21,8 +20,8 @@ def loss(model: AttackedModel, prefix: str) -> float:
         references.latents, 1000, [seeded("held out", i) for i in range(64)], (0.3, 0.9)
     )
     prompts = [f"{prefix} {references.prompts[row]}".strip() for row in rows]
-    states = encode_prompts(model.components.tokenizer, model.components.text_encoder, prompts)
-    errors = denoising_errors(model.components, states, references.latents[rows], noise, timesteps)
+    condition = model.pipeline.encode(prompts)
+    errors = denoising_errors(model.pipeline, condition, references.latents[rows], noise, timesteps)
     return float(errors.mean())
 
 
@@ -30,10 +29,10 @@ def test_a_prefix_of_words_that_denoises_better(
     attacked: Attacked, untouched: Callable[..., object], forwards_per_picture: int
 ) -> None:
     model = attacked()
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         found = PromptSearch(steps=25, num_tokens=3).run(model)
     prefix = found.report["prefix"]
-    tokenizer = model.components.tokenizer
+    tokenizer = model.pipeline.tokenizer
     assert len(tokenizer(prefix, add_special_tokens=False).input_ids) == 3
     assert not model.concept.find_name(prefix)
     assert found.text == f"{prefix} one dog"

@@ -12,7 +12,7 @@ from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.relearning import Relearning, trained
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import judge_folder
 
 Attacked = Callable[..., AttackedModel]
@@ -37,7 +37,7 @@ def test_the_weights_are_those_of_before(
     attacked: Attacked, untouched: Callable[..., object], forwards_per_picture: int
 ) -> None:
     model = attacked(judge=After(rounds=2))
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         before = model.draw(model.prompts, model.seeds)
         found = Relearning(steps=5, learning_rate=1e-2, batch_size=2).run(model)
         pictures = found.draw(model.prompts, model.seeds)
@@ -59,7 +59,7 @@ def test_what_does_not_come_back(attacked: Attacked) -> None:
 def test_it_trains_the_edited_weights_towards_the_pictures(attacked: Attacked) -> None:
     """Only they move, and the loss on the pictures falls."""
     model = attacked()
-    parameters = model.components.named_parameters()
+    parameters = model.pipeline.named_parameters()
     values = {name: p.detach().clone() for name, p in parameters.items()}
     moved: set[str] = set()
     draw = model.draw
@@ -75,7 +75,7 @@ def test_it_trains_the_edited_weights_towards_the_pictures(attacked: Attacked) -
 
 def test_weights_return_after_an_error(attacked: Attacked, untouched: Callable[..., object]) -> None:
     model = attacked()
-    with untouched(model.components), pytest.raises(ZeroDivisionError), trained(model.pretrained.parameters) as weights:  # type: ignore[attr-defined]
+    with untouched(model.pipeline), pytest.raises(ZeroDivisionError), trained(model.pretrained.parameters) as weights:  # type: ignore[attr-defined]
         assert all(weight.requires_grad for weight in weights)
         with torch.no_grad():
             weights[0].add_(1)

@@ -14,13 +14,13 @@ Attacked = Callable[..., AttackedModel]
 
 def test_words_with_the_states_of_the_concept(attacked: Attacked, untouched: Callable[..., object]) -> None:
     model = attacked(edits="text_encoder.encoder.layers.1.mlp.fc2.weight")
-    with untouched(model.components):  # type: ignore[attr-defined]
+    with untouched(model.pipeline):  # type: ignore[attr-defined]
         found = RingABell(steps=40, num_tokens=4, strength=0.5).run(model)
     assert (found.cost.unet_forwards, found.cost.unet_backwards) == (0, 0)
     assert list(found.report["prompts"]) == ["one dog"]
     words = found.report["prompts"]["one dog"]
     assert found.text == words
-    assert len(model.components.tokenizer(words, add_special_tokens=False).input_ids) == 4
+    assert len(model.pipeline.tokenizer(words, add_special_tokens=False).input_ids) == 4
     assert not model.concept.find_name(words)
 
     # The goal is the unedited encoder's, and the words bring the edited one there.

@@ -14,10 +14,9 @@ from torch.testing import assert_close
 from helpers import LAYERS
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
-from lit_unlearn.diffusion.components import save_pipeline
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import ConceptEditor, linear_layer
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
@@ -51,9 +50,9 @@ def exact_null_space(**arguments: Any) -> NullSpaceEdit:
 
 def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
     """States of the retained prompts, and their keys K0 at both layers."""
-    layers = {name: linear_layer(module.components, name) for name in LAYERS}
+    layers = {name: module.pipeline.linear(name) for name in LAYERS}
     with torch.no_grad(), capture_inputs(layers) as keys:
-        states = encode_prompts(module.components.tokenizer, module.text_encoder, module.retain_prompts)
+        states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, module.retain_prompts)
     return states, [keys[name] for name in LAYERS]
 
 
@@ -73,7 +72,7 @@ def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit
     assert all(tensor.dtype == torch.float64 for _, *tensors in edit.solved for tensor in tensors)
     for name in LAYERS:
         # Float32 weights of order 1, nudged twice.
-        now, before = module.components.named_parameters()[name], module.pretrained.values[name]
+        now, before = module.pipeline.named_parameters()[name], module.pretrained.values[name]
         assert_close(now, before + 2 * edit.delta.float(), rtol=0, atol=1e-5)
     assert {"edit/largest"} <= set(trainer.callback_metrics)
 
@@ -89,7 +88,7 @@ def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: F
     assert set(module.report["layers"]) == set(LAYERS)
     for place, name in enumerate(LAYERS):
         delta, weight = edit.described[2 + place]
-        now = module.components.named_parameters()[name].double()
+        now = module.pipeline.named_parameters()[name].double()
         assert torch.equal(weight + delta, now)
         # Without a pull the loss is the error. The second round begins with the seventh step.
         first, _, last = losses[6 + 3 * place : 9 + 3 * place]
@@ -253,7 +252,7 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
 
     def dog(module: ValueRefinement) -> Tensor:
         with torch.no_grad():
-            return encode_prompts(module.components.tokenizer, module.text_encoder, ["a dog"])
+            return encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["a dog"])
 
     first = refinement(concept_set=str(path), values="residual")
     fit(first, exact_null_space(), steps=1)
@@ -261,7 +260,7 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
         original = dog(first)
     written = dog(first)
     assert relative(written, original) > 1e-2
-    save_pipeline(first.components, tmp_path / "edited")
+    first.pipeline.save(tmp_path / "edited")
     arguments = {"concept": "cat", "concept_set": str(path), "model": str(tmp_path / "edited"), "values": "residual"}
     second = refinement(**arguments)
     fit(second, exact_null_space(), steps=1)

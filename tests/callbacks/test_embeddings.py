@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 
 from lit_unlearn.callbacks.embeddings import FILE, SaveEmbeddings
-from lit_unlearn.callbacks.evaluation import run_folder
-from lit_unlearn.checkpoint import load_edited, read_edit
+from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
+from lit_unlearn.edits.checkpoint import load_edited, read_edit
 from lit_unlearn.methods.forget_me_not import ForgetMeNot
 from lit_unlearn.methods.textual_inversion import TextualInversion
 
@@ -34,7 +34,7 @@ def test_learned_tokens_are_saved_and_read_by_forget_me_not(
     module = TextualInversion(num_tokens=3, templates=["a {}"], **shared)
     trainer = trainer_with(SaveEmbeddings(), max_epochs=1, limit_val_batches=0)
     trainer.fit(module, ConceptPrompts("dog", pets, steps=2, batch_size=1))
-    path = run_folder(trainer) / FILE
+    path = folder_of(trainer) / FILE
     embeddings, metadata = read_embeddings(path)
     assert torch.equal(embeddings, module.embeddings)
     assert (metadata["concept"], metadata["vocabulary"]) == ("dog", vocabulary_of(str(tiny_sd))[0])

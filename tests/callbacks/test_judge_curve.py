@@ -16,8 +16,8 @@ from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, known_answers
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import Pictures
-from lit_unlearn.evaluation.classifier import ClassifierJudge
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_unlearn import cli
 from lit_unlearn.callbacks.memorisation import MemorisationReport
-from lit_unlearn.checkpoint import read_edit
 from lit_unlearn.data.images import KeepForgetImages
-from lit_unlearn.diffusion.components import load_components
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.emoji.judge import JudgeTraining
 from lit_unlearn.evaluation.memorisation import CopyDetector, pixel_features
 from lit_unlearn.methods.siss import SISS
@@ -107,7 +107,7 @@ def test_the_shares_are_those_of_the_pictures(
     assert content["thresholds"]["pixels"] == pytest.approx(detector.thresholds["pixels"], rel=1e-4)
     items = images.test_items
     before = module.generate([item.prompt for item in items], [item.seed for item in items])
-    read_edit(tested / RUN / "checkpoints" / "last.ckpt").apply(module.components)
+    read_edit(tested / RUN / "checkpoints" / "last.ckpt").apply(module.pipeline)
     after = module.generate([item.prompt for item in items], [item.seed for item in items])
     assert not torch.equal(before, after)
     for pictures, measured in ((before, content["before"]), (after, content["after"])):
@@ -157,7 +157,7 @@ def test_an_export_says_what_it_is(workplace: Path, tiny_sd: Path, capsys: pytes
     assert "without what it has unlearned" in capsys.readouterr().out
     assert "from which training pictures were unlearned" in Path("exported/README.md").read_text(encoding="utf-8")
     edit = read_edit(path)
-    exported = load_components("exported").named_parameters()
+    exported = load_pipeline("exported").named_parameters()
     assert all(torch.equal(exported[name], value) for name, value in edit.weights.items())
 
 

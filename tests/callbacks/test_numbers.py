@@ -232,7 +232,7 @@ def test_what_cannot_be_solved_is_said_with_its_layer(
     with pytest.raises(NumericalError, match=rf"{LAYERS[0]}: The 128 x 128 system is singular with ridge=0: .* larger"):
         fit(module, LeastSquaresEdit(ridge=0.0), steps=1)
     before = module.pretrained.values[LAYERS[0]]
-    assert torch.equal(module.components.named_parameters()[LAYERS[0]], before)
+    assert torch.equal(module.pipeline.named_parameters()[LAYERS[0]], before)
     expected = "The cross-attention: The 32 x 32 system is singular with ridge=1e-18: .* The ridge is model.lamb"
     with pytest.raises(NumericalError, match=expected):
         fit(UCE(concept="dog", concept_set=pets, model=str(tiny_sd), lamb=1e-18, preserve=None), UCEEdit())

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from helpers import weights
 from lit_unlearn.callbacks.speed import SPEEDEdit
 from lit_unlearn.core.null_space import null_space_from_keys
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]
@@ -56,7 +56,7 @@ def test_the_edit_is_the_papers_and_nothing_else_moves(
     before = weights(module)
     trainer = fit(module, SPEEDEdit())
     assert (trainer.current_epoch, trainer.global_step) == (1, 1)
-    keys, after = module.keys(), module.components.named_parameters()
+    keys, after = module.keys(), module.pipeline.named_parameters()
     assert keys.invariants is not None
     assert len(module.edited_names) == 4
     for name, weight in before.items():

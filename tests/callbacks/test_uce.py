@@ -14,7 +14,7 @@ from helpers import weights
 from lit_unlearn.callbacks.uce import UCEEdit
 from lit_unlearn.core.closed_form import ridge_map_update
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.uce import UCE
 
 Fit = Callable[..., L.Trainer]
@@ -47,9 +47,9 @@ def test_every_layer_gets_the_closed_form_and_nothing_else_moves(
     trainer = fit(module, UCEEdit())
     assert trainer.current_epoch == 1
     with torch.no_grad():
-        prompts = encode_prompts(module.components.tokenizer, module.text_encoder, ["cat", ""])
+        prompts = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["cat", ""])
     preserved = prompts.double().flatten(0, 1)
-    after = module.components.named_parameters()
+    after = module.pipeline.named_parameters()
     for name, weight in before.items():
         if name not in module.edited_names:
             assert torch.equal(after[name], weight), name
@@ -98,7 +98,7 @@ def test_preserved_prompts_keep_their_outputs_as_their_scale_grows(uce: Build, f
         module = uce(preserve=["cat"], preserve_tokens="last_subject", preserve_scale=scale)
         fit(module, UCEEdit())
         with torch.no_grad():
-            keys = encode_prompts(module.components.tokenizer, module.text_encoder, ["cat"]).double()[:, 1]
+            keys = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["cat"]).double()[:, 1]
         with module.pretrained.restored():
             before = outputs(module, keys)
         moved = [float((now - was).norm() / was.norm()) for now, was in zip(outputs(module, keys), before, strict=True)]

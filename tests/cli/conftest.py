@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers import files
-from lit_unlearn import checkpoint, cli
+from lit_unlearn import cli
+from lit_unlearn.edits import checkpoint
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
 
 STEPS = 2
 """Denoising steps of every picture here."""
@@ -89,8 +90,8 @@ def refuses(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(base, "load_components", loaded)
-    monkeypatch.setattr(checkpoint, "load_components", loaded)
+    monkeypatch.setattr(base, "load_pipeline", loaded)
+    monkeypatch.setattr(checkpoint, "load_pipeline", loaded)
 
     def run(*args: str) -> str:
         before = files(workplace)

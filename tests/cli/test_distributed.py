@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from helpers import CONFIGS
-from lit_unlearn.checkpoint import read_edit
+from lit_unlearn.edits.checkpoint import read_edit
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 ON_CPU = ["--trainer.accelerator", "cpu"]
@@ -81,9 +81,9 @@ def compare(args: list[str], method: str, unedited: Path, predict: bool = True) 
 
 
 def base_weights(model: Path, edited: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from lit_unlearn.diffusion.components import load_components
+    from lit_unlearn.diffusion.load import load_pipeline
 
-    parameters = load_components(str(model)).named_parameters()
+    parameters = load_pipeline(str(model)).named_parameters()
     return {name: parameters[name].detach() for name in edited}
 
 

@@ -14,10 +14,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from helpers import assert_alike, metadata, read_picture
-from lit_unlearn import cli, export
-from lit_unlearn.diffusion.components import load_components
+from lit_unlearn import cli
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.sampling import initial_noise
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""
@@ -28,7 +29,7 @@ def test_an_exported_pipeline_is_the_edited_model(run_folder: Path, tiny_sd: Pat
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out"]) == 0
     pipeline = DiffusionPipeline.from_pretrained("out")
     state = torch.load(ckpt_path, weights_only=True)
-    expected = dict(load_components(str(tiny_sd)).named_parameters())
+    expected = dict(load_pipeline(str(tiny_sd)).named_parameters())
     names = state[base.CHECKPOINT_KEY]["edited_names"]
     for part in ("text_encoder", "unet", "vae"):
         for name, value in getattr(pipeline, part).named_parameters():
@@ -82,11 +83,11 @@ def test_a_failed_export_leaves_the_old_one(
     assert cli.main(arguments) == 0
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
-    def disk_full(components: Any, folder: Path) -> None:
+    def disk_full(pipeline: StableDiffusion, folder: Path) -> None:
         (folder / "half").write_text("...", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_pipeline", disk_full)
+    monkeypatch.setattr(StableDiffusion, "save", disk_full)
     assert cli.main([*arguments, "--overwrite"]) == 2
     assert (
         capsys.readouterr().err.splitlines()[-1]

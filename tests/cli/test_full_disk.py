@@ -18,7 +18,7 @@ import torch
 
 from helpers import files
 from lit_unlearn import cli
-from lit_unlearn.checkpoint import read_edit
+from lit_unlearn.edits.checkpoint import read_edit
 
 KB = 1024
 RUN = "logs/null_space/dog/version_0"

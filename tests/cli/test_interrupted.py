@@ -20,9 +20,9 @@ import yaml
 from lit_unlearn import cli
 from lit_unlearn.callbacks import preemption
 from lit_unlearn.callbacks.preemption import SaveOnSignal
-from lit_unlearn.checkpoint import read_edit
-from lit_unlearn.runs import Run, read_run
+from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.system.signals import note_signal
+from lit_unlearn.training.runs import Run, read_run
 
 RUN = Path("logs/null_space/dog")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from helpers import files
-from lit_unlearn import cli, commands
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn import cli
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
@@ -58,16 +59,16 @@ def test_drawing_that_runs_out_of_memory(
 ) -> None:
     draw = ["generate", "a dog", "--model", str(tiny_sd), "-o", "dog.png", "--num_inference_steps", "1", "--num", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "draw_pictures", full)
+        patch.setattr(StableDiffusion, "draw", full)
         assert cli.main([*draw, "--device", "cpu"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "lit-unlearn: error: generate: the processor ran out of memory; draw fewer at once (--batch_size, now 8)."
     )
     assert files(workplace) == set()
     sizes = []
-    drawn = commands.draw_pictures
+    drawn = StableDiffusion.draw
     monkeypatch.setattr(
-        commands, "draw_pictures", lambda parts, *rest: sizes.append(len(rest[0])) or drawn(parts, *rest)
+        StableDiffusion, "draw", lambda pipeline, *rest: sizes.append(len(rest[0])) or drawn(pipeline, *rest)
     )
     assert cli.main([*draw, "--batch_size", "2"]) == 0
     assert sizes == [2, 1]

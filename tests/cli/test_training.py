@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from helpers import CONFIGS, files
-from lit_unlearn import cli, training
-from lit_unlearn.diffusion.components import load_components
+from lit_unlearn import cli
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
+from lit_unlearn.training import cli as training
 
 
 def test_a_fit_leaves_everything_in_its_version_folder(finished: Path) -> None:
@@ -29,7 +30,7 @@ def test_a_fit_leaves_everything_in_its_version_folder(finished: Path) -> None:
 def test_the_checkpoint_holds_the_edit(finished: Path, tiny_sd: Path) -> None:
     state = torch.load(finished / "logs/null_space/dog/version_0/checkpoints/last.ckpt", weights_only=True)
     names = state[base.CHECKPOINT_KEY]["edited_names"]
-    before = load_components(str(tiny_sd)).named_parameters()
+    before = load_pipeline(str(tiny_sd)).named_parameters()
     for name in names:
         # The edit comes after the validation of its epoch; a checkpoint made there would lack it.
         assert not torch.equal(state["state_dict"][name], before[name]), name

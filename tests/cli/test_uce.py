@@ -11,8 +11,8 @@ import torch
 
 from helpers import QUIET
 from lit_unlearn import cli
-from lit_unlearn.diffusion.components import load_components
-from lit_unlearn.methods.base import CHECKPOINT_KEY
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 
 RECIPES = ["uce.yaml", "uce_2023.yaml", "uce_2025.yaml", "uce_moderate.yaml", "uce_debias.yaml"]
 ONLY_THE_EDIT = ["--trainer.callbacks", "[{class_path: UCEEdit}]"]
@@ -32,7 +32,7 @@ def fitted(recipe: str, model: str) -> dict[str, Any]:
 
 def check(checkpoint: dict[str, Any], model: str) -> None:
     report = checkpoint[CHECKPOINT_KEY]["report"]
-    before = load_components(model).named_parameters()
+    before = load_pipeline(model).named_parameters()
     assert set(checkpoint["state_dict"]) == {
         name for name in before if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
     }

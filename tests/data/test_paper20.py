@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 
 from lit_unlearn.data.concepts import KINDS, Concept, load_concept_set
-from lit_unlearn.evaluation.paper import load_paper_tables
+from lit_unlearn.reports.paper import load_paper_tables
 
 PAPER20 = load_concept_set("paper20")
 CONCEPTS = [pytest.param(concept, id=concept.name) for concept in PAPER20.concepts.values()]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from helpers import load_copy
 from lit_unlearn.diffusion.attention import RecordingProcessor, record_attention
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import initial_noise
@@ -21,18 +21,18 @@ TIMESTEPS = torch.tensor([100, 800])
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sd2", "emoji-sd"])
-def any_components(request: pytest.FixtureRequest) -> DiffusionComponents:
+def any_components(request: pytest.FixtureRequest) -> StableDiffusion:
     model = request.param if request.param == "emoji-sd" else str(request.getfixturevalue(request.param))
     return load_copy(model)
 
 
-def inputs(components: DiffusionComponents) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(components: StableDiffusion) -> tuple[Tensor, Tensor, Tensor]:
     states = encode_prompts(components.tokenizer, components.text_encoder, PROMPTS)
     return initial_noise(components.unet, [0, 1]), TIMESTEPS, states
 
 
 def test_the_output_stays_and_the_probabilities_are_those_of_queries_and_keys(
-    any_components: DiffusionComponents,
+    any_components: StableDiffusion,
 ) -> None:
     unet = any_components.unet
     layers = {n: m for n, m in unet.named_modules() if isinstance(m, Attention) and n.endswith("attn2")}
@@ -58,7 +58,7 @@ def test_the_output_stays_and_the_probabilities_are_those_of_queries_and_keys(
         assert record[name].std(-1).max() > 1e-3
 
 
-def test_processors_return_also_after_an_error(components: DiffusionComponents) -> None:
+def test_processors_return_also_after_an_error(components: StableDiffusion) -> None:
     unet = components.unet
     before = dict(unet.attn_processors)
     with record_attention(unet):
@@ -70,7 +70,7 @@ def test_processors_return_also_after_an_error(components: DiffusionComponents) 
     assert all(unet.attn_processors[name] is processor for name, processor in before.items())
 
 
-def test_gradients_flow_into_queries_and_keys(components: DiffusionComponents) -> None:
+def test_gradients_flow_into_queries_and_keys(components: StableDiffusion) -> None:
     unet = components.unet.requires_grad_(True)
     with record_attention(unet) as record:
         unet(*inputs(components))
@@ -83,7 +83,7 @@ def test_gradients_flow_into_queries_and_keys(components: DiffusionComponents) -
     assert unet.conv_in.weight.grad.abs().max() > 0
 
 
-def test_a_mask_of_the_prompt_is_obeyed(components: DiffusionComponents) -> None:
+def test_a_mask_of_the_prompt_is_obeyed(components: StableDiffusion) -> None:
     mask = torch.ones(2, 32, dtype=torch.bool)
     mask[0, 5:] = False
     with torch.no_grad():

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lit_unlearn.diffusion.components import DiffusionComponents
-from lit_unlearn.diffusion.discrete_prompts import encode_mixtures, whole_words, words_of
-from lit_unlearn.diffusion.new_tokens import tokenize_templates
+from lit_unlearn.diffusion.discrete_prompts import whole_words, words_of
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.prompts import encode_prompts
 
 
-def test_any_words_are_read_as_the_tokens_they_are(components: DiffusionComponents) -> None:
+def test_any_words_are_read_as_the_tokens_they_are(components: StableDiffusion) -> None:
     tokenizer = components.tokenizer
     allowed = whole_words(tokenizer)
     assert 500 < len(allowed) < len(tokenizer)
@@ -24,7 +23,7 @@ def test_any_words_are_read_as_the_tokens_they_are(components: DiffusionComponen
     assert not set(parts) & set(allowed.tolist())
 
 
-def test_what_is_left_out(components: DiffusionComponents) -> None:
+def test_what_is_left_out(components: StableDiffusion) -> None:
     tokenizer = components.tokenizer
     allowed = whole_words(tokenizer, lambda word: word == "cat", ["soccer ball"])
     missing = set(whole_words(tokenizer).tolist()) - set(allowed.tolist())
@@ -33,13 +32,13 @@ def test_what_is_left_out(components: DiffusionComponents) -> None:
         whole_words(tokenizer, lambda word: True)
 
 
-def test_a_mixture_of_one_token_is_that_token(components: DiffusionComponents) -> None:
+def test_a_mixture_of_one_token_is_that_token(components: StableDiffusion) -> None:
     tokenizer, text_encoder = components.tokenizer, components.text_encoder
     allowed = whole_words(tokenizer)
     ids = tokenizer("dog castle", add_special_tokens=False).input_ids
     weights = (allowed == torch.tensor(ids)[:, None]).float().requires_grad_()
-    prompts = tokenize_templates(tokenizer, ["{} in the rain", "a {}"], 2)
-    states = encode_mixtures(text_encoder, weights, allowed, prompts)
+    prompts = components.tokenize_templates(["{} in the rain", "a {}"], 2)
+    states = components.encode_mixtures(weights, allowed, prompts).states
     texts = ["dog castle in the rain", "a dog castle"]
     assert_close(states, encode_prompts(tokenizer, text_encoder, texts))
     other = encode_prompts(tokenizer, text_encoder, ["castle dog in the rain", "a castle dog"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.prompts import encode, tokenize
 
@@ -16,7 +16,7 @@ def hooks_of(module: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
-def test_captured_keys_are_what_the_layer_reads(components: DiffusionComponents) -> None:
+def test_captured_keys_are_what_the_layer_reads(components: StableDiffusion) -> None:
     text_encoder = components.text_encoder
     ids = tokenize(components.tokenizer, PROMPTS)
     layers = {"first": text_encoder.encoder.layers[0].mlp.fc2, "last": text_encoder.encoder.layers[2].mlp.fc2}
@@ -66,7 +66,7 @@ def test_values_of_a_layer_without_bias() -> None:
         assert torch.equal(layer(torch.randn(1, 4, 3)), values)
 
 
-def test_the_present_values_change_nothing(components: DiffusionComponents) -> None:
+def test_the_present_values_change_nothing(components: StableDiffusion) -> None:
     text_encoder, layer = components.text_encoder, components.text_encoder.encoder.layers[1].mlp.fc2
     ids = tokenize(components.tokenizer, PROMPTS)
     with capture_inputs({"layer": layer}) as keys:
@@ -78,7 +78,7 @@ def test_the_present_values_change_nothing(components: DiffusionComponents) -> N
         assert (encode(text_encoder, ids) - states).abs().max() > 0.1
 
 
-def test_gradients_reach_the_masked_values_through_the_rest_of_the_encoder(components: DiffusionComponents) -> None:
+def test_gradients_reach_the_masked_values_through_the_rest_of_the_encoder(components: StableDiffusion) -> None:
     text_encoder, layer = components.text_encoder, components.text_encoder.encoder.layers[1].mlp.fc2
     ids = tokenize(components.tokenizer, PROMPTS)
     values = torch.randn(2, 32, 32, requires_grad=True)
@@ -101,7 +101,7 @@ def test_values_in_float32_enter_a_layer_in_half_precision() -> None:
     assert torch.equal(values.grad, torch.ones_like(values))
 
 
-def test_hooks_remove_themselves_whatever_happens(components: DiffusionComponents) -> None:
+def test_hooks_remove_themselves_whatever_happens(components: StableDiffusion) -> None:
     text_encoder = components.text_encoder
     layer = text_encoder.encoder.layers[1].mlp.fc2
     before = hooks_of(text_encoder)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import load_copy
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.new_tokens import (
     initial_embeddings,
     read_embeddings,
@@ -25,11 +25,11 @@ FILLED = ["a photo of soccer ball", "soccer ball at sunset and soccer ball", "a 
 
 
 @pytest.fixture(params=["tiny_sd", "tiny_sd2"])
-def any_components(request: pytest.FixtureRequest) -> DiffusionComponents:
+def any_components(request: pytest.FixtureRequest) -> StableDiffusion:
     return load_copy(str(request.getfixturevalue(request.param)))
 
 
-def test_templates_are_tokenized_as_prompts_are(any_components: DiffusionComponents) -> None:
+def test_templates_are_tokenized_as_prompts_are(any_components: StableDiffusion) -> None:
     tokenizer = any_components.tokenizer
     words = tokenizer("soccer ball", add_special_tokens=False).input_ids
     assert len(words) == 2
@@ -40,7 +40,7 @@ def test_templates_are_tokenized_as_prompts_are(any_components: DiffusionCompone
     assert slots[1].tolist()[:8] == [-1, 0, 1, -1, -1, -1, 0, 1]
 
 
-def test_known_embeddings_in_new_tokens_give_the_states_of_the_words(any_components: DiffusionComponents) -> None:
+def test_known_embeddings_in_new_tokens_give_the_states_of_the_words(any_components: StableDiffusion) -> None:
     tokenizer, text_encoder = any_components.tokenizer, any_components.text_encoder
     own = initial_embeddings(tokenizer, text_encoder, 2, "soccer ball", torch.Generator())
     ids, slots = tokenize_templates(tokenizer, TEMPLATES, 2)
@@ -52,7 +52,7 @@ def test_known_embeddings_in_new_tokens_give_the_states_of_the_words(any_compone
     assert [torch.equal(states[row], plain[row]) for row in range(3)] == [False, False, True]
 
 
-def test_gradients_reach_the_new_tokens_only(components: DiffusionComponents) -> None:
+def test_gradients_reach_the_new_tokens_only(components: StableDiffusion) -> None:
     text_encoder = components.text_encoder
     embeddings = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     ids, slots = tokenize_templates(components.tokenizer, ["a photo of {}"], 2)  # the third stands nowhere
@@ -65,13 +65,13 @@ def test_gradients_reach_the_new_tokens_only(components: DiffusionComponents) ->
     assert not text_encoder.get_input_embeddings()._forward_hooks
 
 
-def test_a_prompt_that_is_too_long(components: DiffusionComponents) -> None:
+def test_a_prompt_that_is_too_long(components: StableDiffusion) -> None:
     tokenize_templates(components.tokenizer, ["a {}"], 29)
     with pytest.raises(ValueError, match=r"'a \{\}' has 33 tokens with 30 new ones .* reads 32: shorten it"):
         tokenize_templates(components.tokenizer, ["a {}"], 30)
 
 
-def test_where_new_tokens_start(components: DiffusionComponents) -> None:
+def test_where_new_tokens_start(components: StableDiffusion) -> None:
     tokenizer, text_encoder = components.tokenizer, components.text_encoder
     table = text_encoder.get_input_embeddings().weight.detach()
     soccer, ball = tokenizer("soccer ball", add_special_tokens=False).input_ids

@@ -8,8 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.func import functional_call
 
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import (
     GROUPS,
     PretrainedValues,
@@ -32,7 +33,7 @@ def attention_parameters(unet: nn.Module, cross: bool, only: tuple[str, ...] = (
     }
 
 
-def test_groups_select_what_they_say(components: DiffusionComponents) -> None:
+def test_groups_select_what_they_say(components: StableDiffusion) -> None:
     unet, names = components.unet, list(components.named_parameters())
     everything = {f"unet.{name}" for name, _ in unet.named_parameters()}
     cross = attention_parameters(unet, cross=True)
@@ -161,33 +162,38 @@ def optimizer_step(parameters: dict[str, nn.Parameter]) -> None:
 @pytest.mark.parametrize("edit", [edit_in_place, optimizer_step])
 @pytest.mark.parametrize("group", ["xattn", "full"])
 def test_the_reference_equals_a_copy_made_before_the_edit(
-    group: str, edit: object, components: DiffusionComponents
+    group: str, edit: object, components: StableDiffusion
 ) -> None:
     unet, parameters = components.unet, components.named_parameters()
     edited = {name: parameters[name].requires_grad_() for name in match_parameters(group, parameters)}
     pretrained, reference = PretrainedValues(edited), copy.deepcopy(unet)
     edit(edited)
     latents, timesteps, states = torch.randn(2, 4, 8, 8), torch.tensor([9, 700]), torch.randn(2, 32, 32)
-    ours = pretrained("unet", unet, latents, timesteps, encoder_hidden_states=states).sample
-    assert not ours.requires_grad
+    values = pretrained.of("unet")
+    assert not any(value.requires_grad for value in values.values())
     with torch.no_grad():
+        ours = functional_call(unet, values, (latents, timesteps, states)).sample
         assert torch.equal(ours, reference(latents, timesteps, encoder_hidden_states=states).sample)
         live = unet(latents, timesteps, encoder_hidden_states=states).sample
     assert (live - ours).abs().max() > 1e-3
 
 
-def test_values_of_one_part_stay_out_of_the_other(components: DiffusionComponents) -> None:
+def test_values_of_one_part_stay_out_of_the_other(components: StableDiffusion) -> None:
     parameters = components.named_parameters()
     names = ["text_encoder.encoder.layers.1.mlp.fc2.weight", "unet.conv_in.weight"]
     pretrained = PretrainedValues({name: parameters[name] for name in names})
     ids = tokenize(components.tokenizer, ["a dog"])
     before = encode(components.text_encoder, ids)
     edit_in_place({name: parameters[name] for name in names})
-    assert torch.equal(pretrained("text_encoder", components.text_encoder, ids).last_hidden_state, before)
+    assert set(pretrained.of("text_encoder")) == {"encoder.layers.1.mlp.fc2.weight"}
+    assert set(pretrained.of("unet")) == {"conv_in.weight"}
+    assert pretrained.of("vae") == {}
+    again = functional_call(components.text_encoder, pretrained.of("text_encoder"), (ids,))
+    assert torch.equal(again.last_hidden_state, before)
     assert not torch.equal(encode(components.text_encoder, ids), before)
 
 
-def test_values_are_restored_for_a_block_and_the_edit_comes_back(components: DiffusionComponents) -> None:
+def test_values_are_restored_for_a_block_and_the_edit_comes_back(components: StableDiffusion) -> None:
     parameters = {name: p for name, p in components.named_parameters().items() if ".attn2." in name}
     original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     pretrained = PretrainedValues(parameters)

@@ -8,13 +8,13 @@ import torch
 from torch.testing import assert_close
 
 from helpers import load_copy
-from lit_unlearn.diffusion.components import DiffusionComponents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.prompts import encode, encode_prompts, tokenize
 
 LENGTH = 32
 
 
-def test_prompts_are_framed_and_padded(components: DiffusionComponents) -> None:
+def test_prompts_are_framed_and_padded(components: StableDiffusion) -> None:
     tokenizer = components.tokenizer
     ids = tokenize(tokenizer, ["a dog", ""])
     a, dog = tokenizer.convert_tokens_to_ids(["a</w>", "dog</w>"])
@@ -30,7 +30,7 @@ def test_stable_diffusion_2_pads_with_another_token(tiny_sd2: Path) -> None:
     assert ids[4:] == [padding] * (LENGTH - 4)
 
 
-def test_a_prompt_that_is_cut_off_is_named(components: DiffusionComponents) -> None:
+def test_a_prompt_that_is_cut_off_is_named(components: StableDiffusion) -> None:
     fits = " ".join(["dog"] * (LENGTH - 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -41,12 +41,12 @@ def test_a_prompt_that_is_cut_off_is_named(components: DiffusionComponents) -> N
     assert torch.equal(cut[1], ids[0])
 
 
-def test_a_word_in_pieces_counts_by_pieces(components: DiffusionComponents) -> None:
+def test_a_word_in_pieces_counts_by_pieces(components: StableDiffusion) -> None:
     with pytest.warns(UserWarning, match="ignores the rest"):
         tokenize(components.tokenizer, ["zq" * LENGTH])
 
 
-def test_states_are_the_text_encoders_last(components: DiffusionComponents) -> None:
+def test_states_are_the_text_encoders_last(components: StableDiffusion) -> None:
     prompts = ["a dog", "a cat in the rain", ""]
     ids = tokenize(components.tokenizer, prompts)
     states = encode(components.text_encoder, ids)
@@ -56,7 +56,7 @@ def test_states_are_the_text_encoders_last(components: DiffusionComponents) -> N
     assert states.shape == (3, LENGTH, 32)
 
 
-def test_states_of_a_prompt_do_not_depend_on_the_others(components: DiffusionComponents) -> None:
+def test_states_of_a_prompt_do_not_depend_on_the_others(components: StableDiffusion) -> None:
     together = encode_prompts(components.tokenizer, components.text_encoder, ["a dog", "a cat", "an owl at sunset"])
     alone = encode_prompts(components.tokenizer, components.text_encoder, ["a cat"])
     # Float32 states of order 1; matrix products of other sizes round differently.

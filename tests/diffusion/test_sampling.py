@@ -9,16 +9,16 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import load_copy
-from lit_unlearn.diffusion.components import DiffusionComponents
+from helpers import load_copy, sample_latents
+from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import ForwardCount, count_forwards, decode_latents, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import ForwardCount, count_forwards, decode_latents, initial_noise
 
 PROMPTS = ["a dog", "an owl at sunset", "a castle in the rain", "a glossy apple", ""]
 SEEDS = [3, 1, 4, 1, 5]
 
 
-def sample(components: DiffusionComponents, order: list[int], steps: int = 3, guidance_scale: float = 4.0) -> Tensor:
+def sample(components: StableDiffusion, order: list[int], steps: int = 3, guidance_scale: float = 4.0) -> Tensor:
     """Pictures of ``PROMPTS`` with ``SEEDS``, those in ``order`` as one batch."""
     latents = sample_latents(
         components.unet,
@@ -32,7 +32,7 @@ def sample(components: DiffusionComponents, order: list[int], steps: int = 3, gu
     return decode_latents(components.vae, latents)
 
 
-def test_noise_belongs_to_the_seed(components: DiffusionComponents) -> None:
+def test_noise_belongs_to_the_seed(components: StableDiffusion) -> None:
     state = torch.get_rng_state()
     noise = initial_noise(components.unet, SEEDS)
     assert torch.equal(torch.get_rng_state(), state)
@@ -46,7 +46,7 @@ def test_noise_belongs_to_the_seed(components: DiffusionComponents) -> None:
     assert abs(float(many.std()) - 1) < 0.02
 
 
-def test_pictures_do_not_depend_on_batch_size_or_order(components: DiffusionComponents) -> None:
+def test_pictures_do_not_depend_on_batch_size_or_order(components: StableDiffusion) -> None:
     together = sample(components, [0, 1, 2, 3, 4])
     assert together.shape == (5, 3, 16, 16)
     one_by_one = torch.cat([sample(components, [i]) for i in range(5)])
@@ -59,7 +59,7 @@ def test_pictures_do_not_depend_on_batch_size_or_order(components: DiffusionComp
     assert (together[1] - together[3]).abs().max() > 4 / 255
 
 
-def test_pictures_are_in_range_and_on_the_cpu(components: DiffusionComponents) -> None:
+def test_pictures_are_in_range_and_on_the_cpu(components: StableDiffusion) -> None:
     vae, latents = components.vae, initial_noise(components.unet, [0, 1])
     vae.decoder.conv_out.weight.mul_(20)
     raw = vae.decode(latents / vae.config.scaling_factor).sample
@@ -77,14 +77,14 @@ def test_half_precision_pictures_are_float32(tiny_sd: Path) -> None:
     assert pictures.isfinite().all()
 
 
-def test_sampling_leaves_no_trace_in_the_scheduler(components: DiffusionComponents) -> None:
+def test_sampling_leaves_no_trace_in_the_scheduler(components: StableDiffusion) -> None:
     first = sample(components, [0, 1])
     sample(components, [2], steps=5)
     assert torch.equal(sample(components, [0, 1]), first)
     assert len(components.scheduler.timesteps) == 1000  # nobody has set other timesteps
 
 
-def test_forwards_are_counted_per_picture_and_guidance_doubles_them(components: DiffusionComponents) -> None:
+def test_forwards_are_counted_per_picture_and_guidance_doubles_them(components: StableDiffusion) -> None:
     with count_forwards(components.unet) as guided:
         sample(components, [0, 1, 2], steps=2)
     with count_forwards(components.unet) as unguided:
@@ -92,7 +92,7 @@ def test_forwards_are_counted_per_picture_and_guidance_doubles_them(components: 
     assert (guided.count, unguided.count) == (2 * 2 * 3, 2 * 3)
 
 
-def test_counts_go_on_and_stop_with_the_block(components: DiffusionComponents) -> None:
+def test_counts_go_on_and_stop_with_the_block(components: StableDiffusion) -> None:
     counter = ForwardCount()
     for _ in range(2):
         with count_forwards(components.unet, counter) as forwards:
@@ -105,7 +105,7 @@ def test_counts_go_on_and_stop_with_the_block(components: DiffusionComponents) -
     assert not components.unet._forward_pre_hooks
 
 
-def test_guidance_of_one_is_the_prompt_alone(components: DiffusionComponents) -> None:
+def test_guidance_of_one_is_the_prompt_alone(components: StableDiffusion) -> None:
     states = encode_prompts(components.tokenizer, components.text_encoder, ["a dog"])
     noise = initial_noise(components.unet, [0])
     alone = sample_latents(components.unet, components.scheduler, states, torch.full_like(states, 9.0), noise, 2, 1.0)

@@ -13,8 +13,8 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.emoji.judge import JudgeTraining, emoji_questions
-from lit_unlearn.evaluation.classifier import AttributeClassifier, ClassifierJudge
-from lit_unlearn.evaluation.judges import Judge, judge_questions
+from lit_unlearn.judges.base import Judge, judge_questions
+from lit_unlearn.judges.classifier import AttributeClassifier, ClassifierJudge
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_unlearn.data.images import KeepForgetImages
-from lit_unlearn.diffusion.components import resolve_model
+from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.emoji.captions import phrases, vocabulary
 from lit_unlearn.emoji.memorised import (
     MEMORISED,

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lit_unlearn.evaluation.metrics import ForgetRetain
-from lit_unlearn.evaluation.scores import SCHEMA, Cost, Measurement, Part, Scores, Source, write_json
+from lit_unlearn.evaluation.scores import SCHEMA, Cost, Measurement, Part, Scores, Source
+from lit_unlearn.system.json_files import write_json
 
 
 def measure(probability_of_dog: float) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.judges.clip_score import ClipScore
+from lit_unlearn.system.pixels import to_pil
 
 
 def test_clip_score_equals_the_model_s_own_logits(tiny_clip: Path) -> None:

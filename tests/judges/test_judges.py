@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
-from lit_unlearn.evaluation.pictures import to_pil
 from lit_unlearn.judges.cache import CachedJudge, picture_key
 from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
 from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.judges.nudenet import QUESTION, NudeNetJudge
 from lit_unlearn.system.files import WriteError
+from lit_unlearn.system.pixels import to_pil
 
 
 def generator(seed: int) -> torch.Generator:

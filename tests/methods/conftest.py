@@ -81,7 +81,7 @@ class Step:
 
         module.pairs = record  # type: ignore[method-assign]
         self.trainer = fit(module, **data)
-        parameters = module.components.named_parameters()
+        parameters = module.pipeline.named_parameters()
         values = {name.removeprefix("unet."): value for name, value in module.pretrained.values.items()}
         self.update = torch.cat([(v - parameters[f"unet.{n}"].detach()).flatten() for n, v in values.items()])
         self.unet: nn.Module = copy.deepcopy(module.unet)

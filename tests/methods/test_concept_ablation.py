@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import changed, started, weights
+from helpers import changed, frozen, started, weights
 from lit_unlearn.data.augmentation import WORDS
 from lit_unlearn.diffusion.parameters import match_parameters
 from lit_unlearn.diffusion.prompts import encode_prompts
@@ -51,14 +51,14 @@ def plain_loss(
 ) -> Tensor:
     """The paper's loss with a second network for the target, by diffusers' own noising."""
     draw = module.draw(batch, 1)
-    config = {k: v for k, v in module.components.scheduler.config.items() if k.startswith(("beta", "prediction"))}
+    config = {k: v for k, v in module.pipeline.scheduler.config.items() if k.startswith(("beta", "prediction"))}
     scheduler = DDPMScheduler(**config)
     noisy = scheduler.add_noise(draw.latents, draw.noise, draw.timesteps)
     velocity = scheduler.get_velocity(draw.latents, draw.noise, draw.timesteps)
     truth = velocity if config["prediction_type"] == "v_prediction" else draw.noise
     pairs = [PAIRS[item % 4 % 2] for item in batch.tolist()]
     concept, anchor = (
-        encode_prompts(module.components.tokenizer, text_encoder, prompts) for prompts in zip(*pairs, strict=True)
+        encode_prompts(module.pipeline.tokenizer, text_encoder, prompts) for prompts in zip(*pairs, strict=True)
     )
     prediction = unet(noisy, draw.timesteps, concept).sample
     target = truth if options["objective"] == "noise" else teacher(noisy, draw.timesteps, anchor).sample
@@ -116,10 +116,10 @@ def test_the_frozen_reference_is_the_model_as_it_was(ablation: Ablation, fit: Fi
     module.configure_model()
     before = copy.deepcopy(module.unet)
     fit(module, steps=3, batch_size=2)
-    inputs = (module.latents[:2], torch.tensor([10, 700]), module.anchor_states[:2])
+    inputs = (module.latents[:2], torch.tensor([10, 700]), module.anchor_known.states[:2])
     with torch.no_grad():
         expected = before(*inputs).sample
-        assert torch.equal(module.pretrained("unet", module.unet, *inputs).sample, expected)
+        assert torch.equal(frozen(module, *inputs), expected)
         assert not torch.equal(module.unet(*inputs).sample, expected)
 
 
@@ -186,11 +186,11 @@ def test_anchors_are_pictures_of_the_anchors_prompts(ablation: Ablation, fit: Fi
     assert prompts == [PAIRS[0][1], PAIRS[1][1], PAIRS[0][1], "a parrot", "the parrot in the rain", "a parrot"]
     assert [module.concept_prompts[place] for place in module.places][3:5] == ["a cat", "the cat in the rain"]
     with module.pretrained.restored():
-        unet, states = module.unet, module.anchor_states[module.places]
-        scheduler = module.components.scheduler.from_config(module.components.scheduler.config)
+        unet, states = module.unet, module.anchor_known.states[module.places]
+        scheduler = module.pipeline.scheduler.from_config(module.pipeline.scheduler.config)
         scheduler.set_timesteps(1)
         noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(i % 3)) for i in range(6)])
-        empty = encode_prompts(module.components.tokenizer, module.text_encoder, [""]).expand_as(states)
+        empty = encode_prompts(module.pipeline.tokenizer, module.text_encoder, [""]).expand_as(states)
         steps = noise
         for timestep in scheduler.timesteps:
             with torch.no_grad():
@@ -293,16 +293,16 @@ def test_only_the_concepts_own_rows_of_the_embedding_move(ablation: Ablation, fi
     after = weights(module)
     assert changed(before, after) == [EMBEDDING]
     moved = (before[EMBEDDING] != after[EMBEDDING]).any(dim=1).nonzero().flatten().tolist()
-    assert module.components.tokenizer.convert_ids_to_tokens(moved) == ["dog</w>"]
+    assert module.pipeline.tokenizer.convert_ids_to_tokens(moved) == ["dog</w>"]
 
 
 def test_rows_of_words_that_the_anchor_has_stay(ablation: Ablation) -> None:
     module = ablation(concept_set="emoji20", concept=["pixel art", "surfing"])
     module.configure_model()
-    tokenizer = module.components.tokenizer
-    assert sorted(tokenizer.convert_ids_to_tokens(module.concept_tokens())) == ["art</w>", "pixel</w>", "surfing</w>"]
+    tokenizer = module.pipeline.tokenizer
+    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens())) == ["art</w>", "pixel</w>", "surfing</w>"]
     module.pairs[0] = [(mine, f"{theirs} in an art museum") for mine, theirs in module.pairs[0]]
-    assert sorted(tokenizer.convert_ids_to_tokens(module.concept_tokens())) == ["pixel</w>", "surfing</w>"]
+    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens())) == ["pixel</w>", "surfing</w>"]
 
 
 def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fit) -> None:
@@ -316,7 +316,7 @@ def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fi
         return constant(noisy, timesteps, states.detach())
 
     expected = plain_loss(module, batch, module.unet, text_encoder, teacher, **options)
-    (row,) = module.concept_tokens()
+    (row,) = module.own_tokens()
     (theirs,) = torch.autograd.grad(expected, text_encoder.get_parameter(EMBEDDING.removeprefix("text_encoder.")))
     assert_close(ours[row], theirs[row], rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
     assert ours[row].abs().max() > 0
@@ -330,5 +330,5 @@ def test_two_concepts_are_ablated_together(ablation: Ablation, fit: Fit) -> None
     before = weights(module)[EMBEDDING]
     fit(module, batch_size=8, steps=2)
     moved = (before != weights(module)[EMBEDDING]).any(dim=1).nonzero().flatten().tolist()
-    assert set(module.components.tokenizer.convert_ids_to_tokens(moved)) == {"dog</w>", "cat</w>"}
+    assert set(module.pipeline.tokenizer.convert_ids_to_tokens(moved)) == {"dog</w>", "cat</w>"}
     assert module.report["anchors"] == {"pictures": 8, "made": 8}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_unlearn import training
 from lit_unlearn.methods.concept_ablation import ConceptAblation
-from lit_unlearn.recipes import find_recipe
+from lit_unlearn.training import cli as training
+from lit_unlearn.training.recipes import find_recipe
 
 NAMES = sorted(path.name for path in find_recipe("concept_ablation.yaml").parent.glob("concept_ablation*.yaml"))
 QUIET = [f"--trainer.{name}=false" for name in ("enable_progress_bar", "enable_model_summary", "logger")]

@@ -19,9 +19,9 @@ from torch.testing import assert_close
 from helpers import changed, weights
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.base import CHECKPOINT_KEY
 from lit_unlearn.methods.data_unlearning import DataUnlearning
 from lit_unlearn.methods.one_sided import NaiveDeletion, NegGrad
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 from lit_unlearn.methods.siss import SISS, TwoPass
 
 Build = Callable[..., DataUnlearning]
@@ -46,9 +46,9 @@ def test_latents_and_states_are_those_of_the_folders(
         expected = module.vae.encode(pictures * 2 - 1).latent_dist.mean * module.vae.config.scaling_factor
     assert_close(module.latents, expected, rtol=1e-4, atol=1e-5)
     owl = module.pairs(torch.tensor([[0, 4, 1]]), 0)
-    states = encode_prompts(module.components.tokenizer, module.text_encoder, ["an owl", "a cat"])
+    states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["an owl", "a cat"])
     # Prompts encoded in another batch round differently.
-    assert_close(torch.cat([owl.keep_states, owl.forget_states]), states, rtol=1e-4, atol=1e-4)
+    assert_close(torch.cat([owl.keep_condition.states, owl.forget_condition.states]), states, rtol=1e-4, atol=1e-4)
     assert torch.equal(owl.keep, module.latents[4:5])
     assert torch.equal(owl.forget, module.latents[6:7])
     assert not owl.same_caption.any()
@@ -87,7 +87,7 @@ def test_two_processes_take_the_step_of_one(unlearner: Build, take_step: TakeSte
     step = take_step(unlearner(NaiveDeletion))
     module, (pairs,) = step.module, step.pairs
     module.unet.load_state_dict(step.unet.state_dict())
-    parameters = module.components.named_parameters()
+    parameters = module.pipeline.named_parameters()
     edited = [parameters[name] for name in module.edited_names]
     shares = []
     for rank in (0, 1):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_unlearn import training
 from lit_unlearn.methods.data_unlearning import DataUnlearning
-from lit_unlearn.recipes import find_recipe
+from lit_unlearn.training import cli as training
+from lit_unlearn.training.recipes import find_recipe
 
 NAMES = ("siss", "two_pass", "bernoulli", "erase_diff", "neg_grad", "naive_deletion")
 QUIET = [f"--trainer.{name}=false" for name in ("enable_progress_bar", "enable_model_summary", "logger")]
@@ -42,5 +42,5 @@ def test_a_recipe_takes_two_steps(
     assert isinstance(cli.model, DataUnlearning)
     assert cli.trainer.global_step == 2
     assert cli.model.pretrained.change_ratio() > 0
-    parameters = cli.model.components.named_parameters()
+    parameters = cli.model.pipeline.named_parameters()
     assert all(torch.isfinite(parameters[name]).all() for name in cli.model.edited_names)

@@ -23,9 +23,9 @@ def gradients(step: Any, velocity: bool = False) -> tuple[Tensor, Tensor]:
     gamma, sigma = step.levels(pairs)
     x, a, noise = pairs.keep.double(), pairs.forget.double(), pairs.noise.double()
     noisy_x, noisy_a = gamma * x + sigma * noise, gamma * a + sigma * noise
-    output = step.predict(noisy_x, pairs, pairs.keep_states)
+    output = step.predict(noisy_x, pairs, pairs.keep_condition.states)
     loss_x = (output - (gamma * noise - sigma * x if velocity else noise)).square().sum() / 4
-    output = step.predict(noisy_a, pairs, pairs.forget_states)
+    output = step.predict(noisy_a, pairs, pairs.forget_condition.states)
     prediction = gamma * output + sigma * noisy_a if velocity else output
     loss_a = (prediction - pairs.uniform.double()).square().sum() / 4
     return step.gradient(loss_x).double(), step.gradient(loss_a).double()

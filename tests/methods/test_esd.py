@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import Interrupted, changed, hook, interrupt, started, weights
+from helpers import Interrupted, changed, frozen, hook, interrupt, started, weights
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.esd import ESD, States
@@ -59,7 +59,7 @@ def disturb(module: ESD) -> None:
     """An edit as training may have left it."""
     generator = torch.Generator().manual_seed(0)
     for name in module.edited_names:
-        parameter = module.components.named_parameters()[name]
+        parameter = module.pipeline.named_parameters()[name]
         parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
 
 
@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_two_unets(
     loss.backward()
     # As in a script with two models, one prediction after the other, from x_t on.
     x, t = seen[0].model_input, seen[0].timesteps
-    tokenizer, text_encoder = module.components.tokenizer, module.text_encoder
+    tokenizer, text_encoder = module.pipeline.tokenizer, module.text_encoder
     empty, dog, cat = (encode_prompts(tokenizer, text_encoder, [p]).detach() for p in ("", "dog", "a cat"))
     e_0, e_c, e_cat = (frozen(x, t, state).sample for state in (empty, dog, cat))
     eta = arguments.get("eta", 1.0)
@@ -142,11 +142,11 @@ def test_the_reference_stays_that_of_a_copy_while_weights_move(policy: str, buil
     before = copy.deepcopy(module.unet)
     fit(module, steps=4)
     assert changed(dict(before.named_parameters()), dict(module.unet.named_parameters()))
-    states, t = module.conditions(torch.tensor([0]))[1], torch.tensor([400])
+    states, t = module.conditions(torch.tensor([0]))[1].states, torch.tensor([400])
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = before(x, t, states).sample
-        assert torch.equal(module.pretrained("unet", module.unet, x, t, states).sample, expected)
+        assert torch.equal(frozen(module, x, t, states), expected)
         assert not torch.equal(module.unet(x, t, states).sample, expected)
 
 
@@ -294,11 +294,11 @@ def test_several_concepts_are_erased_in_one_run(policy: str, build: Build, fit: 
     assert sorted(prompts) == [0] * 4 + [1] * 4
     # The predictions are those for the state's own prompt.
     for states in seen:
-        conditions = module.conditions(states.prompts)[1]
-        expected = module.pretrained("unet", module.unet, states.model_input, states.timesteps, conditions).sample
+        own = module.conditions(states.prompts)[1].states
+        expected = frozen(module, states.model_input, states.timesteps, own)
         assert_close(states.noise_preds[1], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-        conditions = module.conditions(1 - states.prompts)[1]
-        other = module.pretrained("unet", module.unet, states.model_input, states.timesteps, conditions).sample
+        others = module.conditions(1 - states.prompts)[1].states
+        other = frozen(module, states.model_input, states.timesteps, others)
         assert (states.noise_preds[1] - other).abs().max() > 1e-2 * float(expected.abs().max())
 
 
@@ -344,6 +344,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         build(**arguments)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from helpers import CONFIGS
-from lit_unlearn import training
-from lit_unlearn.checkpoint import read_edit
-from lit_unlearn.methods.base import ConceptEditor
+from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.methods.esd import ESD
+from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.training import cli as training
 
 RECIPES = {
     "esd": ["esd.yaml"],

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import Interrupted, changed, hook, interrupt, started, weights
+from helpers import Interrupted, changed, frozen, hook, interrupt, started, weights
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import GROUPS, match_parameters
@@ -60,8 +60,8 @@ def prepared(module: ForgetMeNot) -> ForgetMeNot:
 
 def marked(module: ForgetMeNot) -> list[list[str]]:
     """The marked tokens of each prompt but the last of them, the end of the text."""
-    tokenizer = module.components.tokenizer
-    rows = zip(module.input_ids.tolist(), module.mask.tolist(), strict=True)
+    tokenizer = module.pipeline.tokenizer
+    rows = zip(module.prompts.ids[0].tolist(), module.mask.tolist(), strict=True)
     words = [[tokenizer.convert_ids_to_tokens(i) for i, m in zip(*row, strict=True) if m] for row in rows]
     assert all(row[-1] == "<|endoftext|>" for row in words) or not module.include_eot
     return [[word.removesuffix("</w>") for word in row if word != "<|endoftext|>"] for row in words]
@@ -74,7 +74,7 @@ def plain_loss(
     module: ForgetMeNot, prompt: str, positions: list[int], noisy: Tensor, timesteps: Tensor, form: str
 ) -> Tensor:
     """The loss of one item by queries and keys of the unchanged UNet, head by head and token by token."""
-    unet, components = module.unet, module.components
+    unet, components = module.unet, module.pipeline
     layers = {name: m for name, m in unet.named_modules() if name.endswith("attn2")}
     projections = {(name, p): getattr(m, p) for name, m in layers.items() for p in ("to_q", "to_k")}
     with capture_inputs(projections) as captured, torch.no_grad():  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_the_loss_equals_a_plain_loop(
     timestep = torch.randint(1000, (), generator=generator).view(1)
     image = module.latents[0][int(torch.randint(2, (), generator=generator))].unsqueeze(0)
     noise = torch.randn(image.shape[1:], generator=generator).unsqueeze(0)
-    noisy = add_noise(module.components.scheduler, image, noise, timestep)
+    noisy = add_noise(module.pipeline.scheduler, image, noise, timestep)
     # "a photo of the dog" falls into a, p, ho, to, of, the, dog: the dog is token 7, its end 8.
     expected = plain_loss(module, "a photo of the dog", [7, 8], noisy, timestep, form)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_only_the_group_moves_and_the_reference_stays(group: str, build: Build, 
         seen["weights"], seen["unet"] = weights(module), copy.deepcopy(module.unet)
 
     def gradients(*_: Any) -> None:
-        seen["grad"] = [n for n, p in module.components.named_parameters().items() if p.grad is not None]
+        seen["grad"] = [n for n, p in module.pipeline.named_parameters().items() if p.grad is not None]
 
     fit(module, hook("on_train_start", at_start), hook("on_after_backward", gradients), steps=2)
     selected = match_parameters(GROUPS.get(group, group), seen["weights"])
@@ -166,11 +166,11 @@ def test_only_the_group_moves_and_the_reference_stays(group: str, build: Build, 
     module.unet.zero_grad()
     generator = torch.Generator().manual_seed(5)
     latents, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 32, 32, generator=generator)
-    frozen = module.pretrained("unet", module.unet, latents, torch.tensor([500]), states).sample
     with torch.no_grad():
-        assert torch.equal(frozen, seen["unet"](latents, torch.tensor([500]), states).sample)
+        before = frozen(module, latents, torch.tensor([500]), states)
+        assert torch.equal(before, seen["unet"](latents, torch.tensor([500]), states).sample)
         if not group.startswith("text"):
-            assert not torch.equal(frozen, module.unet(latents, torch.tensor([500]), states).sample)
+            assert not torch.equal(before, module.unet(latents, torch.tensor([500]), states).sample)
 
 
 def test_weights_that_attention_does_not_depend_on(build: Build) -> None:
@@ -243,8 +243,8 @@ def test_each_concept_is_seen_on_its_own_images(build: Build, fit: Fit) -> None:
     assert [len(latents) for latents in module.latents] == [3, 3]
     assert marked(module) == [["dog"], ["dog"], ["cat"], ["cat"]]
     # Without noise (t = 0) an item shows one of the images of its own concept.
-    alphas = module.components.scheduler.alphas_cumprod
-    module.components.scheduler.alphas_cumprod = torch.ones_like(alphas)
+    alphas = module.pipeline.scheduler.alphas_cumprod
+    module.pipeline.scheduler.alphas_cumprod = torch.ones_like(alphas)
     noisy, _ = module.noisy_images(torch.arange(40), 0)
     for item in range(40):
         own, other = (module.latents[n] for n in (module.owners[item % 4], 1 - module.owners[item % 4]))
@@ -270,7 +270,7 @@ def test_learned_tokens_stand_for_the_concept(build: Build, fit: Fit, tiny_sd: P
     assert module.mask.nonzero()[:, 1].tolist() == [4, 5, 6, 7]
     assert module.texts(0) == ["a picture of dog"]  # what images are drawn from
     states = module.states(torch.tensor([0]))
-    plain = encode_prompts(module.components.tokenizer, module.text_encoder, ["a picture of dog"])
+    plain = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["a picture of dog"])
     assert torch.equal(states[:, :4], plain[:, :4])
     assert not torch.isclose(states[:, 4:], plain[:, 4:]).all(-1).any()
     before = weights(module)

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from helpers import CONFIGS, LAYERS, QUIET, Interrupted, changed, interrupt, weights
-from lit_unlearn import training
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.training import cli as training
 
 Refinement = Callable[..., MEMIT]
 Fit = Callable[..., L.Trainer]
@@ -82,7 +82,7 @@ def test_an_edit_solves_the_normal_equations_of_memit(memit: Refinement, fit: Fi
     with module.pretrained.restored(), torch.no_grad(), capture_inputs(module.layers) as captured:
         keys = []
         for prompts in (module.edit_prompts, module.retain_prompts):
-            module.text_encoder(tokenize(module.components.tokenizer, prompts))
+            module.text_encoder(tokenize(module.pipeline.tokenizer, prompts))
             keys.append(captured[LAYERS[0]].double().flatten(0, 1))
         streams = [
             module.text_encoder(ids, output_hidden_states=True).hidden_states[2].double()
@@ -259,7 +259,7 @@ def test_the_penalty_keeps_z_near(memit: Refinement, fit: Fit) -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, memit: Refinement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         memit(**arguments)
 

@@ -8,12 +8,11 @@ import lightning as L
 import pytest
 import torch
 
-from lit_unlearn.attack import attack_run
-from lit_unlearn.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.attacks.run import attack_run
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import draw_pictures
-from lit_unlearn.evaluation.classifier import ClassifierJudge
+from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import judge_folder
 from lit_unlearn.methods.rename_tokens import RenameTokens
 
@@ -34,7 +33,7 @@ def test_a_name_reads_as_its_target(build: Callable[..., RenameTokens], fit: Fit
     module = build(concept=["dog", "cat"])
     trainer = fit(module, steps=5)
     assert trainer.global_step == 1  # there is nothing to repeat
-    tokenizer, text_encoder = module.components.tokenizer, module.text_encoder
+    tokenizer, text_encoder = module.pipeline.tokenizer, module.text_encoder
     dog, cat, soccer, parrot = tokenizer("dog cat soccer parrot", add_special_tokens=False).input_ids
     before = module.pretrained.values["text_encoder.embeddings.token_embedding.weight"]
     after = module.pretrained.parameters["text_encoder.embeddings.token_embedding.weight"].detach()
@@ -53,7 +52,7 @@ def test_a_name_reads_as_its_target(build: Callable[..., RenameTokens], fit: Fit
 def test_names_and_targets_of_several_tokens(build: Callable[..., RenameTokens]) -> None:
     module = build(concept=["soccer ball", "dog"], concept_set="emoji20")
     module.configure_model()
-    tokenizer = module.components.tokenizer
+    tokenizer = module.pipeline.tokenizer
     words = {
         tokenizer.decode([token]).strip(): tokenizer.decode([other]).strip()
         for token, other in module.renamed().items()
@@ -80,7 +79,7 @@ def test_direct_prompts_are_deceived_and_indirect_ones_and_attacks_are_not(tmp_p
     judge, dog = ClassifierJudge(judge_folder("emoji")), load_concept_set("emoji20").get("dog")
 
     def forgotten(prompts: tuple[str, ...]) -> float:
-        pictures = draw_pictures(components, prompts, range(len(prompts)), 8, 4.0)
+        pictures = components.draw(prompts, range(len(prompts)), 8, 4.0)
         return float((judge(pictures, [dog.question] * len(prompts)) < 0.5).float().mean())
 
     with pretrained.restored():

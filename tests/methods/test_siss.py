@@ -32,7 +32,7 @@ def naive_losses(step: Any, mixture: float) -> tuple[Tensor, Tensor, Tensor]:
     chosen = pairs.from_forget.view(-1, 1, 1, 1)
     x, a = pairs.keep.double(), pairs.forget.double()
     m = gamma * torch.where(chosen, a, x) + sigma * pairs.noise.double()
-    states = torch.where(pairs.from_forget.view(-1, 1, 1), pairs.forget_states, pairs.keep_states)
+    states = torch.where(pairs.from_forget.view(-1, 1, 1), pairs.forget_condition.states, pairs.keep_condition.states)
     ratio = ((m - gamma * x).square() - (m - gamma * a).square()) / (2 * sigma**2)
     ratio = ratio.sum(dim=(1, 2, 3)).exp()
     weight_x, weight_a = 1 / ((1 - mixture) + mixture * ratio), 1 / ((1 - mixture) / ratio + mixture)
@@ -47,7 +47,10 @@ def two_pass_losses(step: Any) -> tuple[Tensor, Tensor]:
     gamma, sigma = step.levels(pairs)
     noise = pairs.noise.double()
     losses = []
-    for latents, states in ((pairs.keep, pairs.keep_states), (pairs.forget, pairs.forget_states)):
+    for latents, states in (
+        (pairs.keep, pairs.keep_condition.states),
+        (pairs.forget, pairs.forget_condition.states),
+    ):
         prediction = step.predict(gamma * latents.double() + sigma * noise, pairs, states)
         losses.append((prediction - noise).square().sum(dim=(1, 2, 3)))
     return losses[0], losses[1]
@@ -142,7 +145,7 @@ def test_velocity_prediction_descends_the_models_own_loss(
     m = gamma * torch.where(pairs.from_forget.view(-1, 1, 1, 1), a, x) + sigma * noise
     eps_x, eps_a = (m - gamma * x) / sigma, (m - gamma * a) / sigma
     ratio = ((eps_x.square() - eps_a.square()).sum(dim=(1, 2, 3)) / 2).exp()
-    velocity = step.predict(m, pairs, pairs.keep_states)
+    velocity = step.predict(m, pairs, pairs.keep_condition.states)
     loss_x = 2 / (1 + ratio) * (velocity - (gamma * eps_x - sigma * x)).square().sum(dim=(1, 2, 3))
     loss_a = 2 / (1 / ratio + 1) * (velocity - (gamma * eps_a - sigma * a)).square().sum(dim=(1, 2, 3))
     g_x, g_a = step.gradient(loss_x.sum() / 4), step.gradient(loss_a.sum() / 4)

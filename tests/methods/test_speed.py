@@ -14,7 +14,7 @@ from helpers import CONFIGS, states
 from lit_unlearn.callbacks.speed import SPEEDEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.prompts import tokenize
-from lit_unlearn.methods import base
+from lit_unlearn.methods.shared import base
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]
@@ -92,8 +92,8 @@ def test_keys_are_states_of_the_last_token_of_the_name(
     model: str, speed: Build, request: pytest.FixtureRequest
 ) -> None:
     module = loaded(speed(model=str(request.getfixturevalue(model)), concept="cat", retain=["the soccer ball"]))
-    ids = tokenize(module.components.tokenizer, ["the soccer ball"])[0].tolist()
-    assert ids[4] == module.components.tokenizer.eos_token_id
+    ids = tokenize(module.pipeline.tokenizer, ["the soccer ball"])[0].tolist()
+    assert ids[4] == module.pipeline.tokenizer.eos_token_id
     keys = module.keys()
     assert torch.equal(keys.edited, states(module, "cat").double()[:, 1])
     assert torch.equal(keys.anchors, states(module, "parrot").double()[:, 1])
@@ -162,7 +162,7 @@ def test_invariants_are_start_of_text_and_centres_of_the_padding(
 def test_bad_input_is_refused_before_anything_is_loaded(
     arguments: dict[str, Any], message: str, speed: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "load_components", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(base, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         speed(**arguments)
 
@@ -195,7 +195,7 @@ def test_a_recipe_edits_values_only(name: str, model: str, fit: Fit, request: py
     fit(module, *[SPEEDEdit() for callback in recipe["trainer"]["callbacks"] if callback["class_path"] == "SPEEDEdit"])
     assert module.edited_names
     assert all(name.endswith("attn2.to_v.weight") for name in module.edited_names)
-    parameters = module.components.named_parameters()
+    parameters = module.pipeline.named_parameters()
     for edited in module.edited_names:
         assert not torch.equal(parameters[edited], module.pretrained.values[edited])
     assert 0 < module.report["weight_change_ratio"] < 2

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from helpers import Interrupted, changed, hook, interrupt, load_copy, weights
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.new_tokens import initial_embeddings
+from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods import textual_inversion
 from lit_unlearn.methods.textual_inversion import TextualInversion, inversion_loss, optimise_embeddings, pull_norm
 
@@ -69,7 +70,7 @@ def test_the_loss_falls(build: Build, fit: Fit, monkeypatch: pytest.MonkeyPatch)
     same = textual_inversion.seeded
 
     # The same image, noise and timestep in every step: the loss is a function of the embeddings alone.
-    monkeypatch.setattr("lit_unlearn.methods.gradient.seeded", lambda seed, epoch, step, item: same(seed, item))
+    monkeypatch.setattr("lit_unlearn.methods.shared.gradient.seeded", lambda seed, epoch, step, item: same(seed, item))
     losses: list[float] = []
     record = hook("on_train_batch_end", lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"])))
     fit(build(optimizer=partial(torch.optim.AdamW, lr=0.1)), record, steps=15)
@@ -100,7 +101,7 @@ def test_the_loss_is_the_diffusion_loss_of_the_filled_prompt(model: str, request
     components = load_copy(str(request.getfixturevalue(model)))
     tokenizer, scheduler = components.tokenizer, components.scheduler
     words = initial_embeddings(tokenizer, components.text_encoder, 2, "soccer ball", torch.Generator())
-    prompts = textual_inversion.tokenize_templates(tokenizer, ["a {}"], 2)
+    prompts = components.tokenize_templates(["a {}"], 2)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     loss = inversion_loss(components, words, prompts, latents, [torch.Generator().manual_seed(7)])
     generator = torch.Generator().manual_seed(7)
@@ -108,7 +109,7 @@ def test_the_loss_is_the_diffusion_loss_of_the_filled_prompt(model: str, request
     clean = latents[int(torch.randint(3, (), generator=generator))]
     noise = torch.randn(clean.shape, generator=generator)
     alpha, sigma = scheduler.alphas_cumprod[timestep].sqrt(), (1 - scheduler.alphas_cumprod[timestep]).sqrt()
-    states = textual_inversion.encode_prompts(tokenizer, components.text_encoder, ["a soccer ball"])
+    states = encode_prompts(tokenizer, components.text_encoder, ["a soccer ball"])
     with torch.no_grad():
         output = components.unet((alpha * clean + sigma * noise)[None], timestep[None], states).sample[0]
     target = noise if model == "tiny_sd" else alpha * noise - sigma * clean  # SD 2.x predicts the velocity

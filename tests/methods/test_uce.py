@@ -11,7 +11,7 @@ import yaml
 from torch.testing import assert_close
 
 from helpers import states
-from lit_unlearn.core.cross_attention_maps import without_component
+from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.uce import UCE
@@ -107,8 +107,8 @@ def test_the_state_of_the_last_token(model: str, towards: str, uce: Build, fit: 
     fit(module)
     # BOS is 0: "a dog" ends at 2, "the dog at sunset" at 4, "a soccer ball" at 3, the empty prompt at BOS.
     ends, guide_ends = (2, 4), {"target": (3, 5), "empty": (0, 0)}[towards]
-    pad = int(tokenize(module.components.tokenizer, [""])[0, -1])
-    assert (pad == module.components.tokenizer.eos_token_id) is (model == "tiny_sd")
+    pad = int(tokenize(module.pipeline.tokenizer, [""])[0, -1])
+    assert (pad == module.pipeline.tokenizer.eos_token_id) is (model == "tiny_sd")
     keys, guides = states(module, *module.phrases).double(), states(module, *module.guides[0]).double()
     assert torch.equal(module.keys, torch.stack([keys[0, ends[0]], keys[1, ends[1]]]))
     assert torch.equal(module.guide_keys[0], torch.stack([guides[0, guide_ends[0]], guides[1, guide_ends[1]]]))
@@ -172,6 +172,6 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
 def test_mistakes_are_found_before_a_weight_is_loaded(
     arguments: dict[str, Any], message: str, uce: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         uce(**arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lit_unlearn.callbacks.uce import UCEEdit
-from lit_unlearn.core.cross_attention_maps import map_updates, shifted_by_attributes
+from lit_unlearn.core.uce import map_updates, shifted_by_attributes
 from lit_unlearn.methods.uce_debias import UCEDebias
 
 Fit = Callable[..., L.Trainer]
@@ -198,6 +198,6 @@ def test_a_run_that_was_near_enough_when_it_was_cut_off_takes_no_more_rounds(
 def test_mistakes_are_found_before_a_weight_is_loaded(
     arguments: dict[str, Any], message: str, debias: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         debias(**arguments)

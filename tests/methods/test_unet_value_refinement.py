@@ -60,7 +60,7 @@ def test_the_loss_compares_with_the_unedited_unet_at_the_target_prompt(keys_and_
         state = module.prepare_layer(0)
         module.values_of(state).copy_(state.initial)
         latents, noise, timesteps = module.noise(batch, 0)
-        noisy = add_noise(module.components.scheduler, latents, noise, timesteps)
+        noisy = add_noise(module.pipeline.scheduler, latents, noise, timesteps)
         prediction = module.unet(noisy, timesteps, states(module, *PROMPTS)).sample
         seen_by_edited = module.unet(noisy, timesteps, states(module, *TARGETS)).sample
         with module.pretrained.restored():
@@ -169,7 +169,7 @@ def test_noises_are_of_the_edit_prompts_pictures_and_in_range(feed_forward: Buil
     module = started(feed_forward(noises_per_prompt=8, min_timestep=300, max_timestep=400), fit)
     assert module.timesteps.shape == (16,)
     assert 300 <= int(module.timesteps.min()) <= int(module.timesteps.max()) < 400
-    alphas = module.components.scheduler.alphas_cumprod[module.timesteps].view(-1, 1, 1, 1)
+    alphas = module.pipeline.scheduler.alphas_cumprod[module.timesteps].view(-1, 1, 1, 1)
     noise = (module.noisy - alphas.sqrt() * module.latents[0].repeat(8, 1, 1, 1)) / (1 - alphas).sqrt()
     # Of 16 * 256 standard normal numbers.
     assert noise.std() == pytest.approx(1, abs=0.05)

@@ -10,12 +10,8 @@ import torch
 
 from helpers import FF, KV
 from lit_unlearn.diffusion.hooks import capture_inputs
-from lit_unlearn.methods.unet_value_refinement import (
-    UNetFeedForwardRefinement,
-    UNetValueRefinement,
-    call_order,
-    num_places,
-)
+from lit_unlearn.diffusion.parameters import call_order, num_places
+from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement, UNetValueRefinement
 
 Build = Callable[..., Any]
 
@@ -85,6 +81,6 @@ def test_places_of_stable_diffusion() -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     kind: type, arguments: dict[str, Any], problem: str, refinement: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.base.load_components", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         refinement(kind, **arguments)

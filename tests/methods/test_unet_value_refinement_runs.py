@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers import CONFIGS, FF, KV, QUIET, Interrupted, changed, exact, half, hook, interrupt, states, weights
-from lit_unlearn import training
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from lit_unlearn.training import cli as training
 
 Build = Callable[..., Any]
 Fit = Callable[..., L.Trainer]

@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import LAYERS, PROMPTS, TARGETS, changed, hook, started, weights
+from helpers import LAYERS, PROMPTS, TARGETS, changed, hook, sample_latents, started, weights
 from lit_unlearn.callbacks.closed_form import NullSpaceEdit
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
-from lit_unlearn.diffusion.sampling import add_noise, initial_noise, sample_latents
+from lit_unlearn.diffusion.sampling import add_noise, initial_noise
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
@@ -48,8 +48,8 @@ def test_values_start_as_the_layers_output(refinement: Refinement, fit: Fit) -> 
     # With these values in its place the layer says what it says anyway: the loss is that of the unedited prompts.
     batch = torch.tensor([0, 1])
     latents, noise, timesteps = module.noise(batch, 0)
-    noisy = add_noise(module.components.scheduler, latents, noise, timesteps)
-    states = [encode_prompts(module.components.tokenizer, module.text_encoder, p) for p in (PROMPTS, TARGETS)]
+    noisy = add_noise(module.pipeline.scheduler, latents, noise, timesteps)
+    states = [encode_prompts(module.pipeline.tokenizer, module.text_encoder, p) for p in (PROMPTS, TARGETS)]
     prediction, goal = (module.unet(noisy, timesteps, state).sample for state in states)
     # Float32 noise predictions, in two ways to add the bias.
     assert_close(module.training_step(batch, 0), (prediction - goal).square().mean(), rtol=1e-4, atol=0)
@@ -175,7 +175,7 @@ def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fi
     with torch.no_grad():
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
         for prompts in (PROMPTS, TARGETS, module.retain_prompts):
-            text_encoder(tokenize(module.components.tokenizer, prompts))
+            text_encoder(tokenize(module.pipeline.tokenizer, prompts))
         handle.remove()
     edit, target, retain = inputs
     aligned = torch.stack([rows[ALIGNMENT[i]] for i, rows in enumerate(target)])
@@ -201,8 +201,8 @@ def test_the_residual_of_the_last_layer_makes_up_for_all_that_is_missing(refinem
     module = started(refinement(values="residual", first_layer=2), fit)
     assert module.state is not None
     with torch.no_grad(), replace_output(module.state.layer, module.values, module.mask):
-        states = encode_prompts(module.components.tokenizer, module.text_encoder, PROMPTS)
-    goals = encode_prompts(module.components.tokenizer, module.text_encoder, TARGETS)
+        states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, PROMPTS)
+    goals = encode_prompts(module.pipeline.tokenizer, module.text_encoder, TARGETS)
     aligned = torch.stack([goal[ALIGNMENT[i]] for i, goal in enumerate(goals)])
     # Sums and differences of float32 numbers of order 10, then a layer norm.
     assert_close(states, aligned, rtol=0, atol=1e-4)
@@ -254,17 +254,17 @@ def test_pairs_of_names_are_the_authors(refinement: Refinement, fit: Fit) -> Non
 def test_pictures_and_goals_are_the_pretrained_models_even_after_an_edit(refinement: Refinement, fit: Fit) -> None:
     module = refinement(latents_per_prompt=2, seed=5)
     module.configure_model()
-    tokenizer, unet, text_encoder = module.components.tokenizer, module.unet, module.text_encoder
+    tokenizer, unet, text_encoder = module.pipeline.tokenizer, module.unet, module.text_encoder
     states, goals, empty = (encode_prompts(tokenizer, text_encoder, p) for p in (PROMPTS, TARGETS, [""]))
     seeds = [[5, 6], [100_005, 100_006]]
     expected = [
-        sample_latents(unet, module.components.scheduler, states, empty, initial_noise(unet, s), 1, 4.0) for s in seeds
+        sample_latents(unet, module.pipeline.scheduler, states, empty, initial_noise(unet, s), 1, 4.0) for s in seeds
     ]
     with torch.no_grad():
         module.text_encoder.encoder.layers[1].mlp.fc2.weight.mul_(-1)  # as a resumed run finds it
     started(module, fit)
     assert torch.equal(module.latents, torch.stack(expected))
-    assert torch.equal(module.goal_states, goals)
+    assert torch.equal(module.goal.states, goals)
     assert not module.latents.is_inference()
 
 
@@ -308,7 +308,7 @@ def test_noise_is_added_as_in_training(refinement: Refinement) -> None:
     latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     assert torch.equal(
-        add_noise(module.components.scheduler, latents, noise, timesteps),
+        add_noise(module.pipeline.scheduler, latents, noise, timesteps),
         scheduler.add_noise(latents, noise, timesteps),
     )
 
@@ -316,7 +316,7 @@ def test_noise_is_added_as_in_training(refinement: Refinement) -> None:
 def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(), fit)
     assert module.retain_prompts == ["a cat", "the cat in the rain"]
-    ids = tokenize(module.components.tokenizer, module.retain_prompts)
+    ids = tokenize(module.pipeline.tokenizer, module.retain_prompts)
     assert list(module.moments) == LAYERS
     for name, (moment, count) in module.moments.items():
         keys = module.capture_keys(name, ids).flatten(0, 1).double()

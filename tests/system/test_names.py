@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from lit_unlearn.recipes import check_method
 from lit_unlearn.system import names
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.names import LONGEST_LABEL, check_path, file_name, joint_name, why_not
+from lit_unlearn.training.recipes import check_method
 
 ODD = [
     *("aux", "AUX", "con.x", "nul ", "com1", "lpt³", "conin$", "Mr.", "Mr", "what?", "what*", "what", "a:b", "a|b"),

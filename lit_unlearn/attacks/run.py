@@ -1,0 +1,258 @@
+"""``lit-unlearn attack``: attacks on the edit of a run, judged by pictures, written beside its scores.
+
+Data flow: everything is checked; the pipeline is loaded once, with the values of the edited weights before and after
+the edit; each concept's pictures are drawn of both; then each attack searches, draws the same prompts and seeds again,
+and its result is in ``attacks.json`` before the next one starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from lit_unlearn.attacks.base import Attack, AttackedModel, Found
+from lit_unlearn.attacks.catalog import make_attacks
+from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.diffusion.new_tokens import vocabulary_of
+from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.edits.checkpoint import Edit, chosen_model, chosen_revision, load_with_pretrained, read_edit
+from lit_unlearn.evaluation.grids import image_grid
+from lit_unlearn.judges.base import Judge
+from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.judges.load import load_judge
+from lit_unlearn.reports.attack_results import FILE, AttackReport, AttackResult, make_result
+from lit_unlearn.system.devices import find_device
+from lit_unlearn.system.files import atomic_write
+from lit_unlearn.system.names import file_name
+from lit_unlearn.system.pixels import save_png
+
+Existing = Literal["refuse", "replace", "keep"]
+FOLDER = "attacks"
+"""Folder beside ``attacks.json`` for grids and learned embeddings."""
+
+
+def attack_run(
+    ckpt_path: str | Path,
+    attacks: Sequence[str | Attack] | None = None,
+    *,
+    concepts: Sequence[str] | None = None,
+    num_pictures: int = 10,
+    steps: int | None = None,
+    seed: int = 0,
+    judge: str | None = None,
+    allow_names: bool = False,
+    model: str | None = None,
+    revision: str | None = None,
+    output: str | Path | None = None,
+    device: str | None = None,
+    existing: Existing = "refuse",
+    say: Callable[[str], object] = lambda text: None,
+) -> list[AttackResult]:
+    """Attack the edit of a run.
+
+    Args:
+        ckpt_path: A run's checkpoint, or a delta.
+        attacks: Names of attacks, or attacks with settings of their own; None for all.
+        concepts: Edited concepts to attack; None for all of them.
+        num_pictures: Pictures that an attack is judged by.
+        steps: Steps of each attack that is given by its name; None for its own.
+        seed: Seed of pictures and searches.
+        judge: Name of the judge; None for the run's.
+        allow_names: Let searched prompts hold the concept's own names.
+        model: The base model; None for the one that was edited.
+        revision: Of a hub id.
+        output: Folder for ``attacks.json`` and ``attacks/``; None for the run's.
+        device: None for a GPU if there is one.
+        existing: What becomes of attacks that ``attacks.json`` has already.
+        say: Told of each attack that has ended.
+
+    Returns:
+        The results of all attacks that were asked for, kept ones included.
+
+    Raises:
+        ValueError: Something is wrong with what was asked for, found before anything is loaded; or the unedited model
+            does not draw the concept.
+        OSError: The output cannot be written.
+    """
+    chosen = _chosen_attacks(attacks, steps, allow_names)
+    if num_pictures < 1:
+        raise ValueError(f"num_pictures={num_pictures} must be at least 1.")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be zero or larger.")
+    edit = read_edit(ckpt_path)
+    concept_set = load_concept_set(edit.hyper_parameters.get("concept_set", "emoji20"))
+    targets = _edited_concepts(edit, concepts, concept_set)
+    folder = _output_folder(edit, output)
+    path, report = folder / FILE, _earlier_report(folder / FILE, edit)
+    todo = _todo(report, path, chosen, targets, existing)
+    if todo:
+        found_device, base = find_device(device), chosen_model(model, edit)
+        loaded_judge = _load_judge(edit, judge, concept_set, targets)
+        pipeline, pretrained = load_with_pretrained(base, edit, chosen_revision(revision, edit), found_device)
+        for module in pipeline.parts.values():
+            if edit.dtype != torch.float32:  # searches and training need more than half precision
+                module.float()
+    for concept in dict.fromkeys(concept for _, concept in todo):
+        attacked = AttackedModel(
+            pipeline,
+            pretrained,
+            concept,
+            loaded_judge,
+            int(edit.hyper_parameters.get("num_inference_steps", 15)),
+            float(edit.hyper_parameters.get("guidance_scale", 4.0)),
+            num_pictures,
+            seed,
+        )
+        before = _Before.draw(attacked)
+        for attack in (attack for attack, own in todo if own is concept):
+            found = attack.run(attacked)
+            result = _result(attack, attacked, found, before, folder, base)
+            report = report.merged([result])
+            report.save(path)
+            say(f"{concept.name}: {attack.name}: {found.text} ({result.seconds:.0f} s)")
+    wanted = [report.find(attack.name, concept.name) for concept in targets for attack in chosen]
+    return [result for result in wanted if result is not None]
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Pictures (n, 3, H, W) without an attack, and their verdicts."""
+
+    unedited: Tensor
+    edited: Tensor
+    verdicts: dict[str, list[bool]]
+
+    @classmethod
+    def draw(cls, model: AttackedModel) -> _Before:
+        edited = model.draw(model.prompts, model.seeds)
+        with model.pretrained.restored():
+            unedited = model.draw(model.prompts, model.seeds)
+        return cls(unedited, edited, {"pre_attack": model.verdicts(edited), "unedited": model.verdicts(unedited)})
+
+
+def _result(
+    attack: Attack, model: AttackedModel, found: Found, before: _Before, folder: Path, base: str
+) -> AttackResult:
+    """Judge what was found; write the grid, and what was learned."""
+    pictures = found.draw(model.prompts, model.seeds)
+    name = f"{file_name(model.concept.name)}_{attack.name}"
+    rows = [before.unedited, before.edited, pictures]
+    scale = max(1, round(96 / pictures.shape[3]))
+    grid = image_grid(rows, ["unedited", "edited", attack.name.replace("_", " ")], model.prompts, scale)
+    save_png(folder / FOLDER / f"{name}.png", grid)
+    text = found.text
+    if found.embeddings is not None:
+        text = f"{FOLDER}/{name}.safetensors"
+        metadata = {"concept": model.concept.name, "vocabulary": _vocabulary(model, base), "model": base}
+        with atomic_write(folder / text) as file:
+            file.write(save({"embeddings": found.embeddings.float().contiguous()}, metadata))
+    settings: dict[str, Any] = {
+        **attack.settings(),
+        "seed": model.seed,
+        "judge": model.judge.name,
+        "num_inference_steps": model.num_inference_steps,
+        "guidance_scale": model.guidance_scale,
+        **found.report,
+    }
+    return make_result(
+        verdicts={**before.verdicts, "shown": model.verdicts(pictures)},
+        attack=attack.name,
+        concept=model.concept.name,
+        pictures=len(pictures),
+        seconds=found.cost.seconds,
+        unet_forwards=found.cost.unet_forwards,
+        unet_backwards=found.cost.unet_backwards,
+        settings=settings,
+        found=text,
+    )
+
+
+def _vocabulary(model: AttackedModel, base: str) -> str:
+    """What learned embeddings belong to, as ``vocabulary_of`` says it; an edited table is a vocabulary of its own."""
+    if any(name.endswith("token_embedding.weight") for name in model.pretrained.parameters):
+        table = model.pipeline.text.table
+        return fingerprint({"token_embedding.weight": table.float()})
+    return vocabulary_of(base)[0]
+
+
+def _chosen_attacks(attacks: Sequence[str | Attack] | None, steps: int | None, allow_names: bool) -> list[Attack]:
+    if attacks is None:
+        return make_attacks(None, steps, allow_names)
+    made = iter(make_attacks([attack for attack in attacks if isinstance(attack, str)], steps, allow_names))
+    chosen = [attack if isinstance(attack, Attack) else next(made) for attack in attacks]
+    if not chosen or len({attack.name for attack in chosen}) < len(chosen):
+        raise ValueError(f"attacks={[attack.name for attack in chosen]}: give at least one, and none twice.")
+    return chosen
+
+
+def _load_judge(edit: Edit, name: str | None, concept_set: ConceptSet, concepts: Sequence[Concept]) -> Judge:
+    """The judge ``name``, or that of the run, which must know the questions of ``concepts``."""
+    arguments = edit.hyper_parameters
+    options = (arguments.get("judge_options") or {}) if name is None else {}
+    judge = load_judge(name or arguments.get("judge", "emoji"), options, concept_set)
+    for concept in concepts:
+        if isinstance(judge, ClassifierJudge) and concept.question not in judge.questions:
+            raise ValueError(
+                f"The judge {judge.name!r} cannot answer {concept.question!r}: its config.json lists the questions."
+            )
+    return judge
+
+
+def _edited_concepts(edit: Edit, names: Sequence[str] | None, concept_set: ConceptSet) -> list[Concept]:
+    if not edit.concepts:
+        raise ValueError(f"{edit.path} edits no concept ({edit.method}), so there is none to attack.")
+    edited = [concept_set.get(name) for name in edit.concepts]
+    if names is None:
+        return edited
+    chosen = [concept_set.get(name) for name in names]
+    for concept in chosen:
+        if concept not in edited:
+            raise ValueError(
+                f"concept={concept.name!r} was not edited by {edit.path}: choose among {', '.join(edit.concepts)}."
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def _output_folder(edit: Edit, output: str | Path | None) -> Path:
+    if output is not None:
+        if Path(output).exists() and not Path(output).is_dir():
+            raise ValueError(f"output={output} is a file: give a folder.")
+        return Path(output)
+    if edit.run_folder is None:
+        raise ValueError(f"ckpt_path={edit.path} does not lie in a run's folder: say with --output where to write.")
+    return edit.run_folder
+
+
+def _earlier_report(path: Path, edit: Edit) -> AttackReport:
+    """What ``attacks.json`` has, for results to be added to it."""
+    run = edit.run_folder
+    in_run = run is not None and run.name.startswith("version_")
+    method = run.absolute().parents[1].name if run is not None and in_run else edit.method
+    earlier = AttackReport.load(path).attacks if path.exists() else []
+    if path.exists() and (found := AttackReport.load(path).concepts) != edit.concepts:
+        raise ValueError(
+            f"{path} is about an edit of {', '.join(found)}, and {edit.path} edits {', '.join(edit.concepts)}: "
+            "give another folder with --output."
+        )
+    return AttackReport(method=method, concepts=list(edit.concepts), checkpoint=edit.path.as_posix(), attacks=earlier)
+
+
+def _todo(
+    report: AttackReport, path: Path, attacks: Sequence[Attack], concepts: Sequence[Concept], existing: Existing
+) -> list[tuple[Attack, Concept]]:
+    """What is to be done, concept by concept."""
+    wanted = [(attack, concept) for concept in concepts for attack in attacks]
+    there = [pair for pair in wanted if report.find(pair[0].name, pair[1].name)]
+    if there and existing == "refuse":
+        attack, concept = there[0]
+        raise ValueError(
+            f"{path} has a result of {attack.name} on {concept.name}: pass --overwrite to attack again, or choose "
+            "other attacks with --attacks."
+        )
+    return wanted if existing == "replace" else [pair for pair in wanted if pair not in there]

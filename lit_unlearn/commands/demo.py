@@ -1,0 +1,72 @@
+"""``lit-unlearn demo``: edit, test and export, as a person would by three commands, and say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+
+from lit_unlearn.commands.parser import Parser, command_parser
+from lit_unlearn.training.recipes import find_recipe
+
+DESCRIPTION = "remove a concept from the embedded model, score and export it"
+
+
+def parser() -> Parser:
+    """Options of ``demo``."""
+    made = command_parser("demo", DESCRIPTION)
+    made.add_argument("--concept", default="dog", help="concept to remove; default: dog")
+    made.add_argument("--config", default="null_space.yaml", help="recipe; default: null_space.yaml")
+    return made
+
+
+def run(options: argparse.Namespace) -> None:
+    """Edit, test and export, as a person would by three commands, and say what came of it.
+
+    Raises:
+        UserError: The recipe or the concept is wrong.
+        OSError: Something cannot be written.
+    """
+    from lit_unlearn.commands import export
+    from lit_unlearn.training import cli as training
+
+    started = time.monotonic()
+    recipe = ["--config", options.config, "--concept", options.concept]
+    found = ["--config", str(find_recipe(options.config)), "--concept", options.concept]
+    _say("fit", *recipe)
+    fit = training.run(["fit", *found])
+    folder = Path(fit.trainer.log_dir or "")
+    ckpt_path = str(folder / "checkpoints" / "last.ckpt")
+    _say("test", *recipe, "--ckpt_path", ckpt_path)
+    training.run(["test", *found, "--ckpt_path", ckpt_path])
+    output = str(folder / "pipeline")
+    _say("export", "--ckpt_path", ckpt_path, "--output", output)
+    no_options = dict.fromkeys(("delta", "lora", "names", "dtype", "model", "revision", "overwrite"))
+    export.run(argparse.Namespace(ckpt_path=ckpt_path, output=output, **no_options))
+
+    where: dict[str, Path] = {
+        "pictures before and after": folder / "grid.png",
+        "scores": folder / "scores.json",
+        "edited pipeline, for diffusers": Path(output),
+        "everything else of the run": folder,
+    }
+    print(f"\nDone in {time.monotonic() - started:.0f} s.")
+    for what, path in where.items():
+        if path.exists():
+            print(f"  {what + ':':32}{path}")
+    print(f"  {'curves and pictures:':32}tensorboard --logdir {folder.parents[len(Path(fit.run_name).parts)]}")
+    prompt = fit.edited[0].direct[0]
+    print("\nTry next:")
+    print(f"  {_command('generate', prompt, '--ckpt_path', ckpt_path, '--output', 'edited.png')}")
+    print(f"  {_command('generate', prompt, '--output', 'unedited.png')}")
+    other = next(name for name in fit.concept_names if name not in {concept.name for concept in fit.edited})
+    print(f"  {_command('demo', '--concept', other)}")
+
+
+def _command(*args: str) -> str:
+    return shlex.join(["lit-unlearn", *args])
+
+
+def _say(*args: str) -> None:
+    print(f"\n$ {_command(*args)}", flush=True)

@@ -1,0 +1,79 @@
+"""``lit-unlearn export``: write an edited pipeline as a diffusers folder, or its changed weights as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
+from lit_unlearn.system.errors import user_errors
+
+DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> Parser:
+    """Options of ``export``."""
+    made = command_parser("export", DESCRIPTION)
+    made.add_argument("--ckpt_path", required=True, help="a run's checkpoint, or a delta")
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
+    made.add_argument(
+        "--delta",
+        action="store_true",
+        help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
+    )
+    made.add_argument(
+        "--lora", metavar="RANK", help="write LoRA weights of this rank at most, or of the one they need (auto)"
+    )
+    made.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
+    made.add_argument(
+        "--names", choices=("2022",), help="older tools want these: text_model. before the text encoder's weights"
+    )
+    add_model_options(made, "the one that was edited")
+    made.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return made
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write an edited pipeline as a diffusers folder, or its changed weights as safetensors.
+
+    Raises:
+        UserError: An option, the checkpoint or the model is wrong.
+        OSError: The output cannot be written.
+    """
+    import torch
+
+    from lit_unlearn.diffusion.stored import WholeModel
+    from lit_unlearn.edits.checkpoint import chosen_model, chosen_revision, read_edit
+    from lit_unlearn.edits.export import check_output, export_delta, export_lora, export_pipeline, provenance
+    from lit_unlearn.edits.lora import FILE_NAME, parse_rank
+
+    output = Path(options.output)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    old_names = options.names == "2022"
+    with user_errors():
+        rank = parse_rank(options.lora) if options.lora else None
+        if options.delta and (options.lora or old_names):
+            raise ValueError("--delta cannot be combined with --lora or --names: a delta has lit-unlearn's own names.")
+        if (options.delta or options.lora) and output.suffix != ".safetensors":
+            if output.is_symlink():
+                check_output(output, options.overwrite)
+            output = output / ("delta.safetensors" if options.delta else FILE_NAME)
+        check_output(output, options.overwrite)
+        edit = read_edit(options.ckpt_path)
+        model = chosen_model(options.model, edit)
+        revision = chosen_revision(options.revision, edit)
+        if options.delta or options.lora:
+            base = WholeModel.of(model, edit.dtype, revision)
+            facts = provenance(edit, model, base, revision)
+        if options.delta:
+            export_delta(edit, facts, output, dtype)
+        elif options.lora:
+            report = export_lora(edit, facts, base, output, rank, dtype, old_names)
+        else:
+            export_pipeline(edit, model, output, dtype, revision, old_names)
+    print(f"{output}: {model} without {', '.join(edit.concepts) or 'what it has unlearned'}")
+    if options.lora:
+        print(f"rank {report['rank']}; part of each layer's change that is missing:")
+        for name, residual in report["residual"].items():
+            print(f"  {name:60} {residual:.2e}")

@@ -1,0 +1,44 @@
+"""``lit-unlearn verify``: check an export against its provenance and print what differs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lit_unlearn.commands.parser import Parser, command_parser
+from lit_unlearn.system.errors import user_errors
+
+DESCRIPTION = "check an export against its provenance"
+
+
+def parser() -> Parser:
+    """Options of ``verify``."""
+    made = command_parser("verify", DESCRIPTION)
+    made.add_argument("export", metavar="EXPORT", help="exported folder, delta or LoRA weights")
+    made.add_argument("--base", metavar="MODEL", help="also compare with this base model: folder, emoji-sd or hub id")
+    made.add_argument("--revision", help="branch, tag or commit, if the base is a hub id")
+    return made
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check an export against its provenance and print what differs.
+
+    Returns:
+        The exit code: 0 if all is as it should be, else 1.
+
+    Raises:
+        UserError: There is no export of lit-unlearn to check, or no such base model.
+    """
+    from rich.console import Console
+
+    from lit_unlearn.edits.verify import findings_table, verify_export
+
+    with user_errors():
+        findings = verify_export(Path(options.export), options.base, options.revision)
+    Console(soft_wrap=True).print(findings_table(findings))
+    wrong = [finding for finding in findings if not finding.ok]
+    print(
+        f"{options.export}: "
+        + (f"{len(wrong)} of {len(findings)} checks failed" if wrong else "as its provenance says")
+    )
+    return 1 if wrong else 0

@@ -1,0 +1,262 @@
+"""A pipeline that knows its family: what a method, an attack or a judge of a model talks to.
+
+    condition = pipeline.encode(prompts)            # what the denoiser is told: hidden states, pooled vectors
+    pipeline.predict(x_t, t, condition)             # what the denoiser says, in the family's own terms
+    pipeline.noise                                  # its noise process: add, target, timesteps, samplers
+    pipeline.draw(prompts, seeds, steps, guidance)  # pictures; .sample for latents, .chain for every step of them
+    pipeline.texts                                  # its text encoders, each with its tokenizer
+    pipeline.sites(names)                           # linear maps by the names of their weights
+    pipeline.parts                                  # the modules that hold weights, by name
+
+Nothing outside of this folder calls a denoiser, a text encoder or a sampler by itself. A family is a subclass that says
+what its parts are, how prompts become a condition and how the denoiser is called (``families.py``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.noise import DDPM
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.diffusion.sampling import DenoisingStep
+from lit_unlearn.diffusion.text import TextEncoder, Tokens
+
+
+class Pipeline(ABC):
+    """Base of the families; all parameters are frozen when loaded."""
+
+    denoiser_part: ClassVar[str]
+    """Name of the denoiser among ``parts``."""
+
+    # --- what a family says
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules that hold weights, by name; full names of weights begin with it."""
+
+    @property
+    @abstractmethod
+    def texts(self) -> tuple[TextEncoder, ...]:
+        """The text encoders, each with its tokenizer."""
+
+    @property
+    @abstractmethod
+    def noise(self) -> DDPM:
+        """The noise process that the model was trained with."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a picture's latents."""
+
+    @property
+    @abstractmethod
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the model's pictures, in pixels."""
+
+    @property
+    @abstractmethod
+    def commit(self) -> str | None:
+        """The commit of a model from the hub, if it is known."""
+
+    @abstractmethod
+    def num_places(self, name: str) -> int:
+        """Positions (height times width) that the block of the denoiser's weight ``name`` works on."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What acts on pictures and cannot be seen in the weights, as JSON can hold it: for the keys of caches."""
+
+    @abstractmethod
+    def with_sampler(self, kind: str) -> Pipeline:
+        """The same parts with another sampler; see ``DDPM.with_sampler``."""
+
+    @abstractmethod
+    def condition(self, tokens: Tokens) -> Condition:
+        """What the denoiser is told of prompts, in one forward of each text encoder."""
+
+    @abstractmethod
+    def predict(
+        self, x_t: Tensor, timesteps: Tensor, condition: Condition, values: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the denoiser says (B, C, H, W).
+
+        Args:
+            x_t: Noised latents, (B, C, H, W).
+            timesteps: (B,), or () for all.
+            condition: Of B prompts.
+            values: Weights that stand in for the denoiser's own, by their names within it.
+        """
+
+    @abstractmethod
+    def chain(
+        self,
+        conditions: Sequence[Condition],
+        noise: Tensor,
+        num_inference_steps: int,
+        guidance_scale: float,
+        stop: int | None = None,
+    ) -> Iterator[DenoisingStep]:
+        """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
+
+        Args:
+            conditions: That of the prompts alone, which are then not guided; or those of the empty prompt, of the
+                prompts, and any others whose predictions are wanted too.
+            noise: Where the chains start, standard normal, (B, C, H, W).
+            num_inference_steps: Steps of the sampler.
+            guidance_scale: Strength of the guidance.
+            stop: End at the step of this number, counted from 0, with what its denoiser would see.
+        """
+
+    @abstractmethod
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
+
+    @abstractmethod
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents (B, C, h, w), means of their distribution, of ``pictures`` (B, 3, H, W), float in [0, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, h, w)."""
+
+    @abstractmethod
+    def save(self, folder: Any) -> None:
+        """Write the pipeline as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
+
+    # --- what follows from it
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The part that denoises."""
+        return self.parts[self.denoiser_part]
+
+    @property
+    def text(self) -> TextEncoder:
+        """The only text encoder, for what is about one alone.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if len(self.texts) > 1:
+            raise ValueError(f"{type(self).__name__} has {len(self.texts)} text encoders; this works with one only.")
+        return self.texts[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lies."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the denoiser's weights."""
+        return next(self.denoiser.parameters()).dtype
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every weight by its full name, such as ``unet.mid_block.attentions.0...attn2.to_k.weight``."""
+        return {f"{part}.{name}": p for part, module in self.parts.items() for name, p in module.named_parameters()}
+
+    def sites(self, names: Sequence[str]) -> dict[str, nn.Linear]:
+        """The linear maps whose weights have the full names ``names``.
+
+        Raises:
+            ValueError: One is not the weight of a linear layer.
+        """
+        return {name: self.linear(name) for name in names}
+
+    def linear(self, name: str) -> nn.Linear:
+        """The linear layer whose weight has the full name ``name``.
+
+        Raises:
+            ValueError: The parameter is not the weight of a linear layer.
+        """
+        part, _, path = name.partition(".")
+        layer = self.parts[part].get_submodule(path.rsplit(".", 1)[0])
+        if not isinstance(layer, nn.Linear) or not name.endswith(".weight"):
+            raise ValueError(f"edited_parameters selects {name}, which is not the weight of a linear layer.")
+        return layer
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """``prompts`` as each text encoder reads them; warns of those that are cut off."""
+        return Tokens(tuple(text.tokenize(prompts) for text in self.texts))
+
+    def tokenize_templates(self, templates: Sequence[str], count: int) -> Tokens:
+        """As ``tokenize``, of templates in which every ``{}`` stands for ``count`` learned tokens."""
+        ids, slots = zip(*(text.tokenize_templates(templates, count) for text in self.texts), strict=True)
+        return Tokens(ids, slots)
+
+    def encode(self, prompts: Sequence[str] | Tokens, embeddings: Tensor | None = None) -> Condition:
+        """What the denoiser is told of ``prompts``, all at once.
+
+        Args:
+            prompts: Texts, or what ``tokenize`` made of them.
+            embeddings: Of the learned tokens in them, (n, D); gradients flow into them.
+        """
+        tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
+        if embeddings is None:
+            return self.condition(tokens)
+        with self.text.learned(embeddings, tokens.slots[0]):
+            return self.condition(tokens)
+
+    def encode_mixtures(self, weights: Tensor, allowed: Tensor, tokens: Tokens) -> Condition:
+        """As ``encode``, with learned tokens that are mixtures of those of the vocabulary; gradients reach ``weights``.
+
+        Args:
+            weights: Of each allowed token in each learned one, (k, A).
+            allowed: Numbers of the tokens, (A,).
+            tokens: From ``tokenize_templates``.
+        """
+        table = self.text.table.detach()
+        return self.encode(tokens, weights @ table[allowed.to(table.device)].to(weights))
+
+    def encode_many(self, prompts: Sequence[str] | Tokens) -> Condition:
+        """As ``encode``, some at a time where there are many."""
+        tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
+        return Condition.cat([self.condition(part) for part in tokens.split(ENCODE_BATCH)])
+
+    def sample(
+        self,
+        condition: Condition,
+        noise: Tensor,
+        num_inference_steps: int,
+        guidance_scale: float,
+        unconditional: Condition | None = None,
+    ) -> Tensor:
+        """Latents (B, C, H, W) of prompts: where ``chain`` ends.
+
+        Args:
+            condition: Of B prompts.
+            noise: Where the chains start, (B, C, H, W).
+            num_inference_steps: Steps of the sampler.
+            guidance_scale: 1 means no guidance, and half of the forwards.
+            unconditional: Of the empty prompt, if it is known already.
+        """
+        conditions = [condition]
+        if guidance_scale != 1:
+            empty = self.encode([""]) if unconditional is None else unconditional
+            conditions.insert(0, empty.expand(len(condition)))
+        latents = noise
+        for step in self.chain(conditions, noise, num_inference_steps, guidance_scale):
+            latents = step.latents
+        return latents
+
+    @torch.no_grad()
+    def draw_latents(
+        self, condition: Condition, seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Latents (B, C, H, W) of the prompts of ``condition``, each from its own seed."""
+        return self.sample(condition, self.initial_noise(seeds), num_inference_steps, guidance_scale)
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
+        return self.decode(self.draw_latents(self.encode(prompts), seeds, num_inference_steps, guidance_scale))

@@ -1,0 +1,139 @@
+"""A text encoder with its tokenizer, and prompts as it reads them.
+
+tokens = pipeline.tokenize(prompts)      # Tokens: input_ids of every text encoder
+text.states(input_ids)                   # what the denoiser attends to, (B, L, D)
+text.stream(input_ids, layer)            # the residual stream behind a layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.diffusion.concept_tokens import names_mask
+from lit_unlearn.diffusion.discrete_prompts import whole_words, words_of
+from lit_unlearn.diffusion.new_tokens import (
+    initial_embeddings,
+    substitute_embeddings,
+    token_table,
+    tokenize_templates,
+    vocabulary_norm,
+)
+from lit_unlearn.diffusion.prompts import encode, residual_stream, tokenize
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Prompts as the text encoders of a pipeline read them, row by row.
+
+    Attributes:
+        ids: ``input_ids`` (B, L) of each text encoder.
+        slots: Of each text encoder, which learned token stands at a position, (B, L), -1 for none; empty without any.
+    """
+
+    ids: tuple[Tensor, ...]
+    slots: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids[0])
+
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> Tokens:
+        return Tokens(tuple(ids[rows] for ids in self.ids), tuple(slots[rows] for slots in self.slots))
+
+    def split(self, size: int) -> Iterator[Tokens]:
+        """Parts of ``size`` rows, the last one of what is left."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder of a pipeline and its tokenizer.
+
+    Attributes:
+        part: Its name among the parts of the pipeline.
+        model: ``input_ids`` (B, L) to states (B, L, D).
+        tokenizer: Byte-pair tokenizer.
+    """
+
+    part: str
+    model: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+    @property
+    def length(self) -> int:
+        """Positions that the encoder reads, L."""
+        return int(self.tokenizer.model_max_length)
+
+    @property
+    def eos(self) -> int:
+        """Number of the end-of-text token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def table(self) -> Tensor:
+        """Embeddings of the vocabulary, (tokens, D): the parameter itself."""
+        return token_table(self.model).weight
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """``input_ids`` (B, L), padded; warns of prompts that are cut off."""
+        return tokenize(self.tokenizer, prompts)
+
+    def tokenize_templates(self, templates: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
+        """``input_ids`` and ``slots`` (B, L) of templates in which every ``{}`` stands for ``count`` learned tokens."""
+        return tokenize_templates(self.tokenizer, templates, count)
+
+    def words(self, text: str) -> list[int]:
+        """Numbers of the tokens of ``text``, without those that begin and end a prompt."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def names_of(self, tokens: Sequence[int]) -> list[str]:
+        """The tokens themselves, as the vocabulary has them."""
+        return list(self.tokenizer.convert_ids_to_tokens(list(tokens)))
+
+    def states(self, input_ids: Tensor) -> Tensor:
+        """States (B, L, D) that the denoiser attends to, of ``input_ids`` (B, L)."""
+        return encode(self.model, input_ids)
+
+    def stream(self, input_ids: Tensor, layer: int = -1) -> Tensor:
+        """Output (n, L, D), float32, of ``layer`` (default: the last) for ``input_ids`` (n, L), before a final norm."""
+        return residual_stream(self.model, input_ids, layer)
+
+    @contextmanager
+    def learned(self, embeddings: Tensor, slots: Tensor) -> Iterator[None]:
+        """Let the encoder read ``embeddings`` (n, D) at the positions that ``slots`` (B, L) gives them."""
+        with substitute_embeddings(self.model, embeddings, slots):
+            yield
+
+    def initial_embeddings(self, count: int, words: str | None, generator: torch.Generator) -> Tensor:
+        """Embeddings (count, D), float32, to start from: those of ``words``, or noise like the vocabulary's."""
+        return initial_embeddings(self.tokenizer, self.model, count, words, generator)
+
+    @property
+    def vocabulary_norm(self) -> float:
+        """Mean norm of the embeddings of the vocabulary."""
+        return vocabulary_norm(self.model)
+
+    def names_mask(self, input_ids: Tensor, names: Sequence[str]) -> Tensor:
+        """Where the tokens of one of ``names`` stand in each prompt, (B, L) bool."""
+        return names_mask(self.tokenizer, input_ids, names)
+
+    def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
+        """Numbers (A,) of the tokens that a person can type as words; see ``discrete_prompts.whole_words``."""
+        return whole_words(self.tokenizer, forbidden, phrases)
+
+    def words_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens from ``whole_words``."""
+        return words_of(self.tokenizer, tokens)
+
+
+def linear_layers(module: nn.Module, endings: tuple[str, ...]) -> list[nn.Module]:
+    """The layers of ``module`` whose names end with one of ``endings``, in order."""
+    return [layer for name, layer in module.named_modules() if name.endswith(endings)]

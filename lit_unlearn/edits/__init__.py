@@ -1,0 +1,1 @@
+"""What an edit is once it is found: read, applied, exported, checked."""

@@ -1,0 +1,346 @@
+"""Edited weights as a run (``.ckpt``) or an export (``.safetensors``) keeps them: read, checked, applied."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_unlearn.diffusion.load import check_model, load_pipeline
+from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.source import resolve_model, weight_files
+from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
+from lit_unlearn.system.files import atomic_write
+
+DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
+"""Fields of a delta's metadata that reading it needs, each JSON text."""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WEIGHT_NAME = re.compile(rf"({'|'.join(WEIGHTED_PARTS)})(\.\w+)+", flags=re.ASCII)
+UNPICKLING_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What torch and zipfile are known to raise for a file that is damaged or made to do harm."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit: the weights that it changed, and what they belong to.
+
+    Attributes:
+        path: The file.
+        method: Name of the class that found it.
+        concepts: Names of the edited concepts.
+        model: The base model as the run named it: a folder or a hub id.
+        base_fingerprint: Hash of the base model's values of the edited weights.
+        weights: New values by full parameter name.
+        hyper_parameters: Arguments of the method.
+        base_weights: SHA-256 of the base model's parts, all weights of each, as ``WholeModel.sha256``, if known.
+        concept_set_sha256: Hash of the concept set, if known.
+
+    Raises:
+        ValueError: A field is of the wrong kind, or a weight is none that a model could have; no file is trusted.
+    """
+
+    path: Path
+    method: str
+    concepts: list[str]
+    model: str
+    base_fingerprint: str
+    weights: dict[str, Tensor]
+    hyper_parameters: dict[str, Any]
+    base_weights: Mapping[str, str] = field(default_factory=dict)
+    concept_set_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        def refuse(what: str) -> ValueError:
+            return ValueError(f"ckpt_path={self.path} is no valid edit ({what}): get it from its author again.")
+
+        for name in ("method", "model", "base_fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise refuse(f"its {name} is not text")
+        if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
+            raise refuse("its concepts are no list of names")
+        options = self.hyper_parameters
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise refuse("its config is no mapping")
+        if getattr(torch, str(options.get("dtype", "float32")), None) not in DTYPES:
+            raise refuse(f"its dtype is {options['dtype']!r:.40}")
+        for name, largest in (("num_inference_steps", 1000), ("guidance_scale", 1e6)):
+            if not isinstance(value := options.get(name, 1), int | float) or not abs(value) <= largest:
+                raise refuse(f"its {name} is {value!r:.40}")
+        if not isinstance(options.get("revision"), str | None):
+            raise refuse("its revision is not text")
+        if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(WEIGHTED_PARTS):
+            raise refuse("its base weights are no mapping of parts")
+        for name, value in self.weights.items():
+            if not isinstance(name, str) or not WEIGHT_NAME.fullmatch(name):
+                raise refuse(f"{name!r:.100} is no name of a weight")
+            if not isinstance(value, Tensor) or value.dtype not in DTYPES or not value.isfinite().all():
+                raise refuse(f"{name} does not hold finite numbers")
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Folder of the run that the file belongs to, or None."""
+        return run_folder(self.path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which the base model was loaded when it was edited."""
+        return getattr(torch, self.hyper_parameters.get("dtype", "float32"))
+
+    def check_base(self, model: str) -> None:
+        """Refuse a base model that the edit was not made on, reading its edited weights only.
+
+        The weights of a hub id are not at hand; only its name can be compared.
+
+        Raises:
+            ValueError: The model is another, or no model folder.
+        """
+        refusal = (
+            f"{self.path} edits {self.model!r} and does not fit model={model!r}, whose weights differ: "
+            "use the model that it was made on."
+        )
+        path = resolve_model(model)
+        if isinstance(path, str):
+            if model != self.model:
+                raise ValueError(refusal)
+            return
+        check_model(model)
+        values = _read_weights(path, list(self.weights))
+        if values is None or fingerprint({n: v.to(self.dtype) for n, v in values.items()}) != self.base_fingerprint:
+            raise ValueError(refusal)
+        if self.base_weights:
+            self.check_whole(WholeModel.in_folder(path, self.dtype), model)
+
+    def check_whole(self, base: WholeModel, model: str) -> None:
+        """Refuse a base model, with weights in ``dtype``, of which a part that the edit does not touch is another.
+
+        Raises:
+            ValueError: Names the parts.
+        """
+        found = base.sha256() if self.base_weights else {}
+        if other := [part for part, sha256 in self.base_weights.items() if found[part] != sha256]:
+            raise ValueError(
+                f"{self.path} edits {self.model!r} and does not fit model={model!r}, whose {' and '.join(other)} "
+                f"{'differs' if len(other) == 1 else 'differ'}: use the model that it was made on."
+            )
+
+    @torch.no_grad()
+    def apply(self, pipeline: Pipeline) -> None:
+        """Write the edited weights into the loaded pipeline.
+
+        Raises:
+            ValueError: The pipeline lacks a weight, has it in another shape, or is another than the edit was made on.
+        """
+        parameters = pipeline.named_parameters()
+        for name, value in self.weights.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise ValueError(
+                    f"{self.path} edits {name} of shape {tuple(value.shape)}, which the model does not have."
+                )
+        if fingerprint({name: parameters[name] for name in self.weights}) != self.base_fingerprint:
+            raise ValueError(f"{self.path} edits {self.model!r}, which has other weights than the loaded model.")
+        self.check_whole(WholeModel.loaded(pipeline), "the loaded one")
+        for name, value in self.weights.items():
+            parameters[name].copy_(value)
+
+
+def run_folder(ckpt_path: str | Path) -> Path | None:
+    """Folder of the run that a checkpoint lies in (``RUN/checkpoints/last.ckpt``), or None if it lies elsewhere."""
+    parent = Path(ckpt_path).absolute().parent
+    return Path(ckpt_path).parent.parent if parent.name == "checkpoints" else None
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints so that readers see the old file or the new one, on disk when it returns.
+
+    Lightning's own goes by a temporary file elsewhere, which is copied if that is another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save ``checkpoint`` to ``path``."""
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The ``last.ckpt`` of the newest run among ``folder/version_N``, or None."""
+    found = {path.parts[-3].removeprefix("version_"): path for path in folder.glob("version_*/checkpoints/last.ckpt")}
+    versions = [version for version in found if version.isdigit()]
+    return found[max(versions, key=int)] if versions else None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of Lightning's, without running code that it may hold.
+
+    Raises:
+        ValueError: The file is missing or corrupt.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"ckpt_path={path} is a folder: give the file, e.g. {path / 'checkpoints' / 'last.ckpt'}.")
+    if not path.is_file():
+        raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn fit` writes logs/.../checkpoints/last.ckpt.")
+    corrupt = f"ckpt_path={path} is corrupt or no checkpoint"
+    try:
+        # torch does not verify what it reads; the archive has a checksum for each of its members.
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except UNPICKLING_ERRORS as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"{corrupt} ({reason}): copy it again, or run the fit again.") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{corrupt}: it has no state_dict.")
+    return checkpoint
+
+
+def read_edit(path: str | Path) -> Edit:
+    """Read the checkpoint of a run, or an exported delta.
+
+    Raises:
+        ValueError: The file is missing, corrupt, or not made by lit-unlearn.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _read_delta(path)
+    from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
+
+    checkpoint = load_checkpoint(path)
+    state = checkpoint["state_dict"]
+    try:
+        ours: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+        return Edit(
+            path=path,
+            method=ours["method"],
+            concepts=list(ours["concepts"]),
+            model=ours["model"],
+            base_fingerprint=ours["base_fingerprint"],
+            weights={name: state[name] for name in ours["edited_names"]},
+            hyper_parameters={k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"},
+            concept_set_sha256=ours.get("concept_set_sha256"),
+        )
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"ckpt_path={path} was not made by an edit of lit-unlearn: it does not say what it edits."
+        ) from error
+
+
+def _read_delta(path: Path) -> Edit:
+    if not path.is_file():
+        raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn export --delta` writes such a file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: what is read is mapped from the file, which could not be replaced on Windows.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, *UNPICKLING_ERRORS) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
+    try:
+        facts = {name: json.loads(metadata[name]) for name in DELTA_FIELDS}
+        optional = {name: json.loads(metadata.get(name, "null")) for name in ("base_sha256", "concept_set_sha256")}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error!s:.100}."
+        ) from error
+    return Edit(
+        path,
+        facts["method"],
+        facts["concepts"],
+        facts["base_model"],
+        facts["base_fingerprint"],
+        weights,
+        facts["config"],
+        optional["base_sha256"] or {},
+        optional["concept_set_sha256"],
+    )
+
+
+def load_edited(
+    model: str, edit: Edit | None, revision: str | None = None, device: torch.device | None = None
+) -> Pipeline:
+    """Load the pipeline ``model`` onto ``device`` (as for ``load_pipeline``) and apply ``edit``, if there is one.
+
+    Raises:
+        ValueError: The model cannot be loaded, or the edit does not fit it.
+    """
+    if edit:
+        return load_with_pretrained(model, edit, revision, device)[0]
+    return load_pipeline(model, torch.float32, revision, device)
+
+
+def load_with_pretrained(
+    model: str, edit: Edit, revision: str | None = None, device: torch.device | None = None
+) -> tuple[Pipeline, PretrainedValues]:
+    """As ``load_edited``; also return what the edited weights were before.
+
+    Raises:
+        ValueError: As ``load_edited``.
+    """
+    if not edit.weights:
+        raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
+    pipeline = load_pipeline(model, edit.dtype, revision, device)
+    parameters = pipeline.named_parameters()
+    pretrained = PretrainedValues({name: parameters[name] for name in edit.weights if name in parameters})
+    edit.apply(pipeline)
+    return pipeline, pretrained
+
+
+def chosen_model(model: str | None, edit: Edit | None) -> str:
+    """The model to load, checked: the given one, else the one that was edited, else the embedded one."""
+    if edit is None:
+        model = model or "emoji-sd"
+        check_model(model)
+        return model
+    model = model or edit.model
+    edit.check_base(model)
+    return model
+
+
+def chosen_revision(revision: str | None, edit: Edit | None) -> str | None:
+    """The revision of a hub id to load: the given one, else that of the edit."""
+    return revision or (edit.hyper_parameters.get("revision") if edit else None)
+
+
+def _read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
+    """Read the parameters ``names`` from the weight files of a model folder; None if one is missing."""
+    values: dict[str, Tensor] = {}
+    for part in sorted({name.split(".")[0] for name in names}):
+        wanted = {name.removeprefix(f"{part}."): name for name in names if name.startswith(f"{part}.")}
+        for file in weight_files(folder, part):
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    if (name := stored.removeprefix("text_model.")) in wanted:
+                        values[wanted[name]] = tensors.get_tensor(stored)
+    return values if len(values) == len(names) else None

@@ -1,0 +1,212 @@
+"""Compare an export with its provenance, and with the base model that it names; nothing in it is run or trusted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
+from lit_unlearn.edits.export import ENDINGS, PROVENANCE, file_sha256, weights_sha256
+
+MAX_PROVENANCE = 50_000_000
+"""Largest ``provenance.json`` that is read, in bytes."""
+SHOWN = 5
+"""Names that a row lists."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check.
+
+    Attributes:
+        what: What was checked.
+        wrong: Names of what differs, with the reason; none if all is well.
+        count: How many things were checked.
+    """
+
+    what: str
+    wrong: list[str]
+    count: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is well."""
+        return not self.wrong
+
+
+def findings_table(findings: list[Finding]) -> Table:
+    """One row for each check."""
+    table = Table("check", "result", box=None)
+    for finding in findings:
+        more = f" and {len(finding.wrong) - SHOWN} more" if len(finding.wrong) > SHOWN else ""
+        lines = "; ".join(finding.wrong[:SHOWN]) + more
+        table.add_row(finding.what, f"ok ({finding.count})" if finding.ok else escape(printable(lines)))
+    return table
+
+
+def printable(text: str) -> str:
+    """``text`` without what would steer a terminal."""
+    return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", "?", text)
+
+
+def verify_export(path: Path, base: str | None = None, revision: str | None = None) -> list[Finding]:
+    """Check a folder, a delta or LoRA weights.
+
+    Args:
+        path: What ``lit-unlearn export`` wrote.
+        base: Base model to compare with: all weights that were not edited must be its own.
+        revision: Of a base model from the hub.
+
+    Raises:
+        ValueError: There is no export at ``path``, or ``base`` is no model.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a folder or file that `lit-unlearn export` has written.")
+    if path.is_dir() and not (path / PROVENANCE).exists():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(f"{path} is no export of lit-unlearn: it has no {PROVENANCE}.")
+        path = found[0]
+    return _verify_folder(path, base, revision) if path.is_dir() else _verify_file(path, base, revision)
+
+
+def _verify_file(path: Path, base: str | None, revision: str | None) -> list[Finding]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        facts = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no export of lit-unlearn, or corrupt ({error!s:.200}).") from error
+    recorded = _mapping(facts, "weights_sha256", path)
+    findings = [_compare("weights", weights_sha256(weights), recorded)]
+    if facts.get("kind") == "delta":
+        names = [name for name in weights if name not in set(_names(facts, path))]
+        findings.append(Finding("names", [f"unexpected weight {name}" for name in names], len(weights)))
+        read_edit(path)
+    if base is not None:
+        findings.append(_base_hashes(facts, WholeModel.of(base, _dtype(facts, "base_dtype", path), revision), path))
+    return findings
+
+
+def _verify_folder(folder: Path, base: str | None, revision: str | None) -> list[Finding]:
+    facts = read_provenance(folder)
+    edited, recorded = _names(facts, folder), _mapping(facts, "weights_sha256", folder)
+    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
+    findings = [_files(folder, _mapping(facts, "files", folder), links)]
+    if links:
+        return findings  # what they point to is no part of the export, and is not read
+    try:
+        weights = WholeModel.in_folder(folder)
+    except ValueError as error:
+        return [*findings, Finding("weights", [str(error)], 1)]
+    names = set(weights.names())
+    present = {name: weights[name] for name in edited if name in names}
+    findings.append(_compare("edited weights", weights_sha256(present), recorded))
+    if base is not None:
+        original = WholeModel.of(base, _dtype(facts, "base_dtype", folder), revision)
+        findings.append(_base_hashes(facts, original, folder))
+        findings.append(_unedited(weights, original, set(edited), _dtype(facts, "dtype", folder)))
+    return findings
+
+
+def _files(folder: Path, listed: dict[str, str], links: list[Path]) -> Finding:
+    """Compare the files of an export with their list; hidden ones, such as those of git, are nobody's weights."""
+    wrong = [f"{path.relative_to(folder).as_posix()} is a symbolic link" for path in links]
+    outside = [name for name in listed if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    wrong += [f"{name} lies outside of the export" for name in outside]
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if path.is_file() and path not in links and not hidden and parts != (PROVENANCE,):
+            found["/".join(parts)] = file_sha256(path)
+    wrong += [f"{name} may hold code" for name in found if PurePosixPath(name).suffix not in {*ENDINGS, ""}]
+    result = _compare("files", found, {name: sha256 for name, sha256 in listed.items() if name not in outside})
+    return Finding("files", wrong + result.wrong, len(listed))
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """``provenance.json`` of an export.
+
+    Raises:
+        ValueError: It cannot be read, or is no JSON object.
+    """
+    path = folder / PROVENANCE
+    try:
+        if path.stat().st_size > MAX_PROVENANCE:
+            raise ValueError("too large")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt ({error!s:.100}): the export cannot be checked.") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is corrupt (no mapping): the export cannot be checked.")
+    return facts
+
+
+def _mapping(facts: Mapping[str, Any], name: str, path: Path) -> dict[str, str]:
+    value = facts.get(name)
+    if not isinstance(value, dict) or not all(isinstance(sha256, str) for sha256 in value.values()):
+        raise ValueError(f"{path} has no provenance with {name!r}: export it again with this version.")
+    return dict(value)
+
+
+def _names(facts: Mapping[str, Any], path: Path) -> list[str]:
+    names = facts.get("edited_weights")
+    if not isinstance(names, list) or not all(isinstance(name, str) and WEIGHT_NAME.fullmatch(name) for name in names):
+        raise ValueError(f"{path} has no provenance with the names of the edited weights.")
+    return names
+
+
+def _dtype(facts: Mapping[str, Any], name: str, path: Path) -> torch.dtype:
+    dtype = getattr(torch, str(facts.get(name)), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{path} has no provenance with {name!r}: export it again with this version.")
+    return dtype
+
+
+def _compare(what: str, found: Mapping[str, str], recorded: Mapping[str, str]) -> Finding:
+    wrong = [f"{name} is missing" for name in recorded if name not in found]
+    wrong += [f"{name} has changed" for name in recorded if name in found and found[name] != recorded[name]]
+    wrong += [f"unexpected {name}" for name in found if name not in recorded]
+    return Finding(what, wrong, len(recorded))
+
+
+def _base_hashes(facts: Mapping[str, Any], base: WholeModel, path: Path) -> Finding:
+    recorded = _mapping(facts, "base_sha256", path)
+    found = base.sha256()
+    name = str(facts.get("base_model"))
+    wrong = [f"{part} is not that of {name:.100}" for part, sha256 in found.items() if recorded.get(part) != sha256]
+    return Finding("base model", wrong, len(found))
+
+
+def _unedited(weights: WholeModel, base: WholeModel, edited: set[str], dtype: torch.dtype) -> Finding:
+    names, expected = set(weights.names()), [name for name in base.names() if name not in edited]
+    wrong = [f"{name} is not in the base model" for name in sorted(names - set(expected) - edited)]
+    for name in expected:
+        if name not in names:
+            wrong.append(f"{name} is missing")
+        elif not _same(weights[name], base[name].to(dtype)):
+            wrong.append(f"{name} is not that of the base model")
+    return Finding("unedited weights", wrong, len(expected))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, so that NaN equals NaN."""
+    return fingerprint({"": a}) == fingerprint({"": b})

@@ -1,0 +1,189 @@
+"""Pictures side by side, with captions that say what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lit_unlearn.system.pixels import to_pil
+
+MARGIN = 16
+"""Around the whole, between a label and its row and between blocks, in pixels."""
+GAP = 6
+"""Between pictures, and between a caption and its picture, in pixels."""
+CAPTION_WIDTH = 64
+"""Least width of a column that has a caption, in pixels; narrower pictures stand in its middle."""
+ROW_LABEL_WIDTH = 110
+"""Row labels are wrapped at this width, in pixels."""
+INK, PAPER = (32, 32, 32), (255, 255, 255)
+
+
+def image_grid(
+    rows: Sequence[Tensor],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    scale: int = 1,
+) -> Image.Image:
+    """Draw rows of pictures on white, captions above the columns and left of the rows.
+
+    Captions are wrapped to the width of their column and never cut; a long one makes its line of captions higher.
+
+    Args:
+        rows: Pictures, (N, 3, H, W) each, float in [0, 1]; N may differ, H and W may not.
+        row_labels: One per row, or none.
+        column_labels: One per column of the longest row, or none.
+        scale: Enlargement of each pixel to ``scale`` x ``scale``, for small pictures.
+
+    Returns:
+        The grid, RGB.
+
+    Raises:
+        ValueError: No pictures, pictures of different sizes, or a number of labels that does not fit.
+    """
+    shapes = {tuple(row.shape[1:]) for row in rows}
+    if not rows or not any(len(row) for row in rows):
+        raise ValueError("There are no pictures to draw a grid of.")
+    if len(shapes) > 1 or any(row.ndim != 4 or row.shape[1] != 3 for row in rows):
+        raise ValueError(f"Rows have shapes {[tuple(row.shape) for row in rows]}; expected (N, 3, H, W), same H and W.")
+    if scale < 1:
+        raise ValueError(f"scale={scale} must be at least 1.")
+    columns = max(len(row) for row in rows)
+    for field, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
+        if len(labels) not in (0, count):
+            raise ValueError(f"{len(labels)} {field} labels for {count} {field}s; give one for each, or none.")
+
+    height, width = (side * scale for side in rows[0].shape[2:])
+    font = _font(width)
+    column_width = max(width, CAPTION_WIDTH) if column_labels else width
+    captions = [_wrap(label, font, column_width - 4) for label in column_labels]
+    row_captions = [_wrap(label, font, ROW_LABEL_WIDTH) for label in row_labels]
+    top = MARGIN + (max(_text_height(lines, font) for lines in captions) + GAP if captions else 0)
+    label_width = max((_text_width(lines, font) for lines in row_captions), default=0)
+    left = MARGIN + (label_width + MARGIN if label_width else 0)
+    # A row is at least as high as its label.
+    pitches = [height] * len(rows)
+    for place, lines in enumerate(row_captions):
+        pitches[place] = max(height, _text_height(lines, font))
+
+    right = left + columns * column_width + (columns - 1) * GAP
+    bottom = top + sum(pitches) + (len(rows) - 1) * GAP
+    canvas = Image.new("RGB", (right + MARGIN, bottom + MARGIN), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for column, lines in enumerate(captions):
+        x, y = left + column * (column_width + GAP), top - GAP - _text_height(lines, font)
+        _write(draw, lines, font, x + column_width // 2, y, align="center")
+    y = top
+    for place, row in enumerate(rows):
+        if row_captions:
+            lines = row_captions[place]
+            middle = y + (pitches[place] - _text_height(lines, font)) // 2
+            _write(draw, lines, font, left - MARGIN, middle, align="right")
+        for column, image in enumerate(row):
+            picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+            x = left + column * (column_width + GAP) + (column_width - width) // 2
+            canvas.paste(picture, (x, y + (pitches[place] - height) // 2))
+        y += pitches[place] + GAP
+    return canvas
+
+
+def before_after_grid(
+    before: Tensor,
+    after: Tensor,
+    titles: Sequence[str] = (),
+    scale: int | None = None,
+    columns: int | None = None,
+    row_labels: tuple[str, str] = ("before", "after"),
+) -> Image.Image:
+    """Draw the pictures of an edited model under those of the unedited one, same prompt and seed in each column.
+
+    Args:
+        before: Pictures of the unedited model, (N, 3, H, W), float in [0, 1].
+        after: Pictures of the edited model, same shape.
+        titles: One per pair, e.g. its prompt; or none.
+        scale: Enlargement; by default pictures become about 128 pixels wide.
+        columns: Pairs beside each other, the others following below; by default what fits in about 1300 pixels, at
+            least 4.
+        row_labels: What the upper and the lower row are.
+
+    Returns:
+        The grid, RGB.
+
+    Raises:
+        ValueError: No pictures, or shapes or titles that do not fit.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"{tuple(before.shape)} before and {tuple(after.shape)} after do not pair up.")
+    if before.ndim != 4 or not len(before):
+        raise ValueError(f"The pictures have shape {tuple(before.shape)}; expected (N, 3, H, W) with at least one.")
+    if len(titles) not in (0, len(before)):
+        raise ValueError(f"{len(titles)} titles for {len(before)} pairs; give one for each, or none.")
+    scale = max(1, round(128 / before.shape[3])) if scale is None else scale
+    columns = max(4, 1300 // (before.shape[3] * scale + GAP)) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns={columns} must be at least 1.")
+    blocks = []
+    for start in range(0, len(before), columns):
+        part = slice(start, start + columns)
+        blocks.append(image_grid([before[part], after[part]], row_labels, titles[part], scale))
+    return _stack(blocks)
+
+
+def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
+    """Put blocks below each other; their margins are the space between them."""
+    canvas = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), PAPER)
+    y = 0
+    for block in blocks:
+        canvas.paste(block, (0, y))
+        y += block.height
+    return canvas
+
+
+def _font(width: int) -> Any:
+    """Return Pillow's own font, larger for larger pictures: 13 points at 128 pixels, 18 at 512."""
+    return ImageFont.load_default(size=min(18, max(12, 11 + width // 64)))
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """Break a text into lines that fit in ``width`` pixels: between words, and within one that is too long alone."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}" if line else word
+            if font.getlength(longer) <= width:
+                line = longer
+                continue
+            if line:
+                lines.append(line)
+            while font.getlength(word) > width and len(word) > 1:
+                fitting = max(n for n in range(1, len(word)) if n == 1 or font.getlength(word[:n]) <= width)
+                lines.append(word[:fitting])
+                word = word[fitting:]
+            line = word
+        lines.append(line)
+    return lines
+
+
+def _line_height(font: Any) -> int:
+    ascent, descent = font.getmetrics()
+    return ascent + descent + 1
+
+
+def _text_height(lines: Sequence[str], font: Any) -> int:
+    return len(lines) * _line_height(font)
+
+
+def _text_width(lines: Sequence[str], font: Any) -> int:
+    return max((int(font.getlength(line)) + 1 for line in lines), default=0)
+
+
+def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], font: Any, x: int, y: int, align: str) -> None:
+    """Write lines below each other from y; x is their centre, or their right edge."""
+    for line in lines:
+        length = font.getlength(line)
+        start = x - length / 2 if align == "center" else x - length
+        draw.text((round(start), y), line, fill=INK, font=font)
+        y += _line_height(font)

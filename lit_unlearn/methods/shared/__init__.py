@@ -1,0 +1,1 @@
+"""What the methods share: the pipeline's parts, the edited weights, pictures, work over processes."""

@@ -1,0 +1,369 @@
+"""What every method shares: the pipeline's parts, the edited weights and their pretrained values, test by pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryCohenKappa
+
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.load import check_model, load_pipeline
+from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.sampling import ForwardCount
+from lit_unlearn.evaluation.metrics import ForgetRetain
+from lit_unlearn.judges.base import Judge, judge_questions
+from lit_unlearn.judges.cache import CachedJudge
+from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.judges.load import check_judge_name, load_judge
+from lit_unlearn.methods.shared.shared_work import SharedWork
+from lit_unlearn.system.memory import peak_memory
+from lit_unlearn.system.pixels import to_uint8
+
+CHECKPOINT_KEY = "lit_unlearn"
+"""Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
+
+NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
+
+
+class DiffusionEditor(SharedWork):
+    """Base of all methods: the pipeline's parts, which of their weights are edited, and what these were before.
+
+    A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
+
+    Args:
+        model: Folder of a pipeline in the diffusers layout, ``emoji-sd`` (the embedded model), or a hub id.
+        revision: Branch, tag or commit, if ``model`` is a hub id.
+        dtype: Type of the frozen weights: ``float32``, ``bfloat16`` or ``float16``. Edited weights have it too.
+        edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
+        num_inference_steps: Denoising steps of every picture.
+        guidance_scale: Strength of classifier-free guidance of every picture.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        model: str = "emoji-sd",
+        revision: str | None = None,
+        dtype: str = "float32",
+        edited_parameters: str = "xattn",
+        num_inference_steps: int = 15,
+        guidance_scale: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = False  # a checkpoint holds the edited weights only
+        self.model_id, self.revision = model, revision
+        self.edited_parameters = edited_parameters
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        if num_inference_steps < 1:
+            raise ValueError(f"model.num_inference_steps={num_inference_steps} must be at least 1.")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
+        self.weights_dtype: torch.dtype = getattr(torch, dtype)
+        names = [f"{part}.{name}" for part, found in check_model(model).items() for name in found]
+        if names:
+            self.select(names)
+        self.forwards = ForwardCount()
+        self.report: dict[str, Any] = {}
+        self._loaded_cost = dict(NO_COST)
+        self._started: float | None = None
+
+    @property
+    def edited_labels(self) -> list[str]:
+        """What is edited, as checkpoints and folders name it: the concepts' names; none if it is no concept."""
+        return []
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Names of the edited parameters among ``names``; methods narrow it."""
+        return match_parameters(self.edited_parameters, names)
+
+    def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
+        """As ``DiffusionEditor.select``, for methods that cannot edit every weight.
+
+        Args:
+            names: Full parameter names.
+            allowed: Whether a weight can be edited.
+            why: How the sentence ends that refuses another: what the method edits, and what to choose.
+
+        Raises:
+            ValueError: The pattern selects nothing, or a weight that is not allowed.
+        """
+        selected = DiffusionEditor.select(self, names)
+        for name in selected:
+            if not allowed(name):
+                raise ValueError(f"edited_parameters={self.edited_parameters!r} selects {name}{why}")
+        return selected
+
+    # --- set-up and checkpoints
+
+    def configure_model(self) -> None:
+        """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
+        if hasattr(self, "pipeline"):
+            return
+        self.pipeline: Pipeline = load_pipeline(self.model_id, self.weights_dtype, self.revision)
+        for name, part in self.pipeline.parts.items():  # Lightning moves them, and checkpoints name them so
+            self.add_module(name, part)
+        parameters = self.pipeline.named_parameters()
+        self.edited_names = self.select(list(parameters))
+        self.pretrained = PretrainedValues({name: parameters[name] for name in self.edited_names})
+        self.base_fingerprint = fingerprint(self.pretrained.values)
+        self.pipeline.denoiser.register_forward_pre_hook(self.forwards)
+
+    def train(self, mode: bool = True) -> DiffusionEditor:
+        """Keep the pipeline in evaluation mode whatever Lightning asks: there is no dropout to train with."""
+        return super().train(False)
+
+    def own_state(self) -> list[str]:
+        """Names in ``state_dict`` that a checkpoint keeps besides the edited weights."""
+        return []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the edited weights only and say what they are."""
+        kept = {*self.edited_names, *self.own_state()}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        # A class or function (an optimizer given in Python) could not be read without trusting the file.
+        hyper_parameters = checkpoint.get("hyper_parameters", {})
+        checkpoint["hyper_parameters"] = {k: repr(v) if callable(v) else v for k, v in hyper_parameters.items()}
+        checkpoint[CHECKPOINT_KEY] = {
+            "method": type(self).__name__,
+            "concepts": self.edited_labels,
+            "model": self.model_id,
+            "edited_names": self.edited_names,
+            "base_fingerprint": self.base_fingerprint,
+            "concept_set_sha256": getattr(getattr(self, "concepts", None), "sha256", None),
+            "cost": self.current_cost(),
+            "report": self.report,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another concept, base model or set of weights.
+
+        Raises:
+            ValueError: What differs.
+        """
+        ours = checkpoint.get(CHECKPOINT_KEY)
+        if ours is None:
+            raise ValueError("The checkpoint was not made by lit-unlearn: it has no provenance.")
+        if ours["concepts"] != self.edited_labels:
+            raise ValueError(
+                f"The checkpoint edits {', '.join(ours['concepts'])}, but concept={', '.join(self.edited_labels)}: "
+                f"pass --concept {ours['concepts'][0]!r}."
+            )
+        if ours["edited_names"] != self.edited_names or ours["base_fingerprint"] != self.base_fingerprint:
+            raise ValueError(
+                f"The checkpoint was made from another base model ({ours['model']}) than model={self.model_id!r}: "
+                "its edited weights do not fit."
+            )
+        self._loaded_cost = dict(ours["cost"])
+        self.report = ours["report"]
+
+    # --- cost
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._started, self.forwards.count, self.forwards.backward = time.perf_counter(), 0, 0
+
+    def on_fit_end(self) -> None:
+        """Stop the clock: what follows in the same process is no cost of the edit."""
+        self._loaded_cost = self.current_cost()
+        self._started = None
+
+    def current_cost(self) -> dict[str, float | int]:
+        """What the fit has cost so far, with what a resumed run did before.
+
+        Seconds, UNet forwards and backwards of all processes, peak memory of this one in bytes. During a fit every
+        process must ask.
+        """
+        if self._started is None:
+            return self._loaded_cost
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+        passes = torch.tensor([self.forwards.count, self.forwards.backward], device=self.device)
+        forwards, backwards = self.total(passes).tolist()
+        return {
+            "seconds": self._loaded_cost["seconds"] + time.perf_counter() - self._started,
+            "unet_forwards": self._loaded_cost["unet_forwards"] + forwards,
+            "unet_backwards": self._loaded_cost.get("unet_backwards", 0) + backwards,
+            "peak_memory_bytes": max(self._loaded_cost["peak_memory_bytes"], peak),
+        }
+
+    # --- predictions and pictures
+
+    @torch.no_grad()
+    def pretrained_prediction(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """What the denoiser with its pretrained weights says, (B, C, H, W); arguments as of ``Pipeline.predict``."""
+        return self.pipeline.predict(x_t, timesteps, condition, self.pretrained.of(self.pipeline.denoiser_part))
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Measuring is no part of what an edit costs: forwards inside the block are not counted."""
+        counts = self.forwards.count, self.forwards.backward
+        try:
+            yield
+        finally:
+            self.forwards.count, self.forwards.backward = counts
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
+        return to_uint8(self.pipeline.draw(prompts, seeds, self.num_inference_steps, self.guidance_scale))
+
+    def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
+        """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.
+
+        A callback may know them already (``UneditedPictures``).
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "unedited_pictures"):
+                return callback.unedited_pictures(self, batch)
+        with self.pretrained.restored():
+            return self.generate([item.prompt for item in batch], [item.seed for item in batch])
+
+
+class ConceptEditor(DiffusionEditor):
+    """Base of the methods that edit concepts: which ones, and the test by pictures of all concepts of a set.
+
+    Args:
+        concept: Name or names of the concepts to edit; set with ``--concept``.
+        concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
+        judge: ``emoji`` (beside the embedded model), ``llava``, ``clip``, ``nudenet``, or a folder with a classifier.
+        judge_options: Arguments of ``llava``, ``clip`` or ``nudenet``, such as ``{batch_size: 4}``.
+        second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
+        judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
+        **kwargs: See ``DiffusionEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        concept: str | list[str],
+        concept_set: str = "emoji20",
+        judge: str = "emoji",
+        judge_options: dict[str, Any] | None = None,
+        second_judge: str | None = None,
+        judge_cache: str | None = "logs/judged",
+        **kwargs: object,
+    ) -> None:
+        self.concepts = load_concept_set(concept_set)
+        self.edited = edited_concepts(concept, self.concepts)
+        self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
+        self.second_judge_path = second_judge
+        check_judge_name(judge, self.judge_options, self.concepts)
+        if second_judge is not None:
+            if second_judge == judge:
+                raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
+            check_judge_name(second_judge, {}, self.concepts)
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+
+    @property
+    def edited_labels(self) -> list[str]:
+        """Names of the edited concepts."""
+        return [concept.name for concept in self.edited]
+
+    def load_judge(self) -> Judge:
+        """The judge that ``judge`` names."""
+        return self._judge(self.judge_path, self.judge_options)
+
+    def _judge(self, name: str, options: dict[str, Any]) -> Judge:
+        judge = load_judge(name, options, self.concepts)
+        slow = not isinstance(judge, ClassifierJudge) and self.judge_cache is not None
+        # One file per process, since several write at the same time.
+        folder = Path(self.judge_cache or "") / f"rank_{self.global_rank}"
+        return CachedJudge(judge, folder) if slow else judge
+
+    def on_test_start(self) -> None:
+        """Make judge and metrics."""
+        self.judge = self.load_judge()
+        self.second_judge = self._judge(self.second_judge_path, {}) if self.second_judge_path else None
+        self.kappa = BinaryCohenKappa().to(self.device)
+        images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
+        self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
+
+    def metric(self, images_per_prompt: int) -> ForgetRetain:
+        """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
+        # Where the weights are: processes on GPUs exchange nothing else.
+        counts = self.concepts.counts
+        names = self.edited_labels
+        return ForgetRetain(
+            list(self.concepts.concepts),
+            names,
+            images_per_concept=(counts.direct + counts.indirect) * images_per_prompt,
+            num_direct=counts.direct,
+            images_per_prompt=images_per_prompt,
+            adjacent=self.concepts.adjacent(names),
+            num_adversarial=max(len(concept.adversarial) for concept in self.concepts.concepts.values()),
+        ).to(self.device)
+
+    def test_step(self, batch: list[PictureItem], batch_idx: int) -> dict[str, Tensor]:
+        """Generate, judge and score a batch with the pretrained and with the edited weights, from the same seeds.
+
+        Returns:
+            ``before`` and ``after``: pictures (B, 3, H, W), uint8.
+        """
+        prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
+        after = self.generate(prompts, seeds)
+        before = self.unedited_pictures(batch)
+        self.score(self.before, before, batch)
+        self.score(self.after, after, batch)
+        return {"before": before, "after": after}
+
+    def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
+        """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
+        questions = [item.question for item in batch]
+        answers = judge_questions(self.judge, pictures.float() / 255, questions)
+        if (second := getattr(self, "second_judge", None)) is not None:
+            others = judge_questions(second, pictures.float() / 255, questions)
+            both = ~(answers.isnan() | others.isnan())
+            self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (answers, others)))
+        metric.update(
+            answers,
+            [item.concept_index for item in batch],
+            [item.prompt_index for item in batch],
+            [item.image_index for item in batch],
+        )
+
+    def on_validation_start(self) -> None:
+        """Make judge and metrics."""
+        self.judge = self.load_judge()
+        self.before, self.after = self.metric(1), self.metric(1)
+
+    def validation_step(self, batch: list[PictureItem], batch_idx: int) -> None:
+        """As ``test_step``, on the few pictures of the data's ``val_dataloader``."""
+        self.test_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores before and after the edit."""
+        for prefix, metric in (("before", self.before), ("after", self.after)):
+            scores = metric.compute()
+            self.log_dict(
+                {f"validation/{prefix}/{name}": scores[name] for name in ("forget", "retain", "harmonic_mean")}
+            )
+
+    def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
+        """Pictures (B, 3, H, W), uint8, of the edited model."""
+        return self.generate([item.prompt for item in batch], [item.seed for item in batch])
+
+
+def check_timesteps(min_timestep: int, max_timestep: int) -> None:
+    """Check a range of timesteps, the upper end exclusive.
+
+    Raises:
+        ValueError: It is empty, or leaves the 1000 timesteps.
+    """
+    if not 0 <= min_timestep < max_timestep <= 1000:
+        raise ValueError(
+            f"model.min_timestep={min_timestep} and max_timestep={max_timestep}: need 0 <= min < max <= 1000."
+        )

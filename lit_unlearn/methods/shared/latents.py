@@ -1,0 +1,214 @@
+"""Latents that are made once and read by later runs: anchor pictures, reference pictures, encoded data sets.
+
+Data flow: settings (everything that determines the latents) give a key; the key gives a folder; the folder holds one
+file per chunk, each with the key and a hash of its content. What is missing, damaged or of another key is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.methods.shared.base import DiffusionEditor
+from lit_unlearn.system.files import atomic_write
+
+
+def nothing() -> None:
+    """The barrier of a single process."""
+
+
+class CachedLatents(NamedTuple):
+    """What a cache gives.
+
+    Attributes:
+        latents: All of them, (count, C, H, W), on the CPU.
+        key: SHA-256 of everything that determines them.
+        made: How many had to be made by this call, over all processes.
+    """
+
+    latents: Tensor
+    key: str
+    made: int
+
+
+class LatentCache:
+    """Latents on disk, in ``folder`` under a key of everything that determines them.
+
+    They are made in chunks of fixed size, so that neither the number of processes nor an interruption changes a bit of
+    them. A file is written in one step; a run that was interrupted goes on where it stopped.
+
+    Args:
+        folder: Where caches lie; this one's files are in ``folder/KEY``, KEY being the first 16 digits of the key.
+        settings: Everything that determines the latents, such as JSON can hold it.
+        count: How many latents there are.
+        chunk_size: Latents in a file, made together.
+
+    Raises:
+        ValueError: There is nothing to make.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], count: int, chunk_size: int = 8) -> None:
+        if count < 1 or chunk_size < 1:
+            raise ValueError(f"count={count} and chunk_size={chunk_size} of a latent cache must be at least 1.")
+        self.settings = {**settings, "count": count, "chunk_size": chunk_size}
+        self.count, self.chunk_size = count, chunk_size
+        self.num_chunks = -(-count // chunk_size)
+        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.path = Path(folder) / self.key[:16]
+
+    def get(
+        self,
+        make: Callable[[list[int]], Tensor],
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], object] = nothing,
+    ) -> CachedLatents:
+        """Read what is there and make the rest, each chunk on one process; to be called on all of them.
+
+        Args:
+            make: From numbers of latents, those of one chunk, to the latents (n, C, H, W).
+            rank: Number of this process.
+            world_size: How many processes there are.
+            barrier: Waits for all processes.
+        """
+        chunks: dict[int, Tensor] = {}
+        for number in range(self.num_chunks):
+            try:
+                chunk = self.read(number)
+            except ValueError as error:
+                rank_zero_info(f"{error}: it is made anew.")
+            else:
+                if chunk is not None:
+                    chunks[number] = chunk
+        missing = [number for number in range(self.num_chunks) if number not in chunks]
+        made = sum(len(self._numbers(number)) for number in missing)
+        barrier()  # all have seen the same files before the first is written
+        if missing:
+            rank_zero_info(f"Making {made} of {self.count} latents in {self.path}; later runs read them.")
+            if rank == 0:
+                self._describe()
+        for number in missing[rank::world_size]:
+            chunks[number] = self._make(number, make)
+        barrier()
+        for number in missing:
+            if number not in chunks:
+                # Processes on machines without a common folder make all of it, once for each machine at least.
+                chunk = self.read(number)
+                chunks[number] = self._make(number, make) if chunk is None else chunk
+        return CachedLatents(torch.cat([chunks[number] for number in range(self.num_chunks)]), self.key, made)
+
+    def read(self, number: int) -> Tensor | None:
+        """The latents of chunk ``number`` on the CPU, (n, C, H, W); None if there is no such file.
+
+        Raises:
+            ValueError: The file is damaged, or belongs to other settings or another chunk.
+        """
+        file = self.file(number)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                metadata = tensors.metadata() or {}
+                if (metadata.get("key"), metadata.get("chunk")) != (self.key, str(number)):
+                    raise ValueError(f"{file} holds other latents than its folder says (another model or settings)")
+                latents = tensors.get_tensor("latents")
+        except FileNotFoundError:  # deleted in the meantime
+            return None
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error})") from error
+        if metadata.get("content") != fingerprint({"latents": latents}):
+            raise ValueError(f"{file} is damaged (its content has another hash)")
+        return latents
+
+    def file(self, number: int) -> Path:
+        """The file of chunk ``number``."""
+        return self.path / f"{number:05}.safetensors"
+
+    def _numbers(self, number: int) -> list[int]:
+        return list(range(number * self.chunk_size, min((number + 1) * self.chunk_size, self.count)))
+
+    def _make(self, number: int, make: Callable[[list[int]], Tensor]) -> Tensor:
+        latents = make(self._numbers(number)).detach().cpu().contiguous()
+        assert len(latents) == len(self._numbers(number))
+        metadata = {"key": self.key, "chunk": str(number), "content": fingerprint({"latents": latents})}
+        with atomic_write(self.file(number)) as file:
+            file.write(save({"latents": latents}, metadata))
+        return latents
+
+    def _describe(self) -> None:
+        """Say in the folder what the latents are, for whoever looks into it; nothing reads it."""
+        with atomic_write(self.path / "settings.json") as file:
+            file.write(json.dumps(self.settings, indent=1, sort_keys=True).encode() + b"\n")
+
+
+class PretrainedSampler:
+    """Draws latents of prompts with the pretrained weights of a method's model, once, through a ``LatentCache``.
+
+    To be made and used when the trainer runs, on all processes.
+
+    Args:
+        module: The method; its edited weights may have moved already.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Strength of classifier-free guidance; 1 is none.
+        folder: Where caches lie.
+        batch_size: Latents drawn at once.
+    """
+
+    def __init__(
+        self,
+        module: DiffusionEditor,
+        num_inference_steps: int,
+        guidance_scale: float,
+        folder: str | Path,
+        batch_size: int = 8,
+    ) -> None:
+        self.module = module
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.folder, self.batch_size = folder, batch_size
+        pipeline = module.pipeline
+        parameters = pipeline.named_parameters()
+        with module.pretrained.restored():
+            weights = fingerprint({name: p for name, p in parameters.items() if not name.startswith("vae.")})
+        self.settings = {
+            "weights": weights,
+            "dtype": str(pipeline.dtype),
+            **pipeline.settings(),
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+        }
+
+    def cache(self, prompts: Sequence[str], seeds: Sequence[int]) -> LatentCache:
+        """The cache of the latents of ``prompts``, each from the noise of its own seed."""
+        settings = {
+            **self.settings,
+            "prompts": list(prompts),
+            "seeds": list(seeds),
+            # Tokenizers may differ, for the empty prompt as well.
+            "input_ids": fingerprint({"input_ids": self.module.pipeline.tokenize([*prompts, ""]).ids[0]}),
+        }
+        return LatentCache(self.folder, settings, len(prompts), self.batch_size)
+
+    @torch.no_grad()
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> CachedLatents:
+        """Latents (n, C, H, W) of ``prompts``, each from the noise of its own seed."""
+        module, pipeline = self.module, self.module.pipeline
+
+        def make(numbers: list[int]) -> Tensor:
+            condition = pipeline.encode([prompts[number] for number in numbers])
+            own = [seeds[number] for number in numbers]
+            return pipeline.draw_latents(condition, own, self.num_inference_steps, self.guidance_scale)
+
+        trainer = module.trainer
+        with module.pretrained.restored():
+            cache = self.cache(prompts, seeds)
+            return cache.get(make, trainer.global_rank, trainer.world_size, trainer.strategy.barrier)

@@ -1,0 +1,1 @@
+"""Runs side by side: Markdown, CSV, one HTML page, tables, figures."""

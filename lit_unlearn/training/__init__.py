@@ -1,0 +1,1 @@
+"""The commands of the trainer: recipes, folders of runs, where they run."""

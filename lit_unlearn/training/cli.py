@@ -1,0 +1,391 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI, with one folder for everything of a run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lit_unlearn.callbacks.evaluation import EvaluationReport
+from lit_unlearn.callbacks.memorisation import MemorisationReport
+from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
+from lit_unlearn.callbacks.preemption import SaveOnSignal
+from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.data.concepts import Concept, load_concept_set
+from lit_unlearn.data.prompts import edited_concepts
+from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
+from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
+from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
+from lit_unlearn.system.names import check_path, joint_name
+from lit_unlearn.training.classes import class_of, known_classes, prepare
+from lit_unlearn.training.on_device import on_its_device
+from lit_unlearn.training.recipes import check_method, utf8_recipes
+from lit_unlearn.training.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "logs",
+    "use_distributed_sampler": False,  # the data modules share out the work themselves
+    "log_every_n_steps": 5,
+    "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
+}
+FROM_COMMAND_LINE = {
+    "concept",
+    "concept_set",
+    "model",
+    "revision",
+    "judge",
+    "copy_quantile",
+    "num_inference_steps",
+    "guidance_scale",
+}
+"""Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
+
+LINKED = {
+    "--model.seed": "--seed_everything",
+    "--model.concept": "--concept",
+    "--data.concept": "--concept",
+    "--data.concept_set": "--model.init_args.concept_set",
+}
+"""Options that take their value from another one; jsonargparse would drop what is given for them."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration into the run's folder: ``config.yaml`` of a fit, ``config_test.yaml`` of a test."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != TrainerFn.FITTING:
+            self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own would leave half a file
+            file.write(self.parser.dump(self.config, skip_none=False).encode())
+
+
+class UnlearnCLI(LightningCLI):
+    """Runs a recipe.
+
+    Args:
+        args: Command line: a sub-command of the trainer and its options.
+
+    Raises:
+        UserError: Something is wrong with the recipe, its values or the checkpoint; nothing was loaded or written.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.run_folder: Path | None = None
+        self.finished_before: Path | None = None
+        self.sha256 = ""
+        parser_kwargs: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},  # it does that itself
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in self.subcommands()}},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # a method knows what it trains
+            args=list(args),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- command line
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--concept",
+            type=str | list[str] | None,
+            default=None,
+            help="Name of the concept to edit, or several: '[dog, cat]'.",
+        )
+        parser.add_argument(
+            "--method", type=str | None, default=None, help="Name of the recipe in logs/METHOD/CONCEPT/version_N."
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Let a test replace the scores that its run already has."
+        )
+        parser.add_argument(
+            "--fresh", action="store_true", help="Start a new fit, though the same command was interrupted before."
+        )
+        parser.add_argument("--once", action="store_true", help="Do nothing if the same command has finished before.")
+        parser.link_arguments("concept", "model.init_args.concept")
+        parser.link_arguments("concept", "data.init_args.concept")
+        parser.link_arguments("model.init_args.concept_set", "data.init_args.concept_set")
+        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for given in (arg.partition("=")[0] for arg in args):
+            if source := LINKED.get(given.replace(".init_args.", ".")):
+                raise UserError(f"{given} is set by {source}: give that instead.")
+        try:
+            with utf8_recipes():
+                self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(self._parse_error(str(error), args[0])) from error
+        if self.config[self.config.subcommand].seed_everything is True:
+            raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
+        check_method(self.config[self.config.subcommand].method)
+        with user_errors():
+            check_path("trainer.default_root_dir", self.config[self.config.subcommand].trainer.default_root_dir or ".")
+
+    def _parse_error(self, message: str, subcommand: str) -> str:
+        keys = [action.dest for action in self._parser(subcommand)._actions]
+        return parse_error(message, known_classes(), keys)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint and take the arguments of the edit from it, before anything is built.
+
+        Lightning takes all arguments of the model from it, so that ``--model.init_args.model`` would have no effect.
+        """
+        subcommand = self.config.subcommand
+        config = self.config[subcommand]
+        arguments = config.model.init_args
+        kind = class_of(config.model.class_path)
+        if not issubclass(kind, DiffusionEditor):
+            if config.ckpt_path not in (None, "best", "last", "hpc"):
+                with user_errors():
+                    load_checkpoint(config.ckpt_path)
+                super()._parse_ckpt_path()
+            return
+        if issubclass(kind, ConceptEditor) and arguments.concept is None:
+            raise UserError(f"{subcommand}: name the concept to edit, e.g. --concept dog.")
+        with user_errors():
+            concepts = []
+            if issubclass(kind, ConceptEditor):
+                found = edited_concepts(arguments.concept, load_concept_set(arguments.concept_set))
+                concepts = [concept.name for concept in found]
+            if config.ckpt_path == "last" or (config.ckpt_path is None and subcommand != "fit"):
+                config.ckpt_path = str(self._newest_checkpoint(concepts))
+            if subcommand == "fit":
+                self.sha256 = config_sha256(config.as_dict())
+                if config.ckpt_path is None:
+                    self._find_earlier_run(concepts)
+            if config.ckpt_path is None:
+                return
+            edit = read_edit(config.ckpt_path)
+            if edit.concepts != concepts:
+                one, *others = edit.concepts
+                raise UserError(
+                    f"{edit.path} edits {', '.join(edit.concepts)}, but concept is {', '.join(concepts)}: "
+                    f"pass --concept {shlex.quote(one if not others else str([one, *others]))}."
+                )
+            if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
+                raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
+            edit.check_base(arguments.model)
+        if subcommand == "fit":
+            return  # resumed as the command line says; Lightning restores the state
+        kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
+        model = {"class_path": config.model.class_path, "init_args": kept}
+        try:
+            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+        except ArgumentError as error:
+            raise UserError(
+                f"{edit.path} was made by another version: {self._parse_error(str(error), subcommand)}"
+            ) from error
+
+    def _find_earlier_run(self, concepts: Sequence[str]) -> None:
+        """Go on with the run that the same command has left unfinished; find out whether it has finished one."""
+        config = self.config[self.config.subcommand]
+        earlier = newest_run(Path(config.trainer.default_root_dir, self._run_name(concepts)), self.sha256)
+        if earlier is None or config.fresh:
+            return
+        if read_run(earlier)["state"] == FINISHED:
+            self.finished_before = earlier if config.once else None
+            return
+        self.run_folder = earlier
+        last = earlier / "checkpoints" / "last.ckpt"
+        config.ckpt_path = str(last) if last.is_file() else None
+        print(f"Going on with {earlier}, which was interrupted; --fresh starts a new run.")
+
+    def _newest_checkpoint(self, concepts: Sequence[str]) -> Path:
+        config = self.config[self.config.subcommand]
+        folder = Path(config.trainer.default_root_dir, self._run_name(concepts))
+        path = newest_checkpoint(folder)
+        if path is None:
+            raise UserError(
+                f"{self.config.subcommand} needs a run, and {folder} has none: run `lit-unlearn fit` first, "
+                "or give another run's file with --ckpt_path."
+            )
+        if read_run(folder := run_folder(path) or path).get("state") == RUNNING:
+            print(
+                f"lit-unlearn: warning: {folder} is not finished; its edit is that of the last checkpoint.",
+                file=sys.stderr,
+            )
+        print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")
+        return path
+
+    @property
+    def edited(self) -> list[Concept]:
+        """The concepts that the recipe edits; none if it trains a part of a model."""
+        return getattr(self.model, "edited", [])
+
+    @property
+    def concept_names(self) -> list[str]:
+        """Names of all concepts of the concept set, if the recipe has one."""
+        return list(self.model.concepts.concepts) if isinstance(self.model, ConceptEditor) else []
+
+    @property
+    def run_name(self) -> str:
+        """``METHOD/CONCEPT``: where the runs of this recipe lie below ``default_root_dir``."""
+        return self._run_name([concept.name for concept in self.edited])
+
+    def _run_name(self, concepts: Sequence[str]) -> str:
+        config = self.config[self.config.subcommand]
+        class_name = config.model.class_path.rpartition(".")[2]
+        method = config.method or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
+        return "/".join([method, joint_name(concepts)] if concepts else [method])
+
+    # ------------------------------------------------------------------------------------------------ folder of the run
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.ckpt_path and config.trainer.logger in (None, True):
+            self.run_folder = run_folder(config.ckpt_path)
+        if self.subcommand == "test" and self.run_folder is not None and not config.overwrite:
+            for scores in (self.run_folder / "scores.json", self.run_folder / "memorisation.json"):
+                if scores.exists():
+                    raise UserError(f"{scores} exists: pass --overwrite to test this run again.")
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            with user_errors():
+                super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise UserError(essence(error)) from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        name = self.run_name
+        root = Path(config["default_root_dir"])
+        if config["logger"] in (None, True):
+            if self.run_folder is not None:
+                kwargs["logger"] = TensorBoardLogger(
+                    self.run_folder.parent, name="", version=self.run_folder.name, default_hp_metric=False
+                )
+            else:
+                kwargs["logger"] = RunLogger(root, name=name, default_hp_metric=False)
+            # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
+            kwargs["default_root_dir"] = root / name
+        given = config["callbacks"] or []
+        given = list(given) if isinstance(given, list) else [given]
+        if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+            # At the end of an epoch, after the edit; validation comes before it.
+            last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+            kwargs["callbacks"] = [*given, last]
+        given_plugins = config["plugins"] or []
+        given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
+        kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
+        kinds: dict[str, list[type[L.Callback]]] = {"fit": [SaveOnSignal, CheckNumbers], "test": [SaveOnSignal]}
+        needed = kinds.get(str(self.subcommand), [])
+        missing = [kind() for kind in needed if not any(isinstance(c, kind) for c in given)]
+        kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
+        return super().instantiate_trainer(**kwargs)
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
+        # TensorBoard and others do not say where they write.
+        with naming(folder, only=WRITING), on_its_device(subcommand, self.trainer, self.model, self.datamodule):
+            super()._run_subcommand(subcommand)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Run the fit; one that has nothing to edit leaves nothing behind."""
+        if self.finished_before is not None:
+            print(f"{self.finished_before} is finished: nothing to do (--once).")
+            return
+        run = self._claim()
+        try:
+            self.trainer.fit(**kwargs)
+        except EmptyNullSpaceError as error:
+            if run is not None and self.run_folder is None:
+                run.release()
+                remove_if_possible(run.folder)
+            raise UserError(essence(error)) from error
+        except NumericalError as error:
+            raise UserError(essence(error)) from error
+        else:
+            if run is not None:
+                run.finish()
+        finally:
+            if run is not None:
+                run.release()
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # A checkpoint is data: nothing in it is run.
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def _claim(self) -> Run | None:
+        """Take the run's folder for this process; the other processes of a job leave that to the first.
+
+        A run that a logger of the recipe gives another place is the recipe's own business.
+        """
+        logger = self.trainer.logger
+        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger) or not self.sha256:
+            return None
+        while True:
+            run = Run(Path(self.trainer.log_dir or self.trainer.default_root_dir), self.sha256)
+            try:
+                run.claim()
+            except UserError:
+                if self.run_folder is not None or not isinstance(logger, RunLogger):
+                    raise
+                if read_run(run.folder).get("config_sha256") == self.sha256:
+                    raise  # the same command is at work already
+                logger.next_version()  # another command was quicker to take this version
+            else:
+                return run
+
+    def test(self, **kwargs: Any) -> None:
+        """Run the test; the report's table takes the place of Lightning's."""
+        kinds = (EvaluationReport, MemorisationReport)
+        reports = any(isinstance(callback, kinds) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
+
+
+def run(args: Sequence[str]) -> UnlearnCLI:
+    """Run a sub-command of the trainer.
+
+    Args:
+        args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; recipes as paths.
+
+    Returns:
+        The command line, with ``trainer``, ``model`` and ``datamodule`` as they are afterwards.
+
+    Raises:
+        UserError: Something is wrong with the recipe, its values or the checkpoint.
+        KeyboardInterrupt: Also if Lightning has shut down in its own way.
+    """
+    prepare()
+    try:
+        return UnlearnCLI(args)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
+            raise KeyboardInterrupt from error
+        raise
