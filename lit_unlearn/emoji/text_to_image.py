@@ -193,7 +193,7 @@ class TextToImageTraining(L.LightningModule):
 
     def validation_step(self, batch: list[str], batch_idx: int) -> None:
         """Draw the prompts of ``batch``, with the seeds 0, 1, ..., as a row of pictures in TensorBoard."""
-        pipeline = self.pipeline()
+        pipeline = self.pipeline().to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         pictures = pipeline(
             batch,

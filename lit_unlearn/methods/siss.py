@@ -133,11 +133,13 @@ class SISS(Mixture):
         )
         ratio = log_density_ratio(noise_keep, noise_forget)
         certain = torch.where(pairs.from_forget, torch.inf, -torch.inf).to(ratio)
-        weight_keep, weight_forget = importance_weights(torch.where(pairs.same_caption, ratio, certain), self.mixture)
+        ratio = torch.where(pairs.same_caption.to(ratio.device), ratio, certain)
+        weights = importance_weights(ratio, self.mixture)
+        weight_keep, weight_forget = (weight.float().to(pairs.keep.device) for weight in weights)
         output = self.forward_mixture(pairs)
         keep = square_error(output, target(pairs.keep.float(), noise_keep, pairs.timesteps))
         forget = square_error(output, target(pairs.forget.float(), noise_forget, pairs.timesteps))
-        yield from self.subtract(weight_keep.float() * keep, weight_forget.float() * forget, pairs)
+        yield from self.subtract(weight_keep * keep, weight_forget * forget, pairs)
 
 
 class Bernoulli(Mixture):

@@ -13,16 +13,15 @@ Attacked = Callable[..., AttackedModel]
 
 
 @torch.no_grad()
-def loss(model: AttackedModel, prefix: str) -> float:
-    """The denoising loss with a prefix in words, on noise that no search has seen."""
+def losses(model: AttackedModel, prefix: str) -> torch.Tensor:
+    """The denoising loss with a prefix in words, on each of 64 noises that no search has seen."""
     references = model.references
     rows, noise, timesteps = noise_draws(
         references.latents, 1000, [seeded("held out", i) for i in range(64)], (0.3, 0.9)
     )
     prompts = [f"{prefix} {references.prompts[row]}".strip() for row in rows]
     condition = model.pipeline.encode(prompts)
-    errors = denoising_errors(model.pipeline, condition, references.latents[rows], noise, timesteps)
-    return float(errors.mean())
+    return denoising_errors(model.pipeline, condition, references.latents[rows], noise, timesteps)
 
 
 def test_a_prefix_of_words_that_denoises_better(
@@ -36,7 +35,8 @@ def test_a_prefix_of_words_that_denoises_better(
     assert len(tokenizer(prefix, add_special_tokens=False).input_ids) == 3
     assert not model.concept.find_name(prefix)
     assert found.text == f"{prefix} one dog"
-    assert loss(model, prefix) < 0.99 * loss(model, "")
+    gain = losses(model, "") - losses(model, prefix)
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5  # by more than the noises' part in it
     # Scored after steps 10 and 20, and the last.
     assert found.cost.unet_forwards == NUM_REFERENCES * forwards_per_picture + 25 * 8 + 3 * SCORED
     assert found.cost.unet_backwards == 25 * 8

@@ -20,10 +20,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lit_unlearn import cli
-from lit_unlearn.methods import base
-from lit_unlearn.runs import read_run
+from lit_unlearn.methods.shared import base
 from lit_unlearn.system import files
 from lit_unlearn.system.files import WriteError, atomic_write, os_error, remove, replaced_folder
+from lit_unlearn.training.runs import read_run
 
 RUN = Path("logs/null_space/dog/version_0")
 SHOWN = "Δ σ"

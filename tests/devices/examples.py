@@ -78,9 +78,9 @@ def left_behind(model: str, device: str) -> list[tuple[str, int, str]]:
 
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from lit_unlearn.diffusion import components
+    from lit_unlearn.diffusion import load as loading
 
-    original, held, found = components._load_part, [], []
+    original, held, found = loading._load_part, [], []
 
     def load(kind: Any, path: Any, part: str, options: dict[str, Any]) -> Any:
         found.append((part, sum(not storage.expired() for storage in held)))
@@ -88,7 +88,7 @@ def left_behind(model: str, device: str) -> list[tuple[str, int, str]]:
         held.extend(StorageWeakRef(weight.untyped_storage()) for weight in module.parameters())
         return module
 
-    with patch.object(components, "_load_part", load), torch.device(device):
-        loaded = components.load_components(model)
-    places = {name: {weight.device.type for weight in part.parameters()} for name, part in loaded.modules().items()}
+    with patch.object(loading, "_load_part", load), torch.device(device):
+        loaded = loading.load_pipeline(model)
+    places = {name: {weight.device.type for weight in part.parameters()} for name, part in loaded.parts.items()}
     return [(part, count, ",".join(sorted(places[part]))) for part, count in found]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -87,6 +88,19 @@ def verdicts(folder: Path) -> dict[str, Any]:
         if path.name in ("scores.json", "memorisation.json", "attacks.json"):
             found[path.name] = without_measurements(json.loads(path.read_text(encoding="utf-8")))
     return found
+
+
+def assert_same_scores(found: Any, expected: Any) -> None:
+    """Assert that ``verdicts`` of two runs are equal; losses among them are, to four digits."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+    elif isinstance(expected, (dict, list)):
+        names = expected if isinstance(expected, dict) else range(len(expected))
+        assert len(found) == len(expected)
+        for name in names:
+            assert_same_scores(found[name], expected[name])
+    else:
+        assert found == expected
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ from devices.conftest import Finished
 from devices.recipes import Stock, small
 from devices.runs import assert_close, run_folder, state, weights
 from devices.workers import Workers
-from lit_unlearn.checkpoint import load_checkpoint
 from lit_unlearn.cli import TOLD_TO_STOP
+from lit_unlearn.edits.checkpoint import load_checkpoint
 
 RECIPES = ["esd", pytest.param("null_space", marks=pytest.mark.slow), pytest.param("siss", marks=pytest.mark.slow)]
 

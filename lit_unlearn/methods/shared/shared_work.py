@@ -34,8 +34,9 @@ class SharedWork(L.LightningModule):
         """Sum over processes of ``part``, on all of them, where ``part`` lies."""
         if self._trainer is None or self._trainer.world_size == 1:
             return part
-        # GPUs exchange nothing that lies elsewhere.
-        return self.trainer.strategy.reduce(part.to(self.device), reduce_op="sum").to(part.device)
+        # GPUs exchange nothing that lies elsewhere; the module itself is back on the processor when a fit ends.
+        device = self.trainer.strategy.root_device
+        return self.trainer.strategy.reduce(part.to(device), reduce_op="sum").to(part.device)
 
     def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
         """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.
