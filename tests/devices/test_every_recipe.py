@@ -27,7 +27,8 @@ from devices.runs import (
 )
 from devices.workers import Answer, Workers
 from helpers import load_once
-from lit_unlearn.cli import ATTACK_NAMES, TOLD_TO_STOP
+from lit_unlearn.cli import TOLD_TO_STOP
+from lit_unlearn.commands.attack import ATTACK_NAMES
 
 slow = pytest.mark.slow
 OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
