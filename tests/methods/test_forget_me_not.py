@@ -269,7 +269,11 @@ def test_learned_tokens_stand_for_the_concept(build: Build, fit: Fit, tiny_sd: P
     # Beginning, a, picture, of, three new tokens, end.
     assert module.mask.nonzero()[:, 1].tolist() == [4, 5, 6, 7]
     assert module.texts(0) == ["a picture of dog"]  # what images are drawn from
-    states = module.states(torch.tensor([0]))
+    told, predict = [], module.pipeline.predict
+    module.pipeline.predict = lambda x, t, condition: told.append(condition) or predict(x, t, condition)
+    module.training_step(torch.tensor([0]), 0)
+    del module.pipeline.predict
+    (states,) = (condition.states for condition in told)
     plain = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["a picture of dog"])
     assert torch.equal(states[:, :4], plain[:, :4])
     assert not torch.isclose(states[:, 4:], plain[:, 4:]).all(-1).any()

@@ -26,7 +26,8 @@ def test_a_step_is_the_gradient_of_one_side(
     (pairs,) = step.pairs
     gamma, sigma = step.levels(pairs)
     noise, latents = pairs.noise.double(), getattr(pairs, side).double()
-    prediction = step.predict(gamma * latents + sigma * noise, pairs, getattr(pairs, f"{side}_states"))
+    states = getattr(pairs, f"{side}_condition").states
+    prediction = step.predict(gamma * latents + sigma * noise, pairs, states)
     expected = step.gradient(factor * (prediction - noise).square().sum() / 4).double()
     # The update is a difference of weights in float32.
     assert_close(step.update.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
