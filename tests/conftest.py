@@ -164,7 +164,7 @@ def tiny_sd_2022(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def loads_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods take copies of pipelines: loading took a third of their tests' time, and has its own in ``diffusion``."""
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", load_copy)
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", load_copy)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
@@ -193,7 +194,7 @@ class UnlearnCLI(LightningCLI):
                 )
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
-            edit.check_base(arguments.model)
+            edit.check_base(BaseModel.find(arguments.model, arguments.revision))
         if subcommand == "fit":
             return  # resumed as the command line says; Lightning restores the state
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}

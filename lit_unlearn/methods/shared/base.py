@@ -15,8 +15,8 @@ from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
@@ -72,9 +72,9 @@ class DiffusionEditor(SharedWork):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
-        names = [f"{part}.{name}" for part, found in check_model(model).items() for name in found]
-        if names:
-            self.select(names)
+        self.base = BaseModel.find(model, revision)
+        if self.base.names:
+            self.select(self.base.names)
         self.forwards = ForwardCount()
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
@@ -112,7 +112,7 @@ class DiffusionEditor(SharedWork):
         """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
         if hasattr(self, "pipeline"):
             return
-        self.pipeline: Pipeline = load_pipeline(self.model_id, self.weights_dtype, self.revision)
+        self.pipeline: Pipeline = self.base.load(self.weights_dtype)
         for name, part in self.pipeline.parts.items():  # Lightning moves them, and checkpoints name them so
             self.add_module(name, part)
         parameters = self.pipeline.named_parameters()

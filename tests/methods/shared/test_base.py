@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helpers import changed, weights
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
+from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
@@ -84,7 +85,7 @@ def edit(module: ConceptEditor) -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         editor(**arguments)
 
@@ -331,10 +332,8 @@ def test_a_checkpoint_of_another_edit_is_refused(
 def test_a_base_that_differs_in_one_bit_is_refused(
     editor: Editor, trainer_with: TrainerWith, pets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lit_unlearn.methods.shared import base
-
     checkpoint = checkpoint_of(editor(), trainer_with, pets, tmp_path / "edit.ckpt")
-    original = base.load_pipeline
+    original = base_model.load_parts
 
     def another(*arguments: Any) -> StableDiffusion:
         components = original(*arguments)
@@ -342,7 +341,7 @@ def test_a_base_that_differs_in_one_bit_is_refused(
             components.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.view(torch.int32)[0, 0] ^= 1
         return components
 
-    monkeypatch.setattr(base, "load_pipeline", another)
+    monkeypatch.setattr(base_model, "load_parts", another)
     with pytest.raises(ValueError, match="another base model"):
         load(editor(), checkpoint)
 
