@@ -145,9 +145,9 @@ def test_another_base_is_refused_though_its_edited_weights_are_equal(
         edit.check_whole(BaseModel.find(str(other)))
     with pytest.raises(ValueError, match=r"whose vae differs"):
         edit.apply(load_pipeline(str(other)))
-    read_edit(exports / "edit.ckpt").check_whole(
-        BaseModel.find(str(other))
-    )  # a checkpoint knows the weights that it edits only
+    # A checkpoint knows the weights that it edits only.
+    read_edit(exports / "edit.ckpt").check_base(BaseModel.find(str(other)))
+    read_edit(exports / "edit.ckpt").check_whole(BaseModel.find(str(other)))
     assert wrong(exports / "delta.safetensors", other) == [f"vae is not that of {edit.model:.100}"]
     assert "vae.quant_conv.bias is not that of the base model" in wrong(exports / "folder", other)
 
