@@ -6,12 +6,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors
 from torch import Tensor
 
+from helpers import LAYERS
 from lit_unlearn import cli
 from lit_unlearn.diffusion import parameters
 
@@ -21,7 +22,7 @@ EDITED, OTHERS = "edited weights", "others"
 class CountingReader:
     """``safe_open`` that counts how often each tensor of each file is read."""
 
-    reads: Counter[tuple[str, str]] = Counter()
+    reads: ClassVar[Counter[tuple[str, str]]] = Counter()
     original = safetensors.safe_open
 
     def __init__(self, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +42,11 @@ class CountingReader:
         self.reads[self.path, name] += 1
         return self.file.get_tensor(name)
 
+    def get_tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.file.get_tensors()
+        self.reads.update((self.path, name) for name in found)
+        return found
+
     def get_slice(self, name: str) -> Any:
         self.reads[self.path, name] += 1
         return self.file.get_slice(name)
@@ -54,6 +60,8 @@ def reads(
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] in LIBRARIES]:
         if vars(module).get("safe_open") is CountingReader.original:
             monkeypatch.setattr(module, "safe_open", CountingReader)
+    files = [path for part in PARTS for path in (tiny_sd / part.removesuffix(".")).glob("*.safetensors")]
+    names = {path: list(CountingReader(path, framework="pt").keys()) for path in files}
     hashed: Counter[str] = Counter()
     add = parameters.Fingerprint.add
 
@@ -68,9 +76,10 @@ def reads(
         hashed.clear()
         assert cli.main(args) == 0
         found: dict[str, set[int]] = {EDITED: set(), OTHERS: set()}
-        for (path, name), count in CountingReader.reads.items():
-            if Path(path).is_relative_to(tiny_sd):
-                found[EDITED if name.endswith(("1.mlp.fc2.weight", "2.mlp.fc2.weight")) else OTHERS].add(count)
+        for path in files:
+            for name in names[path]:
+                is_edited = f"{path.parent.name}.{name}" in LAYERS
+                found[EDITED if is_edited else OTHERS].add(CountingReader.reads[str(path), name])
         return found, max((count for name, count in hashed.items() if not name.startswith(PARTS)), default=0)
 
     return run

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from helpers import changed, weights
+from lit_unlearn.callbacks.evaluation import UneditedPictures
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
 from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, check_concepts
 
 Editor = Callable[..., ConceptEditor]
 TrainerWith = Callable[..., L.Trainer]
@@ -218,14 +219,20 @@ def test_validation_scores_the_few_pictures_it_has(
 def test_a_callback_may_know_the_unedited_pictures(
     editor: Editor, trainer_with: TrainerWith, pets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Known(L.Callback):
+    class Known(UneditedPictures):
         def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
             return torch.full((len(batch), 3, 16, 16), 7, dtype=torch.uint8)
+
+    class Namesake(L.Callback):
+        def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
+            raise AssertionError("asked for its name")
 
     keep, module = Keep(), editor()
     monkeypatch.setattr(module, "load_judge", BrightnessJudge)
     with count_forwards(module.unet) as forwards:
-        trainer_with(Known(), keep).test(module, ConceptPrompts("dog", pets, images_per_prompt=1), verbose=False)
+        trainer_with(Namesake(), Known(), keep).test(
+            module, ConceptPrompts("dog", pets, images_per_prompt=1), verbose=False
+        )
     assert all((outputs["before"] == 7).all() for _, outputs in keep.seen)
     # Four pictures of the edited model, two steps with guidance.
     assert forwards.count == 4 * 2 * 2
@@ -306,8 +313,8 @@ def test_a_checkpoint_of_its_own_is_taken(editor: Editor, trainer_with: TrainerW
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"concept": "cat"}, "The checkpoint edits dog, but concept=cat: pass --concept 'dog'"),
-        ({"concept": ["dog", "cat"]}, "but concept=dog, cat"),
+        ({"concept": "cat"}, "The checkpoint edits dog, but concept is cat: pass --concept dog"),
+        ({"concept": ["dog", "cat"]}, "but concept is dog, cat"),
         ({"edited_parameters": "selfattn"}, "its edited weights do not fit"),
         ({"model": "tiny_sd2"}, "The checkpoint was made from another base model"),
         ({"dtype": "bfloat16"}, "its edited weights do not fit"),
@@ -344,6 +351,30 @@ def test_a_base_that_differs_in_one_bit_is_refused(
     monkeypatch.setattr(base_model, "load_parts", another)
     with pytest.raises(ValueError, match="another base model"):
         load(editor(), checkpoint)
+
+
+def test_a_checkpoint_that_edits_no_concept_is_refused(
+    editor: Editor, trainer_with: TrainerWith, pets: str, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of(editor(), trainer_with, pets, tmp_path / "edit.ckpt")
+    checkpoint[CHECKPOINT_KEY] |= {"concepts": [], "method": "SISS"}
+    problem = r"^The checkpoint edits no concept \(SISS\), but concept is dog: give the recipe of its own fit\.$"
+    with pytest.raises(ValueError, match=problem):
+        load(editor(), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "end"),
+    [
+        (["dog"], [], "edits dog, but the recipe edits no concept: give the recipe of its own fit."),
+        (["dog", "cat"], ["dog"], 'edits dog, cat, but concept is dog: pass --concept \'["dog", "cat"]\'.'),
+        (["soccer ball"], ["dog"], "edits soccer ball, but concept is dog: pass --concept 'soccer ball'."),
+    ],
+)
+def test_what_to_pass_for_a_checkpoint_of_other_concepts(found: list[str], wanted: list[str], end: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_concepts("a.ckpt", "ESD", found, wanted)
+    assert str(caught.value) == f"a.ckpt {end}"
 
 
 def test_a_checkpoint_of_another_program_is_refused(editor: Editor) -> None:
