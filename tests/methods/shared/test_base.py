@@ -15,7 +15,7 @@ from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
 from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, check_concepts
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
 
 Editor = Callable[..., ConceptEditor]
 TrainerWith = Callable[..., L.Trainer]
@@ -351,30 +351,6 @@ def test_a_base_that_differs_in_one_bit_is_refused(
     monkeypatch.setattr(base_model, "load_parts", another)
     with pytest.raises(ValueError, match="another base model"):
         load(editor(), checkpoint)
-
-
-def test_a_checkpoint_that_edits_no_concept_is_refused(
-    editor: Editor, trainer_with: TrainerWith, pets: str, tmp_path: Path
-) -> None:
-    checkpoint = checkpoint_of(editor(), trainer_with, pets, tmp_path / "edit.ckpt")
-    checkpoint[CHECKPOINT_KEY] |= {"concepts": [], "method": "SISS"}
-    problem = r"^The checkpoint edits no concept \(SISS\), but concept is dog: give the recipe of its own fit\.$"
-    with pytest.raises(ValueError, match=problem):
-        load(editor(), checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted", "end"),
-    [
-        (["dog"], [], "edits dog, but the recipe edits no concept: give the recipe of its own fit."),
-        (["dog", "cat"], ["dog"], 'edits dog, cat, but concept is dog: pass --concept \'["dog", "cat"]\'.'),
-        (["soccer ball"], ["dog"], "edits soccer ball, but concept is dog: pass --concept 'soccer ball'."),
-    ],
-)
-def test_what_to_pass_for_a_checkpoint_of_other_concepts(found: list[str], wanted: list[str], end: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        check_concepts("a.ckpt", "ESD", found, wanted)
-    assert str(caught.value) == f"a.ckpt {end}"
 
 
 def test_a_checkpoint_of_another_program_is_refused(editor: Editor) -> None:
