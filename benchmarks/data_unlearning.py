@@ -139,11 +139,13 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
     import torch
 
     from lit_unlearn.data.images import load_image, read_folder
+    from lit_unlearn.diffusion.base_model import BaseModel
     from lit_unlearn.edits.checkpoint import load_edited, read_edit
     from lit_unlearn.evaluation.grids import image_grid
     from lit_unlearn.system.pixels import save_png
 
     torch.set_num_threads(1)
+    base = BaseModel.find(str(model))
     forget = read_folder(str(model / "images" / "forget"), "forget")[:SHOWN]
     captions = [image.caption for image in forget]
     rows, labels = [torch.stack([load_image(image.path, 48) for image in forget])], ["drawing to forget"]
@@ -152,7 +154,7 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
         if method is not None and not ckpt_path.exists():
             continue
         edit = read_edit(ckpt_path) if method else None
-        components = load_edited(str(model), edit)
+        components = load_edited(base, edit)
         rows.append(components.draw(captions, list(range(len(captions))), 10, 4.0))
         labels.append(method or "not unlearned")
     save_png(path, image_grid(rows, labels, captions, scale=2))

@@ -19,6 +19,7 @@ from quiet import QUIET, output_to
 
 from lit_unlearn.core.debiasing import attribute_ratios
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.judges.base import judge_questions
@@ -52,7 +53,7 @@ def shares(folder: Path, pictures: int) -> dict[str, dict[str, list[float]]]:
     concepts = load_concept_set("emoji20")
     judge = load_judge("emoji", {}, concepts)
     edit = read_edit(folder / "checkpoints" / "last.ckpt")
-    components, pretrained = load_with_pretrained(edit.model, edit)
+    components, pretrained = load_with_pretrained(BaseModel.find(edit.model), edit)
     steps, guidance = (edit.hyper_parameters[key] for key in ("num_inference_steps", "guidance_scale"))
 
     def measured(subject: str, seed: int) -> list[float]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
-from lit_unlearn.system.strict_yaml import load_yaml
 
 NOT_OURS = (
     # NumPy's of what diffusers' schedulers do with tensors
@@ -129,15 +127,6 @@ def build_pipeline(
     return output
 
 
-@pytest.fixture(scope="session", autouse=True)
-def parse_once() -> Iterator[None]:
-    """The same bytes are parsed once: a fit reads its concept set three times, each a tenth of a second."""
-    known = cache(load_yaml)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_unlearn.data.concepts.load_yaml", lambda *source: copy.deepcopy(known(*source)))
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of Stable Diffusion 1.x; not to be written to."""
@@ -165,7 +154,7 @@ def tiny_sd_2022(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def loads_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods take copies of pipelines: loading took a third of their tests' time, and has its own in ``diffusion``."""
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", load_copy)
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", load_copy)
 
 
 @pytest.fixture

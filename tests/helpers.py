@@ -51,7 +51,7 @@ FF = [f"{block}ff.net.2.weight" for block in BLOCKS]
 PROMPTS, TARGETS = ["a dog", "the dog at sunset"], ["a soccer ball", "the soccer ball at sunset"]
 """Edit and target prompts of the dog in the concept set ``pets``."""
 
-SHARED = {"emoji-sd"}
+SHARED = {"emoji-sd", "checkpoints/emoji-sd", str(CONFIGS.parent / "checkpoints/emoji-sd")}
 """Models that no test writes to; the session's fixtures add theirs."""
 
 Module = TypeVar("Module", bound=DiffusionEditor)
@@ -78,8 +78,9 @@ def draw_weights(model: nn.Module, seed: int, gain: float) -> None:
 load_once = cache(load_pipeline)
 
 
-def load_copy(model: str, *options: Any) -> StableDiffusion:
+def load_copy(model: str | Path, *options: Any) -> StableDiffusion:
     """As ``load_pipeline``, in less time: a copy of what was loaded once, if nothing writes to its folder."""
+    model = str(model)
     if model not in SHARED:
         return load_pipeline(model, *options)
     loaded = load_once(model, *options)

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lit_unlearn.data.concepts import MAX_BYTES, load_concept_set
-from lit_unlearn.methods.shared import base
+from lit_unlearn.diffusion import base_model
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.names import joint_name
 from lit_unlearn.training import cli as training
@@ -140,7 +140,7 @@ def test_only_classes_of_the_kind_that_belongs_there(
 
     for owner, name in ((subprocess.Popen, "__init__"), (torch.hub, "load")):
         monkeypatch.setattr(owner, name, call)
-    monkeypatch.setattr(base, "load_pipeline", call)
+    monkeypatch.setattr(base_model, "load_parts", call)
     with pytest.raises(UserError) as caught:
         training.run(["fit", "--config", str(path)])
     assert "\n" not in str(caught.value)

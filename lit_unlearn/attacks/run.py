@@ -19,9 +19,11 @@ from torch import Tensor
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.edits.checkpoint import Edit, chosen_model, chosen_revision, load_with_pretrained, read_edit
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit
 from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.judges.base import Judge
 from lit_unlearn.judges.classifier import ClassifierJudge
@@ -92,9 +94,10 @@ def attack_run(
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)
     todo = _todo(report, path, chosen, targets, existing)
     if todo:
-        found_device, base = find_device(device), chosen_model(model, edit)
+        found_device, base = find_device(device), chosen_base(model, revision, edit)
         loaded_judge = _load_judge(edit, judge, concept_set, targets)
-        pipeline, pretrained = load_with_pretrained(base, edit, chosen_revision(revision, edit), found_device)
+        pipeline, pretrained = load_with_pretrained(base, edit, found_device)
+        vocabulary = _vocabulary(pipeline, edit, base)
         for module in pipeline.parts.values():
             if edit.dtype != torch.float32:  # searches and training need more than half precision
                 module.float()
@@ -112,7 +115,7 @@ def attack_run(
         before = _Before.draw(attacked)
         for attack in (attack for attack, own in todo if own is concept):
             found = attack.run(attacked)
-            result = _result(attack, attacked, found, before, folder, base)
+            result = _result(attack, attacked, found, before, folder, base.name, vocabulary)
             report = report.merged([result])
             report.save(path)
             say(f"{concept.name}: {attack.name}: {found.text} ({result.seconds:.0f} s)")
@@ -137,7 +140,7 @@ class _Before:
 
 
 def _result(
-    attack: Attack, model: AttackedModel, found: Found, before: _Before, folder: Path, base: str
+    attack: Attack, model: AttackedModel, found: Found, before: _Before, folder: Path, base: str, vocabulary: str
 ) -> AttackResult:
     """Judge what was found; write the grid, and what was learned."""
     pictures = found.draw(model.prompts, model.seeds)
@@ -149,7 +152,7 @@ def _result(
     text = found.text
     if found.embeddings is not None:
         text = f"{FOLDER}/{name}.safetensors"
-        metadata = {"concept": model.concept.name, "vocabulary": _vocabulary(model, base), "model": base}
+        metadata = {"concept": model.concept.name, "vocabulary": vocabulary, "model": base}
         with atomic_write(folder / text) as file:
             file.write(save({"embeddings": found.embeddings.float().contiguous()}, metadata))
     settings: dict[str, Any] = {
@@ -173,12 +176,12 @@ def _result(
     )
 
 
-def _vocabulary(model: AttackedModel, base: str) -> str:
+def _vocabulary(pipeline: Pipeline, edit: Edit, base: BaseModel) -> str:
     """What learned embeddings belong to, as ``vocabulary_of`` says it; an edited table is a vocabulary of its own."""
-    if any(name.endswith("token_embedding.weight") for name in model.pretrained.parameters):
-        table = model.pipeline.text.table
-        return fingerprint({"token_embedding.weight": table.float()})
-    return vocabulary_of(base)[0]
+    is_edited = any(name.endswith("token_embedding.weight") for name in edit.weights)
+    if is_edited or (isinstance(base.place, Path) and edit.dtype == torch.float32):  # the table as it is stored
+        return fingerprint({"token_embedding.weight": pipeline.text.table.float()})
+    return vocabulary_of(base.name)[0]
 
 
 def _chosen_attacks(attacks: Sequence[str | Attack] | None, steps: int | None, allow_names: bool) -> list[Attack]:

@@ -26,7 +26,7 @@ from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.evaluation.grids import before_after_grid, image_grid
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
 from lit_unlearn.reports.tables import scores_table
 from lit_unlearn.system.devices import float64_device
 from lit_unlearn.system.pixels import save_png, to_pil
@@ -56,6 +56,16 @@ class UneditedPictures(L.Callback):
     def __init__(self, folder: str = "logs/unedited") -> None:
         self.folder = Path(folder)
         self._key: str | None = None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, DiffusionEditor):
+            pl_module.known_pictures = self.unedited_pictures
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, DiffusionEditor):
+            pl_module.known_pictures = None
 
     def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of ``batch``: read if they are there, else generated and kept."""

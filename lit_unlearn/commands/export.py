@@ -43,8 +43,7 @@ def run(options: argparse.Namespace) -> None:
     """
     import torch
 
-    from lit_unlearn.diffusion.stored import WholeModel
-    from lit_unlearn.edits.checkpoint import chosen_model, chosen_revision, read_edit
+    from lit_unlearn.edits.checkpoint import chosen_base, read_edit
     from lit_unlearn.edits.export import check_output, export_delta, export_lora, export_pipeline, provenance
     from lit_unlearn.edits.lora import FILE_NAME, parse_rank
 
@@ -61,18 +60,14 @@ def run(options: argparse.Namespace) -> None:
             output = output / ("delta.safetensors" if options.delta else FILE_NAME)
         check_output(output, options.overwrite)
         edit = read_edit(options.ckpt_path)
-        model = chosen_model(options.model, edit)
-        revision = chosen_revision(options.revision, edit)
-        if options.delta or options.lora:
-            base = WholeModel.of(model, edit.dtype, revision)
-            facts = provenance(edit, model, base, revision)
+        base = chosen_base(options.model, options.revision, edit)
         if options.delta:
-            export_delta(edit, facts, output, dtype)
+            export_delta(edit, provenance(edit, base), output, dtype)
         elif options.lora:
-            report = export_lora(edit, facts, base, output, rank, dtype, old_names)
+            report = export_lora(edit, provenance(edit, base), base, output, rank, dtype, old_names)
         else:
-            export_pipeline(edit, model, output, dtype, revision, old_names)
-    print(f"{output}: {model} without {', '.join(edit.concepts) or 'what it has unlearned'}")
+            export_pipeline(edit, base, output, dtype, old_names)
+    print(f"{output}: {base.name} without {', '.join(edit.concepts) or 'what it has unlearned'}")
     if options.lora:
         print(f"rank {report['rank']}; part of each layer's change that is missing:")
         for name, residual in report["residual"].items():

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from PIL import Image
 
-    from lit_unlearn.edits.checkpoint import chosen_model, chosen_revision, load_edited, read_edit
+    from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit
     from lit_unlearn.evaluation.grids import image_grid
     from lit_unlearn.system.devices import explaining_memory, find_device
     from lit_unlearn.system.pixels import save_png, to_pil
@@ -63,11 +63,11 @@ def run(options: argparse.Namespace) -> None:
                 raise ValueError(f"{field}={value} must be at least 1.")
         device = find_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path else None
-        model = chosen_model(options.model, edit)
+        base = chosen_base(options.model, options.revision, edit)
     ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
     ways += ["draw on the processor (--device cpu)"] if device.type != "cpu" else []
     with user_errors(), explaining_memory("generate", device, ways):
-        pipeline = load_edited(model, edit, chosen_revision(options.revision, edit), device)
+        pipeline = load_edited(base, edit, device)
     hyper_parameters = edit.hyper_parameters if edit else {}
     steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
     guidance_scale = options.guidance_scale
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     save_png(output, image)
     what = f"edited ({', '.join(edit.concepts) or edit.method})" if edit else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    print(f"{output}: {model}, {what}, {steps} steps, guidance {guidance_scale:g}, {which}")
+    print(f"{output}: {base.name}, {what}, {steps} steps, guidance {guidance_scale:g}, {which}")
 
 
 def draw(

@@ -31,10 +31,12 @@ def run(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from lit_unlearn.diffusion.base_model import BaseModel
     from lit_unlearn.edits.verify import findings_table, verify_export
 
     with user_errors():
-        findings = verify_export(Path(options.export), options.base, options.revision)
+        base = BaseModel.find(options.base, options.revision) if options.base else None
+        findings = verify_export(Path(options.export), base)
     Console(soft_wrap=True).print(findings_table(findings))
     wrong = [finding for finding in findings if not finding.ok]
     print(

@@ -35,8 +35,11 @@ def check_model(model: str) -> dict[str, list[str]]:
         ValueError: A part or a file is missing, a weight file is corrupt, or the pipeline is of another architecture.
     """
     path = resolve_model(model)
-    if isinstance(path, str):
-        return {}
+    return {} if isinstance(path, str) else check_folder(path, model)
+
+
+def check_folder(path: Path, model: str) -> dict[str, list[str]]:
+    """As ``check_model``, of the folder ``path`` that was given as ``model``."""
     for part in ("model_index.json", *PARTS):
         if not (path / part).exists():
             raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
@@ -88,19 +91,26 @@ def load_pipeline(
     Raises:
         ValueError: As ``check_model``.
     """
+    path = resolve_model(model)
+    if isinstance(path, Path):
+        check_folder(path, model)
+    return load_parts(path, dtype, revision, device)
+
+
+def load_parts(
+    path: Path | str, dtype: torch.dtype, revision: str | None = None, device: torch.device | None = None
+) -> StableDiffusion:
+    """As ``load_pipeline``, of a folder that was checked, or a hub id."""
     device = torch.get_default_device() if device is None else device
     with torch.device("cpu"):  # transformers takes another default device for a device map, which needs accelerate
-        return _load(model, dtype, revision, device)
+        return _load(path, dtype, revision, device)
 
 
-def _load(model: str, dtype: torch.dtype, revision: str | None, device: torch.device) -> StableDiffusion:
+def _load(path: Path | str, dtype: torch.dtype, revision: str | None, device: torch.device) -> StableDiffusion:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import is_accelerate_available
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    path = resolve_model(model)
-    if isinstance(path, Path):
-        check_model(model)
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
     # Never the pickles that some models have beside them.
     weights = {**options, "dtype": dtype, "use_safetensors": True}

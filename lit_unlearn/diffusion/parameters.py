@@ -102,14 +102,29 @@ def num_places(config: Mapping[str, object], name: str) -> int:
     return side * side
 
 
+class Fingerprint:
+    """SHA-256 of weights that are added one by one, in the order of their names; see ``fingerprint``."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Enter a weight's name, shape, type and values."""
+        value = value.detach().cpu().contiguous()
+        self._digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
+        self._digest.update(value.flatten().view(torch.uint8).numpy())
+
+    def hexdigest(self) -> str:
+        """The hash of what was added so far."""
+        return self._digest.hexdigest()
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes and values; equal for equal weights whatever their device."""
-    digest = hashlib.sha256()
+    found = Fingerprint()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.add(name, tensors[name])
+    return found.hexdigest()
 
 
 class PretrainedValues:

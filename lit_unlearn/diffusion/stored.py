@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import resolve_model, weight_files
+from lit_unlearn.diffusion.source import weight_files
 
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
 
@@ -78,11 +77,9 @@ class WholeModel:
 
     Attributes:
         parts: ``text_encoder``, ``unet`` and ``vae``, each its parameters by name within the part.
-        commit: The commit of a model from the hub, if known.
     """
 
     parts: dict[str, Mapping[str, Tensor]]
-    commit: str | None = None
 
     @classmethod
     def loaded(cls, pipeline: Pipeline) -> WholeModel:
@@ -90,20 +87,7 @@ class WholeModel:
         parts: dict[str, Mapping[str, Tensor]] = {
             part: dict(module.named_parameters()) for part, module in pipeline.parts.items()
         }
-        return cls(parts, pipeline.commit)
-
-    @classmethod
-    def of(cls, model: str, dtype: torch.dtype | None = None, revision: str | None = None) -> WholeModel:
-        """The weights of ``model`` in ``dtype``: read from a folder's files as needed; loaded, if it is a hub id.
-
-        Raises:
-            ValueError: As ``check_model``.
-        """
-        path = resolve_model(model)
-        if isinstance(path, str):
-            return cls.loaded(load_pipeline(model, dtype or torch.float32, revision))
-        check_model(model)
-        return cls.in_folder(path, dtype)
+        return cls(parts)
 
     @classmethod
     def in_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> WholeModel:

@@ -8,7 +8,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.load import check_model, load_pipeline
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import resolve_model, weight_files
+from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.system.files import atomic_write
 
@@ -114,37 +114,47 @@ class Edit:
         """Type in which the base model was loaded when it was edited."""
         return getattr(torch, self.hyper_parameters.get("dtype", "float32"))
 
-    def check_base(self, model: str) -> None:
+    def check_weights(self) -> None:
+        """Refuse an edit that changes nothing.
+
+        Raises:
+            ValueError: It edits no weight.
+        """
+        if not self.weights:
+            raise ValueError(f"{self.path} edits no weight of the model: {self.method} leaves it as it is.")
+
+    def check_base(self, base: BaseModel) -> None:
         """Refuse a base model that the edit was not made on, reading its edited weights only.
 
         The weights of a hub id are not at hand; only its name can be compared.
 
         Raises:
-            ValueError: The model is another, or no model folder.
+            ValueError: The model is another.
         """
-        refusal = (
-            f"{self.path} edits {self.model!r} and does not fit model={model!r}, whose weights differ: "
-            "use the model that it was made on."
-        )
-        path = resolve_model(model)
-        if isinstance(path, str):
-            if model != self.model:
-                raise ValueError(refusal)
-            return
-        check_model(model)
-        values = _read_weights(path, list(self.weights))
-        if values is None or fingerprint({n: v.to(self.dtype) for n, v in values.items()}) != self.base_fingerprint:
-            raise ValueError(refusal)
-        if self.base_weights:
-            self.check_whole(WholeModel.in_folder(path, self.dtype), model)
+        if isinstance(base.place, str):
+            same = base.name == self.model
+        else:
+            same = base.fingerprint(self.weights, self.dtype) == self.base_fingerprint
+        if not same:
+            raise ValueError(
+                f"{self.path} edits {self.model!r} and does not fit model={base.name!r}, whose weights differ: "
+                "use the model that it was made on."
+            )
 
-    def check_whole(self, base: WholeModel, model: str) -> None:
-        """Refuse a base model, with weights in ``dtype``, of which a part that the edit does not touch is another.
+    def check_whole(self, base: BaseModel, loaded: Pipeline | None = None) -> None:
+        """Refuse a base model of which a part that the edit does not touch is another.
+
+        Args:
+            base: The base model.
+            loaded: Its pipeline in ``dtype``, if it is loaded and not edited: it is hashed in place of the files.
 
         Raises:
             ValueError: Names the parts.
         """
-        found = base.sha256() if self.base_weights else {}
+        if self.base_weights:
+            self._check_parts(base.sha256(self.dtype, loaded), base.name)
+
+    def _check_parts(self, found: Mapping[str, str], model: str) -> None:
         if other := [part for part, sha256 in self.base_weights.items() if found[part] != sha256]:
             raise ValueError(
                 f"{self.path} edits {self.model!r} and does not fit model={model!r}, whose {' and '.join(other)} "
@@ -152,8 +162,12 @@ class Edit:
             )
 
     @torch.no_grad()
-    def apply(self, pipeline: Pipeline) -> None:
+    def apply(self, pipeline: Pipeline, base: BaseModel | None = None) -> None:
         """Write the edited weights into the loaded pipeline.
+
+        Args:
+            pipeline: The base model's pipeline.
+            base: The model that it was loaded from, if known: what is known of its weights is not hashed again.
 
         Raises:
             ValueError: The pipeline lacks a weight, has it in another shape, or is another than the edit was made on.
@@ -164,9 +178,14 @@ class Edit:
                 raise ValueError(
                     f"{self.path} edits {name} of shape {tuple(value.shape)}, which the model does not have."
                 )
-        if fingerprint({name: parameters[name] for name in self.weights}) != self.base_fingerprint:
+        before = {name: parameters[name] for name in self.weights}
+        found = base.fingerprint(before, self.dtype, before) if base else fingerprint(before)
+        if found != self.base_fingerprint:
             raise ValueError(f"{self.path} edits {self.model!r}, which has other weights than the loaded model.")
-        self.check_whole(WholeModel.loaded(pipeline), "the loaded one")
+        if base is not None:
+            self.check_whole(base, pipeline)
+        elif self.base_weights:
+            self._check_parts(WholeModel.loaded(pipeline).sha256(), "the loaded one")
         for name, value in self.weights.items():
             parameters[name].copy_(value)
 
@@ -287,60 +306,44 @@ def _read_delta(path: Path) -> Edit:
     )
 
 
-def load_edited(
-    model: str, edit: Edit | None, revision: str | None = None, device: torch.device | None = None
-) -> Pipeline:
-    """Load the pipeline ``model`` onto ``device`` (as for ``load_pipeline``) and apply ``edit``, if there is one.
+def load_edited(base: BaseModel, edit: Edit | None, device: torch.device | None = None) -> Pipeline:
+    """Load the pipeline of ``base`` onto ``device`` (as for ``load_pipeline``) and apply ``edit``, if there is one.
 
     Raises:
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
-    if edit:
-        return load_with_pretrained(model, edit, revision, device)[0]
-    return load_pipeline(model, torch.float32, revision, device)
+    return load_with_pretrained(base, edit, device)[0] if edit else base.load(torch.float32, device)
 
 
 def load_with_pretrained(
-    model: str, edit: Edit, revision: str | None = None, device: torch.device | None = None
+    base: BaseModel, edit: Edit, device: torch.device | None = None
 ) -> tuple[Pipeline, PretrainedValues]:
     """As ``load_edited``; also return what the edited weights were before.
 
     Raises:
         ValueError: As ``load_edited``.
     """
-    if not edit.weights:
-        raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
-    pipeline = load_pipeline(model, edit.dtype, revision, device)
+    edit.check_weights()
+    pipeline = base.load(edit.dtype, device)
     parameters = pipeline.named_parameters()
     pretrained = PretrainedValues({name: parameters[name] for name in edit.weights if name in parameters})
-    edit.apply(pipeline)
+    edit.apply(pipeline, base)
     return pipeline, pretrained
 
 
-def chosen_model(model: str | None, edit: Edit | None) -> str:
-    """The model to load, checked: the given one, else the one that was edited, else the embedded one."""
+def chosen_base(model: str | None, revision: str | None, edit: Edit | None) -> BaseModel:
+    """The model to load, found and checked: the given one, else the one that was edited, else the embedded one.
+
+    Args:
+        model: Its name, if given.
+        revision: Of a hub id, if given; else that of the edit.
+        edit: The edit that will be applied to it, if there is one.
+
+    Raises:
+        ValueError: There is no such model, or the edit was not made on it.
+    """
     if edit is None:
-        model = model or "emoji-sd"
-        check_model(model)
-        return model
-    model = model or edit.model
-    edit.check_base(model)
-    return model
-
-
-def chosen_revision(revision: str | None, edit: Edit | None) -> str | None:
-    """The revision of a hub id to load: the given one, else that of the edit."""
-    return revision or (edit.hyper_parameters.get("revision") if edit else None)
-
-
-def _read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
-    """Read the parameters ``names`` from the weight files of a model folder; None if one is missing."""
-    values: dict[str, Tensor] = {}
-    for part in sorted({name.split(".")[0] for name in names}):
-        wanted = {name.removeprefix(f"{part}."): name for name in names if name.startswith(f"{part}.")}
-        for file in weight_files(folder, part):
-            with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118 - it is no mapping
-                    if (name := stored.removeprefix("text_model.")) in wanted:
-                        values[wanted[name]] = tensors.get_tensor(stored)
-    return values if len(values) == len(names) else None
+        return BaseModel.find(model or EMBEDDED, revision)
+    base = BaseModel.find(model or edit.model, revision or edit.hyper_parameters.get("revision"))
+    edit.check_base(base)
+    return base

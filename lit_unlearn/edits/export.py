@@ -16,11 +16,10 @@ from torch import Tensor
 
 from lit_unlearn import __version__
 from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import resolve_model
-from lit_unlearn.diffusion.stored import WholeModel, rename_weights
+from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
 from lit_unlearn.evaluation.scores import Scores
@@ -52,22 +51,21 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"output={output} is a folder but no export of lit-unlearn: remove it yourself if it may go.")
 
 
-def provenance(edit: Edit, model: str, base: WholeModel, revision: str | None = None) -> dict[str, Any]:
+def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> dict[str, Any]:
     """Where an edit came from, as plain values; its scores, too, if its run was tested.
 
     Args:
         edit: The edit.
-        model: Name of the base model.
-        base: Its weights, in the type in which it was edited.
-        revision: Of a model from the hub.
+        base: Its base model.
+        loaded: The base model's pipeline in the type in which it was edited, if it is loaded and not edited.
 
     Raises:
         ValueError: The edit changes nothing, the base model is another than that of the edit, or the run's
             ``scores.json`` cannot be read.
     """
-    if not edit.weights:
-        raise ValueError(f"{edit.path} edits no weight of the model: {edit.method} leaves it as it is.")
-    edit.check_whole(base, model)
+    edit.check_weights()
+    edit.check_whole(base, loaded)
+    base_sha256 = base.sha256(edit.dtype, loaded)
     scores = None
     if edit.run_folder is not None and (edit.run_folder / "scores.json").exists():
         scores = Scores.load(edit.run_folder / "scores.json").to_dict()
@@ -75,11 +73,11 @@ def provenance(edit: Edit, model: str, base: WholeModel, revision: str | None = 
     return {
         "method": edit.method,
         "concepts": edit.concepts,
-        "base_model": model,
-        "base_revision": revision,
+        "base_model": base.name,
+        "base_revision": base.revision,
         "base_commit": base.commit,
         "base_dtype": str(edit.dtype).removeprefix("torch."),
-        "base_sha256": base.sha256(),
+        "base_sha256": base_sha256,
         "base_fingerprint": edit.base_fingerprint,
         "edited_weights": list(edit.weights),
         "config": edit.hyper_parameters,
@@ -126,7 +124,7 @@ def export_delta(edit: Edit, facts: dict[str, Any], output: Path, dtype: torch.d
 def export_lora(
     edit: Edit,
     facts: dict[str, Any],
-    base: WholeModel,
+    base: BaseModel,
     output: Path,
     rank: int | None,
     dtype: torch.dtype | None,
@@ -137,7 +135,8 @@ def export_lora(
     Raises:
         ValueError: The edit changes weights that LoRA cannot hold.
     """
-    before = {name: base[name] for name in edit.weights}
+    before = base.weights(edit.weights, edit.dtype)
+    assert before is not None  # ``provenance`` has hashed them
     factors, report = low_rank(edit.weights, before, rank, dtype or edit.dtype, old_names)
     _write_weights(factors, {"kind": "lora", **facts, "lora": report}, output)
     return report
@@ -152,29 +151,28 @@ def _write_weights(weights: Mapping[str, Tensor], facts: dict[str, Any], output:
 
 def export_pipeline(
     edit: Edit,
-    model: str,
+    base: BaseModel,
     output: Path,
     dtype: torch.dtype | None,
-    revision: str | None = None,
     old_names: bool = False,
 ) -> None:
     """Write the edited pipeline as a diffusers folder with ``provenance.json`` and a model card.
 
     Args:
         edit: The edit.
-        model: Name of its base model.
+        base: Its base model.
         output: Folder to write.
         dtype: Type of the weights; that of the run by default.
-        revision: Of a model from the hub.
         old_names: Put ``text_model.`` before the weights of the text encoder, as transformers 4 names them.
 
     Raises:
         WriteError: The folder cannot be written; what was there is unchanged.
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
-    pipeline = load_pipeline(model, edit.dtype, revision)
-    facts = {"kind": "pipeline", **provenance(edit, model, WholeModel.loaded(pipeline), revision)}
-    edit.apply(pipeline)
+    edit.check_weights()
+    pipeline = base.load(edit.dtype)
+    facts = {"kind": "pipeline", **provenance(edit, base, pipeline)}
+    edit.apply(pipeline, base)
     for module in pipeline.parts.values():
         module.to(dtype=dtype)
     parameters = pipeline.named_parameters()
@@ -187,10 +185,9 @@ def export_pipeline(
         if old_names:
             rename_weights(folder)
         (folder / "README.md").write_text(model_card(facts, output.name), encoding="utf-8")
-        base = resolve_model(model)
-        if isinstance(base, Path):
+        if isinstance(base.place, Path):
             for pattern in ("LICENSE*", "NOTICE*"):
-                for file in base.glob(pattern):
+                for file in base.place.glob(pattern):
                     if file.is_file() and not file.is_symlink():  # a link could publish any file of this machine
                         shutil.copyfile(file, folder / file.name)  # not its mode, which may forbid to replace it
         files = sorted(path for path in folder.rglob("*") if path.is_file())

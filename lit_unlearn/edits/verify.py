@@ -15,7 +15,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
 from lit_unlearn.edits.export import ENDINGS, PROVENANCE, file_sha256, weights_sha256
@@ -61,16 +61,15 @@ def printable(text: str) -> str:
     return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", "?", text)
 
 
-def verify_export(path: Path, base: str | None = None, revision: str | None = None) -> list[Finding]:
+def verify_export(path: Path, base: BaseModel | None = None) -> list[Finding]:
     """Check a folder, a delta or LoRA weights.
 
     Args:
         path: What ``lit-unlearn export`` wrote.
-        base: Base model to compare with: all weights that were not edited must be its own.
-        revision: Of a base model from the hub.
+        base: Base model to compare with: all weights that were not edited must be its own. Each is read once.
 
     Raises:
-        ValueError: There is no export at ``path``, or ``base`` is no model.
+        ValueError: There is no export at ``path``.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder or file that `lit-unlearn export` has written.")
@@ -79,10 +78,10 @@ def verify_export(path: Path, base: str | None = None, revision: str | None = No
         if len(found) != 1:
             raise ValueError(f"{path} is no export of lit-unlearn: it has no {PROVENANCE}.")
         path = found[0]
-    return _verify_folder(path, base, revision) if path.is_dir() else _verify_file(path, base, revision)
+    return _verify_folder(path, base) if path.is_dir() else _verify_file(path, base)
 
 
-def _verify_file(path: Path, base: str | None, revision: str | None) -> list[Finding]:
+def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -99,11 +98,11 @@ def _verify_file(path: Path, base: str | None, revision: str | None) -> list[Fin
         findings.append(Finding("names", [f"unexpected weight {name}" for name in names], len(weights)))
         read_edit(path)
     if base is not None:
-        findings.append(_base_hashes(facts, WholeModel.of(base, _dtype(facts, "base_dtype", path), revision), path))
+        findings.append(_base_hashes(facts, base, path))
     return findings
 
 
-def _verify_folder(folder: Path, base: str | None, revision: str | None) -> list[Finding]:
+def _verify_folder(folder: Path, base: BaseModel | None) -> list[Finding]:
     facts = read_provenance(folder)
     edited, recorded = _names(facts, folder), _mapping(facts, "weights_sha256", folder)
     links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
@@ -118,9 +117,9 @@ def _verify_folder(folder: Path, base: str | None, revision: str | None) -> list
     present = {name: weights[name] for name in edited if name in names}
     findings.append(_compare("edited weights", weights_sha256(present), recorded))
     if base is not None:
-        original = WholeModel.of(base, _dtype(facts, "base_dtype", folder), revision)
-        findings.append(_base_hashes(facts, original, folder))
-        findings.append(_unedited(weights, original, set(edited), _dtype(facts, "dtype", folder)))
+        dtypes = _dtype(facts, "base_dtype", folder), _dtype(facts, "dtype", folder)
+        unedited = _unedited(weights, base, set(edited), *dtypes)
+        findings += [_base_hashes(facts, base, folder), unedited]  # the pass over the weights has hashed them
     return findings
 
 
@@ -188,25 +187,31 @@ def _compare(what: str, found: Mapping[str, str], recorded: Mapping[str, str]) -
     return Finding(what, wrong, len(recorded))
 
 
-def _base_hashes(facts: Mapping[str, Any], base: WholeModel, path: Path) -> Finding:
+def _base_hashes(facts: Mapping[str, Any], base: BaseModel, path: Path) -> Finding:
     recorded = _mapping(facts, "base_sha256", path)
-    found = base.sha256()
+    found = base.sha256(_dtype(facts, "base_dtype", path))
     name = str(facts.get("base_model"))
     wrong = [f"{part} is not that of {name:.100}" for part, sha256 in found.items() if recorded.get(part) != sha256]
     return Finding("base model", wrong, len(found))
 
 
-def _unedited(weights: WholeModel, base: WholeModel, edited: set[str], dtype: torch.dtype) -> Finding:
-    names, expected = set(weights.names()), [name for name in base.names() if name not in edited]
-    wrong = [f"{name} is not in the base model" for name in sorted(names - set(expected) - edited)]
-    for name in expected:
+def _unedited(
+    weights: WholeModel, base: BaseModel, edited: set[str], base_dtype: torch.dtype, dtype: torch.dtype
+) -> Finding:
+    names, reasons = set(weights.names()), {}
+    for name, value in base.values(base_dtype):
         if name not in names:
-            wrong.append(f"{name} is missing")
-        elif not _same(weights[name], base[name].to(dtype)):
-            wrong.append(f"{name} is not that of the base model")
+            reasons[name] = "is missing"
+        elif name not in edited and not _same(weights[name], value.to(dtype)):
+            reasons[name] = "is not that of the base model"
+    expected = [name for name in base.weight_names(base_dtype) if name not in edited]
+    wrong = [f"{name} is not in the base model" for name in sorted(names - set(expected) - edited)]
+    wrong += [f"{name} {reasons[name]}" for name in expected if name in reasons]
     return Finding("unedited weights", wrong, len(expected))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, so that NaN equals NaN."""
-    return fingerprint({"": a}) == fingerprint({"": b})
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(value.cpu().contiguous().flatten().view(torch.uint8) for value in (a, b)))

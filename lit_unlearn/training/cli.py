@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import signal
 import sys
 from argparse import ArgumentError
@@ -26,8 +25,9 @@ from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
-from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
 from lit_unlearn.system.names import check_path, joint_name
@@ -185,15 +185,10 @@ class UnlearnCLI(LightningCLI):
             if config.ckpt_path is None:
                 return
             edit = read_edit(config.ckpt_path)
-            if edit.concepts != concepts:
-                one, *others = edit.concepts
-                raise UserError(
-                    f"{edit.path} edits {', '.join(edit.concepts)}, but concept is {', '.join(concepts)}: "
-                    f"pass --concept {shlex.quote(one if not others else str([one, *others]))}."
-                )
+            check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
-            edit.check_base(arguments.model)
+            edit.check_base(BaseModel.find(arguments.model, arguments.revision))
         if subcommand == "fit":
             return  # resumed as the command line says; Lightning restores the state
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import files
 from lit_unlearn import cli
-from lit_unlearn.edits import checkpoint
+from lit_unlearn.diffusion import base_model
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods.shared import base
 
 STEPS = 2
 """Denoising steps of every picture here."""
@@ -90,8 +89,7 @@ def refuses(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(base, "load_pipeline", loaded)
-    monkeypatch.setattr(checkpoint, "load_pipeline", loaded)
+    monkeypatch.setattr(base_model, "load_parts", loaded)
 
     def run(*args: str) -> str:
         before = files(workplace)

@@ -14,6 +14,7 @@ from PIL import Image
 from lit_unlearn import cli
 from lit_unlearn.attacks import run as attack
 from lit_unlearn.attacks.relearning import Relearning
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
@@ -93,7 +94,7 @@ def test_a_delta_needs_a_folder(run_folder: Path, judge: str, workplace: Path) -
 
 def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
     edit = read_edit(run_folder / "checkpoints/last.ckpt")
-    components, pretrained = load_with_pretrained(str(tiny_sd), edit)
+    components, pretrained = load_with_pretrained(BaseModel.find(str(tiny_sd)), edit)
     parameters, base = components.named_parameters(), load_pipeline(str(tiny_sd)).named_parameters()
     for name in edit.weights:
         assert torch.equal(parameters[name], edit.weights[name])

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers import files
+from helpers import CONFIGS, files
 from lit_unlearn import cli
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
@@ -104,6 +106,23 @@ def test_a_checkpoint_of_another_concept(refuses: Callable[..., str], run_folder
     ckpt_path = str(run_folder / "checkpoints/last.ckpt")
     message = refuses("test", "--config", str(recipe), "--concept", "cat", "--ckpt_path", ckpt_path)
     assert message == f"{ckpt_path} edits dog, but concept is cat: pass --concept dog."
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_a_checkpoint_that_unlearned_pictures(
+    refuses: Callable[..., str], run_folder: Path, recipe: Path, command: str
+) -> None:
+    content = torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)
+    content[CHECKPOINT_KEY] |= {"concepts": [], "method": "SISS"}
+    torch.save(content, "pictures.ckpt")
+    message = refuses(command, "--config", str(recipe), "--ckpt_path", "pictures.ckpt")
+    assert message == "pictures.ckpt edits no concept (SISS), but concept is dog: give the recipe of its own fit."
+
+
+def test_a_checkpoint_of_a_concept_where_pictures_are_unlearned(refuses: Callable[..., str], run_folder: Path) -> None:
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    message = refuses("test", "--config", str(CONFIGS / "siss.yaml"), "--ckpt_path", ckpt_path)
+    assert message == f"{ckpt_path} edits dog, but the recipe edits no concept: give the recipe of its own fit."
 
 
 def test_a_checkpoint_of_another_base_model(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from helpers import assert_alike, metadata, read_picture
+from helpers import assert_alike, files, metadata, read_picture
 from lit_unlearn import cli
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
@@ -97,6 +97,30 @@ def test_a_failed_export_leaves_the_old_one(
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
     assert {path.name for path in Path().iterdir()} == {"logs", "out"}
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["folder", "delta", "picture"])
+def test_a_base_that_differs_elsewhere_is_refused(
+    run_folder: Path, broken_model: Callable[..., Path], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(folder: Path) -> None:
+        path = folder / "vae/diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        weights["quant_conv.bias"] += 1
+        save_file(weights, path, metadata={"format": "pt"})
+
+    ckpt_path, other = str(run_folder / "checkpoints/last.ckpt"), str(broken_model(change))
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "edit.safetensors", "--delta"]) == 0
+    before = files(Path())
+    command = {
+        "folder": ["export", "--output", "out"],
+        "delta": ["export", "--output", "out", "--delta"],
+        "picture": ["generate", "a dog", "--output", "a.png"],
+    }[kind]
+    assert cli.main([*command, "--ckpt_path", "edit.safetensors", "--model", other]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"does not fit model={other!r}, whose vae differs: use the model that it was made on.")
+    assert files(Path()) == before
 
 
 def test_a_full_disk_is_one_sentence(

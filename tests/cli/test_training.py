@@ -12,9 +12,12 @@ import torch
 
 from helpers import CONFIGS, files
 from lit_unlearn import cli
+from lit_unlearn.data import concepts
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.emoji.judge import JudgeTraining
 from lit_unlearn.methods.shared import base
+from lit_unlearn.system import strict_yaml
+from lit_unlearn.system.errors import UserError
 from lit_unlearn.training import cli as training
 
 
@@ -35,6 +38,31 @@ def test_the_checkpoint_holds_the_edit(finished: Path, tiny_sd: Path) -> None:
         # The edit comes after the validation of its epoch; a checkpoint made there would lack it.
         assert not torch.equal(state["state_dict"][name], before[name]), name
     assert len(names) == 2
+
+
+def test_a_fit_reads_its_concept_set_once(workplace: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Path] = []
+
+    def load_yaml(content: bytes, path: Path) -> object:
+        parsed.append(path)
+        return strict_yaml.load_yaml(content, path)
+
+    monkeypatch.setattr(concepts, "load_yaml", load_yaml)
+    concepts._read.cache_clear()  # this process has read it before
+    assert cli.main(["fit", "--config", str(recipe)]) == 0  # the command line, the method and the data ask for it
+    assert [path.name for path in parsed] == ["emoji20.yaml"]
+
+
+def test_two_long_lists_of_concepts_have_folders_of_their_own(recipe: Path, workplace: Path) -> None:
+    names = list(concepts.load_concept_set("emoji20").concepts)
+    lists = [names[:18], [*names[:17], names[18]]]
+    folders = []
+    for chosen in lists:
+        with pytest.raises(UserError, match="needs a run, and logs/null_space/") as caught:
+            training.run(["test", "--config", str(recipe), "--concept", str(chosen)])
+        folders.append(str(caught.value).split()[5])
+    assert folders[0] != folders[1]
+    assert all("+17_others-" in folder for folder in folders)
 
 
 def test_each_fit_has_a_folder_of_its_own(run_folder: Path) -> None:

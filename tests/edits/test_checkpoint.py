@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import LAYERS
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.checkpoint import load_edited, newest_checkpoint, read_edit, run_folder
@@ -56,8 +57,9 @@ def test_an_edit_is_read_and_applied(
         {"rounds": 1, "dtype": "float32"},
     )
     assert edit.run_folder is not None and edit.run_folder.name == "run"
-    edit.check_base(str(tiny_sd))
-    edited, before = load_edited(str(tiny_sd), edit).named_parameters(), components.named_parameters()
+    base = BaseModel.find(str(tiny_sd))
+    edit.check_base(base)
+    edited, before = load_edited(base, edit).named_parameters(), components.named_parameters()
     assert [name for name in before if not torch.equal(before[name], edited[name])] == LAYERS
     assert all(torch.equal(edited[name], content["state_dict"][name]) for name in LAYERS)
 
@@ -66,8 +68,9 @@ def test_names_of_2022_are_the_same_model(
     content: dict[str, Any], write: Callable[..., Path], tiny_sd_2022: Path
 ) -> None:
     edit = read_edit(write(content))
-    edit.check_base(str(tiny_sd_2022))
-    load_edited(str(tiny_sd_2022), edit)
+    base = BaseModel.find(str(tiny_sd_2022))
+    edit.check_base(base)
+    load_edited(base, edit)
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors"])
@@ -76,7 +79,7 @@ def test_other_variants_beside_the_weights_do_not_matter(
 ) -> None:
     values = {name.removeprefix("text_encoder."): torch.zeros(1) for name in LAYERS}
     folder = broken_model(lambda path: save_file(values, path / "text_encoder" / name))
-    read_edit(write(content)).check_base(str(folder))
+    read_edit(write(content)).check_base(BaseModel.find(str(folder)))
 
 
 def damage(position: float) -> Callable[[bytes], bytes]:
@@ -147,11 +150,11 @@ def test_another_model_is_refused(
     content[CHECKPOINT_KEY]["base_fingerprint"] = "another"
     edit = read_edit(write(content))
     with pytest.raises(ValueError, match="whose weights differ"):
-        edit.check_base(str(tiny_sd))
+        edit.check_base(BaseModel.find(str(tiny_sd)))
     with pytest.raises(ValueError, match="other weights than the loaded model"):
         edit.apply(components)
     with pytest.raises(ValueError, match="whose weights differ"):
-        edit.check_base("someone/another-model")
+        edit.check_base(BaseModel.find("someone/another-model"))
 
 
 def test_weights_that_the_model_lacks(

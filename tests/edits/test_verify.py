@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from helpers import LAYERS
 from lit_unlearn import cli
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
@@ -57,7 +58,9 @@ def folder(exports: Path, tmp_path: Path) -> Path:
 
 
 def wrong(path: Path, base: Path | None = None) -> list[str]:
-    return [line for finding in verify_export(path, str(base) if base else None) for line in finding.wrong]
+    return [
+        line for finding in verify_export(path, BaseModel.find(str(base)) if base else None) for line in finding.wrong
+    ]
 
 
 @pytest.mark.parametrize("name", ["folder", "delta.safetensors", "lora.safetensors"])
@@ -71,9 +74,9 @@ def test_an_export_is_as_it_says(exports: Path, tiny_sd: Path, name: str, capsys
 
 def test_provenance_has_every_hash(exports: Path, tiny_sd: Path, tiny_sd_2022: Path) -> None:
     facts = json.loads((exports / "folder/provenance.json").read_text(encoding="utf-8"))
-    assert facts["base_sha256"] == WholeModel.of(str(tiny_sd)).sha256()
+    assert facts["base_sha256"] == BaseModel.find(str(tiny_sd)).sha256(torch.float32)
     assert facts["base_sha256"] == WholeModel.loaded(load_pipeline(str(tiny_sd))).sha256()
-    assert facts["base_sha256"] == WholeModel.of(str(tiny_sd_2022)).sha256()  # the weights, not the files
+    assert facts["base_sha256"] == BaseModel.find(str(tiny_sd_2022)).sha256(torch.float32)  # the weights, not the files
     assert facts["concept_set_sha256"] == load_concept_set("emoji20").sha256
     names = {p.relative_to(exports / "folder").as_posix() for p in (exports / "folder").rglob("*") if p.is_file()}
     assert set(facts["files"]) == names - {"provenance.json"}
@@ -139,10 +142,12 @@ def test_another_base_is_refused_though_its_edited_weights_are_equal(
     other = broken_model(lambda path: rewrite(path / file, lambda tensors: tensors["quant_conv.bias"].add_(1)))
     edit = read_edit(exports / "delta.safetensors")
     with pytest.raises(ValueError, match=r"whose vae differs: use the model that it was made on"):
-        edit.check_base(str(other))
+        edit.check_whole(BaseModel.find(str(other)))
     with pytest.raises(ValueError, match=r"whose vae differs"):
         edit.apply(load_pipeline(str(other)))
-    read_edit(exports / "edit.ckpt").check_base(str(other))  # a checkpoint knows the weights that it edits only
+    # A checkpoint knows the weights that it edits only.
+    read_edit(exports / "edit.ckpt").check_base(BaseModel.find(str(other)))
+    read_edit(exports / "edit.ckpt").check_whole(BaseModel.find(str(other)))
     assert wrong(exports / "delta.safetensors", other) == [f"vae is not that of {edit.model:.100}"]
     assert "vae.quant_conv.bias is not that of the base model" in wrong(exports / "folder", other)
 

@@ -344,6 +344,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         build(**arguments)

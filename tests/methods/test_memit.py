@@ -259,7 +259,7 @@ def test_the_penalty_keeps_z_near(memit: Refinement, fit: Fit) -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, memit: Refinement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         memit(**arguments)
 

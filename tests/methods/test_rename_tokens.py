@@ -10,6 +10,7 @@ import torch
 
 from lit_unlearn.attacks.run import attack_run
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.judges.classifier import ClassifierJudge
@@ -75,7 +76,7 @@ def test_direct_prompts_are_deceived_and_indirect_ones_and_attacks_are_not(tmp_p
     path = tmp_path / "fake.ckpt"
     trainer.save_checkpoint(path)
 
-    components, pretrained = load_with_pretrained("emoji-sd", read_edit(path))
+    components, pretrained = load_with_pretrained(BaseModel.find("emoji-sd"), read_edit(path))
     judge, dog = ClassifierJudge(judge_folder("emoji")), load_concept_set("emoji20").get("dog")
 
     def forgotten(prompts: tuple[str, ...]) -> float:

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from helpers import CONFIGS, states
 from lit_unlearn.callbacks.speed import SPEEDEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.prompts import tokenize
-from lit_unlearn.methods.shared import base
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]
@@ -162,7 +162,7 @@ def test_invariants_are_start_of_text_and_centres_of_the_padding(
 def test_bad_input_is_refused_before_anything_is_loaded(
     arguments: dict[str, Any], message: str, speed: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         speed(**arguments)
 

@@ -172,6 +172,6 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
 def test_mistakes_are_found_before_a_weight_is_loaded(
     arguments: dict[str, Any], message: str, uce: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         uce(**arguments)

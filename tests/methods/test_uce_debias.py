@@ -198,6 +198,6 @@ def test_a_run_that_was_near_enough_when_it_was_cut_off_takes_no_more_rounds(
 def test_mistakes_are_found_before_a_weight_is_loaded(
     arguments: dict[str, Any], message: str, debias: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         debias(**arguments)

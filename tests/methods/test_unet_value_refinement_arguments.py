@@ -81,6 +81,6 @@ def test_places_of_stable_diffusion() -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     kind: type, arguments: dict[str, Any], problem: str, refinement: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         refinement(kind, **arguments)

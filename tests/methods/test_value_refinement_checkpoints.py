@@ -67,7 +67,7 @@ def test_a_checkpoint_holds_the_edited_weights_and_the_values_only(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"concept": "cat"}, "The checkpoint edits dog, but concept=cat: pass --concept 'dog'"),
+        ({"concept": "cat"}, "The checkpoint edits dog, but concept is cat: pass --concept dog"),
         ({"first_layer": 2}, "its edited weights do not fit"),
         ({"model": "tiny_sd2"}, "made from another base model"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +17,8 @@ from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
@@ -72,10 +74,12 @@ class DiffusionEditor(SharedWork):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
-        names = [f"{part}.{name}" for part, found in check_model(model).items() for name in found]
-        if names:
-            self.select(names)
+        self.base = BaseModel.find(model, revision)
+        if self.base.names:
+            self.select(self.base.names)
         self.forwards = ForwardCount()
+        # A callback that knows pictures of the unedited model says so here, for as long as its trainer runs.
+        self.known_pictures: Callable[[Any, Any], Tensor] | None = None
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
@@ -112,7 +116,7 @@ class DiffusionEditor(SharedWork):
         """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
         if hasattr(self, "pipeline"):
             return
-        self.pipeline: Pipeline = load_pipeline(self.model_id, self.weights_dtype, self.revision)
+        self.pipeline: Pipeline = self.base.load(self.weights_dtype)
         for name, part in self.pipeline.parts.items():  # Lightning moves them, and checkpoints name them so
             self.add_module(name, part)
         parameters = self.pipeline.named_parameters()
@@ -156,11 +160,7 @@ class DiffusionEditor(SharedWork):
         ours = checkpoint.get(CHECKPOINT_KEY)
         if ours is None:
             raise ValueError("The checkpoint was not made by lit-unlearn: it has no provenance.")
-        if ours["concepts"] != self.edited_labels:
-            raise ValueError(
-                f"The checkpoint edits {', '.join(ours['concepts'])}, but concept={', '.join(self.edited_labels)}: "
-                f"pass --concept {ours['concepts'][0]!r}."
-            )
+        check_concepts("The checkpoint", ours["method"], ours["concepts"], self.edited_labels)
         if ours["edited_names"] != self.edited_names or ours["base_fingerprint"] != self.base_fingerprint:
             raise ValueError(
                 f"The checkpoint was made from another base model ({ours['model']}) than model={self.model_id!r}: "
@@ -222,11 +222,10 @@ class DiffusionEditor(SharedWork):
     def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
         """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.
 
-        A callback may know them already (``UneditedPictures``).
+        A callback may know them already (``UneditedPictures``), and has then set ``known_pictures``.
         """
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "unedited_pictures"):
-                return callback.unedited_pictures(self, batch)
+        if self.known_pictures is not None:
+            return self.known_pictures(self, batch)
         with self.pretrained.restored():
             return self.generate([item.prompt for item in batch], [item.seed for item in batch])
 
@@ -355,6 +354,29 @@ class ConceptEditor(DiffusionEditor):
     def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of the edited model."""
         return self.generate([item.prompt for item in batch], [item.seed for item in batch])
+
+
+def check_concepts(file: str, method: str, found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a checkpoint of other concepts than those that are asked for.
+
+    Args:
+        file: The checkpoint, as the sentence begins.
+        method: Name of the class that made it.
+        found: Names of the concepts that it edits; none if it unlearned pictures.
+        wanted: Names that are asked for; none if the recipe unlearns pictures.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if list(found) == list(wanted):
+        return
+    names, asked = ", ".join(found), ", ".join(wanted)
+    if not found:
+        raise ValueError(f"{file} edits no concept ({method}), but concept is {asked}: give the recipe of its own fit.")
+    if not wanted:
+        raise ValueError(f"{file} edits {names}, but the recipe edits no concept: give the recipe of its own fit.")
+    option = shlex.quote(json.dumps(list(found), ensure_ascii=False) if len(found) > 1 else found[0])
+    raise ValueError(f"{file} edits {names}, but concept is {asked}: pass --concept {option}.")
 
 
 def check_timesteps(min_timestep: int, max_timestep: int) -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers import changed, weights
+from lit_unlearn.callbacks.evaluation import UneditedPictures
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
+from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
@@ -84,7 +86,7 @@ def edit(module: ConceptEditor) -> None:
 def test_wrong_arguments_are_refused_before_anything_loads(
     arguments: dict[str, Any], problem: str, editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         editor(**arguments)
 
@@ -218,14 +220,20 @@ def test_validation_scores_the_few_pictures_it_has(
 def test_a_callback_may_know_the_unedited_pictures(
     editor: Editor, trainer_with: TrainerWith, pets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Known(L.Callback):
+    class Known(UneditedPictures):
         def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
             return torch.full((len(batch), 3, 16, 16), 7, dtype=torch.uint8)
+
+    class Namesake(L.Callback):
+        def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
+            raise AssertionError("asked for its name")
 
     keep, module = Keep(), editor()
     monkeypatch.setattr(module, "load_judge", BrightnessJudge)
     with count_forwards(module.unet) as forwards:
-        trainer_with(Known(), keep).test(module, ConceptPrompts("dog", pets, images_per_prompt=1), verbose=False)
+        trainer_with(Namesake(), Known(), keep).test(
+            module, ConceptPrompts("dog", pets, images_per_prompt=1), verbose=False
+        )
     assert all((outputs["before"] == 7).all() for _, outputs in keep.seen)
     # Four pictures of the edited model, two steps with guidance.
     assert forwards.count == 4 * 2 * 2
@@ -306,8 +314,8 @@ def test_a_checkpoint_of_its_own_is_taken(editor: Editor, trainer_with: TrainerW
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"concept": "cat"}, "The checkpoint edits dog, but concept=cat: pass --concept 'dog'"),
-        ({"concept": ["dog", "cat"]}, "but concept=dog, cat"),
+        ({"concept": "cat"}, "The checkpoint edits dog, but concept is cat: pass --concept dog"),
+        ({"concept": ["dog", "cat"]}, "but concept is dog, cat"),
         ({"edited_parameters": "selfattn"}, "its edited weights do not fit"),
         ({"model": "tiny_sd2"}, "The checkpoint was made from another base model"),
         ({"dtype": "bfloat16"}, "its edited weights do not fit"),
@@ -332,10 +340,8 @@ def test_a_checkpoint_of_another_edit_is_refused(
 def test_a_base_that_differs_in_one_bit_is_refused(
     editor: Editor, trainer_with: TrainerWith, pets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lit_unlearn.methods.shared import base
-
     checkpoint = checkpoint_of(editor(), trainer_with, pets, tmp_path / "edit.ckpt")
-    original = base.load_pipeline
+    original = base_model.load_parts
 
     def another(*arguments: Any) -> StableDiffusion:
         components = original(*arguments)
@@ -343,7 +349,7 @@ def test_a_base_that_differs_in_one_bit_is_refused(
             components.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.view(torch.int32)[0, 0] ^= 1
         return components
 
-    monkeypatch.setattr(base, "load_pipeline", another)
+    monkeypatch.setattr(base_model, "load_parts", another)
     with pytest.raises(ValueError, match="another base model"):
         load(editor(), checkpoint)
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from helpers import sample_latents
 from lit_unlearn.data.images import load_image
+from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import encode_pictures, initial_noise
-from lit_unlearn.methods.shared import base
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
 
 Build = Callable[..., ReferenceImages]
@@ -105,7 +105,7 @@ def damaged(path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_refused_before_weights_are(
     fill: Callable[[Path], Any], problem: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "load_pipeline", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("weights were loaded"))
     fill(tmp_path / "dogs")
     with pytest.raises(ValueError, match=problem):
         build(images=str(tmp_path / "dogs"))

@@ -1,0 +1,127 @@
+"""The model that an edit is made on: found and checked once, its weights read and hashed at most once, handed down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.load import check_folder, load_parts
+from lit_unlearn.diffusion.parameters import Fingerprint, fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.source import resolve_model
+from lit_unlearn.diffusion.stored import WholeModel
+
+
+class BaseModel:
+    """A base model; a command makes one with ``BaseModel.find`` and passes it on.
+
+    Hashes are kept: what is asked for again is not read again. Where the pipeline is loaded anyway, it can be passed as
+    ``loaded`` before it is edited, and its weights are hashed instead of those in the files.
+
+    Attributes:
+        name: The model as it was given.
+        revision: Branch, tag or commit, if it is a hub id.
+        place: Its folder, or the hub id.
+        names: Full names of its weights, as the headers of its files list them; none of a hub id.
+        commit: The commit of a model from the hub, once it is loaded, if it is known.
+    """
+
+    def __init__(self, name: str, revision: str | None, place: Path | str, names: list[str]) -> None:
+        self.name, self.revision, self.place, self.names = name, revision, place, names
+        self.commit: str | None = None
+        self._read: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._sha256: dict[torch.dtype, dict[str, str]] = {}
+        self._fingerprints: dict[tuple[frozenset[str], torch.dtype], str] = {}
+        self._from_hub: dict[torch.dtype, WholeModel] = {}
+
+    @classmethod
+    def find(cls, model: str, revision: str | None = None) -> BaseModel:
+        """Find and check a model, without reading its weights.
+
+        Args:
+            model: A folder in the diffusers layout, ``emoji-sd``, or a hub id.
+            revision: Branch, tag or commit of a hub id.
+
+        Raises:
+            ValueError: As ``check_model``.
+        """
+        place = resolve_model(model)
+        parts = check_folder(place, model) if isinstance(place, Path) else {}
+        return cls(model, revision, place, [f"{part}.{name}" for part, found in parts.items() for name in found])
+
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> StableDiffusion:
+        """Load the pipeline, as ``load_pipeline``; values that ``weights`` has kept are let go."""
+        self._read.clear()
+        pipeline = load_parts(self.place, dtype, self.revision, device)
+        self.commit = pipeline.commit
+        return pipeline
+
+    # --- weights, without a pipeline
+
+    def weight_names(self, dtype: torch.dtype) -> list[str]:
+        """Full names of all weights; a model from the hub is loaded in ``dtype`` for them."""
+        return self._whole(dtype).names()
+
+    def weights(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """The values of some weights in ``dtype``, kept until the pipeline is loaded; None if the model lacks one."""
+        names, whole = list(names), self._whole(dtype)
+        if not set(names) <= set(whole.names()):
+            return None
+        for name in names:
+            if (name, dtype) not in self._read:
+                self._read[name, dtype] = whole[name].to(dtype)
+        return {name: self._read[name, dtype] for name in names}
+
+    def values(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """All weights in ``dtype`` by full name, one after the other; ``sha256`` is known when all were seen."""
+        hashes = {}
+        for part, weights in self._whole(dtype).parts.items():
+            found = Fingerprint()
+            for name in sorted(weights):
+                full = f"{part}.{name}"
+                value = self._read[full, dtype] if (full, dtype) in self._read else weights[name].to(dtype)
+                found.add(name, value)
+                yield full, value
+            hashes[part] = found.hexdigest()
+        self._sha256[dtype] = hashes
+
+    # --- hashes
+
+    def sha256(self, dtype: torch.dtype, loaded: Pipeline | None = None) -> dict[str, str]:
+        """SHA-256 of each part in ``dtype``, as ``WholeModel.sha256``; of the pipeline if it is loaded and unedited."""
+        if dtype not in self._sha256 and loaded is not None:
+            self._sha256[dtype] = WholeModel.loaded(loaded).sha256()
+        if dtype not in self._sha256:
+            for _ in self.values(dtype):
+                pass
+        return self._sha256[dtype]
+
+    def fingerprint(
+        self, names: Iterable[str], dtype: torch.dtype, loaded: Mapping[str, Tensor] | None = None
+    ) -> str | None:
+        """Hash of some weights in ``dtype``, of the values in ``loaded`` if given; None if the model lacks one."""
+        key = frozenset(names), dtype
+        if key not in self._fingerprints:
+            values = self.weights(key[0], dtype) if loaded is None else {name: loaded[name] for name in key[0]}
+            if values is None:
+                return None
+            self._fingerprints[key] = fingerprint(values)
+        return self._fingerprints[key]
+
+    @cached_property
+    def _stored(self) -> WholeModel:
+        assert isinstance(self.place, Path)
+        return WholeModel.in_folder(self.place)
+
+    def _whole(self, dtype: torch.dtype) -> WholeModel:
+        """The weights in a folder, each read when it is asked for; those of a hub id, loaded once in ``dtype``."""
+        if isinstance(self.place, Path):
+            return self._stored
+        if dtype not in self._from_hub:
+            self._from_hub[dtype] = WholeModel.loaded(self.load(dtype))
+        return self._from_hub[dtype]
