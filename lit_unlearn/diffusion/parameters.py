@@ -173,6 +173,11 @@ class PretrainedValues:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
+    def unchanged(self) -> bool:
+        """Whether there are edited parameters and all have their pretrained values, bit for bit."""
+        equal = (torch.equal(self.parameters[name].detach().cpu(), value) for name, value in self.values.items())
+        return bool(self.values) and all(equal)
+
     def change_norm(self) -> float:
         """Frobenius norm of all changes, comparable between methods that edit other weights."""
         return math.sqrt(math.fsum(change for change, _ in self._squares().values()))

@@ -118,10 +118,15 @@ class Edit:
         """Refuse an edit that changes nothing.
 
         Raises:
-            ValueError: It edits no weight.
+            ValueError: It edits no weight, or every weight is that of the base model, bit for bit.
         """
         if not self.weights:
             raise ValueError(f"{self.path} edits no weight of the model: {self.method} leaves it as it is.")
+        if fingerprint({name: value.to(self.dtype) for name, value in self.weights.items()}) == self.base_fingerprint:
+            raise ValueError(
+                f"{self.path} changes nothing: all {len(self.weights)} weights that it edits are those of "
+                f"{self.model!r} bit for bit, so fit again with a larger edit."
+            )
 
     def check_base(self, base: BaseModel) -> None:
         """Refuse a base model that the edit was not made on, reading its edited weights only.

@@ -31,6 +31,7 @@ from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor, chec
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
 from lit_unlearn.system.names import check_path, joint_name
+from lit_unlearn.training.checks import check_that_it_edits
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.recipes import check_method, utf8_recipes
@@ -324,6 +325,7 @@ class UnlearnCLI(LightningCLI):
         except NumericalError as error:
             raise UserError(essence(error)) from error
         else:
+            check_that_it_edits(self.trainer, self.model)
             if run is not None:
                 run.finish()
         finally:
