@@ -101,7 +101,7 @@ def test_two_processes_take_the_step_of_one(unlearner: Build, take_step: TakeSte
         assert torch.equal(tensor, flat[0])
         return flat[0] + flat[1]
 
-    strategy = SimpleNamespace(reduce=reduce)
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
     module.trainer = SimpleNamespace(world_size=2, strategy=strategy, datamodule=module.images)  # type: ignore[assignment]
     module.average(shares[0])
     update = torch.cat([gradient.flatten() for gradient in shares[0]])

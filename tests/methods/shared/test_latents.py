@@ -197,7 +197,7 @@ def test_damaged_and_foreign_files_are_made_anew(
     file = cache(tmp_path).file(1)
     damage(file, tmp_path)
     again, said = Maker(), []  # type: tuple[Maker, list[str]]
-    monkeypatch.setattr("lit_unlearn.methods.anchors.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_unlearn.methods.shared.latents.rank_zero_info", said.append)
     result = cache(tmp_path).get(again)
     assert again.made == [2, 3]
     assert torch.equal(result.latents, EXPECTED)
