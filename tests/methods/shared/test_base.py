@@ -189,10 +189,11 @@ def test_the_scores_are_the_judges_verdicts(
     before = brightness()
     edit(module)
     after = brightness()
-    # Between two of the pictures before the edit, where the most verdicts turn.
-    levels = before.sort().values
-    middles = (levels[:-1] + levels[1:]) / 2
-    judge.threshold = float(max(middles, key=lambda middle: ((before > middle) != (after > middle)).sum()))
+    # Between the two states of one picture, so that its verdict turns, and not above or below all others.
+    middles = (before + after) / 2
+    above = (before > middles[:, None]).sum(dim=1)
+    change = torch.where((above > 0) & (above < 16), (after - before).abs(), 0)
+    judge.threshold = float(middles[change.argmax()])
     trainer_with(keep).test(module, data, verbose=False)
     verdicts = []
     for name, metric in (("before", module.before), ("after", module.after)):
