@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement, per_item
+from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
 class MEMIT(ValueRefinement):

@@ -17,7 +17,8 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.base import ConceptEditor
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.methods.shared.layer_state import LayerState
 
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]

@@ -17,7 +17,8 @@ from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, 
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.memit import MEMIT
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.methods.shared.layer_state import LayerState
 from lit_unlearn.training import cli as training
 
 Refinement = Callable[..., MEMIT]
