@@ -13,6 +13,7 @@ from functools import partial
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lit_unlearn.callbacks.modules import expect_module
@@ -44,6 +45,9 @@ class ClosedFormEdit(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         expect_module(self, pl_module, ClosedFormMethod, "writes what a method has found in closed form")
+        assert isinstance(pl_module, ClosedFormMethod)
+        if stage == TrainerFn.FITTING:
+            pl_module.edit = self.solver.settings()
 
     @override
     @torch.no_grad()

@@ -10,6 +10,7 @@ Rows are samples, as in ``closed_form``; all is solved in float64 (``system.devi
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,11 @@ class Solver(ABC):
     """What to do about a system that is ill-conditioned."""
     hint: str = ""
     """How the user finds what a singular system calls its ridge, as a sentence."""
+
+    def settings(self) -> dict[str, Any]:
+        """The class and its arguments, as the recipe's key ``edit`` has them."""
+        arguments = inspect.signature(type(self)).parameters
+        return {"class_path": type(self).__name__, "init_args": {name: getattr(self, name) for name in arguments}}
 
     def prepare(
         self, retained: Mapping[str, Retained], share: Share, device: torch.device

@@ -50,21 +50,25 @@ def find_recipe(name: str) -> Path:
 
 
 def resolve_recipes(args: Sequence[str]) -> list[str]:
-    """Return the arguments with the value of every ``--config`` replaced by the path of its recipe.
+    """Return the arguments with the recipes first, each ``--config`` with the path of its file.
+
+    Options then win over recipes wherever they stand, and may set what only a recipe has, such as ``--edit.ridge``.
 
     Raises:
         UserError: A recipe is missing.
     """
-    resolved: list[str] = []
-    for arg in args:
+    recipes: list[str] = []
+    options: list[str] = []
+    left = iter(args[1:])
+    for arg in left:
         joined = re.fullmatch(r"(--config|-c)=(.*)", arg, flags=re.DOTALL)
-        if resolved and resolved[-1] in ("--config", "-c"):
-            resolved.append(str(find_recipe(arg)))
-        elif joined:
-            resolved.append(f"{joined[1]}={find_recipe(joined[2])}")
+        if joined:
+            recipes.append(f"{joined[1]}={find_recipe(joined[2])}")
+        elif arg in ("--config", "-c") and (name := next(left, None)) is not None:
+            recipes += [arg, str(find_recipe(name))]
         else:
-            resolved.append(arg)
-    return resolved
+            options.append(arg)
+    return [*args[:1], *recipes, *options]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lit_unlearn.core.solvers import Retained, Write
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
 
 
 class ClosedFormMethod(ConceptEditor):
@@ -23,6 +23,14 @@ class ClosedFormMethod(ConceptEditor):
     """The linear maps that are written, by the full names of their weights."""
     retained: Mapping[str, Retained]
     """What is to stay of each of them, once the fit has started."""
+
+    edit: dict[str, Any] | None = None
+    """The solver and its settings, as the recipe has them."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also say how the weights were solved for."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["edit"] = self.edit
 
     @abstractmethod
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
