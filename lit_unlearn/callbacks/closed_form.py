@@ -7,6 +7,7 @@ On the command line the recipe's key ``edit`` names the solver, and this callbac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -84,13 +85,16 @@ class ClosedFormEdit(L.Callback):
             NumericalError: The system cannot be solved, or a weight would not be finite.
         """
         # One process decides: solvers may differ in the last bit.
+        started = time.perf_counter()
         (solved,) = pl_module.solved_once([partial(self.solve, writes)])
+        seconds = pl_module.report.get("solve_seconds", 0.0) + time.perf_counter() - started
         reports = {}
         for write, one in zip(writes, solved, strict=True):
             weight = pl_module.layers[write.name].weight
             write_finite(write.name, weight, write.weight.to(one.change) + one.change)
             reports[write.name] = pl_module.report_of(write, one.report, epoch)
         pl_module.report.setdefault("layers", {}).update(reports)
+        pl_module.report["solve_seconds"] = seconds
         known = [
             {name: value for name, value in one.items() if isinstance(value, float | int)} for one in reports.values()
         ]

@@ -11,14 +11,14 @@ import yaml
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import LAYERS
-from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
+from helpers import LAYERS, by_least_squares, by_null_space
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.base import ConceptEditor
-from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.methods.shared.layer_state import LayerState
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
@@ -44,9 +44,9 @@ class Nudge(ClosedFormEdit):
         return {"largest": float(delta.abs().max())}
 
 
-def exact_null_space(**arguments: Any) -> NullSpaceEdit:
+def exact_null_space(**arguments: Any) -> ClosedFormEdit:
     """Directions in which the retained prompts of ``pets`` have no key at all; small keys ask for a small ridge."""
-    return NullSpaceEdit(**{"threshold": 1e-8, "rule": "max", "ridge": 1e-3, **arguments})
+    return by_null_space(**{"threshold": 1e-8, "rule": "max", "ridge": 1e-3, **arguments})
 
 
 def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
@@ -109,7 +109,7 @@ def test_drift_and_change_are_measured_on_the_model(refinement: Refinement, fit:
     assert module.report["weight_change_ratio"] == module.pretrained.change_ratio() > 1e-3
 
 
-@pytest.mark.parametrize("edit", [NullSpaceEdit(), LeastSquaresEdit()])
+@pytest.mark.parametrize("edit", [by_null_space(), by_least_squares()])
 def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer_with: Fit, pets: str) -> None:
     class Plain(L.LightningModule):
         def training_step(self, batch: Any, batch_idx: int) -> None: ...
@@ -128,7 +128,7 @@ def test_a_null_space_of_dimension_zero_is_refused_before_the_first_step(refinem
     # The 285 retained prompts of emoji20 use all 128 directions.
     module = refinement(concept_set="emoji20")
     with pytest.raises(EmptyNullSpaceError, match=r"threshold=1e-14 asks for .* Quantiles of the spectrum"):
-        fit(module, NullSpaceEdit(threshold=1e-14, rule="max"), steps=1)
+        fit(module, by_null_space(threshold=1e-14, rule="max"), steps=1)
     assert module.progress == {"prepared": -1, "applied": 0}
     assert module.pretrained.change_ratio() == 0
 
@@ -145,7 +145,7 @@ def test_retained_prompts_keep_their_states(refinement: Refinement, fit: Fit) ->
             return module, relative(states, retained(module)[0])
 
     constrained, drift = edited(exact_null_space())
-    unconstrained, drift_without = edited(LeastSquaresEdit(ridge=1e-3))
+    unconstrained, drift_without = edited(by_least_squares(ridge=1e-3))
     assert constrained.report["weight_change_ratio"] > 1e-2
     # K0 Delta is zero up to the rounding of the float32 weights, 6e-8, and what a layer norm makes of it.
     assert drift < 1e-5
@@ -186,7 +186,7 @@ def test_an_edit_leaves_the_retained_keys_of_later_layers(refinement: Refinement
     drift = keys_drift(exact_null_space())
     # The leak of float32 weights once more, through one more block; so P of the unedited model serves all rounds.
     assert drift < 1e-5
-    assert keys_drift(LeastSquaresEdit(ridge=1e-3)) > 100 * drift
+    assert keys_drift(by_least_squares(ridge=1e-3)) > 100 * drift
 
 
 def test_the_null_space_is_that_of_the_unedited_model(refinement: Refinement, fit: Fit) -> None:
@@ -223,7 +223,7 @@ def test_the_rule_decides_the_dimension(
 
 def test_the_unedited_methods_of_the_base_are_no_edit(tiny_sd: object, pets: str) -> None:
     with pytest.raises(ValueError, match="the module is ConceptEditor"):
-        NullSpaceEdit().setup(
+        by_null_space().setup(
             L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit"
         )
 
@@ -269,7 +269,7 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
     # Float32 weights and layer norms, as for any retained prompt.
     assert relative(dog(second), written) < 1e-4
     unconstrained = refinement(**arguments)
-    fit(unconstrained, LeastSquaresEdit(ridge=1e-3, retain_weight=0.0), steps=1)
+    fit(unconstrained, by_least_squares(ridge=1e-3, retain_weight=0.0), steps=1)
     assert relative(dog(unconstrained), written) > 1e-2
 
 
@@ -283,4 +283,4 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
 )
 def test_wrong_weights_are_refused(arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        LeastSquaresEdit(**arguments)
+        by_least_squares(**arguments)

@@ -10,8 +10,7 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from helpers import CONFIGS, states
-from lit_unlearn.callbacks.speed import SPEEDEdit
+from helpers import CONFIGS, by_refined_null_space, states
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.shared import base
@@ -174,7 +173,7 @@ def test_a_threshold_that_frees_nothing_leaves_the_weights_alone(speed: Build, f
     with torch.no_grad():
         module.text_encoder.final_layer_norm.bias.copy_(torch.linspace(-1, 2, 32).square())
     with pytest.raises(EmptyNullSpaceError, match=r"rule='absolute' with threshold=1e-09"):
-        fit(module, SPEEDEdit())
+        fit(module, by_refined_null_space())
     assert module.pretrained.change_ratio() == 0
 
 
@@ -192,7 +191,14 @@ def test_a_recipe_edits_values_only(name: str, model: str, fit: Fit, request: py
         # A random encoder of 32 states has no null space of 200 prompts, so its size is given.
         few = {"model": str(request.getfixturevalue(model)), "threshold": 1e-12, "minimum": 8}
         module = SPEED(concept="dog", **{**arguments, **few})
-    fit(module, *[SPEEDEdit() for callback in recipe["trainer"]["callbacks"] if callback["class_path"] == "SPEEDEdit"])
+    fit(
+        module,
+        *[
+            by_refined_null_space()
+            for callback in recipe["trainer"]["callbacks"]
+            if callback["class_path"] == "SPEEDEdit"
+        ],
+    )
     assert module.edited_names
     assert all(name.endswith("attn2.to_v.weight") for name in module.edited_names)
     parameters = module.pipeline.named_parameters()
