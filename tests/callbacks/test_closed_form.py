@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,28 @@ from torch.testing import assert_close
 
 from helpers import LAYERS, by_least_squares, by_null_space
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
-from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
+from lit_unlearn.core.solvers import NullSpace, Retained, Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.base import ConceptEditor
-from lit_unlearn.methods.shared.layer_state import LayerState
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 
 
-class Nudge(ClosedFormEdit):
+class Nudge(Solver):
     """Adds a small fixed matrix to every weight and keeps what it was given."""
 
     delta = torch.linspace(-0.01, 0.01, 32, dtype=torch.float64).unsqueeze(1).expand(32, 128)
 
     def __init__(self) -> None:
-        self.solved: list[tuple[str, Tensor, Tensor]] = []
-        self.described: list[tuple[Tensor, Tensor]] = []
+        self.given: list[Write] = []
 
-    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        self.solved.append((state.name, keys, values))
-        return self.delta
-
-    def describe(
-        self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
-    ) -> dict[str, float]:
-        self.described.append((delta, weight))
-        return {"largest": float(delta.abs().max())}
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        self.given += writes
+        return [Solved(self.delta, {"largest": float(write.rounded(self.delta).abs().max())}) for write in writes]
 
 
 def exact_null_space(**arguments: Any) -> ClosedFormEdit:
@@ -57,6 +50,12 @@ def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
     return states, [keys[name] for name in LAYERS]
 
 
+def spaces_of(edit: ClosedFormEdit) -> dict[Retained, NullSpaceBasis]:
+    """The null spaces that the solver of ``edit`` has found."""
+    assert isinstance(edit.solver, NullSpace)
+    return edit.solver.null_spaces
+
+
 def relative(changed: Tensor, original: Tensor) -> float:
     return float((changed.double() - original.double()).norm() / original.double().norm())
 
@@ -65,42 +64,45 @@ def relative(changed: Tensor, original: Tensor) -> float:
 
 
 def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit) -> None:
-    module, edit = refinement(rounds=2, positions="content"), Nudge()
-    trainer = fit(module, edit)
-    assert [name for name, _, _ in edit.solved] == LAYERS * 2
+    module, solver = refinement(rounds=2, positions="content"), Nudge()
+    trainer = fit(module, ClosedFormEdit(solver))
+    assert [write.name for write in solver.given] == LAYERS * 2
     # "a dog" and "the dog at sunset" have six tokens between BOS and EOS.
-    assert all((keys.shape, values.shape) == ((6, 128), (6, 32)) for _, keys, values in edit.solved)
-    assert all(tensor.dtype == torch.float64 for _, *tensors in edit.solved for tensor in tensors)
+    assert all((write.keys.shape, write.values.shape) == ((6, 128), (6, 32)) for write in solver.given)
+    tensors = [tensor for write in solver.given for tensor in (write.weight, write.keys, write.values)]
+    assert all(tensor.dtype == torch.float64 for tensor in tensors)
+    assert all(write.retained is module.retained[write.name] for write in solver.given)
     for name in LAYERS:
         # Float32 weights of order 1, nudged twice.
         now, before = module.pipeline.named_parameters()[name], module.pretrained.values[name]
-        assert_close(now, before + 2 * edit.delta.float(), rtol=0, atol=1e-5)
+        assert_close(now, before + 2 * solver.delta.float(), rtol=0, atol=1e-5)
     assert {"edit/largest"} <= set(trainer.callback_metrics)
 
 
 def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: Fit) -> None:
-    module, edit, losses = refinement(rounds=2), Nudge(), []
+    module, solver, losses = refinement(rounds=2), Nudge(), []
 
     class Losses(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"].item())
 
-    fit(module, edit, Losses(), steps=3)
+    fit(module, ClosedFormEdit(solver), Losses(), steps=3)
     assert set(module.report["layers"]) == set(LAYERS)
     for place, name in enumerate(LAYERS):
-        delta, weight = edit.described[2 + place]
+        write = solver.given[2 + place]
+        delta, weight = write.rounded(solver.delta), write.weight
         now = module.pipeline.named_parameters()[name].double()
         assert torch.equal(weight + delta, now)
         # Without a pull the loss is the error. The second round begins with the seventh step.
         first, _, last = losses[6 + 3 * place : 9 + 3 * place]
         expected = {"round": 2, "largest": float(delta.abs().max()), "first_error": first, "last_error": last}
         assert module.report["layers"][name] == expected
-        assert not torch.equal(delta, edit.delta)  # float32 rounds
+        assert not torch.equal(delta, solver.delta)  # float32 rounds
 
 
 def test_drift_and_change_are_measured_on_the_model(refinement: Refinement, fit: Fit) -> None:
     module = refinement()
-    fit(module, Nudge())
+    fit(module, ClosedFormEdit(Nudge()))
     edited, _ = retained(module)
     with module.pretrained.restored():
         original, _ = retained(module)
@@ -119,7 +121,7 @@ def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer
         def configure_model(self) -> None:
             pytest.fail("loaded")
 
-    problem = f"{type(edit).__name__} writes what ValueRefinement has refined, but the module is Plain"
+    problem = "ClosedFormEdit writes what a method has found in closed form, but the module is Plain"
     with pytest.raises(ValueError, match=problem):
         trainer_with(edit, max_epochs=1).fit(Plain(), torch.utils.data.DataLoader([1]))
 
@@ -195,7 +197,7 @@ def test_the_null_space_is_that_of_the_unedited_model(refinement: Refinement, fi
     with module.pretrained.restored():
         _, keys = retained(module)
     for name, K0 in zip(LAYERS, keys, strict=True):
-        space = edit.null_spaces[name]
+        space = spaces_of(edit)[module.retained[name]]
         K0 = K0.flatten(0, 1).double()
         # Eigenvalues below 1e-8 of the largest are singular values below 1e-4 of the largest.
         assert (K0 @ space.basis).norm() < 1e-4 * K0.norm()
@@ -216,7 +218,7 @@ def test_the_rule_decides_the_dimension(
     module, edit = refinement(), exact_null_space(**arguments)
     fit(module, edit)
     for name in LAYERS:
-        found = edit.null_spaces[name].dimension
+        found = spaces_of(edit)[module.retained[name]].dimension
         assert found == module.report["layers"][name]["null_space_dimension"]
         assert found >= dimension if arguments["rule"] == "max" else found == dimension
 
@@ -276,9 +278,9 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"ridge": -1.0}, r"LeastSquaresEdit\.ridge=-1\.0 must be zero or larger"),
-        ({"retain_weight": float("nan")}, r"LeastSquaresEdit\.retain_weight=nan must be zero or larger"),
-        ({"moment": "median"}, r"LeastSquaresEdit\.moment='median' is unknown: choose sum or mean"),
+        ({"ridge": -1.0}, r"edit\.ridge=-1\.0 must be zero or larger"),
+        ({"retain_weight": float("nan")}, r"edit\.retain_weight=nan must be zero or larger"),
+        ({"moment": "median"}, r"edit\.moment='median' is unknown: choose sum or mean"),
     ],
 )
 def test_wrong_weights_are_refused(arguments: dict[str, Any], problem: str) -> None:

@@ -139,9 +139,9 @@ def test_the_moment_holds_the_empty_prompt_as_often_as_all_others(keys_and_value
     rows = states(module, *module.retain_prompts).flatten(0, 1).double()
     empty = states(module, "")[0].double()
     for name in KV:
-        moment, count = module.moments[name]
-        assert_close(moment, rows.mT @ rows + 2 * empty.mT @ empty, rtol=1e-10, atol=1e-10)
-        assert count == 2 * len(rows) == 128
+        retained = module.retained[name]
+        assert_close(retained.moment, rows.mT @ rows + 2 * empty.mT @ empty, rtol=1e-10, atol=1e-10)
+        assert retained.count == 2 * len(rows) == 128
 
 
 # --- the FFN
@@ -211,8 +211,8 @@ def test_retained_places_keep_their_outputs(feed_forward: Build, fit: Fit) -> No
         assert module.report["weight_change_ratio"] > 1e-2
         ratios = []
         for name in FF:
-            moment, count = module.moments[name]
-            assert count == 2 * 16 * 2  # two prompts and the empty one beside each, 16 places
+            moment = module.retained[name].moment
+            assert module.retained[name].count == 2 * 16 * 2  # two prompts and the empty one beside each, 16 places
             after, before = module.layers[name].weight.double(), module.pretrained.values[name].double()
             delta = after - before
             energy = ((delta @ moment) * delta).sum().clamp_min(0) / ((before @ moment) * before).sum()
@@ -247,4 +247,4 @@ def test_the_moment_is_that_of_the_retained_prompts_pictures(feed_forward: Build
             total[name] = total[name] + rows.mT @ rows
     for name in FF:
         # Float32 inputs of the UNet's last blocks.
-        assert_close(module.moments[name][0], total[name], rtol=1e-3, atol=1e-3 * float(total[name].max()))
+        assert_close(module.retained[name].moment, total[name], rtol=1e-3, atol=1e-3 * float(total[name].max()))

@@ -149,8 +149,7 @@ def test_a_recipe_fits(
     args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
     args += [*QUIET, "--data.init_args.steps", "1", "--model.init_args.num_inference_steps", "1"]
     if not embedded:  # random weights have another spectrum
-        edit = {"class_path": "NullSpaceEdit", "init_args": {"threshold": 8, "rule": "count"}}
-        args += ["--trainer.callbacks", json.dumps([edit])]
+        args += ["--trainer.callbacks", "[]", "--edit.threshold", "8", "--edit.rule", "count"]
     cli = training.run(["fit", *args, "--model.init_args.rounds", "1"])
     assert cli.trainer.global_step == len(cli.model.edited_names)
     assert cli.model.report["weight_change_ratio"] > 0

@@ -317,12 +317,13 @@ def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinem
     module = started(refinement(), fit)
     assert module.retain_prompts == ["a cat", "the cat in the rain"]
     ids = tokenize(module.pipeline.tokenizer, module.retain_prompts)
-    assert list(module.moments) == LAYERS
-    for name, (moment, count) in module.moments.items():
+    assert list(module.retained) == LAYERS
+    for name, retained in module.retained.items():
         keys = module.capture_keys(name, ids).flatten(0, 1).double()
-        assert count == len(keys) == 64
+        assert retained.count == len(keys) == 64
+        assert retained.moment is not None
         # A sum of 64 products in float64.
-        assert_close(moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
+        assert_close(retained.moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
 
 
 def test_the_cost_is_what_the_unet_did(refinement: Refinement, fit: Fit) -> None:
