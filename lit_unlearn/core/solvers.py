@@ -313,7 +313,7 @@ class RidgeMap(Solver):
             groups.setdefault((id(write.keys), write.retained), []).append(write)
         solved: dict[Write, Solved] = {}
         for group in groups.values():
-            with naming_weight("The cross-attention", self.hint):
+            with naming_weight(group[0].name if len(group) == 1 else "The cross-attention", self.hint):
                 solved |= dict(zip(group, self._solve(group), strict=True))
         return [solved[write] for write in writes]
 

@@ -89,6 +89,8 @@ class Edit:
                 raise refuse(f"its {name} is not text")
         if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
             raise refuse("its concepts are no list of names")
+        if not isinstance(self.edit, dict | None):
+            raise refuse("its edit is no mapping")
         options = self.hyper_parameters
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise refuse("its config is no mapping")

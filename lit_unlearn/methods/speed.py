@@ -1,4 +1,4 @@
-"""SPEED (Li et al., ICLR 2026): what its closed form on the UNet's cross-attention needs; ``SPEEDEdit`` applies it."""
+"""SPEED (Li et al., ICLR 2026): what its closed form on the UNet's cross-attention needs."""
 
 from __future__ import annotations
 

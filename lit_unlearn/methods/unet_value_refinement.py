@@ -114,7 +114,7 @@ class UNetValueRefinement(ValueRefinement):
         if self.retain_empty:
             empty = self.pipeline.encode_many([""]).states[0]
             moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
-        self.retained = dict.fromkeys(self.edited_names, Retained(moment, count))
+        self.retained = dict.fromkeys(self.edited_names, Retained(moment, count, prompts=len(self.retain_prompts)))
 
     def watch(self) -> None:
         """Make what ``retained_outputs`` asks the UNet; the pictures are no cost of the edit."""
@@ -250,7 +250,9 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         queries = [query for each in conditions for query in self.queries(noisy, timesteps, each)]
         sums = self.summed_moments(queries, lambda query: self.inputs(self.edited_names, query))
         counts = {name: len(conditions) * len(noisy) * self.pipeline.num_places(name) for name in sums}
-        self.retained = {name: Retained(moment, counts[name]) for name, moment in sums.items()}
+        self.retained = {
+            name: Retained(moment, counts[name], prompts=len(self.retain_prompts)) for name, moment in sums.items()
+        }
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the items, from the UNet as it is now."""

@@ -3,8 +3,8 @@
 Data flow: one epoch is one (round, layer). At its start the module gathers, from the model as it is then, the layer's
 inputs at the edit prompts (K1), and sets ``values`` (V1) to ``W K1``. During the epoch V1 stands in for the layer's
 output while the rest of the text encoder and the UNet run, and descends the error between the UNet's noise prediction
-and that for the target prompts with the pretrained text encoder. At its end a ``ClosedFormEdit`` callback writes V1
-into the weight. The second moment of the retained prompts' inputs (K0) is gathered once, before the first edit.
+and that for the target prompts with the pretrained text encoder. At its end the recipe's ``edit`` writes V1 into the
+weight. The second moment of the retained prompts' inputs (K0) is gathered once, before the first edit.
 """
 
 from __future__ import annotations
@@ -166,8 +166,7 @@ class ValueRefinement(ClosedFormMethod):
         """Set the length of the run and compute what the frozen model must provide."""
         super().on_fit_start()
         self.trainer.fit_loop.max_epochs = self.rounds * self.epochs_per_round
-        text = self.pipeline.text
-        eos = text.eos
+        text, eos = self.pipeline.text, self.pipeline.text.eos
         self.edit_ids = text.tokenize(self.edit_prompts)
         target_ids = text.tokenize(self.target_prompts)
         self.mask = positions_mask(self.edit_ids, eos, self.positions).to(self.device)
@@ -202,7 +201,7 @@ class ValueRefinement(ClosedFormMethod):
             return captured
 
         sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
-        self.retained = {name: Retained(moment, ids.numel()) for name, moment in sums.items()}
+        self.retained = {name: Retained(moment, ids.numel(), prompts=len(ids)) for name, moment in sums.items()}
 
     def summed_moments(
         self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]

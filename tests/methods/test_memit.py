@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from torch.testing import assert_close
 
 from helpers import CONFIGS, LAYERS, QUIET, Interrupted, by_least_squares, by_null_space, changed, interrupt, weights
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
+from lit_unlearn.core.solvers import Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.memit import MEMIT
-from lit_unlearn.methods.shared.layer_state import LayerState
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.training import cli as training
 
@@ -44,20 +44,21 @@ class Keep(L.Callback):
         self.weights = {name: module.layers[name].weight.double().clone() for name in module.edited_names}
 
 
-class Written(ClosedFormEdit):
-    """Fulfils what is asked for as well as a weight can, and keeps what was asked."""
+class Written(Solver):
+    """Fulfils what is asked for as well as a weight can, and keeps what was asked, with the stream at that time."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: ValueRefinement) -> None:
+        self.module = module
         self.asked: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
-    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        weight = state.layer.weight.detach().double()
-        residual = values - keys @ weight.mT
-        self.asked.append((state.name, keys, residual, stream(module, 2)))
-        return torch.linalg.lstsq(keys, residual).solution.mT
-
-    def describe(self, *_: Any) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         return {}
+
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        (write,) = writes  # the next one is measured once this one is written
+        residual = write.values - write.keys @ write.weight.mT
+        self.asked.append((write.name, write.keys, residual, stream(self.module, 2)))
+        return [Solved(torch.linalg.lstsq(write.keys, residual).solution.mT, {})]
 
 
 @torch.no_grad()
@@ -135,8 +136,9 @@ def test_z_is_the_stream_with_v1_in_place(memit: Refinement, fit: Fit) -> None:
 
 
 def test_each_layer_takes_its_share_of_what_is_missing_when_it_is_written(memit: Refinement, fit: Fit) -> None:
-    module, keep, written = memit(first_layer=0), Keep(), Written()
-    fit(module, keep, written, steps=3)
+    module, keep = memit(first_layer=0), Keep()
+    written = Written(module)
+    fit(module, keep, ClosedFormEdit(written), steps=3)
     assert [name for name, *_ in written.asked] == module.edited_names
     for place, (_, keys, residual, now) in enumerate(written.asked):
         share = (keep.goal - now) / (3 - place)
