@@ -62,7 +62,7 @@ def base(broken_model: Callable[..., Path], pets: str, tmp_path: Path, monkeypat
     shutil.copytree(broken_model(as_then), "tiny_sd")
     shutil.copy(pets, "pets.yaml")
     torch.manual_seed(0)
-    JudgeTraining(width=8).save_pretrained("judge")
+    JudgeTraining(width=8).save_pretrained(folder / "judge")
     return folder
 
 
