@@ -9,7 +9,7 @@ import torch
 
 from lit_unlearn.core.null_space import NullSpaceRule
 from lit_unlearn.core.seeds import seeded
-from lit_unlearn.core.solvers import Solved, Solver, Write, each
+from lit_unlearn.core.solvers import Retained, Solved, Solver, Write, each
 from lit_unlearn.core.speed import (
     augmented,
     erasing_update,
@@ -19,6 +19,12 @@ from lit_unlearn.core.speed import (
     speed_condition,
     speed_update,
 )
+
+ONLY_SPEED = (
+    "RefinedNullSpace looks at each retained key and at the anchors' keys, which only SPEED gives: "
+    "take edit: NullSpace or RidgeMap."
+)
+"""Why other methods are refused."""
 
 
 class RefinedNullSpace(Solver):
@@ -63,26 +69,23 @@ class RefinedNullSpace(Solver):
         self.retain_scale, self.lamb = retain_scale, lamb
         self.filter, self.augment = filter, augment
 
-    def check(self, write: Write) -> None:
-        """Refuse a method that does not give the retained keys themselves, and the keys that the values come from.
+    def check(self, retained: Retained) -> None:
+        """Refuse a method that does not give the retained keys themselves.
 
         Raises:
             ValueError: It does not.
         """
-        if write.retained.keys is None or write.anchors is None:
-            raise ValueError(
-                "RefinedNullSpace looks at each retained key and at the anchors' keys, which only SPEED gives: "
-                "take edit: NullSpace or RidgeMap."
-            )
+        if retained.keys is None:
+            raise ValueError(ONLY_SPEED)
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``."""
         return each(writes, self._solve)
 
     def _solve(self, write: Write) -> Solved:
-        self.check(write)
         weight, keys, retained, anchors = write.weight, write.keys, write.retained.keys, write.anchors
-        assert retained is not None and anchors is not None
+        if retained is None or anchors is None:
+            raise ValueError(ONLY_SPEED)
         invariants = write.retained.invariants
         erasing = erasing_update(weight, keys, anchors, write.texts)
         kept = retained

@@ -147,9 +147,12 @@ class Solver(ABC):
             Null spaces whose spectra are worth a figure, if there are any.
 
         Raises:
-            ValueError: What is to stay is not finite; the message names the weight.
+            UnsolvableError: What is to stay is not finite, or not what this solver needs.
             EmptyNullSpaceError: No direction is free.
         """
+        for name, own in retained.items():
+            with naming_weight(name):
+                self.check(own)
         return {}
 
     @abstractmethod
@@ -161,13 +164,13 @@ class Solver(ABC):
             EmptyNullSpaceError: No direction is free.
         """
 
-    def check(self, write: Write) -> None:
-        """Refuse what this solver cannot work with.
+    def check(self, retained: Retained) -> None:
+        """Refuse what this solver cannot work with, before a method has done any work for it.
 
         Raises:
             ValueError: Something is missing.
         """
-        if write.retained.moment is None:
+        if retained.moment is None:
             raise ValueError(
                 f"{type(self).__name__} retains by a second moment, and the method retains nothing: "
                 "set model.preserve, or take edit: RidgeMap."
@@ -214,10 +217,10 @@ class NullSpace(Solver):
         self, retained: Mapping[str, Retained], share: Share, device: torch.device
     ) -> Mapping[Retained, NullSpaceBasis]:
         """Find the null spaces, once: K0 is what the unedited model sees, which no edit within them changes."""
+        super().prepare(retained, share, device)
         names: dict[Retained, str] = {}
         for name, own in retained.items():
-            if own.moment is not None:
-                names.setdefault(own, name)
+            names.setdefault(own, name)
         found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
         self.null_spaces = {own: NullSpaceBasis(*fields) for own, fields in zip(names, found, strict=True)}
         return self.null_spaces
@@ -233,7 +236,6 @@ class NullSpace(Solver):
         return each(writes, self._solve)
 
     def _solve(self, write: Write) -> Solved:
-        self.check(write)
         space, settings = self.null_spaces[write.retained], (self.ridge, self.ridge_rule)
         change = null_space_update(write.weight, write.keys, write.values, space, *settings)
         moment = write.retained.moment
@@ -267,7 +269,7 @@ class LeastSquares(Solver):
         return each(writes, self._solve)
 
     def _solve(self, write: Write) -> Solved:
-        self.check(write)
+        self.check(write.retained)
         total = write.retained.moment
         assert total is not None
         moment = total if self.moment == "sum" else total / write.retained.count
@@ -305,6 +307,9 @@ class RidgeMap(Solver):
         if preserve_scale is not None and not 0 <= preserve_scale < float("inf"):
             raise ValueError(f"edit.preserve_scale={preserve_scale} must be zero or larger: 0 preserves nothing.")
         self.erase_scale, self.preserve_scale, self.lamb = erase_scale, preserve_scale, lamb
+
+    def check(self, retained: Retained) -> None:
+        """Take whatever there is to retain, also nothing."""
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``; maps that share keys and what is preserved are solved as one."""

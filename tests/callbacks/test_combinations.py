@@ -153,6 +153,13 @@ def test_refined_values_by_uces_solver(refinement: Build, fit: Fit) -> None:
     assert module.report["retained_state_drift"] > 0
 
 
+def test_a_solver_that_does_not_fit_is_refused_before_the_first_step(refinement: Build, fit: Fit) -> None:
+    module = refinement()
+    with pytest.raises(NumericalError, match=rf"{LAYERS[0]}: RefinedNullSpace looks at each retained key"):
+        fit(module, ClosedFormEdit(RefinedNullSpace()))
+    assert module.progress == {"prepared": -1, "applied": 0}
+
+
 @pytest.mark.parametrize("solver", [NullSpace(), LeastSquares()], ids=lambda solver: type(solver).__name__)
 def test_a_solver_that_retains_needs_something_to_retain(solver: Solver, method: Build, fit: Fit) -> None:
     module = method(UCE, preserve=None)

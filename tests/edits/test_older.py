@@ -1,7 +1,7 @@
 """What earlier versions wrote is read as today's.
 
-The files in ``older`` are those of ``fit`` and ``export --delta`` at a time when UCE and SPEED had the settings of their
-closed forms among their own: one matrix of a tiny model. Only its values before the edit matter, in ``base``.
+The files in ``older`` were written by ``fit`` and ``export --delta`` when UCE and SPEED still had the settings of their
+closed forms among their own arguments. They edit one matrix of a tiny model, whose values before are in ``base``.
 """
 
 from __future__ import annotations
@@ -109,9 +109,18 @@ def test_its_weights_are_applied(method: str, kind: str, base: Path) -> None:
 @pytest.mark.parametrize("method", ["uce", "speed"])
 def test_its_run_is_tested_today(method: str, base: Path) -> None:
     edit = older(method, "ckpt")
-    model = ["--model.init_args.model", "tiny_sd", "--model.init_args.concept_set", "pets.yaml"]
-    args = ["--config", f"{method}.yaml", *model, "--concept", "dog", "--model.init_args.judge", "judge", *QUIET]
-    args += ["--trainer.callbacks", "[EvaluationReport]", "--model.init_args.num_inference_steps", "1"]
+    model = ["--model.init_args.model", "tiny_sd", "--model.init_args.judge", "judge"]
+    args = [
+        "--config",
+        f"{method}.yaml",
+        *model,
+        "--concept",
+        "dog",
+        *QUIET,
+        "--trainer.callbacks",
+        "[EvaluationReport]",
+    ]
+    args += ["--model.init_args.num_inference_steps", "1", "--data.init_args.images_per_prompt", "1"]
     assert cli.main(["test", *args, "--ckpt_path", str(edit.path)]) == 0
     scores = json.loads((edit.run_folder / "scores.json").read_text(encoding="utf-8"))  # type: ignore[operator]
     then = torch.load(OLDER / f"{method}.ckpt", weights_only=True)[CHECKPOINT_KEY]["report"]
@@ -165,5 +174,5 @@ def test_a_solver_that_is_no_mapping_is_refused(base: Path) -> None:
     checkpoint = torch.load(path, weights_only=True)
     checkpoint[CHECKPOINT_KEY]["edit"] = ["RidgeMap"]
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="is no valid edit .its edit is no mapping"):
+    with pytest.raises(ValueError, match=r"is no valid edit \(its edit is no mapping\)"):
         read_edit(path)

@@ -24,7 +24,8 @@ REPORT: Any = {"class_path": "EvaluationReport"}
 @pytest.mark.parametrize("callbacks", [None, [], REPORT, [REPORT]])
 def test_a_method_that_a_closed_form_writes_needs_one(method: type, callbacks: Any) -> None:
     check_edit(method, EDIT, callbacks)
-    with pytest.raises(UserError, match=rf"^fit: {method.__name__} finds what to write, .* or pass --edit NullSpace\.$"):
+    said = rf"^fit: {method.__name__} finds what to write, .* or pass --edit NullSpace\.$"
+    with pytest.raises(UserError, match=said):
         check_edit(method, None, callbacks)
 
 

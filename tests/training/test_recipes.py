@@ -227,7 +227,7 @@ def settings(cli: ParsedCLI) -> dict[str, Any]:
 @pytest.mark.parametrize("method", OLD)
 def test_an_old_recipe_is_refused_with_its_new_form(empty_folder: Path, tiny_sd: Path, method: str) -> None:
     Path("old.yaml").write_text(yaml.safe_dump(OLD[method]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"^The recipe old\.yaml is of an earlier version: take \w+Edit out of") as caught:
+    with pytest.raises(UserError, match=r"^The recipe old\.yaml is of an earlier version: take \w+Edit") as caught:
         recipes.find_recipe("old.yaml")
     told = re.search(r"and write `(.*)` instead\.$", str(caught.value))
     assert told is not None
