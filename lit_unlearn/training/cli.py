@@ -200,9 +200,10 @@ class UnlearnCLI(LightningCLI):
         if subcommand == "fit":
             return  # resumed as the command line says; Lightning restores the state
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
-        model = {"class_path": config.model.class_path, "init_args": kept}
+        solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None
+        made = {"model": {"class_path": config.model.class_path, "init_args": kept}, "edit": solver}
         try:
-            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+            self.config = self.parser.parse_object({subcommand: made}, self.config)
         except ArgumentError as error:
             raise UserError(
                 f"{edit.path} was made by another version: {self._parse_error(str(error), subcommand)}"

@@ -60,6 +60,16 @@ def test_another_solver_takes_the_place_of_the_recipes(workplace: Path, recipe: 
     }
 
 
+def test_a_test_is_of_the_solver_of_the_checkpoint(run_folder: Path, recipe: Path) -> None:
+    assert (
+        cli.main(["predict", "--config", str(recipe), "--edit.threshold", "0.7", "--trainer.limit_predict_batches=1"])
+        == 0
+    )
+    config = yaml.safe_load((run_folder / "config_predict.yaml").read_text(encoding="utf-8"))
+    assert config["edit"]["class_path"].endswith("NullSpace")
+    assert config["edit"]["init_args"] == SETTINGS
+
+
 def test_a_recipe_without_an_edit_is_refused(refuses: Callable[..., str], recipe: Path) -> None:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     del content["edit"]
