@@ -107,9 +107,7 @@ def threshold_of(setting: str) -> float:
 
     from lit_unlearn.training.recipes import find_recipe
 
-    edit = yaml.safe_load(find_recipe(SETTINGS[setting][1]).read_text(encoding="utf-8"))["trainer"]["callbacks"][0][
-        "init_args"
-    ]
+    edit = yaml.safe_load(find_recipe(SETTINGS[setting][1]).read_text(encoding="utf-8"))["edit"]["init_args"]
     if edit["rule"] != "mean":
         raise ValueError(f"{SETTINGS[setting][1]} has rule={edit['rule']!r}: the figure shows parts of the mean.")
     return float(edit["threshold"])

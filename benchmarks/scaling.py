@@ -78,11 +78,10 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     clock = folder / "clock.json"
     clock.unlink(missing_ok=True)
-    edits = {"null_space": "NullSpaceEdit, "}.get(recipe, "")
     first = f"{{class_path: scaling.Clock, init_args: {{path: {clock}, core: {core}}}}}"
     arguments = ["--config", f"{recipe}.yaml", "--concept", "dog", *QUIET, *STEPS[recipe]]
     arguments += ["--data.init_args.batch_size", str(batch_size), "--data.init_args.images_per_prompt", "1"]
-    arguments += ["--trainer.callbacks", f"[{first}, {edits}EvaluationReport]"]
+    arguments += ["--trainer.callbacks", f"[{first}, EvaluationReport]"]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.devices", str(processes)]
     arguments += ["--trainer.accelerator", "cpu", *(["--trainer.strategy", "ddp"] if processes > 1 else [])]
     arguments += ["--overwrite"] if command == "test" else ["--fresh"]

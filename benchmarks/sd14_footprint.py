@@ -113,14 +113,14 @@ def phases() -> list[Phase]:
     null_space = (
         *("--model.init_args.first_layer", "1", "--model.init_args.last_layer", "2", "--model.init_args.rounds", "1"),
         *("--data.init_args.steps", "2", "--data.init_args.batch_size", "1"),
-        *("--trainer.callbacks", "[NullSpaceEdit, EvaluationReport]"),
+        *("--trainer.callbacks", "[EvaluationReport]"),
     )
     esd = (
         *("--trainer.max_epochs", "1", "--data.init_args.steps", "4", "--data.init_args.batch_size", "1"),
         *("--model.init_args.num_chain_steps", "2", "--model.init_args.chains", "1"),
         *("--trainer.callbacks", "[EvaluationReport]"),
     )
-    uce = ("--trainer.callbacks", "[UCEEdit, EvaluationReport]")
+    uce = ("--trainer.callbacks", "[EvaluationReport]")
     return [
         Phase("null_space: one round, two layers, two steps each", "fit", "null_space.yaml", null_space),
         Phase("test of null_space: four pictures before, four after", "test", "null_space.yaml", null_space),

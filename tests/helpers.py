@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPTokenizer
 
-from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
+from lit_unlearn.core.refined_null_space import RefinedNullSpace
+from lit_unlearn.core.solvers import LeastSquares, NullSpace, RidgeMap
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
@@ -132,14 +134,34 @@ def started(module: Module, fit: Callable[..., L.Trainer], **data: Any) -> Modul
     return module
 
 
-def half() -> NullSpaceEdit:
+def by_null_space(**settings: Any) -> ClosedFormEdit:
+    """Writes within the null space."""
+    return ClosedFormEdit(NullSpace(**settings))
+
+
+def by_least_squares(**settings: Any) -> ClosedFormEdit:
+    """Writes by least squares."""
+    return ClosedFormEdit(LeastSquares(**settings))
+
+
+def by_ridge_map(**settings: Any) -> ClosedFormEdit:
+    """Writes as UCE does."""
+    return ClosedFormEdit(RidgeMap(**settings))
+
+
+def by_refined_null_space(**settings: Any) -> ClosedFormEdit:
+    """Writes as SPEED does."""
+    return ClosedFormEdit(RefinedNullSpace(**settings))
+
+
+def half() -> ClosedFormEdit:
     """Half of the 32 inputs of K and V, whatever the spectrum."""
-    return NullSpaceEdit(threshold=16, rule="count", ridge=1e-3)
+    return by_null_space(threshold=16, rule="count", ridge=1e-3)
 
 
-def exact(ridge: float = 1e-3) -> NullSpaceEdit:
+def exact(ridge: float = 1e-3) -> ClosedFormEdit:
     """Directions in which the retained prompts have no key at all: others have 1e-13 of the largest, zeros 1e-16."""
-    return NullSpaceEdit(threshold=1e-14, rule="max", ridge=ridge)
+    return by_null_space(threshold=1e-14, rule="max", ridge=ridge)
 
 
 # --- pictures by the plain way

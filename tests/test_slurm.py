@@ -143,11 +143,9 @@ def long_recipe(tmp_path: Path, tiny_sd: Path) -> Path:
         "trainer": {
             "accelerator": "cpu",
             "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "NullSpaceEdit", "init_args": {"threshold": 0.1, "minimum": 4}},
-                {"class_path": "EvaluationReport"},
-            ],
+            "callbacks": [{"class_path": "EvaluationReport"}],
         },
+        "edit": {"class_path": "NullSpace", "init_args": {"threshold": 0.1, "minimum": 4}},
         "model": {
             "class_path": "ValueRefinement",
             "init_args": {"model": str(tiny_sd), "judge": str(tmp_path / "judge"), "num_inference_steps": 2},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 import lightning as L
@@ -14,37 +12,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.folders import folder_of
-from lit_unlearn.core.matrices import SingularSystemError
-from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.methods.shared.base import DiffusionEditor
-from lit_unlearn.methods.value_refinement import LayerState
+from lit_unlearn.methods.shared.layer_state import LayerState
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"
 
 
 class NumericalError(ArithmeticError):
     """A number that is not finite, or a system that cannot be solved: where, and what it likely comes from."""
-
-
-@contextmanager
-def solving(where: str, ridge: str = "") -> Iterator[None]:
-    """Say of which layer the numbers are that a closed form refuses.
-
-    Args:
-        where: Name of the weight.
-        ridge: How the user finds what a singular system calls its ridge, as a sentence.
-
-    Raises:
-        NumericalError: Keys, values or a moment are not finite, or the system is singular.
-        EmptyNullSpaceError: As the block raises it; it says all that there is to say.
-    """
-    try:
-        yield
-    except EmptyNullSpaceError:
-        raise
-    except ValueError as error:
-        more = f" {ridge}" if ridge and isinstance(error, SingularSystemError) else ""
-        raise NumericalError(f"{where}: {error}{more}") from error
 
 
 def write_finite(name: str, weight: Tensor, edited: Tensor) -> None:

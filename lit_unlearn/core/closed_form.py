@@ -8,7 +8,7 @@ The papers write keys and values as columns. Here rows are samples, as everywher
     V1         (d_out, n), outputs wished for      values.mT
     K0 K0^T    (d_in, d_in), inputs to retain      retained_moment = second_moment(keys_retain)
     Kp Kp^T    (d_in, d_in), earlier edits         previous_moment
-    U, P       P = U U^T, P K0 = 0                 NullSpace.basis, NullSpace.projection
+    U, P       P = U U^T, P K0 = 0                 NullSpaceBasis.basis, NullSpaceBasis.projection
     R          V1 - W K1, (d_out, n)               (values - keys @ weight.mT).mT
     Delta      W' = W + Delta                      what the ``*_update`` functions return
 
@@ -33,7 +33,7 @@ from lit_unlearn.core.matrices import (
 )
 from lit_unlearn.core.null_space import (
     EmptyNullSpaceError,
-    NullSpace,
+    NullSpaceBasis,
     NullSpaceRule,
     null_space,
     null_space_from_keys,
@@ -41,7 +41,7 @@ from lit_unlearn.core.null_space import (
 
 __all__ = [
     "EmptyNullSpaceError",
-    "NullSpace",
+    "NullSpaceBasis",
     "NullSpaceRule",
     "RidgeRule",
     "edit_report",
@@ -74,7 +74,7 @@ def null_space_update(
     weight: Tensor,
     keys: Tensor,
     values: Tensor,
-    projection: NullSpace | Tensor,
+    projection: NullSpaceBasis | Tensor,
     ridge: float = 1.0,
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
@@ -200,7 +200,7 @@ def edit_report(
     delta: Tensor,
     keys: Tensor,
     retained_moment: Tensor,
-    null_space: NullSpace,
+    null_space: NullSpaceBasis,
     ridge: float = 1.0,
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
@@ -244,10 +244,10 @@ def edit_report(
     }
 
 
-def _projection_factor(projection: NullSpace | Tensor, keys: Tensor) -> Tensor:
+def _projection_factor(projection: NullSpaceBasis | Tensor, keys: Tensor) -> Tensor:
     """F with P = F F^T: the basis U, (d_in, k), or P itself, (d_in, d_in), since P = P P^T."""
     d_in = keys.shape[1]
-    if isinstance(projection, NullSpace):
+    if isinstance(projection, NullSpaceBasis):
         return checked_matrix("projection.basis", projection.basis, (d_in, None), keys.device)
     matrix = checked_matrix("projection", projection, (d_in, d_in), keys.device)
     projected = keys @ matrix

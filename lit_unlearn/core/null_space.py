@@ -19,7 +19,7 @@ class EmptyNullSpaceError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class NullSpace:
+class NullSpaceBasis:
     """The input directions that retained keys (almost) do not use."""
 
     basis: Tensor
@@ -42,7 +42,7 @@ class NullSpace:
 
 def null_space(
     moment: Tensor, threshold: float, rule: NullSpaceRule, num_keys: int | None = None, minimum: int = 0
-) -> NullSpace:
+) -> NullSpaceBasis:
     """Null space of the retained keys from their second moment (paper Sec. 4: U with U^T K0 = 0, P = U U^T).
 
     A moment squares the keys: singular values of K0 below about 1e-8 of the largest cannot be told from zero. Where
@@ -76,7 +76,7 @@ def null_space(
 
 def null_space_from_keys(
     keys: Tensor, threshold: float, rule: NullSpaceRule, num_keys: int | None = None, minimum: int = 0
-) -> NullSpace:
+) -> NullSpaceBasis:
     """As `null_space`, from the retained keys themselves: cheaper and sharper when n < d_in.
 
     Args:
@@ -106,7 +106,7 @@ def _select(
     rule: NullSpaceRule,
     num_keys: int | None,
     minimum: int,
-) -> NullSpace:
+) -> NullSpaceBasis:
     """Choose the null space from an ascending spectrum, (d_in,), and its eigenvectors in columns, (d_in, d_in)."""
     d_in, largest, mean = len(eigenvalues), float(eigenvalues[-1]), float(eigenvalues.mean())
     if rule not in get_args(NullSpaceRule):
@@ -151,4 +151,4 @@ def _select(
             f"Quantiles of the spectrum: {spectrum}. "
             "Raise the threshold (lower it for rule='energy'), set minimum, or retain fewer prompts."
         )
-    return NullSpace(eigenvectors[:, :dimension].contiguous(), eigenvalues, cutoff)
+    return NullSpaceBasis(eigenvectors[:, :dimension].contiguous(), eigenvalues, cutoff)

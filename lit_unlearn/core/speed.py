@@ -8,7 +8,7 @@ The paper writes keys as columns. Here rows are samples (see `closed_form`):
                                                 products are added up
     C*         mean of c* c^T, c* the anchor    anchor_keys.mT @ keys / num_texts, row by row with keys
     C0         mean of c c^T, retained keys     what `retained_null_space` takes, after filter and augmentation
-    P          P = U U^T, eigenvalues below     NullSpace
+    P          P = U U^T, eigenvalues below     NullSpaceBasis
     K2         (d_in, m), invariants            invariants.mT
     Delta      W' = W + Delta                   what `speed_update` returns
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, cholesky_factor, solve_positive_definite
-from lit_unlearn.core.null_space import NullSpace, NullSpaceRule, null_space, null_space_from_keys
+from lit_unlearn.core.null_space import NullSpaceBasis, NullSpaceRule, null_space, null_space_from_keys
 
 
 def erasing_update(weight: Tensor, keys: Tensor, anchor_keys: Tensor, num_texts: int | None = None) -> Tensor:
@@ -92,7 +92,7 @@ def augmented(keys: Tensor, weight: Tensor, copies: int, generator: torch.Genera
     return keys.repeat(copies, 1) + noise * direction
 
 
-def retained_null_space(keys: Tensor, threshold: float, rule: NullSpaceRule, minimum: int = 0) -> NullSpace:
+def retained_null_space(keys: Tensor, threshold: float, rule: NullSpaceRule, minimum: int = 0) -> NullSpaceBasis:
     """Null space of the refined retain set, P, from its keys (n, d_in); thresholds as in `null_space`."""
     keys = checked_matrix("keys", keys, (None, None))
     if len(keys) <= keys.shape[1]:
@@ -141,7 +141,7 @@ def speed_update(
     weight: Tensor,
     keys: Tensor,
     anchor_keys: Tensor,
-    free: NullSpace,
+    free: NullSpaceBasis,
     invariants: Tensor | None = None,
     retain_scale: float = 1.0,
     lamb: float = 0.0,
@@ -195,7 +195,9 @@ def speed_update(
     return torch.linalg.solve_triangular(lower, whitened, upper=False, left=False) @ basis.mT
 
 
-def speed_condition(keys: Tensor, free: NullSpace, retain_scale: float = 1.0, num_texts: int | None = None) -> float:
+def speed_condition(
+    keys: Tensor, free: NullSpaceBasis, retain_scale: float = 1.0, num_texts: int | None = None
+) -> float:
     """Condition number of the system of `speed_update`, ``U^T C1 U + retain_scale I``; its arguments are those.
 
     The other system of that function, over the invariants, is solved by its singular values and needs no condition.

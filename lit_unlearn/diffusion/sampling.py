@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lit_unlearn.core.seeds import seeded as seeded
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -18,11 +19,6 @@ def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def seeded(*key: object) -> torch.Generator:
-    """A generator on the CPU for what ``key`` names (seed, epoch, step, item, ...), whatever process asks for it."""
-    return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, key)).encode()))
 
 
 def noise_levels(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
+from lit_unlearn.edits.older import in_todays_terms
 from lit_unlearn.system.files import atomic_write
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
@@ -62,6 +63,7 @@ class Edit:
         hyper_parameters: Arguments of the method.
         base_weights: SHA-256 of the base model's parts, all weights of each, as ``WholeModel.sha256``, if known.
         concept_set_sha256: Hash of the concept set, if known.
+        edit: The solver that wrote the weights and its settings, if a closed form did.
 
     Raises:
         ValueError: A field is of the wrong kind, or a weight is none that a model could have; no file is trusted.
@@ -76,6 +78,7 @@ class Edit:
     hyper_parameters: dict[str, Any]
     base_weights: Mapping[str, str] = field(default_factory=dict)
     concept_set_sha256: str | None = None
+    edit: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> ValueError:
@@ -86,6 +89,8 @@ class Edit:
                 raise refuse(f"its {name} is not text")
         if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
             raise refuse("its concepts are no list of names")
+        if not isinstance(self.edit, dict | None):
+            raise refuse("its edit is no mapping")
         options = self.hyper_parameters
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise refuse("its config is no mapping")
@@ -264,6 +269,8 @@ def read_edit(path: str | Path) -> Edit:
     state = checkpoint["state_dict"]
     try:
         ours: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+        given = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"}
+        arguments, solver = in_todays_terms(ours["method"], given, ours.get("edit"))
         return Edit(
             path=path,
             method=ours["method"],
@@ -271,8 +278,9 @@ def read_edit(path: str | Path) -> Edit:
             model=ours["model"],
             base_fingerprint=ours["base_fingerprint"],
             weights={name: state[name] for name in ours["edited_names"]},
-            hyper_parameters={k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"},
+            hyper_parameters=arguments,
             concept_set_sha256=ours.get("concept_set_sha256"),
+            edit=solver,
         )
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
@@ -293,11 +301,16 @@ def _read_delta(path: Path) -> Edit:
         raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
     try:
         facts = {name: json.loads(metadata[name]) for name in DELTA_FIELDS}
-        optional = {name: json.loads(metadata.get(name, "null")) for name in ("base_sha256", "concept_set_sha256")}
+        optional = {
+            name: json.loads(metadata.get(name, "null")) for name in ("base_sha256", "concept_set_sha256", "edit")
+        }
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(
             f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error!s:.100}."
         ) from error
+    if not isinstance(facts["config"], dict) or not isinstance(optional["edit"], dict | None):
+        raise ValueError(f"ckpt_path={path} is no valid edit (its config is no mapping): get it from its author again.")
+    arguments, solver = in_todays_terms(str(facts["method"]), facts["config"], optional["edit"])
     return Edit(
         path,
         facts["method"],
@@ -305,9 +318,10 @@ def _read_delta(path: Path) -> Edit:
         facts["base_model"],
         facts["base_fingerprint"],
         weights,
-        facts["config"],
+        arguments,
         optional["base_sha256"] or {},
         optional["concept_set_sha256"],
+        solver,
     )
 
 

@@ -81,6 +81,7 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
         "base_fingerprint": edit.base_fingerprint,
         "edited_weights": list(edit.weights),
         "config": edit.hyper_parameters,
+        "edit": edit.edit,
         "concept_set_sha256": edit.concept_set_sha256 or _concept_set_sha256(edit, scores),
         "scores": scores,
         "lit_unlearn": __version__,

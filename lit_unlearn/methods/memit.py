@@ -2,8 +2,8 @@
 
 Data flow: one epoch is one round. During it the residual stream behind the *last* edited layer descends to a goal z, as
 V1 of that layer does in ``ValueRefinement``. At its end every layer is written, from first to last: each takes its
-share of what the stream, measured anew with all earlier layers written, still lacks of z. With ``LeastSquaresEdit``
-this is MEMIT; with ``NullSpaceEdit`` it is AlphaEdit as published for language models.
+share of what the stream, measured anew with all earlier layers written, still lacks of z. With ``LeastSquares`` as
+the recipe's ``edit`` this is MEMIT; with ``NullSpace`` it is AlphaEdit as published for language models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement, per_item
+from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
 class MEMIT(ValueRefinement):

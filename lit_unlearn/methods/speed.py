@@ -1,16 +1,15 @@
-"""SPEED (Li et al., ICLR 2026): what its closed form on the UNet's cross-attention needs; ``SPEEDEdit`` applies it."""
+"""SPEED (Li et al., ICLR 2026): what its closed form on the UNet's cross-attention needs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.null_space import NullSpaceRule
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.sampling import seeded
@@ -18,37 +17,10 @@ from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
 from lit_unlearn.system.devices import for_solving
 
 
-@dataclass
-class SPEEDKeys:
-    """Inputs of the edited layers, the same for all of them; rows are text states, float64.
-
-    Attributes:
-        edited: c, (n, D).
-        anchors: c*, (n, D), row by row with ``edited``.
-        num_texts: How many texts ``edited`` comes from.
-        retained: Before the filter, (m, D).
-        invariants: Rows of K2: the start-of-text state and centres of the empty prompt's padding, (k, D); or none.
-    """
-
-    edited: Tensor
-    anchors: Tensor
-    num_texts: int
-    retained: Tensor
-    invariants: Tensor | None
-
-
 class SPEED(CrossAttentionEditor):
     """Gives the concept's texts the values of their anchors, in the null space of the other concepts' texts.
 
     Args:
-        threshold: Eigenvalues below it span the null space; see ``rule``.
-        rule: What the threshold is relative to: ``absolute`` (on the mean second moment, as in the paper), ``mean`` or
-            ``max`` eigenvalue, ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
-        minimum: Take at least so many directions, the smallest.
-        retain_scale: Weight of the size of the edit.
-        lamb: 0 keeps the outputs of the invariants exactly; a larger one allows some change.
-        filter: Retain only texts that an unconstrained edit would move more than the mean (IPF).
-        augment: Copies of each retained text with noise that the layer hardly sees (DPA); 0 for none.
         invariants: Centres of the empty prompt's padding that stay, with the start-of-text state (IEC); 0 keeps the
             start-of-text state only, null neither.
         prompts: What is edited and retained: ``names`` of the concepts, as in the paper, or their ``edit_prompts``.
@@ -66,13 +38,6 @@ class SPEED(CrossAttentionEditor):
 
     def __init__(
         self,
-        threshold: float = 1e-1,
-        rule: NullSpaceRule = "absolute",
-        minimum: int = 0,
-        retain_scale: float = 1.0,
-        lamb: float = 0.0,
-        filter: bool = True,
-        augment: int = 10,
         invariants: int | None = 3,
         prompts: Literal["names", "edit_prompts"] = "names",
         tokens: SubjectTokens = "last_subject",
@@ -83,17 +48,9 @@ class SPEED(CrossAttentionEditor):
         **kwargs: object,
     ) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        for field, value in {"threshold": threshold, "retain_scale": retain_scale}.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"model.{field}={value} must be a positive number.")
-        if not (math.isfinite(lamb) and lamb >= 0):
-            raise ValueError(f"model.lamb={lamb} must be zero or a positive number.")
-        for field, count in {"minimum": minimum, "augment": augment, "invariants": invariants}.items():
-            if count is not None and count < 0:
-                raise ValueError(f"model.{field}={count} must be zero or larger.")
-        self.threshold, self.rule, self.minimum = threshold, rule, minimum
-        self.retain_scale, self.lamb = retain_scale, lamb
-        self.filter, self.augment, self.invariants, self.seed = filter, augment, invariants, seed
+        if invariants is not None and invariants < 0:
+            raise ValueError(f"model.invariants={invariants} must be zero or larger.")
+        self.invariants, self.seed = invariants, seed
         self.tokens = tokens
         self.edited_texts, self.anchor_texts = self._pairs(prompts, towards)
         self.retained_texts = self._retained(prompts, retain or [])
@@ -139,21 +96,45 @@ class SPEED(CrossAttentionEditor):
             )
         return texts
 
-    def keys(self) -> SPEEDKeys:
-        """Gather the inputs of the edited layers."""
+    def on_fit_start(self) -> None:
+        """Gather the inputs of the edited layers, the same for all of them."""
+        super().on_fit_start()
         eos_token_id = self.pipeline.text.eos
         ids, states = self.states(self.edited_texts)
         anchor_ids, anchor_states = self.states(self.anchor_texts)
         rows, places, (anchor_places,) = subject_positions(ids, [anchor_ids], eos_token_id, self.tokens)
         retained_ids, retained_states = self.states(self.retained_texts)
         retained_rows, retained_places, _ = subject_positions(retained_ids, [], eos_token_id, self.tokens)
-        return SPEEDKeys(
-            edited=for_solving(states[rows, places]),
-            anchors=for_solving(anchor_states[rows, anchor_places]),
-            num_texts=len(self.edited_texts),
-            retained=for_solving(retained_states[retained_rows, retained_places]),
-            invariants=self.invariant_keys(),
-        )
+        self.keys = for_solving(states[rows, places])
+        self.anchors = for_solving(anchor_states[rows, anchor_places])
+        kept = for_solving(retained_states[retained_rows, retained_places])
+        own = Retained(second_moment(kept).cpu(), len(kept), kept, self.invariant_keys(), len(self.retained_texts))
+        self.retained = dict.fromkeys(self.edited_names, own)
+
+    def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
+        """All layers at once."""
+        group = []
+        for number, (name, layer) in enumerate(self.layers.items()):
+            weight = for_solving(layer.weight.detach())
+            group.append(
+                Write(
+                    name,
+                    weight,
+                    layer.weight.dtype,
+                    self.keys,
+                    self.anchors @ weight.mT,
+                    self.retained[name],
+                    anchors=self.anchors,
+                    texts=len(self.edited_texts),
+                    seed=(self.seed, "augmentation", number),
+                )
+            )
+        yield group
+
+    def after_writes(self, epoch: int, is_last: bool) -> None:
+        """Report how many keys there were, and how far the weights have moved."""
+        self.report |= {"edited_keys": len(self.keys), "retained_keys": next(iter(self.retained.values())).count}
+        super().after_writes(epoch, is_last)
 
     def invariant_keys(self) -> Tensor | None:
         """Rows of K2 (k, D), float64."""

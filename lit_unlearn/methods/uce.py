@@ -1,19 +1,20 @@
 """Unified Concept Editing (Gandikota et al., WACV 2024): text states of concepts are mapped to what their guides get.
 
 Data flow: at the start of the fit the module encodes phrases, guides and preserved prompts, once for all edited layers.
-At the end of the only epoch the ``UCEEdit`` callback asks for each layer's targets v* and solves for all of them.
+At the end of the only epoch the recipe's ``edit`` solves for the targets v* of all layers at once.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, subject_positions
 from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import Concept
@@ -38,10 +39,6 @@ class PhraseMap(CrossAttentionEditor):
             or ``all`` positions, and those of the empty prompt with them (UCE's code of 2023).
         tokens: States of a phrase that are edited: ``last_subject`` token (code of 2025); ``from_subject``, from it to
             the end of the window (code of 2023); ``all`` but BOS, aligned with the guide's.
-        erase_scale: s_e, weight of the edited states.
-        preserve_scale: s_p, weight of the preserved states; null takes the larger of 0.1 and 1 / number of preserved
-            prompts (code of 2023).
-        lamb: λ, pull of each weight towards its pretrained value.
         edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
         **kwargs: See ``ConceptEditor``.
 
@@ -57,23 +54,12 @@ class PhraseMap(CrossAttentionEditor):
         preserve: str | list[str] | None = None,
         preserve_tokens: Literal["last_subject", "all"] = "all",
         tokens: SubjectTokens = "last_subject",
-        erase_scale: float = 1.0,
-        preserve_scale: float | None = 1.0,
-        lamb: float = 0.5,
         edited_parameters: str = "xattn-kv",
         **kwargs: object,
     ) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)
-        for field, value in {"erase_scale": erase_scale, "lamb": lamb}.items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"model.{field}={value} must be a positive number: it weighs a term of the objective.")
-        if preserve_scale is not None and not 0 <= preserve_scale < float("inf"):
-            raise ValueError(f"model.preserve_scale={preserve_scale} must be zero or larger: 0 preserves nothing.")
         self.tokens, self.preserve_tokens = tokens, preserve_tokens
-        self.preserved = self._preserved(preserve)
-        if preserve_scale is None:
-            preserve_scale = max(0.1, 1 / max(1, len(self.preserved)))
-        self.erase_scale, self.preserve_scale, self.lamb = erase_scale, preserve_scale, lamb
+        self.preserved = self._preserved_prompts(preserve)
 
     @abstractmethod
     def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
@@ -84,7 +70,7 @@ class PhraseMap(CrossAttentionEditor):
         names = [name for other in self.concepts.concepts.values() if other not in self.edited for name in other.names]
         return [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
 
-    def _preserved(self, preserve: str | list[str] | None) -> list[str]:
+    def _preserved_prompts(self, preserve: str | list[str] | None) -> list[str]:
         """The preserved prompts, checked."""
         if preserve is None:
             return []
@@ -121,18 +107,34 @@ class PhraseMap(CrossAttentionEditor):
             for (_, guide_states), guide_place in zip(encoded, guide_places, strict=True)
         ]
         self.rows = self.rows.to(self.keys.device)
-        self.preserved_moment = self._preserved_moment(eos_token_id) if self.preserved else None
+        kept = self._preserved(eos_token_id) if self.preserved else Retained()
+        self.retained = dict.fromkeys(self.edited_names, kept)
 
-    def _preserved_moment(self, eos_token_id: int) -> Tensor:
-        """Sum of c_p c_pᵀ (d_in, d_in), float64, over the preserved states, prompts by batches."""
+    def _preserved(self, eos_token_id: int) -> Retained:
+        """The sum of c_p c_pᵀ over the preserved states, prompts by batches."""
         prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
-        moments = []
+        moments, count = [], 0
         for start in range(0, len(prompts), ENCODE_BATCH):
             ids, states = self.states(prompts[start : start + ENCODE_BATCH])
             if self.preserve_tokens == "last_subject":
                 states = states[torch.arange(len(ids)), last_subject_token(ids, eos_token_id)]
             moments.append(second_moment(states.flatten(0, -2)))
-        return torch.stack(moments).sum(0)
+            count += states.flatten(0, -2).shape[0]
+        return Retained(torch.stack(moments).sum(0).cpu(), count, prompts=len(self.preserved))
+
+    def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
+        """All layers at once, from their pretrained weights, so that the rounds of debiasing do not pile up."""
+        group = []
+        for name, layer in self.layers.items():
+            weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
+            values = self.layer_targets(weight)
+            group.append(Write(name, weight, layer.weight.dtype, self.keys, values, self.retained[name]))
+        yield group
+
+    def after_writes(self, epoch: int, is_last: bool) -> None:
+        """Report how many states were edited, and how far the weights have moved."""
+        self.report["edited_states"] = len(self.keys)
+        super().after_writes(epoch, is_last)
 
     def layer_targets(self, weight: Tensor) -> Tensor:
         """v* (m, d_out) of the layer whose pretrained weight is ``weight`` (d_out, d_in), float64."""

@@ -1,10 +1,10 @@
 """Debiasing by Unified Concept Editing: pictures of a phrase shall show each attribute as often as wished.
 
 One epoch is one round. The target of a phrase is its own output and α_a times that of every attribute a; at the end of
-an epoch ``UCEEdit`` solves with them, from the pretrained weights. Then pictures of the phrases are drawn and judged,
-and the next round moves α by what is missing. It ends when all shares are near enough.
+an epoch the recipe's ``edit`` solves with them, from the pretrained weights. Then pictures of the phrases are drawn and
+judged, and the next round moves α by what is missing. It ends when all shares are near enough.
 
-    epoch   α ← α + step (wished − measured)  ──►  UCEEdit: v*, solve, write  ──►  pictures  ──►  measured
+    epoch   α ← α + step (wished − measured)  ──►  v*, solve, write  ──►  pictures  ──►  measured
 """
 
 from __future__ import annotations

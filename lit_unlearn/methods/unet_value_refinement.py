@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.solvers import Retained
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import call_order
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.base import ConceptEditor
-from lit_unlearn.methods.value_refinement import UNET_BATCH, LayerState, ValueRefinement
+from lit_unlearn.methods.shared.layer_state import LayerState
+from lit_unlearn.methods.value_refinement import UNET_BATCH, ValueRefinement
 
 WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000
 """Added to the seeds of pictures, so that they are none of the edit prompts'."""
@@ -112,7 +114,7 @@ class UNetValueRefinement(ValueRefinement):
         if self.retain_empty:
             empty = self.pipeline.encode_many([""]).states[0]
             moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
-        self.moments = dict.fromkeys(self.edited_names, (moment, count))
+        self.retained = dict.fromkeys(self.edited_names, Retained(moment, count, prompts=len(self.retain_prompts)))
 
     def watch(self) -> None:
         """Make what ``retained_outputs`` asks the UNet; the pictures are no cost of the edit."""
@@ -248,7 +250,9 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         queries = [query for each in conditions for query in self.queries(noisy, timesteps, each)]
         sums = self.summed_moments(queries, lambda query: self.inputs(self.edited_names, query))
         counts = {name: len(conditions) * len(noisy) * self.pipeline.num_places(name) for name in sums}
-        self.moments = {name: (moment, counts[name]) for name, moment in sums.items()}
+        self.retained = {
+            name: Retained(moment, counts[name], prompts=len(self.retain_prompts)) for name, moment in sums.items()
+        }
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the items, from the UNet as it is now."""

@@ -3,15 +3,14 @@
 Data flow: one epoch is one (round, layer). At its start the module gathers, from the model as it is then, the layer's
 inputs at the edit prompts (K1), and sets ``values`` (V1) to ``W K1``. During the epoch V1 stands in for the layer's
 output while the rest of the text encoder and the UNet run, and descends the error between the UNet's noise prediction
-and that for the target prompts with the pretrained text encoder. At its end a ``ClosedFormEdit`` callback writes V1
-into the weight. The second moment of the retained prompts' inputs (K0) is gathered once, before the first edit.
+and that for the target prompts with the pretrained text encoder. At its end the recipe's ``edit`` writes V1 into the
+weight. The second moment of the retained prompts' inputs (K0) is gathered once, before the first edit.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,13 +20,17 @@ from torch import Tensor, nn
 
 from lit_unlearn.core.alignment import align_tokens, positions_mask
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor, check_timesteps
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, check_timesteps
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.system.devices import for_solving
 
 Batch = TypeVar("Batch")
 
@@ -35,27 +38,8 @@ UNET_BATCH = 16
 """Latents that go through the UNet at once where many are; its inner states are large."""
 
 
-@dataclass
-class LayerState:
-    """What an edit of one layer needs; rows are samples.
-
-    Attributes:
-        name: Full name of the weight.
-        layer: The linear layer, W (d_out, d_in).
-        keys: K1, inputs at the edit prompts, (n, L, d_in).
-        initial: W K1, (n, L, d_out), where V1 starts.
-        mask: Which of the positions are edited, (n, L) bool.
-    """
-
-    name: str
-    layer: nn.Linear
-    keys: Tensor
-    initial: Tensor
-    mask: Tensor
-
-
-class ValueRefinement(ConceptEditor):
-    """Finds V1 for one text-encoder layer after the other; a ``ClosedFormEdit`` callback applies the edits.
+class ValueRefinement(ClosedFormMethod):
+    """Finds V1 for one text-encoder layer after the other; the recipe's ``edit`` writes it.
 
     Args:
         rounds: How often every layer is edited; the paper edits each layer ten times and finds one reasonable.
@@ -124,7 +108,7 @@ class ValueRefinement(ConceptEditor):
         self.state: LayerState | None = None
         self.errors: list[Tensor] = []  # of this layer's steps
         self.progress = {"prepared": -1, "applied": 0}  # the epoch that V1 belongs to; how many edits are written
-        self.moments: dict[str, tuple[Tensor, int]] = {}
+        self.retained: dict[str, Retained] = {}
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
@@ -182,8 +166,7 @@ class ValueRefinement(ConceptEditor):
         """Set the length of the run and compute what the frozen model must provide."""
         super().on_fit_start()
         self.trainer.fit_loop.max_epochs = self.rounds * self.epochs_per_round
-        text = self.pipeline.text
-        eos = text.eos
+        text, eos = self.pipeline.text, self.pipeline.text.eos
         self.edit_ids = text.tokenize(self.edit_prompts)
         target_ids = text.tokenize(self.target_prompts)
         self.mask = positions_mask(self.edit_ids, eos, self.positions).to(self.device)
@@ -218,7 +201,7 @@ class ValueRefinement(ConceptEditor):
             return captured
 
         sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
-        self.moments = {name: (moment, ids.numel()) for name, moment in sums.items()}
+        self.retained = {name: Retained(moment, ids.numel(), prompts=len(ids)) for name, moment in sums.items()}
 
     def summed_moments(
         self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]
@@ -298,10 +281,44 @@ class ValueRefinement(ConceptEditor):
         weight = self.layers[name].weight.float()
         return LayerState(name, self.layers[name], keys, keys @ weight.mT, self.mask)
 
+    # --- what the end of an epoch writes
+
+    def written_epochs(self) -> int:
+        """How many edits have been written."""
+        return self.progress["applied"]
+
+    def before_writes(self) -> None:
+        """Remember what the retained prompts' outputs are without the edit."""
+        with self.pretrained.restored():
+            self.unmoved = self.retained_outputs()
+
     def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
-        """What the end of ``epoch`` writes: a layer and its V1 (n, L, d_out); a next one comes after the write."""
+        """A layer and its V1 (n, L, d_out) that the end of ``epoch`` writes; a next one comes after the write."""
         state = self.state or self.prepare_layer(epoch)
         yield state, self.values_of(state)
+
+    def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
+        """Each of ``edits`` by itself."""
+        for state, values in self.edits(epoch):
+            weight = state.layer.weight.detach()
+            keys, wished = for_solving(state.keys[state.mask]), for_solving(values[state.mask])
+            retained = self.retained[state.name]
+            yield [Write(state.name, for_solving(weight).clone(), weight.dtype, keys, wished, retained)]
+
+    def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
+        """Also the round, and the error of the descent where there was one."""
+        errors = {"first_error": float(self.errors[0]), "last_error": float(self.errors[-1])} if self.errors else {}
+        return {"round": epoch // self.epochs_per_round + 1, **report, **errors}
+
+    def after_writes(self, epoch: int, is_last: bool) -> None:
+        """Note how far the edit has come; at the end, what it has done to the retained prompts."""
+        self.state = None
+        self.progress["applied"] = epoch + 1
+        if is_last:  # before the last checkpoint, which holds the report
+            self.report["retained_state_drift"] = self.retained_drift(self.unmoved)
+            super().after_writes(epoch, is_last)
+
+    # --- one (round, layer), continued
 
     def values_of(self, state: LayerState, items: Tensor | slice = slice(None)) -> Tensor:
         """The part of ``values`` that is V1 (n, L, d_out) of the layer of ``state``, at ``items`` of the pairs."""
@@ -381,11 +398,3 @@ class ValueRefinement(ConceptEditor):
             noise.append(torch.randn(self.latents.shape[2:], generator=generator))
         clean = torch.stack(latents)
         return clean, torch.stack(noise).to(clean), torch.stack(timesteps).to(self.device)
-
-
-def per_item(rows: Tensor, mask: Tensor) -> Tensor:
-    """Mean over items of the means over their masked positions; ``rows`` and ``mask`` are (B, L).
-
-    An item counts for the same however many positions it has, so that processes can share a batch.
-    """
-    return ((rows * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()

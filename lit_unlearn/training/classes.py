@@ -11,13 +11,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from lit_unlearn import callbacks, data, emoji, methods
+from lit_unlearn.core import refined_null_space as refined_null_space  # its solver is found by its name
+from lit_unlearn.core.solvers import Solver
 from lit_unlearn.training.advice import keep_advice_quiet
 
 
 def known_classes() -> dict[str, type]:
     """Classes that a recipe may name without their module, by name."""
     found: dict[str, type] = {}
-    bases: list[type] = [L.LightningModule, L.LightningDataModule, Callback, Logger]
+    bases: list[type] = [L.LightningModule, L.LightningDataModule, Callback, Logger, Solver]
     while bases:
         cls = bases.pop()
         bases += cls.__subclasses__()

@@ -18,11 +18,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.callbacks.memorisation import MemorisationReport
 from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
 from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.core.solvers import Solver
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
@@ -31,7 +33,7 @@ from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor, chec
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
 from lit_unlearn.system.names import check_path, joint_name
-from lit_unlearn.training.checks import check_that_it_edits
+from lit_unlearn.training.checks import check_edit, check_that_it_edits
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.recipes import check_method, utf8_recipes
@@ -43,16 +45,8 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 5,
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
-FROM_COMMAND_LINE = {
-    "concept",
-    "concept_set",
-    "model",
-    "revision",
-    "judge",
-    "copy_quantile",
-    "num_inference_steps",
-    "guidance_scale",
-}
+FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "judge", "copy_quantile"}
+FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
 
 LINKED = {
@@ -129,6 +123,12 @@ class UnlearnCLI(LightningCLI):
             "--fresh", action="store_true", help="Start a new fit, though the same command was interrupted before."
         )
         parser.add_argument("--once", action="store_true", help="Do nothing if the same command has finished before.")
+        parser.add_subclass_arguments(
+            Solver,
+            "edit",
+            required=False,
+            help="The closed form that writes what the method wishes for, with its settings.",
+        )
         parser.link_arguments("concept", "model.init_args.concept")
         parser.link_arguments("concept", "data.init_args.concept")
         parser.link_arguments("model.init_args.concept_set", "data.init_args.concept_set")
@@ -170,6 +170,8 @@ class UnlearnCLI(LightningCLI):
                     load_checkpoint(config.ckpt_path)
                 super()._parse_ckpt_path()
             return
+        if subcommand == "fit":
+            check_edit(kind, config.edit, config.trainer.callbacks)
         if issubclass(kind, ConceptEditor) and arguments.concept is None:
             raise UserError(f"{subcommand}: name the concept to edit, e.g. --concept dog.")
         with user_errors():
@@ -193,9 +195,10 @@ class UnlearnCLI(LightningCLI):
         if subcommand == "fit":
             return  # resumed as the command line says; Lightning restores the state
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
-        model = {"class_path": config.model.class_path, "init_args": kept}
+        solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None
+        made = {"model": {"class_path": config.model.class_path, "init_args": kept}, "edit": solver}
         try:
-            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+            self.config = self.parser.parse_object({subcommand: made}, self.config)
         except ArgumentError as error:
             raise UserError(
                 f"{edit.path} was made by another version: {self._parse_error(str(error), subcommand)}"
@@ -289,6 +292,9 @@ class UnlearnCLI(LightningCLI):
             kwargs["default_root_dir"] = root / name
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
+        if self.subcommand == "fit" and (solver := self._get(self.config_init, "edit")) is not None:
+            given.insert(0, ClosedFormEdit(solver))  # others look at the edited model
+            kwargs["callbacks"] = given
         if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
             # At the end of an epoch, after the edit; validation comes before it.
             last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)

@@ -15,6 +15,18 @@ MAX_BYTES, MAX_NODES = 1_000_000, 100_000
 """Largest recipe that is read, and the most values that it may stand for once its aliases are written out."""
 
 
+OLD_CALLBACKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "NullSpaceEdit": ("NullSpace", ()),
+    "LeastSquaresEdit": ("LeastSquares", ()),
+    "UCEEdit": ("RidgeMap", ("erase_scale", "preserve_scale", "lamb")),
+    "SPEEDEdit": (
+        "RefinedNullSpace",
+        ("threshold", "rule", "minimum", "retain_scale", "lamb", "filter", "augment"),
+    ),
+}
+"""Callbacks of earlier versions: the solver that does their work, and the method's arguments that are now its own."""
+
+
 def recipe_folders() -> list[Path]:
     """Folders that hold recipes, the first to be searched first: ``configs`` here, then what ships with the package."""
     package = Path(str(files("lit_unlearn")))
@@ -50,21 +62,25 @@ def find_recipe(name: str) -> Path:
 
 
 def resolve_recipes(args: Sequence[str]) -> list[str]:
-    """Return the arguments with the value of every ``--config`` replaced by the path of its recipe.
+    """Return the arguments with the recipes first, each ``--config`` with the path of its file.
+
+    Options then win over recipes wherever they stand, and may set what only a recipe has, such as ``--edit.ridge``.
 
     Raises:
         UserError: A recipe is missing.
     """
-    resolved: list[str] = []
-    for arg in args:
+    recipes: list[str] = []
+    options: list[str] = []
+    left = iter(args[1:])
+    for arg in left:
         joined = re.fullmatch(r"(--config|-c)=(.*)", arg, flags=re.DOTALL)
-        if resolved and resolved[-1] in ("--config", "-c"):
-            resolved.append(str(find_recipe(arg)))
-        elif joined:
-            resolved.append(f"{joined[1]}={find_recipe(joined[2])}")
+        if joined:
+            recipes.append(f"{joined[1]}={find_recipe(joined[2])}")
+        elif arg in ("--config", "-c") and (name := next(left, None)) is not None:
+            recipes += [arg, str(find_recipe(name))]
         else:
-            resolved.append(arg)
-    return resolved
+            options.append(arg)
+    return [*args[:1], *recipes, *options]
 
 
 @contextmanager
@@ -132,3 +148,27 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"The recipe {path} stands for more than {MAX_NODES:,} values by its aliases: write them out.")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"The recipe {path} holds no keys such as 'model' and 'data': is it the right file?")
+    _refuse_old_callbacks(path, content.decode())
+
+
+def _refuse_old_callbacks(path: Path, text: str) -> None:
+    """Say the new form of a recipe of an earlier version, in which callbacks were closed forms."""
+    import yaml
+
+    if not any(old in text for old in OLD_CALLBACKS):
+        return
+    content = yaml.safe_load(text)
+    trainer, model = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ("trainer", "model"))
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        name = str(callback.get("class_path") if isinstance(callback, dict) else callback).rpartition(".")[2]
+        if name in OLD_CALLBACKS:
+            solver, moved = OLD_CALLBACKS[name]
+            given = dict(callback.get("init_args") or {}) if isinstance(callback, dict) else {}
+            given |= {k: v for k, v in (model.get("init_args") or {}).items() if k in moved}
+            new = yaml.safe_dump({"class_path": solver, "init_args": given}, default_flow_style=True, width=10_000)
+            from_model = f", and {', '.join(moved)} out of model" if moved else ""
+            raise UserError(
+                f"The recipe {path} is of an earlier version: take {name} out of trainer.callbacks{from_model}, "
+                f"and write `edit: {new.strip()}` instead."
+            )

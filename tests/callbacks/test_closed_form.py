@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +11,35 @@ import yaml
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import LAYERS
-from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
-from lit_unlearn.core.null_space import EmptyNullSpaceError
+from helpers import LAYERS, by_least_squares, by_null_space
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
+from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
+from lit_unlearn.core.solvers import NullSpace, Retained, Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.base import ConceptEditor
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 
 
-class Nudge(ClosedFormEdit):
+class Nudge(Solver):
     """Adds a small fixed matrix to every weight and keeps what it was given."""
 
     delta = torch.linspace(-0.01, 0.01, 32, dtype=torch.float64).unsqueeze(1).expand(32, 128)
 
     def __init__(self) -> None:
-        self.solved: list[tuple[str, Tensor, Tensor]] = []
-        self.described: list[tuple[Tensor, Tensor]] = []
+        self.given: list[Write] = []
 
-    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        self.solved.append((state.name, keys, values))
-        return self.delta
-
-    def describe(
-        self, module: ValueRefinement, state: LayerState, keys: Tensor, delta: Tensor, weight: Tensor
-    ) -> dict[str, float]:
-        self.described.append((delta, weight))
-        return {"largest": float(delta.abs().max())}
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        self.given += writes
+        return [Solved(self.delta, {"largest": float(write.rounded(self.delta).abs().max())}) for write in writes]
 
 
-def exact_null_space(**arguments: Any) -> NullSpaceEdit:
+def exact_null_space(**arguments: Any) -> ClosedFormEdit:
     """Directions in which the retained prompts of ``pets`` have no key at all; small keys ask for a small ridge."""
-    return NullSpaceEdit(**{"threshold": 1e-8, "rule": "max", "ridge": 1e-3, **arguments})
+    return by_null_space(**{"threshold": 1e-8, "rule": "max", "ridge": 1e-3, **arguments})
 
 
 def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
@@ -56,6 +50,12 @@ def retained(module: ValueRefinement) -> tuple[Tensor, list[Tensor]]:
     return states, [keys[name] for name in LAYERS]
 
 
+def spaces_of(edit: ClosedFormEdit) -> dict[Retained, NullSpaceBasis]:
+    """The null spaces that the solver of ``edit`` has found."""
+    assert isinstance(edit.solver, NullSpace)
+    return edit.solver.null_spaces
+
+
 def relative(changed: Tensor, original: Tensor) -> float:
     return float((changed.double() - original.double()).norm() / original.double().norm())
 
@@ -64,42 +64,45 @@ def relative(changed: Tensor, original: Tensor) -> float:
 
 
 def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit) -> None:
-    module, edit = refinement(rounds=2, positions="content"), Nudge()
-    trainer = fit(module, edit)
-    assert [name for name, _, _ in edit.solved] == LAYERS * 2
+    module, solver = refinement(rounds=2, positions="content"), Nudge()
+    trainer = fit(module, ClosedFormEdit(solver))
+    assert [write.name for write in solver.given] == LAYERS * 2
     # "a dog" and "the dog at sunset" have six tokens between BOS and EOS.
-    assert all((keys.shape, values.shape) == ((6, 128), (6, 32)) for _, keys, values in edit.solved)
-    assert all(tensor.dtype == torch.float64 for _, *tensors in edit.solved for tensor in tensors)
+    assert all((write.keys.shape, write.values.shape) == ((6, 128), (6, 32)) for write in solver.given)
+    tensors = [tensor for write in solver.given for tensor in (write.weight, write.keys, write.values)]
+    assert all(tensor.dtype == torch.float64 for tensor in tensors)
+    assert all(write.retained is module.retained[write.name] for write in solver.given)
     for name in LAYERS:
         # Float32 weights of order 1, nudged twice.
         now, before = module.pipeline.named_parameters()[name], module.pretrained.values[name]
-        assert_close(now, before + 2 * edit.delta.float(), rtol=0, atol=1e-5)
+        assert_close(now, before + 2 * solver.delta.float(), rtol=0, atol=1e-5)
     assert {"edit/largest"} <= set(trainer.callback_metrics)
 
 
 def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: Fit) -> None:
-    module, edit, losses = refinement(rounds=2), Nudge(), []
+    module, solver, losses = refinement(rounds=2), Nudge(), []
 
     class Losses(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"].item())
 
-    fit(module, edit, Losses(), steps=3)
+    fit(module, ClosedFormEdit(solver), Losses(), steps=3)
     assert set(module.report["layers"]) == set(LAYERS)
     for place, name in enumerate(LAYERS):
-        delta, weight = edit.described[2 + place]
+        write = solver.given[2 + place]
+        delta, weight = write.rounded(solver.delta), write.weight
         now = module.pipeline.named_parameters()[name].double()
         assert torch.equal(weight + delta, now)
         # Without a pull the loss is the error. The second round begins with the seventh step.
         first, _, last = losses[6 + 3 * place : 9 + 3 * place]
         expected = {"round": 2, "largest": float(delta.abs().max()), "first_error": first, "last_error": last}
         assert module.report["layers"][name] == expected
-        assert not torch.equal(delta, edit.delta)  # float32 rounds
+        assert not torch.equal(delta, solver.delta)  # float32 rounds
 
 
 def test_drift_and_change_are_measured_on_the_model(refinement: Refinement, fit: Fit) -> None:
     module = refinement()
-    fit(module, Nudge())
+    fit(module, ClosedFormEdit(Nudge()))
     edited, _ = retained(module)
     with module.pretrained.restored():
         original, _ = retained(module)
@@ -108,7 +111,7 @@ def test_drift_and_change_are_measured_on_the_model(refinement: Refinement, fit:
     assert module.report["weight_change_ratio"] == module.pretrained.change_ratio() > 1e-3
 
 
-@pytest.mark.parametrize("edit", [NullSpaceEdit(), LeastSquaresEdit()])
+@pytest.mark.parametrize("edit", [by_null_space(), by_least_squares()])
 def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer_with: Fit, pets: str) -> None:
     class Plain(L.LightningModule):
         def training_step(self, batch: Any, batch_idx: int) -> None: ...
@@ -118,7 +121,7 @@ def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer
         def configure_model(self) -> None:
             pytest.fail("loaded")
 
-    problem = f"{type(edit).__name__} writes what ValueRefinement has refined, but the module is Plain"
+    problem = "ClosedFormEdit writes what a method has found in closed form, but the module is Plain"
     with pytest.raises(ValueError, match=problem):
         trainer_with(edit, max_epochs=1).fit(Plain(), torch.utils.data.DataLoader([1]))
 
@@ -127,7 +130,7 @@ def test_a_null_space_of_dimension_zero_is_refused_before_the_first_step(refinem
     # The 285 retained prompts of emoji20 use all 128 directions.
     module = refinement(concept_set="emoji20")
     with pytest.raises(EmptyNullSpaceError, match=r"threshold=1e-14 asks for .* Quantiles of the spectrum"):
-        fit(module, NullSpaceEdit(threshold=1e-14, rule="max"), steps=1)
+        fit(module, by_null_space(threshold=1e-14, rule="max"), steps=1)
     assert module.progress == {"prepared": -1, "applied": 0}
     assert module.pretrained.change_ratio() == 0
 
@@ -144,7 +147,7 @@ def test_retained_prompts_keep_their_states(refinement: Refinement, fit: Fit) ->
             return module, relative(states, retained(module)[0])
 
     constrained, drift = edited(exact_null_space())
-    unconstrained, drift_without = edited(LeastSquaresEdit(ridge=1e-3))
+    unconstrained, drift_without = edited(by_least_squares(ridge=1e-3))
     assert constrained.report["weight_change_ratio"] > 1e-2
     # K0 Delta is zero up to the rounding of the float32 weights, 6e-8, and what a layer norm makes of it.
     assert drift < 1e-5
@@ -185,7 +188,7 @@ def test_an_edit_leaves_the_retained_keys_of_later_layers(refinement: Refinement
     drift = keys_drift(exact_null_space())
     # The leak of float32 weights once more, through one more block; so P of the unedited model serves all rounds.
     assert drift < 1e-5
-    assert keys_drift(LeastSquaresEdit(ridge=1e-3)) > 100 * drift
+    assert keys_drift(by_least_squares(ridge=1e-3)) > 100 * drift
 
 
 def test_the_null_space_is_that_of_the_unedited_model(refinement: Refinement, fit: Fit) -> None:
@@ -194,7 +197,7 @@ def test_the_null_space_is_that_of_the_unedited_model(refinement: Refinement, fi
     with module.pretrained.restored():
         _, keys = retained(module)
     for name, K0 in zip(LAYERS, keys, strict=True):
-        space = edit.null_spaces[name]
+        space = spaces_of(edit)[module.retained[name]]
         K0 = K0.flatten(0, 1).double()
         # Eigenvalues below 1e-8 of the largest are singular values below 1e-4 of the largest.
         assert (K0 @ space.basis).norm() < 1e-4 * K0.norm()
@@ -215,14 +218,14 @@ def test_the_rule_decides_the_dimension(
     module, edit = refinement(), exact_null_space(**arguments)
     fit(module, edit)
     for name in LAYERS:
-        found = edit.null_spaces[name].dimension
+        found = spaces_of(edit)[module.retained[name]].dimension
         assert found == module.report["layers"][name]["null_space_dimension"]
         assert found >= dimension if arguments["rule"] == "max" else found == dimension
 
 
 def test_the_unedited_methods_of_the_base_are_no_edit(tiny_sd: object, pets: str) -> None:
     with pytest.raises(ValueError, match="the module is ConceptEditor"):
-        NullSpaceEdit().setup(
+        by_null_space().setup(
             L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit"
         )
 
@@ -268,18 +271,18 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
     # Float32 weights and layer norms, as for any retained prompt.
     assert relative(dog(second), written) < 1e-4
     unconstrained = refinement(**arguments)
-    fit(unconstrained, LeastSquaresEdit(ridge=1e-3, retain_weight=0.0), steps=1)
+    fit(unconstrained, by_least_squares(ridge=1e-3, retain_weight=0.0), steps=1)
     assert relative(dog(unconstrained), written) > 1e-2
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"ridge": -1.0}, r"LeastSquaresEdit\.ridge=-1\.0 must be zero or larger"),
-        ({"retain_weight": float("nan")}, r"LeastSquaresEdit\.retain_weight=nan must be zero or larger"),
-        ({"moment": "median"}, r"LeastSquaresEdit\.moment='median' is unknown: choose sum or mean"),
+        ({"ridge": -1.0}, r"edit\.ridge=-1\.0 must be zero or larger"),
+        ({"retain_weight": float("nan")}, r"edit\.retain_weight=nan must be zero or larger"),
+        ({"moment": "median"}, r"edit\.moment='median' is unknown: choose sum or mean"),
     ],
 )
 def test_wrong_weights_are_refused(arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        LeastSquaresEdit(**arguments)
+        by_least_squares(**arguments)

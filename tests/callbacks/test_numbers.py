@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import LAYERS, hook
-from lit_unlearn.callbacks.closed_form import LeastSquaresEdit, NullSpaceEdit
+from helpers import LAYERS, by_least_squares, by_null_space, by_refined_null_space, by_ridge_map, hook
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError, write_finite
-from lit_unlearn.callbacks.speed import SPEEDEdit
-from lit_unlearn.callbacks.uce import UCEEdit
+from lit_unlearn.core.solvers import LeastSquares, Solved, Write
 from lit_unlearn.methods.speed import SPEED
 from lit_unlearn.methods.uce import UCE
 from lit_unlearn.methods.value_refinement import ValueRefinement
@@ -171,8 +171,8 @@ def conditions(module: Any) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("make", "remedy"),
     [
-        (lambda: NullSpaceEdit(threshold=1e-8, rule="max", ridge=1e-11), "raise NullSpaceEdit.ridge"),
-        (lambda: LeastSquaresEdit(ridge=1e-9), "raise LeastSquaresEdit.ridge"),
+        (lambda: by_null_space(threshold=1e-8, rule="max", ridge=1e-11), "raise edit.ridge"),
+        (lambda: by_least_squares(ridge=1e-9), "raise edit.ridge"),
     ],
 )
 def test_the_worst_layer_of_the_text_encoder_is_named(
@@ -194,24 +194,24 @@ def test_the_worst_layer_of_the_text_encoder_is_named(
 
 def test_a_large_enough_ridge_is_not_warned_of(refinement: Callable[..., Any], fit: Callable[..., Any]) -> None:
     module = refinement(values="target")
-    fit(module, LeastSquaresEdit(ridge=1.0), CheckNumbers(None), steps=1)  # a warning would be an error
+    fit(module, by_least_squares(ridge=1.0), CheckNumbers(None), steps=1)  # a warning would be an error
     assert all(1 < number < 1e9 for number in conditions(module).values())
     # Also if the callbacks stand the other way round, which sees the last layer only at the end.
     module = refinement(values="target")
     with pytest.warns(UserWarning, match="condition number") as caught:
-        fit(module, CheckNumbers(None, 2.0), LeastSquaresEdit(ridge=1.0), steps=1)
+        fit(module, CheckNumbers(None, 2.0), by_least_squares(ridge=1.0), steps=1)
     names = [str(w.message).split(":")[0] for w in caught if "condition number" in str(w.message)]
     assert names == LAYERS
-    fit(refinement(values="target"), LeastSquaresEdit(ridge=1e-9), CheckNumbers(None, None), steps=1)
+    fit(refinement(values="target"), by_least_squares(ridge=1e-9), CheckNumbers(None, None), steps=1)
 
 
 def test_uce_and_speed_name_the_worst_and_how_many_more(tiny_sd: Path, pets: str, fit: Callable[..., Any]) -> None:
     for module, edit, remedy in (
-        (UCE(concept="dog", concept_set=pets, model=str(tiny_sd), lamb=1e-9), UCEEdit(), "raise model.lamb"),
+        (UCE(concept="dog", concept_set=pets, model=str(tiny_sd)), by_ridge_map(lamb=1e-9), "raise edit.lamb"),
         (
-            SPEED(concept="dog", concept_set=pets, model=str(tiny_sd), retain_scale=1e-10, threshold=1e-6),
-            SPEEDEdit(),
-            "raise model.retain_scale",
+            SPEED(concept="dog", concept_set=pets, model=str(tiny_sd)),
+            by_refined_null_space(retain_scale=1e-10, threshold=1e-6),
+            "raise edit.retain_scale",
         ),
     ):
         with pytest.warns(UserWarning, match="condition number") as caught:
@@ -230,27 +230,28 @@ def test_what_cannot_be_solved_is_said_with_its_layer(
 ) -> None:
     module = refinement(values="target")
     with pytest.raises(NumericalError, match=rf"{LAYERS[0]}: The 128 x 128 system is singular with ridge=0: .* larger"):
-        fit(module, LeastSquaresEdit(ridge=0.0), steps=1)
+        fit(module, by_least_squares(ridge=0.0), steps=1)
     before = module.pretrained.values[LAYERS[0]]
     assert torch.equal(module.pipeline.named_parameters()[LAYERS[0]], before)
-    expected = "The cross-attention: The 32 x 32 system is singular with ridge=1e-18: .* The ridge is model.lamb"
+    expected = "The cross-attention: The 32 x 32 system is singular with ridge=1e-18: .* The ridge is edit.lamb"
     with pytest.raises(NumericalError, match=expected):
-        fit(UCE(concept="dog", concept_set=pets, model=str(tiny_sd), lamb=1e-18, preserve=None), UCEEdit())
+        fit(UCE(concept="dog", concept_set=pets, model=str(tiny_sd), preserve=None), by_ridge_map(lamb=1e-18))
     with pytest.raises(NumericalError, match=r"to_v.weight: The \d+ x \d+ system is singular with retain_scale=1e-300"):
         fit(
-            SPEED(concept="dog", concept_set=pets, model=str(tiny_sd), retain_scale=1e-300, threshold=1e-6), SPEEDEdit()
+            SPEED(concept="dog", concept_set=pets, model=str(tiny_sd)),
+            by_refined_null_space(retain_scale=1e-300, threshold=1e-6),
         )
 
 
 def test_keys_that_are_not_finite_are_said_with_their_layer(
     refinement: Callable[..., Any], fit: Callable[..., Any]
 ) -> None:
-    class Broken(LeastSquaresEdit):
-        def solve(self, module: ValueRefinement, state: Any, keys: Tensor, values: Tensor) -> Tensor:
-            return super().solve(module, state, keys.clone().fill_(torch.nan), values)
+    class Broken(LeastSquares):
+        def solve(self, writes: Sequence[Write]) -> list[Solved]:
+            return super().solve([replace(write, keys=write.keys * torch.nan) for write in writes])
 
     with pytest.raises(NumericalError, match=rf"{LAYERS[0]}: keys holds \d+ values that are not finite"):
-        fit(refinement(values="target"), Broken(ridge=1.0), steps=1)
+        fit(refinement(values="target"), ClosedFormEdit(Broken(ridge=1.0)), steps=1)
 
 
 def test_an_edit_that_the_type_of_the_weight_cannot_hold_is_not_written() -> None:

@@ -35,11 +35,9 @@ def recipe(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "NullSpaceEdit", "init_args": {"threshold": 0.1, "minimum": 4}},
-                {"class_path": "EvaluationReport"},
-            ],
+            "callbacks": [{"class_path": "EvaluationReport"}],
         },
+        "edit": {"class_path": "NullSpace", "init_args": {"threshold": 0.1, "minimum": 4}},
         "model": {
             "class_path": "ValueRefinement",
             "init_args": {

@@ -66,8 +66,10 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
             ["--model", "ValueRefinment"],
             "model: there is no class or file 'ValueRefinment' (closest: ValueRefinement).",
         ),
-        (["--data", "NullSpaceEdit"], "data: NullSpaceEdit is not of the kind that belongs here."),
-        (["--trainer.callbacks+=NulSpaceEdit"], "trainer.callbacks: there is no class or file 'NulSpaceEdit'"),
+        (["--data", "ClosedFormEdit"], "data: ClosedFormEdit is not of the kind that belongs here."),
+        (["--edit", "NulSpace"], "edit: there is no class or file 'NulSpace' (closest: NullSpace)."),
+        (["--edit.treshold", "1"], "edit: NullSpace has no option 'treshold' (closest: threshold)."),
+        (["--trainer.callbacks+=JudgCurve"], "trainer.callbacks: there is no class or file 'JudgCurve'"),
         (["--model.concept_set", "emoji21"], "There is no concept set 'emoji21'; the package has: emoji20, paper20."),
         (["--model.edited_parameters", "xyz"], "edited_parameters='xyz' selects no parameter"),
         (["--model.init_args.model", "nowhere"], "model='nowhere' is no folder and no hub id"),
@@ -143,7 +145,7 @@ def test_a_checkpoint_of_another_base_model(
 
 
 def test_a_null_space_of_dimension_zero(workplace: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--trainer.callbacks", '[{"class_path": "NullSpaceEdit", "init_args": {"threshold": 1e-30}}]']
+    options = ["--edit.threshold", "1e-30", "--edit.minimum", "0", "--trainer.callbacks", "[]"]
     assert cli.main(["fit", "--config", str(recipe), *options]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("lit-unlearn: error: The null space is empty: rule='mean' with threshold=1e-30")

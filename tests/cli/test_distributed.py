@@ -163,7 +163,7 @@ class BreaksOne(L.Callback):
         # Fewer pairs than processes: one of them would have nothing to do.
         (["--data.init_args.batch_size", "1"], "data.batch_size=1 is less than the 2 processes"),
         (["--trainer.callbacks+=test_distributed.BreaksOne"], "The loss is nan at step 1"),
-        (["--trainer.callbacks", "[{class_path: NullSpaceEdit, init_args: {threshold: 1e-300}}]"], "is empty"),
+        (["--edit.threshold", "1e-300", "--edit.minimum", "0"], "is empty"),
     ],
 )
 def test_what_one_process_finds_stops_both(args: list[str], message: str, workplace: Path, recipe: Path) -> None:

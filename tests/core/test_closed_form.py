@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from helpers import normal
 from lit_unlearn.core.closed_form import (
-    NullSpace,
+    NullSpaceBasis,
     edit_report,
     least_squares_condition,
     least_squares_update,
@@ -41,7 +41,7 @@ def edit(num_keys: int) -> tuple[Tensor, Tensor]:
     return normal(num_keys, D_IN, seed=4), normal(num_keys, D_OUT, seed=5)
 
 
-def space() -> NullSpace:
+def space() -> NullSpaceBasis:
     return null_space(second_moment(RETAINED), 1e-10, "max")
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from helpers import normal
 from lit_unlearn.core.closed_form import (
     EmptyNullSpaceError,
-    NullSpace,
+    NullSpaceBasis,
     null_space,
     null_space_from_keys,
     second_moment,
@@ -209,6 +209,6 @@ def test_rounding_below_zero_reads_as_zero() -> None:
     space = null_space(second_moment(rank_deficient(60)), 1e-10, "max")
     assert torch.linalg.eigvalsh(second_moment(rank_deficient(60))).min() < 0  # as LAPACK returns it
     assert space.eigenvalues.min() >= 0
-    assert isinstance(space, NullSpace)
+    assert isinstance(space, NullSpaceBasis)
     with pytest.raises(AttributeError):
         space.cutoff = 0.0  # type: ignore[misc]

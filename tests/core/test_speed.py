@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from helpers import normal
 from lit_unlearn.core.matrices import SingularSystemError
-from lit_unlearn.core.null_space import NullSpace, null_space, null_space_from_keys
+from lit_unlearn.core.null_space import NullSpaceBasis, null_space, null_space_from_keys
 from lit_unlearn.core.speed import (
     augmented,
     erasing_update,
@@ -96,7 +96,7 @@ def test_retained_keys_and_invariants_stay_to_rounding() -> None:
     assert relative_output(update, WEIGHT, KEYS) > 0.1
     # Neither holds by itself.
     assert relative_output(speed_update(WEIGHT, KEYS, ANCHORS, FREE, None, 0.1), WEIGHT, INVARIANTS) > 0.01
-    everything = NullSpace(torch.eye(D_IN, dtype=torch.float64), torch.zeros(D_IN), 1.0)
+    everything = NullSpaceBasis(torch.eye(D_IN, dtype=torch.float64), torch.zeros(D_IN), 1.0)
     assert relative_output(speed_update(WEIGHT, KEYS, ANCHORS, everything, INVARIANTS), WEIGHT, RETAINED) > 0.01
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import CONFIGS, LAYERS, QUIET, Interrupted, changed, interrupt, weights
-from lit_unlearn.callbacks.closed_form import ClosedFormEdit, LeastSquaresEdit, NullSpaceEdit
+from helpers import CONFIGS, LAYERS, QUIET, Interrupted, by_least_squares, by_null_space, changed, interrupt, weights
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
+from lit_unlearn.core.solvers import Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.memit import MEMIT
-from lit_unlearn.methods.value_refinement import LayerState, ValueRefinement
+from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.training import cli as training
 
 Refinement = Callable[..., MEMIT]
@@ -43,20 +44,21 @@ class Keep(L.Callback):
         self.weights = {name: module.layers[name].weight.double().clone() for name in module.edited_names}
 
 
-class Written(ClosedFormEdit):
-    """Fulfils what is asked for as well as a weight can, and keeps what was asked."""
+class Written(Solver):
+    """Fulfils what is asked for as well as a weight can, and keeps what was asked, with the stream at that time."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: ValueRefinement) -> None:
+        self.module = module
         self.asked: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
-    def solve(self, module: ValueRefinement, state: LayerState, keys: Tensor, values: Tensor) -> Tensor:
-        weight = state.layer.weight.detach().double()
-        residual = values - keys @ weight.mT
-        self.asked.append((state.name, keys, residual, stream(module, 2)))
-        return torch.linalg.lstsq(keys, residual).solution.mT
-
-    def describe(self, *_: Any) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         return {}
+
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        (write,) = writes  # the next one is measured once this one is written
+        residual = write.values - write.keys @ write.weight.mT
+        self.asked.append((write.name, write.keys, residual, stream(self.module, 2)))
+        return [Solved(torch.linalg.lstsq(write.keys, residual).solution.mT, {})]
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def stream(module: ValueRefinement, layer: int) -> Tensor:
 def test_an_edit_solves_the_normal_equations_of_memit(memit: Refinement, fit: Fit, moment: str) -> None:
     lamb, keep = 3.0, Keep()
     module = memit(last_layer=1, values="residual")
-    fit(module, keep, LeastSquaresEdit(ridge=1e-6, retain_weight=lamb, moment=moment), steps=1)
+    fit(module, keep, by_least_squares(ridge=1e-6, retain_weight=lamb, moment=moment), steps=1)
     found = module.layers[LAYERS[0]].weight.detach().double() - keep.weights[LAYERS[0]]
     with module.pretrained.restored(), torch.no_grad(), capture_inputs(module.layers) as captured:
         keys = []
@@ -104,7 +106,7 @@ def test_mean_and_sum_differ_by_the_number_of_keys(memit: Refinement, fit: Fit) 
     modules = [memit(values="residual") for _ in range(3)]
     # Two retained prompts of 32 tokens.
     for module, (weight, moment) in zip(modules, [(1.0, "sum"), (64.0, "mean"), (64.0, "sum")], strict=True):
-        fit(module, LeastSquaresEdit(ridge=1e-3, retain_weight=weight, moment=moment), steps=1)
+        fit(module, by_least_squares(ridge=1e-3, retain_weight=weight, moment=moment), steps=1)
     one, same, other = (module.layers[LAYERS[0]].weight.detach() for module in modules)
     # Two ways to scale the same float64 matrix, then a cast.
     assert_close(one, same, rtol=0, atol=1e-6)
@@ -134,8 +136,9 @@ def test_z_is_the_stream_with_v1_in_place(memit: Refinement, fit: Fit) -> None:
 
 
 def test_each_layer_takes_its_share_of_what_is_missing_when_it_is_written(memit: Refinement, fit: Fit) -> None:
-    module, keep, written = memit(first_layer=0), Keep(), Written()
-    fit(module, keep, written, steps=3)
+    module, keep = memit(first_layer=0), Keep()
+    written = Written(module)
+    fit(module, keep, ClosedFormEdit(written), steps=3)
     assert [name for name, *_ in written.asked] == module.edited_names
     for place, (_, keys, residual, now) in enumerate(written.asked):
         share = (keep.goal - now) / (3 - place)
@@ -151,7 +154,7 @@ def test_each_layer_takes_its_share_of_what_is_missing_when_it_is_written(memit:
 def test_after_the_last_layer_the_stream_is_z(memit: Refinement, fit: Fit) -> None:
     # Without BOS, whose only key would have to give several values, 62 keys are independent in 128 dimensions.
     module, keep = memit(positions="no_bos"), Keep()
-    fit(module, keep, LeastSquaresEdit(ridge=1e-7, retain_weight=0.0), steps=4)
+    fit(module, keep, by_least_squares(ridge=1e-7, retain_weight=0.0), steps=4)
     mask = module.mask
     missing = (stream(module, 2) - keep.goal)[mask].norm()
     # Float32 weights times keys of order 1 with a nearly singular system.
@@ -269,7 +272,7 @@ def test_wrong_arguments_are_refused_before_anything_loads(
 
 def test_one_epoch_is_one_round(memit: Refinement, fit: Fit) -> None:
     module = memit(rounds=2)
-    trainer = fit(module, LeastSquaresEdit(moment="mean", retain_weight=100.0), steps=3)
+    trainer = fit(module, by_least_squares(moment="mean", retain_weight=100.0), steps=3)
     assert (trainer.current_epoch, trainer.global_step) == (2, 6)
     assert {report["round"] for report in module.report["layers"].values()} == {2}
     assert set(module.report["layers"]) == set(LAYERS)
@@ -285,10 +288,10 @@ def test_with_a_projector_it_is_alphaedit_and_retains(memit: Refinement, fit: Fi
         assert module.report["weight_change_ratio"] > 1e-2
         return module.report["retained_state_drift"]
 
-    retained = drift(NullSpaceEdit(threshold=1e-8, rule="max", ridge=1e-3))
+    retained = drift(by_null_space(threshold=1e-8, rule="max", ridge=1e-3))
     # K0 Delta is zero up to the rounding of the float32 weights, and what a layer norm makes of it.
     assert retained < 3e-5
-    assert drift(LeastSquaresEdit(ridge=1e-3)) > 100 * retained
+    assert drift(by_least_squares(ridge=1e-3)) > 100 * retained
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -304,7 +307,7 @@ def test_with_a_projector_it_is_alphaedit_and_retains(memit: Refinement, fit: Fi
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     hook: str, epoch: int, every: int | None, steps_in_checkpoint: int, memit: Refinement, fit: Fit, tmp_path: Path
 ) -> None:
-    edit = partial(LeastSquaresEdit, ridge=0.1, retain_weight=10.0, moment="mean")
+    edit = partial(by_least_squares, ridge=0.1, retain_weight=10.0, moment="mean")
     build = partial(memit, rounds=2, max_shift=0.5, positions="no_bos")
     whole, first, resumed = build(), build(), build()
     fit(whole, edit(), steps=3)

@@ -10,9 +10,9 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from helpers import CONFIGS, states
-from lit_unlearn.callbacks.speed import SPEEDEdit
+from helpers import CONFIGS, by_refined_null_space, started, states
 from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.core.solvers import Retained
 from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.speed import SPEED
@@ -33,9 +33,10 @@ def speed(tiny_sd: Path, pets: str) -> Build:
     return build
 
 
-def loaded(module: SPEED) -> SPEED:
-    module.configure_model()
-    return module
+def kept(module: SPEED) -> Retained:
+    """What all layers of ``module`` retain."""
+    (own,) = set(module.retained.values())
+    return own
 
 
 # --- which texts
@@ -89,44 +90,45 @@ def test_every_name_counts_but_those_that_name_an_edited_concept(speed: Build) -
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
 def test_keys_are_states_of_the_last_token_of_the_name(
-    model: str, speed: Build, request: pytest.FixtureRequest
+    model: str, speed: Build, fit: Fit, request: pytest.FixtureRequest
 ) -> None:
-    module = loaded(speed(model=str(request.getfixturevalue(model)), concept="cat", retain=["the soccer ball"]))
+    path = str(request.getfixturevalue(model))
+    module = started(speed(model=path, concept="cat", retain=["the soccer ball"]), fit)
     ids = tokenize(module.pipeline.tokenizer, ["the soccer ball"])[0].tolist()
     assert ids[4] == module.pipeline.tokenizer.eos_token_id
-    keys = module.keys()
-    assert torch.equal(keys.edited, states(module, "cat").double()[:, 1])
-    assert torch.equal(keys.anchors, states(module, "parrot").double()[:, 1])
-    assert_close(
-        keys.retained,
-        torch.cat([states(module, "dog").double()[:, 1], states(module, "the soccer ball").double()[:, 3]]),
-    )
-    assert keys.num_texts == 1
-    assert keys.edited.dtype == torch.float64
+    assert torch.equal(module.keys, states(module, "cat").double()[:, 1])
+    assert torch.equal(module.anchors, states(module, "parrot").double()[:, 1])
+    rows = torch.cat([states(module, "dog").double()[:, 1], states(module, "the soccer ball").double()[:, 3]])
+    assert_close(kept(module).keys, rows)
+    assert_close(kept(module).moment, rows.mT @ rows)
+    assert (kept(module).count, kept(module).prompts) == (2, 2)
+    (writes,) = module.writes(0)
+    assert {write.texts for write in writes} == {1}
+    assert module.keys.dtype == torch.float64
 
 
-def test_the_empty_anchor_is_the_start_of_text(speed: Build) -> None:
-    module = loaded(speed(towards="empty"))
-    assert torch.equal(module.keys().anchors, states(module, "").double()[:, 0])
+def test_the_empty_anchor_is_the_start_of_text(speed: Build, fit: Fit) -> None:
+    module = started(speed(towards="empty"), fit)
+    assert torch.equal(module.anchors, states(module, "").double()[:, 0])
 
 
-def test_all_tokens_are_aligned_with_the_anchors(speed: Build) -> None:
-    module = loaded(speed(prompts="edit_prompts", tokens="all"))
-    keys = module.keys()
-    assert_close(keys.edited, states(module, *module.edited_texts).double()[:, 1:].flatten(0, 1))
+def test_all_tokens_are_aligned_with_the_anchors(speed: Build, fit: Fit) -> None:
+    module = started(speed(prompts="edit_prompts", tokens="all"), fit)
+    assert_close(module.keys, states(module, *module.edited_texts).double()[:, 1:].flatten(0, 1))
     # "dog" takes "ball", the last of its anchor's two tokens, and all behind it shifts by one.
     places = [1, 3, *range(4, LENGTH), LENGTH - 1]
-    assert_close(keys.anchors, states(module, *module.anchor_texts).double()[:, places].flatten(0, 1))
-    assert_close(keys.retained, states(module, *module.retained_texts).double()[:, 1:].flatten(0, 1))
-    assert keys.num_texts == 2
+    assert_close(module.anchors, states(module, *module.anchor_texts).double()[:, places].flatten(0, 1))
+    assert_close(kept(module).keys, states(module, *module.retained_texts).double()[:, 1:].flatten(0, 1))
+    (writes,) = module.writes(0)
+    assert {write.texts for write in writes} == {2}
 
 
 @pytest.mark.parametrize(("invariants", "count"), [(None, None), (0, 1), (3, 4)])
 def test_invariants_are_start_of_text_and_centres_of_the_padding(
-    invariants: int | None, count: int | None, speed: Build
+    invariants: int | None, count: int | None, speed: Build, fit: Fit
 ) -> None:
-    module = loaded(speed(invariants=invariants))
-    rows = module.keys().invariants
+    module = started(speed(invariants=invariants), fit)
+    rows = kept(module).invariants
     if rows is None:
         assert count is None
         return
@@ -146,13 +148,7 @@ def test_invariants_are_start_of_text_and_centres_of_the_padding(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": 0.0}, r"model\.threshold=0\.0 must be a positive number"),
-        ({"retain_scale": 0.0}, r"model\.retain_scale=0\.0 must be a positive number"),
-        ({"lamb": -1.0}, r"model\.lamb=-1\.0 must be zero or a positive number"),
-        ({"lamb": float("nan")}, r"model\.lamb=nan must be zero"),
-        ({"augment": -1}, r"model\.augment=-1 must be zero or larger"),
         ({"invariants": -1}, r"model\.invariants=-1 must be zero or larger"),
-        ({"minimum": -1}, r"model\.minimum=-1 must be zero or larger"),
         ({"retain": ["a cat", "my Dog"]}, r"model\.retain has 'my Dog', which names the edited concept dog \('Dog'\)"),
         ({"concept": ["dog", "cat"]}, r"concept=dog, cat leaves no text of pets to retain: .* model\.retain"),
         ({"edited_parameters": "selfattn"}, r"edits only weights of attn2\.to_k and attn2\.to_v"),
@@ -169,12 +165,12 @@ def test_bad_input_is_refused_before_anything_is_loaded(
 
 def test_a_threshold_that_frees_nothing_leaves_the_weights_alone(speed: Build, fit: Fit) -> None:
     # 285 edit prompts at 31 positions use all 32 inputs but the sum, which the encoder's last norm makes zero.
-    module = speed(concept_set="emoji20", prompts="edit_prompts", tokens="all", filter=False, augment=0, threshold=1e-9)
+    module = speed(concept_set="emoji20", prompts="edit_prompts", tokens="all")
     module.configure_model()
     with torch.no_grad():
         module.text_encoder.final_layer_norm.bias.copy_(torch.linspace(-1, 2, 32).square())
     with pytest.raises(EmptyNullSpaceError, match=r"rule='absolute' with threshold=1e-09"):
-        fit(module, SPEEDEdit())
+        fit(module, by_refined_null_space(filter=False, augment=0, threshold=1e-9))
     assert module.pretrained.change_ratio() == 0
 
 
@@ -185,14 +181,15 @@ def test_a_threshold_that_frees_nothing_leaves_the_weights_alone(speed: Build, f
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "emoji-sd"])
 def test_a_recipe_edits_values_only(name: str, model: str, fit: Fit, request: pytest.FixtureRequest) -> None:
     recipe = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
-    arguments = recipe["model"]["init_args"]
+    arguments, settings = recipe["model"]["init_args"], recipe["edit"]["init_args"]
+    assert recipe["edit"]["class_path"] == "RefinedNullSpace"
     if model == "emoji-sd":
         module = SPEED(concept="dog", **arguments)
     else:
         # A random encoder of 32 states has no null space of 200 prompts, so its size is given.
-        few = {"model": str(request.getfixturevalue(model)), "threshold": 1e-12, "minimum": 8}
-        module = SPEED(concept="dog", **{**arguments, **few})
-    fit(module, *[SPEEDEdit() for callback in recipe["trainer"]["callbacks"] if callback["class_path"] == "SPEEDEdit"])
+        settings |= {"threshold": 1e-12, "minimum": 8}
+        module = SPEED(concept="dog", **{**arguments, "model": str(request.getfixturevalue(model))})
+    fit(module, by_refined_null_space(**settings))
     assert module.edited_names
     assert all(name.endswith("attn2.to_v.weight") for name in module.edited_names)
     parameters = module.pipeline.named_parameters()

@@ -92,11 +92,6 @@ def test_others_never_name_an_edited_concept(uce: Build, pets: str, tmp_path: Pa
     assert prompts == load_concept_set("emoji20").retain_prompts(["pixel art"])
 
 
-@pytest.mark.parametrize(("count", "scale"), [(1, 1.0), (4, 0.25), (25, 0.1)])
-def test_the_preserve_scale_of_2023(count: int, scale: float, uce: Build) -> None:
-    assert uce(preserve_scale=None, preserve=[f"a bird {number}" for number in range(count)]).preserve_scale == scale
-
-
 # --- which states
 
 
@@ -131,9 +126,11 @@ def test_the_preserved_states(model: str, uce: Build, fit: Fit, request: Any) ->
         fit(module)
         found = states(module, "a cat", "parrot", "").double()
         rows = found.flatten(0, 1) if tokens == "all" else torch.stack([found[0, 2], found[1, 1]])
-        assert module.preserved_moment is not None
+        (retained,) = set(module.retained.values())
+        assert retained.moment is not None
+        assert (retained.count, retained.prompts) == (len(rows), 2)
         # A sum of up to 96 products in float64.
-        assert_close(module.preserved_moment, rows.mT @ rows, rtol=1e-12, atol=1e-12)
+        assert_close(retained.moment, rows.mT @ rows, rtol=1e-12, atol=1e-12)
 
 
 def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
@@ -161,10 +158,6 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
         ({"towards": "prompt", "guide": "a dog house"}, "model.guide='a dog house' names the edited concept 'dog'"),
         ({"towards": "prompt", "guide": ["a", "b"]}, "model.guide has 2 prompts for 1 concepts"),
         ({"expand": True, "prompts": "edit_prompts"}, "model.expand=true puts names into templates"),
-        ({"erase_scale": 0.0}, "model.erase_scale=0.0 must be a positive number"),
-        ({"erase_scale": float("nan")}, "model.erase_scale=nan must be"),
-        ({"lamb": -1.0}, "model.lamb=-1.0 must be a positive number"),
-        ({"preserve_scale": -0.1}, "model.preserve_scale=-0.1 must be zero or larger"),
         ({"edited_parameters": "xattn"}, r"edited_parameters='xattn' selects .*attn2.to_out.0.bias: this method"),
         ({"edited_parameters": "text-fc2"}, "edited_parameters='text-fc2' selects text_encoder"),
     ],

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_unlearn.callbacks.uce import UCEEdit
+from helpers import by_ridge_map
 from lit_unlearn.core.uce import map_updates, shifted_by_attributes
 from lit_unlearn.methods.uce_debias import UCEDebias
 
@@ -59,7 +59,7 @@ def debias(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
 def test_rounds_follow_the_measured_shares(debias: Build, fit: Fit) -> None:
     module = debias(step=0.5, ratios={"dog": [0.2, 0.8], "owl": [0.9, 0.1]})
-    trainer = fit(module, UCEEdit())
+    trainer = fit(module, by_ridge_map())
     rounds = module.report["rounds"]
     assert trainer.current_epoch == 2
     assert len(rounds) == 3  # the unedited model, and after each round
@@ -82,7 +82,7 @@ def test_rounds_follow_the_measured_shares(debias: Build, fit: Fit) -> None:
 def test_rounds_do_not_pile_up(debias: Build, fit: Fit) -> None:
     """The weights are those of one solve from the pretrained ones with the last alphas."""
     module = debias(step=1.0, ratios=[0.1, 0.9])
-    fit(module, UCEEdit())
+    fit(module, by_ridge_map())
     assert module.alphas.abs().min() > 1e-2
     assert not torch.equal(module.alphas, torch.tensor(module.report["rounds"][1]["alphas"]))
     pretrained = [module.pretrained.values[name].double() for name in module.layers]
@@ -100,7 +100,7 @@ def test_rounds_do_not_pile_up(debias: Build, fit: Fit) -> None:
 
 def test_the_run_ends_when_the_shares_are_near_enough(debias: Build, fit: Fit) -> None:
     module = debias(rounds=5, tolerance=1.0)
-    trainer = fit(module, UCEEdit())
+    trainer = fit(module, by_ridge_map())
     assert trainer.current_epoch == 1
     assert module.report["rounds"][-1]["alphas"] == [[0.0, 0.0], [0.0, 0.0]]
     assert module.pretrained.change_ratio() == 0
@@ -116,7 +116,7 @@ def test_pictures_are_drawn_of_the_phrases_from_seeds_of_their_own(debias: Build
 
     template = debias(expand=True, phrases=["dog", "an owl"], rounds=1)
     module = Watched(**{**template.hparams, "judge": "emoji"})
-    fit(module, UCEEdit())
+    fit(module, by_ridge_map())
     assert len(drawn) == 2 * 2 * 6
     assert len({seed for _, seed in drawn}) == len(drawn)
     first = [prompt for prompt, _ in drawn[:12]]
@@ -141,16 +141,16 @@ def test_a_share_does_not_depend_on_how_pictures_are_batched(debias: Build, monk
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_goes_on_where_it_stopped(debias: Build, fit: Fit, tmp_path: Path) -> None:
     whole = debias(rounds=3, step=0.7)
-    fit(whole, UCEEdit())
+    fit(whole, by_ridge_map())
 
     def keep() -> ModelCheckpoint:
         return ModelCheckpoint(dirpath=tmp_path / "kept", save_on_train_epoch_end=True)
 
     first = debias(rounds=1, step=0.7)
-    fit(first, UCEEdit(), keep())
+    fit(first, by_ridge_map(), keep())
     (path,) = (tmp_path / "kept").iterdir()
     resumed = debias(rounds=3, step=0.7)
-    fit(resumed, UCEEdit(), keep(), ckpt_path=path)
+    fit(resumed, by_ridge_map(), keep(), ckpt_path=path)
     assert resumed.report["rounds"] == whole.report["rounds"]
     assert len(resumed.report["rounds"]) == 4
     for ours, theirs in zip(resumed.layers.values(), whole.layers.values(), strict=True):
@@ -163,10 +163,10 @@ def test_a_run_that_was_near_enough_when_it_was_cut_off_takes_no_more_rounds(
 ) -> None:
     kept = ModelCheckpoint(dirpath=tmp_path / "kept", save_on_train_epoch_end=True)
     first = debias(rounds=5, tolerance=1.0)
-    fit(first, UCEEdit(), kept)
+    fit(first, by_ridge_map(), kept)
     (path,) = (tmp_path / "kept").iterdir()
     resumed = debias(rounds=5, tolerance=1.0)
-    fit(resumed, UCEEdit(), ckpt_path=path)
+    fit(resumed, by_ridge_map(), ckpt_path=path)
     assert resumed.report["rounds"] == first.report["rounds"]
     assert len(resumed.report["rounds"]) == 2  # the unedited model's, and one
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import FF, KV, PROMPTS, TARGETS, changed, exact, half, hook, started, states, weights
-from lit_unlearn.callbacks.closed_form import LeastSquaresEdit
+from helpers import FF, KV, PROMPTS, TARGETS, by_least_squares, changed, exact, half, hook, started, states, weights
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.sampling import add_noise
 from lit_unlearn.methods.unet_value_refinement import (
@@ -97,7 +96,7 @@ def test_direct_values_are_those_of_the_target_prompt(keys_and_values: Build, fi
 def test_an_edit_writes_the_targets_keys_and_values(keys_and_values: Build, fit: Fit) -> None:
     module = keys_and_values(values="target", positions="content")
     # Six tokens are independent in 32 dimensions, so with every direction free and hardly a ridge nothing is left over.
-    fit(module, LeastSquaresEdit(ridge=1e-8, retain_weight=0.0), steps=1)
+    fit(module, by_least_squares(ridge=1e-8, retain_weight=0.0), steps=1)
     keys, wanted = states(module, *PROMPTS)[module.mask], states(module, *TARGETS)[:, ALIGNMENT][module.mask]
     assert len(keys) == 6
     for name in KV:
@@ -128,7 +127,7 @@ def test_retained_prompts_keep_their_keys_and_values(keys_and_values: Build, sho
     assert report["retained_state_drift"] < 1e-4
     # 24 keys of 32 inputs, BOS shared; the seven EOS of the empty prompt differ by their positions.
     assert {layer["null_space_dimension"] for layer in report["layers"].values()} == {32.0 - (3 * 8 - 2)}
-    without, other = moved(LeastSquaresEdit(ridge=1e-3, retain_weight=0.0))
+    without, other = moved(by_least_squares(ridge=1e-3, retain_weight=0.0))
     assert without > 1e3 * kept
     assert other["retained_state_drift"] > 100 * report["retained_state_drift"]
     # Unless it is asked for, the empty prompt is not among them.
@@ -140,9 +139,9 @@ def test_the_moment_holds_the_empty_prompt_as_often_as_all_others(keys_and_value
     rows = states(module, *module.retain_prompts).flatten(0, 1).double()
     empty = states(module, "")[0].double()
     for name in KV:
-        moment, count = module.moments[name]
-        assert_close(moment, rows.mT @ rows + 2 * empty.mT @ empty, rtol=1e-10, atol=1e-10)
-        assert count == 2 * len(rows) == 128
+        retained = module.retained[name]
+        assert_close(retained.moment, rows.mT @ rows + 2 * empty.mT @ empty, rtol=1e-10, atol=1e-10)
+        assert retained.count == 2 * len(rows) == 128
 
 
 # --- the FFN
@@ -212,8 +211,8 @@ def test_retained_places_keep_their_outputs(feed_forward: Build, fit: Fit) -> No
         assert module.report["weight_change_ratio"] > 1e-2
         ratios = []
         for name in FF:
-            moment, count = module.moments[name]
-            assert count == 2 * 16 * 2  # two prompts and the empty one beside each, 16 places
+            moment = module.retained[name].moment
+            assert module.retained[name].count == 2 * 16 * 2  # two prompts and the empty one beside each, 16 places
             after, before = module.layers[name].weight.double(), module.pretrained.values[name].double()
             delta = after - before
             energy = ((delta @ moment) * delta).sum().clamp_min(0) / ((before @ moment) * before).sum()
@@ -223,7 +222,7 @@ def test_retained_places_keep_their_outputs(feed_forward: Build, fit: Fit) -> No
     kept = leak(exact(ridge=0.1))
     # Float32 weights after an edit of several times their size.
     assert kept < 2e-6
-    assert leak(LeastSquaresEdit(ridge=0.1)) > 1e3 * kept
+    assert leak(by_least_squares(ridge=0.1)) > 1e3 * kept
 
 
 def test_the_moment_is_that_of_the_retained_prompts_pictures(feed_forward: Build, fit: Fit) -> None:
@@ -248,4 +247,4 @@ def test_the_moment_is_that_of_the_retained_prompts_pictures(feed_forward: Build
             total[name] = total[name] + rows.mT @ rows
     for name in FF:
         # Float32 inputs of the UNet's last blocks.
-        assert_close(module.moments[name][0], total[name], rtol=1e-3, atol=1e-3 * float(total[name].max()))
+        assert_close(module.retained[name].moment, total[name], rtol=1e-3, atol=1e-3 * float(total[name].max()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -15,8 +14,21 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from helpers import CONFIGS, FF, KV, QUIET, Interrupted, changed, exact, half, hook, interrupt, states, weights
-from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from helpers import (
+    CONFIGS,
+    FF,
+    KV,
+    QUIET,
+    Interrupted,
+    by_null_space,
+    changed,
+    exact,
+    half,
+    hook,
+    interrupt,
+    states,
+    weights,
+)
 from lit_unlearn.training import cli as training
 
 Build = Callable[..., Any]
@@ -89,7 +101,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     kind: str, name: str, every: int | None, fit: Fit, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     # Much ridge, so that float64 rounding stays below a bit of the weights.
-    edit = partial(NullSpaceEdit, threshold=16, rule="count", ridge=0.1)
+    edit = partial(by_null_space, threshold=16, rule="count", ridge=0.1)
     pattern = r"mid_block.*attn2\.to_[kv]\.weight" if kind == "keys_and_values" else r"up_blocks.*ff\.net\.2\.weight"
     build = partial(request.getfixturevalue(kind), edited_parameters=pattern, rounds=2)
     whole, first, resumed = build(), build(), build()
@@ -136,8 +148,7 @@ def test_a_recipe_fits(
     args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
     args += [*QUIET, "--data.init_args.steps", "1", "--model.init_args.num_inference_steps", "1"]
     if not embedded:  # random weights have another spectrum
-        edit = {"class_path": "NullSpaceEdit", "init_args": {"threshold": 8, "rule": "count"}}
-        args += ["--trainer.callbacks", json.dumps([edit])]
+        args += ["--trainer.callbacks", "[]", "--edit.threshold", "8", "--edit.rule", "count"]
     cli = training.run(["fit", *args, "--model.init_args.rounds", "1"])
     assert cli.trainer.global_step == len(cli.model.edited_names)
     assert cli.model.report["weight_change_ratio"] > 0

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import LAYERS, PROMPTS, TARGETS, changed, hook, sample_latents, started, weights
-from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from helpers import LAYERS, PROMPTS, TARGETS, by_null_space, changed, hook, sample_latents, started, weights
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
 from lit_unlearn.diffusion.sampling import add_noise, initial_noise
@@ -25,9 +25,9 @@ ALIGNMENT = [[0, 1, 3, *range(4, 32), 31]] * 2
 """Target position of each edit position: "dog" takes "ball", the last token of its target, and all behind it shifts."""
 
 
-def null_space_edit() -> NullSpaceEdit:
+def null_space_edit() -> ClosedFormEdit:
     """The exact null space, and a ridge that is small for the small keys of the tiny model."""
-    return NullSpaceEdit(threshold=1e-8, rule="max", ridge=1e-3)
+    return by_null_space(threshold=1e-8, rule="max", ridge=1e-3)
 
 
 class SameNoise(ValueRefinement):
@@ -190,7 +190,7 @@ def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fi
     ridge = 1e-3
     delta = (V1 - weight @ K1) @ K1.mT @ P @ torch.linalg.inv(K1 @ K1.mT @ P + ridge * torch.eye(128).double())
 
-    fit(module, NullSpaceEdit(threshold=1e-8, rule="max", ridge=ridge), steps=1)
+    fit(module, by_null_space(threshold=1e-8, rule="max", ridge=ridge), steps=1)
     found = layer.weight.detach().double() - weight
     # Keys and weight are float32 and the system's condition is about 1e5, so three digits are what can be asked for.
     assert (found - delta).norm() < 1e-3 * delta.norm()
@@ -317,12 +317,13 @@ def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinem
     module = started(refinement(), fit)
     assert module.retain_prompts == ["a cat", "the cat in the rain"]
     ids = tokenize(module.pipeline.tokenizer, module.retain_prompts)
-    assert list(module.moments) == LAYERS
-    for name, (moment, count) in module.moments.items():
+    assert list(module.retained) == LAYERS
+    for name, retained in module.retained.items():
         keys = module.capture_keys(name, ids).flatten(0, 1).double()
-        assert count == len(keys) == 64
+        assert retained.count == len(keys) == 64
+        assert retained.moment is not None
         # A sum of 64 products in float64.
-        assert_close(moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
+        assert_close(retained.moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
 
 
 def test_the_cost_is_what_the_unet_did(refinement: Refinement, fit: Fit) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from helpers import LAYERS, Interrupted, changed, interrupt, weights
-from lit_unlearn.callbacks.closed_form import NullSpaceEdit
+from helpers import LAYERS, Interrupted, by_null_space, changed, interrupt, weights
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
 from lit_unlearn.methods.value_refinement import ValueRefinement
@@ -22,9 +22,9 @@ Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 
 
-def null_space_edit() -> NullSpaceEdit:
+def null_space_edit() -> ClosedFormEdit:
     """The exact null space, with a ridge that keeps the system well-conditioned: float64 rounding stays below a bit."""
-    return NullSpaceEdit(threshold=1e-8, rule="max", ridge=0.1)
+    return by_null_space(threshold=1e-8, rule="max", ridge=0.1)
 
 
 def saved(refinement: Refinement, fit: Fit, path: Path, **arguments: Any) -> ValueRefinement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from helpers import CONFIGS
+from lit_unlearn.callbacks.closed_form import ClosedFormEdit
+from lit_unlearn.core.solvers import RidgeMap
 from lit_unlearn.methods.data_unlearning import DataUnlearning
 from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.system.errors import UserError
@@ -170,3 +173,129 @@ def test_a_training_recipe_names_keys_that_exist(empty_folder: Path, name: str) 
     with pytest.raises(SystemExit) as ended:  # --print_config parses and checks, and builds nothing
         training.UnlearnCLI(["fit", "--config", str(CONFIGS / name), "--print_config"])
     assert ended.value.code == 0
+
+
+# --- the key edit
+
+NULL_SPACE = {"class_path": "NullSpace", "init_args": {"threshold": 0.5, "minimum": 4}}
+OLD: dict[str, Any] = {
+    "null_space": {
+        "trainer": {"callbacks": [{"class_path": "NullSpaceEdit", "init_args": {"threshold": 0.5, "minimum": 4}}]},
+        "model": {"class_path": "ValueRefinement", "init_args": {"rounds": 2}},
+    },
+    "memit": {
+        "trainer": {"callbacks": {"class_path": "lit_unlearn.callbacks.closed_form.LeastSquaresEdit"}},
+        "model": {"class_path": "MEMIT"},
+    },
+    "uce": {
+        "trainer": {"callbacks": [{"class_path": "EvaluationReport"}, {"class_path": "UCEEdit"}]},
+        "model": {"class_path": "UCE", "init_args": {"tokens": "all", "lamb": 3.0, "preserve_scale": None}},
+    },
+    "speed": {
+        "trainer": {"callbacks": ["SPEEDEdit"]},
+        "model": {"class_path": "SPEED", "init_args": {"threshold": 0.5, "minimum": 4, "filter": False, "seed": 1}},
+    },
+}
+"""Recipes as earlier versions had them, cut down to what matters here."""
+SOLVERS = {
+    "NullSpace": ["threshold", "rule", "minimum", "ridge", "ridge_rule"],
+    "LeastSquares": ["ridge", "retain_weight", "moment"],
+    "RidgeMap": ["erase_scale", "preserve_scale", "lamb"],
+    "RefinedNullSpace": ["threshold", "rule", "minimum", "retain_scale", "lamb", "filter", "augment"],
+}
+NEW: dict[str, Any] = {
+    "null_space": NULL_SPACE,
+    "memit": {"class_path": "LeastSquares", "init_args": {}},
+    "uce": {"class_path": "RidgeMap", "init_args": {"lamb": 3.0, "preserve_scale": None}},
+    "speed": {"class_path": "RefinedNullSpace", "init_args": {"threshold": 0.5, "minimum": 4, "filter": False}},
+}
+
+
+def parsed(*args: str) -> ParsedCLI:
+    """What ``lit-unlearn fit`` builds of its arguments, without running it."""
+    training.prepare()
+    return ParsedCLI(recipes.resolve_recipes(["fit", *args, "--concept", "dog"]))
+
+
+def settings(cli: ParsedCLI) -> dict[str, Any]:
+    """The solver that a command line has come to, with its settings."""
+    (edit,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, ClosedFormEdit)]
+    assert cli.trainer.callbacks.index(edit) == 0  # others look at the edited model
+    return edit.solver.settings()
+
+
+@pytest.mark.parametrize("method", OLD)
+def test_an_old_recipe_is_refused_with_its_new_form(empty_folder: Path, tiny_sd: Path, method: str) -> None:
+    Path("old.yaml").write_text(yaml.safe_dump(OLD[method]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^The recipe old\.yaml is of an earlier version: take \w+Edit") as caught:
+        recipes.find_recipe("old.yaml")
+    told = re.search(r"and write `(.*)` instead\.$", str(caught.value))
+    assert told is not None
+    new = yaml.safe_load(told[1])
+    assert new == {"edit": NEW[method]}
+
+    # As told: the callback goes, the key comes, what moved goes.
+    moved = re.search(r", and (.*) out of model", str(caught.value))
+    arguments = dict(OLD[method]["model"].get("init_args", {}))
+    if moved is not None:
+        for name in moved[1].split(", "):
+            arguments.pop(name, None)
+    assert set(arguments) <= {"rounds", "tokens", "seed"}
+    model = {**OLD[method]["model"], "init_args": {**arguments, "model": str(tiny_sd)}}
+    recipe = {"model": model, "data": {"class_path": "ConceptPrompts"}}
+    Path("new.yaml").write_text(f"{yaml.safe_dump(recipe)}{told[1]}\n", encoding="utf-8")
+    found = settings(parsed("--config", "new.yaml"))
+    assert found["class_path"] == NEW[method]["class_path"]
+    assert NEW[method]["init_args"].items() <= found["init_args"].items()
+
+
+def test_another_recipe_that_speaks_of_an_old_callback_is_none(empty_folder: Path) -> None:
+    Path("new.yaml").write_text("# NullSpaceEdit is gone\nmethod: UCEEdit\n", encoding="utf-8")
+    assert recipes.find_recipe("new.yaml") == Path("new.yaml")
+
+
+@pytest.mark.parametrize("name", [name for name in EDITS if "edit" in CONTENT[name]])
+def test_the_solver_of_a_recipe_has_its_settings(empty_folder: Path, tiny_sd: Path, name: str) -> None:
+    found = settings(parsed("--config", name, "--model.init_args.model", str(tiny_sd)))
+    assert found["class_path"] == CONTENT[name]["edit"]["class_path"]
+    assert CONTENT[name]["edit"]["init_args"].items() <= found["init_args"].items()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--edit.threshold", "0.02", "--config", "null_space.yaml"],
+        ["--config", "null_space.yaml", "--edit.threshold", "0.02"],
+        ["--edit.init_args.threshold=0.02", "--config=null_space.yaml"],
+    ],
+)
+def test_options_win_over_the_recipe_wherever_they_stand(empty_folder: Path, tiny_sd: Path, args: list[str]) -> None:
+    found = settings(parsed(*args, "--model.init_args.model", str(tiny_sd)))
+    assert found["class_path"] == "NullSpace"
+    assert found["init_args"] == {
+        "threshold": 0.02,
+        "rule": "mean",
+        "minimum": 0,
+        "ridge": 100.0,
+        "ridge_rule": "absolute",
+    }
+
+
+def test_another_solver_takes_the_place_of_the_recipes(empty_folder: Path, tiny_sd: Path) -> None:
+    args = ["--config", "null_space.yaml", "--model.init_args.model", str(tiny_sd), "--edit", "RidgeMap"]
+    defaults = RidgeMap().settings()
+    assert settings(parsed(*args)) == defaults
+    found = settings(parsed(*args, "--edit.lamb", "7"))
+    assert found == {"class_path": "RidgeMap", "init_args": {**defaults["init_args"], "lamb": 7.0}}
+
+
+@pytest.mark.parametrize(("kind", "arguments"), SOLVERS.items())
+def test_help_lists_what_a_solver_can_be_told(
+    kind: str, arguments: list[str], empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.prepare()
+    with pytest.raises(SystemExit) as caught:
+        training.run(["fit", "--edit.help", kind])
+    assert not caught.value.code
+    shown = capsys.readouterr().out
+    assert all(f"--edit.{name}" in shown for name in arguments)

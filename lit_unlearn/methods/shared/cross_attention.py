@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.one_step import OneStepEditor
 
 
-class CrossAttentionEditor(OneStepEditor):
+class CrossAttentionEditor(OneStepEditor, ClosedFormMethod):
     """Prepares a closed form; a ``CrossAttentionEdit`` callback solves it at the end of the only epoch.
 
     The inputs of ``attn2.to_k`` and ``attn2.to_v`` are the text encoder's states, the same for all of them: they are
@@ -39,6 +40,10 @@ class CrossAttentionEditor(OneStepEditor):
             return
         super().configure_model()
         self.layers = self.pipeline.sites(self.edited_names)
+
+    def written_epochs(self) -> int:
+        """All that there were: an epoch has one step, and its edit is written with it."""
+        return self.current_epoch
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_unlearn.methods.shared.layer_state import per_item
 from lit_unlearn.methods.shared.shared_work import SharedWork
-from lit_unlearn.methods.value_refinement import per_item
 
 
 class Strategy:

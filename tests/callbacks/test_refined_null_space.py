@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import pytest
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import weights
-from lit_unlearn.callbacks.speed import SPEEDEdit
+from helpers import by_refined_null_space, weights
 from lit_unlearn.core.null_space import null_space_from_keys
 from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]
+SOLVERS = ("threshold", "rule", "minimum", "retain_scale", "lamb", "filter", "augment")
+"""Settings of the solver; the others are the method's."""
+EDITS: Any = WeakKeyDictionary()
+"""The edit of each method that was built."""
 Build = Callable[..., SPEED]
 RETAIN = ["an owl", "a castle", "a lemon", "the sunset", "dancing", "rain"]
 
@@ -27,7 +31,11 @@ def speed(tiny_sd: Path, pets: str) -> Build:
 
     def build(**arguments: Any) -> SPEED:
         defaults = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "retain": RETAIN, "threshold": 1e-6}
-        return SPEED(**{**defaults, **arguments})
+        given = {**defaults, **arguments}
+        settings = {name: given.pop(name) for name in SOLVERS if name in given}
+        module = SPEED(**given)
+        EDITS[module] = by_refined_null_space(**settings)
+        return module
 
     return build
 
@@ -54,16 +62,16 @@ def test_the_edit_is_the_papers_and_nothing_else_moves(
     module = speed(model=str(request.getfixturevalue(model)), concept=concept, augment=0)
     module.configure_model()
     before = weights(module)
-    trainer = fit(module, SPEEDEdit())
+    trainer = fit(module, EDITS[module])
     assert (trainer.current_epoch, trainer.global_step) == (1, 1)
-    keys, after = module.keys(), module.pipeline.named_parameters()
-    assert keys.invariants is not None
+    kept, after = next(iter(module.retained.values())), module.pipeline.named_parameters()
+    assert kept.keys is not None and kept.invariants is not None
     assert len(module.edited_names) == 4
     for name, weight in before.items():
         if name not in module.edited_names:
             assert torch.equal(after[name], weight), name
             continue
-        expected = literal_update(weight.double(), keys.edited, keys.anchors, keys.retained, keys.invariants.mT)
+        expected = literal_update(weight.double(), module.keys, module.anchors, kept.keys, kept.invariants.mT)
         assert module.report["layers"][name]["kept"] == len(expected[0])
         # Rounded to float32 once.
         assert_close(after[name].double(), weight.double() + expected[1], rtol=1e-6, atol=1e-6)
@@ -72,7 +80,7 @@ def test_the_edit_is_the_papers_and_nothing_else_moves(
 
 def test_what_is_kept_and_the_invariants_stay(speed: Build, fit: Fit) -> None:
     module = speed()
-    fit(module, SPEEDEdit())
+    fit(module, EDITS[module])
     for report in module.report["layers"].values():
         assert 0 < report["kept"] < len(RETAIN) + 1
         assert 0 < report["augmented"] < 10 * report["kept"]
@@ -85,7 +93,7 @@ def test_what_is_kept_and_the_invariants_stay(speed: Build, fit: Fit) -> None:
 
 def test_without_the_filter_all_retained_texts_stay(speed: Build, fit: Fit) -> None:
     module = speed(filter=False)
-    fit(module, SPEEDEdit())
+    fit(module, EDITS[module])
     for report in module.report["layers"].values():
         assert report["kept"] == len(RETAIN) + 1
         assert report["leak"] == report["kept_leak"] < 1e-6
@@ -94,8 +102,8 @@ def test_without_the_filter_all_retained_texts_stay(speed: Build, fit: Fit) -> N
 def test_without_invariants_they_move(speed: Build, fit: Fit) -> None:
     module, constrained = speed(invariants=None), speed()
     for edited in (module, constrained):
-        fit(edited, SPEEDEdit())
-    empty = constrained.keys().invariants
+        fit(edited, EDITS[edited])
+    empty = next(iter(constrained.retained.values())).invariants
     assert empty is not None
 
     def moved(edited: SPEED, name: str) -> float:
@@ -113,18 +121,19 @@ def test_without_invariants_they_move(speed: Build, fit: Fit) -> None:
 
 def test_the_report_says_what_the_stored_weights_do(speed: Build, fit: Fit) -> None:
     module = speed(filter=False, augment=0)
-    fit(module, SPEEDEdit())
-    keys = module.keys()
-    free = null_space_from_keys(keys.retained, 1e-6, "absolute")
+    fit(module, EDITS[module])
+    kept = next(iter(module.retained.values())).keys
+    assert kept is not None
+    free = null_space_from_keys(kept, 1e-6, "absolute")
     assert (module.report["edited_keys"], module.report["retained_keys"]) == (1, len(RETAIN) + 1)
     for name, report in module.report["layers"].items():
         weight = module.pretrained.values[name].double()
         change = module.layers[name].weight.detach().double() - weight
         assert report["null_space_dimension"] == free.dimension == 32 - (len(RETAIN) + 1)
         assert report["relative_norm"] == pytest.approx(float(change.norm() / weight.norm()))
-        assert report["keys_kept"] == pytest.approx(float((keys.edited @ free.basis).norm() / keys.edited.norm()))
-        goal = (keys.anchors - keys.edited) @ weight.mT
-        left = goal - keys.edited @ change.mT
+        assert report["keys_kept"] == pytest.approx(float((module.keys @ free.basis).norm() / module.keys.norm()))
+        goal = (module.anchors - module.keys) @ weight.mT
+        left = goal - module.keys @ change.mT
         assert report["remaining_error"] == pytest.approx(float(left.norm() / goal.norm()))
     assert module.report["weight_change_ratio"] == module.pretrained.change_ratio() > 1e-2
 
@@ -133,7 +142,7 @@ def test_the_noise_is_that_of_the_seed(speed: Build, fit: Fit) -> None:
     def edited(**arguments: Any) -> Tensor:
         module = speed(**{"threshold": 0.05, "augment": 3, **arguments})
         torch.manual_seed(len(str(arguments)))  # the global generator has no part in it
-        fit(module, SPEEDEdit())
+        fit(module, EDITS[module])
         return torch.cat([layer.weight.detach().flatten() for layer in module.layers.values()])
 
     first = edited(seed=0)
@@ -143,5 +152,8 @@ def test_the_noise_is_that_of_the_seed(speed: Build, fit: Fit) -> None:
 
 def test_the_edit_of_another_method_is_refused(tiny_sd: Path, pets: str) -> None:
     module = ConceptEditor("dog", model=str(tiny_sd), concept_set=pets)
-    with pytest.raises(ValueError, match="SPEEDEdit edits what SPEED prepares, but the module is ConceptEditor"):
-        SPEEDEdit().setup(L.Trainer(logger=False), module, "fit")
+    with pytest.raises(
+        ValueError,
+        match="writes what a method has found in closed form, but the module is ConceptEditor",
+    ):
+        by_refined_null_space().setup(L.Trainer(logger=False), module, "fit")

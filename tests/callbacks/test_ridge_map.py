@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import pytest
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import weights
-from lit_unlearn.callbacks.uce import UCEEdit
+from helpers import by_ridge_map, weights
 from lit_unlearn.core.closed_form import ridge_map_update
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.uce import UCE
 
 Fit = Callable[..., L.Trainer]
+SOLVERS = ("erase_scale", "preserve_scale", "lamb")
+"""Settings of the solver; the others are the method's."""
+EDITS: Any = WeakKeyDictionary()
+"""The edit of each method that was built."""
 Build = Callable[..., UCE]
 
 
@@ -27,7 +31,11 @@ def uce(tiny_sd: Path, pets: str) -> Build:
 
     def build(**arguments: Any) -> UCE:
         defaults = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "num_inference_steps": 1}
-        return UCE(**{**defaults, **arguments})
+        given = {**defaults, **arguments}
+        settings = {name: given.pop(name) for name in SOLVERS if name in given}
+        module = UCE(**given)
+        EDITS[module] = by_ridge_map(**settings)
+        return module
 
     return build
 
@@ -44,7 +52,7 @@ def test_every_layer_gets_the_closed_form_and_nothing_else_moves(
     module = uce(model=str(request.getfixturevalue(model)), tokens="from_subject", lamb=0.3, erase_scale=2.0)
     module.configure_model()
     before = weights(module)
-    trainer = fit(module, UCEEdit())
+    trainer = fit(module, EDITS[module])
     assert trainer.current_epoch == 1
     with torch.no_grad():
         prompts = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["cat", ""])
@@ -64,7 +72,7 @@ def test_every_layer_gets_the_closed_form_and_nothing_else_moves(
 
 def test_a_phrase_comes_out_as_its_guide(uce: Build, fit: Fit) -> None:
     module = uce(preserve=None, lamb=1e-6)
-    fit(module, UCEEdit())
+    fit(module, EDITS[module])
     with module.pretrained.restored():
         goal, before = outputs(module, module.guide_keys[0]), outputs(module, module.keys)
     for now, wished, was in zip(outputs(module, module.keys), goal, before, strict=True):
@@ -74,7 +82,7 @@ def test_a_phrase_comes_out_as_its_guide(uce: Build, fit: Fit) -> None:
 
 def test_one_run_edits_several_concepts(uce: Build, fit: Fit) -> None:
     module = uce(concept=["dog", "cat"], preserve=None, lamb=1e-6)
-    fit(module, UCEEdit())
+    fit(module, EDITS[module])
     with module.pretrained.restored():
         goal = outputs(module, module.guide_keys[0])
     assert len(module.keys) == 2
@@ -84,19 +92,19 @@ def test_one_run_edits_several_concepts(uce: Build, fit: Fit) -> None:
 
 def test_the_weights_stay_as_lambda_grows(uce: Build, fit: Fit) -> None:
     module = uce(lamb=1e12)
-    fit(module, UCEEdit())
+    fit(module, EDITS[module])
     # The smallest step of a float32 weight is 6e-8 of it.
     assert module.report["weight_change_ratio"] < 1e-7
     assert max(layer["relative_norm"] for layer in module.report["layers"].values()) < 1e-7
     strong = uce(lamb=0.5)
-    fit(strong, UCEEdit())
+    fit(strong, EDITS[strong])
     assert strong.report["weight_change_ratio"] > 1e-2
 
 
 def test_preserved_prompts_keep_their_outputs_as_their_scale_grows(uce: Build, fit: Fit) -> None:
     def leak(scale: float) -> tuple[float, float]:
         module = uce(preserve=["cat"], preserve_tokens="last_subject", preserve_scale=scale)
-        fit(module, UCEEdit())
+        fit(module, EDITS[module])
         with torch.no_grad():
             keys = encode_prompts(module.pipeline.tokenizer, module.text_encoder, ["cat"]).double()[:, 1]
         with module.pretrained.restored():
@@ -116,7 +124,7 @@ def test_preserved_prompts_keep_their_outputs_as_their_scale_grows(uce: Build, f
 
 def test_the_report(uce: Build, fit: Fit) -> None:
     module = uce()
-    trainer = fit(module, UCEEdit())
+    trainer = fit(module, EDITS[module])
     report = module.report
     assert set(report["layers"]) == set(module.edited_names)
     assert all(layer["residual"] < layer["residual_before"] for layer in report["layers"].values())
@@ -130,7 +138,7 @@ def test_the_report(uce: Build, fit: Fit) -> None:
 
 def test_half_precision_weights_are_edited(uce: Build, fit: Fit) -> None:
     module = uce(dtype="bfloat16", prompts="edit_prompts", tokens="all")
-    fit(module, UCEEdit())
+    fit(module, EDITS[module])
     for name, layer in module.layers.items():
         assert layer.weight.dtype == torch.bfloat16
         assert layer.weight.isfinite().all()
@@ -138,5 +146,8 @@ def test_half_precision_weights_are_edited(uce: Build, fit: Fit) -> None:
 
 
 def test_another_method_is_refused(tiny_sd: Path, pets: str) -> None:
-    with pytest.raises(ValueError, match="UCEEdit edits what PhraseMap prepares, but the module is ConceptEditor"):
-        UCEEdit().setup(L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit")
+    with pytest.raises(
+        ValueError,
+        match="writes what a method has found in closed form, but the module is ConceptEditor",
+    ):
+        by_ridge_map().setup(L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit")

@@ -1,0 +1,343 @@
+"""The closed forms as solvers: each has its settings, takes what a method wishes of some weights, and says the change.
+
+    edit: {class_path: NullSpace, init_args: {threshold: 0.01, ridge: 100}}      # in a recipe
+    ClosedFormEdit(NullSpace(threshold=0.01, ridge=100))                         # in Python
+
+A method says *what* to write: for each linear map its keys K1, the values V1 that they should have, and what is to stay
+(``Write``, ``Retained``). A solver says *how*: any of them works with any method that gives it what it needs.
+Rows are samples, as in ``closed_form``; all is solved in float64 (``system.devices`` says where).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.closed_form import (
+    RidgeRule,
+    edit_report,
+    least_squares_condition,
+    least_squares_update,
+    null_space_update,
+)
+from lit_unlearn.core.matrices import SingularSystemError
+from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis, NullSpaceRule, null_space
+from lit_unlearn.core.uce import map_condition, map_report, map_updates
+from lit_unlearn.system.devices import solving_device
+
+Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
+"""Calls each of some functions on one process and gives the results to all: ``SharedWork.solved_once``."""
+
+
+class UnsolvableError(ValueError):
+    """A closed form that cannot be solved; the message names the weight."""
+
+
+@contextmanager
+def naming_weight(name: str, hint: str = "") -> Iterator[None]:
+    """Say of which weight the numbers are that a closed form refuses.
+
+    Args:
+        name: Its full name.
+        hint: How the user finds what a singular system calls its ridge, as a sentence.
+
+    Raises:
+        UnsolvableError: Keys, values or a moment are not finite, or the system is singular.
+        EmptyNullSpaceError: As the block raises it; it says all that there is to say.
+    """
+    try:
+        yield
+    except (EmptyNullSpaceError, UnsolvableError):
+        raise
+    except ValueError as error:
+        more = f" {hint}" if hint and isinstance(error, SingularSystemError) else ""
+        raise UnsolvableError(f"{name}: {error}{more}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Retained:
+    """What a linear map should leave as it is; maps with the same inputs share one object.
+
+    Attributes:
+        moment: K0 K0ᵀ, the sum over the retained keys, (d_in, d_in), float64; None if nothing is retained.
+        count: How many keys that is.
+        keys: The keys themselves, (n, d_in), for solvers that look at each.
+        invariants: Keys whose outputs must not change at all, (k, d_in), as far as a solver knows such.
+        prompts: How many prompts the keys come from.
+    """
+
+    moment: Tensor | None = None
+    count: int = 0
+    keys: Tensor | None = None
+    invariants: Tensor | None = None
+    prompts: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """What a method wishes of one linear map.
+
+    Attributes:
+        name: Full name of its weight.
+        weight: W to solve from, (d_out, d_in), float64.
+        dtype: Type that the new weight is rounded to.
+        keys: K1, (m, d_in), float64.
+        values: V1, what the keys should become, (m, d_out), float64.
+        retained: What is to stay.
+        anchors: Keys whose outputs the values are, row by row with ``keys``, for solvers that look at them.
+        texts: How many texts the keys come from, if a text has several; None: one each.
+        seed: Of what a solver draws for this map.
+    """
+
+    name: str
+    weight: Tensor
+    dtype: torch.dtype
+    keys: Tensor
+    values: Tensor
+    retained: Retained
+    anchors: Tensor | None = None
+    texts: int | None = None
+    seed: tuple[object, ...] = ()
+
+    def rounded(self, change: Tensor) -> Tensor:
+        """What the stored weight takes up of ``change``, (d_out, d_in), float64."""
+        return (self.weight + change).to(self.dtype).double() - self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """The change of one weight, (d_out, d_in), float64, and what to report of it."""
+
+    change: Tensor
+    report: dict[str, float]
+
+
+class Solver(ABC):
+    """Base of the solvers; their settings are the arguments of their classes."""
+
+    remedy: str = "raise edit.ridge"
+    """What to do about a system that is ill-conditioned."""
+    hint: str = ""
+    """How the user finds what a singular system calls its ridge, as a sentence."""
+
+    def settings(self) -> dict[str, Any]:
+        """The class and its arguments, as the recipe's key ``edit`` has them."""
+        arguments = inspect.signature(type(self)).parameters
+        return {"class_path": type(self).__name__, "init_args": {name: getattr(self, name) for name in arguments}}
+
+    def prepare(
+        self, retained: Mapping[str, Retained], share: Share, device: torch.device
+    ) -> Mapping[Retained, NullSpaceBasis]:
+        """Compute what serves all solves.
+
+        Args:
+            retained: What is to stay, by the name of the weight.
+            share: Shares the work out among processes.
+            device: Where the weights lie.
+
+        Returns:
+            Null spaces whose spectra are worth a figure, if there are any.
+
+        Raises:
+            UnsolvableError: What is to stay is not finite, or not what this solver needs.
+            EmptyNullSpaceError: No direction is free.
+        """
+        for name, own in retained.items():
+            with naming_weight(name):
+                self.check(own)
+        return {}
+
+    @abstractmethod
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        """Solve for ``writes``, which are wished for at the same time.
+
+        Raises:
+            ValueError: Keys or values are not finite, or a system is singular.
+            EmptyNullSpaceError: No direction is free.
+        """
+
+    def check(self, retained: Retained) -> None:
+        """Refuse what this solver cannot work with, before a method has done any work for it.
+
+        Raises:
+            ValueError: Something is missing.
+        """
+        if retained.moment is None:
+            raise ValueError(
+                f"{type(self).__name__} retains by a second moment, and the method retains nothing: "
+                "set model.preserve, or take edit: RidgeMap."
+            )
+
+
+def each(writes: Sequence[Write], solve: Callable[[Write], Solved]) -> list[Solved]:
+    """What ``solve`` makes of each of ``writes``, whose name is said where it cannot."""
+    solved = []
+    for write in writes:
+        with naming_weight(write.name):
+            solved.append(solve(write))
+    return solved
+
+
+class NullSpace(Solver):
+    """Edits within the null space of the retained keys (paper, Sec. 4): ``Δ = R K1ᵀ P (K1 K1ᵀ P + ridge I)⁻¹``.
+
+    Args:
+        threshold: Eigenvalues of ``K0 K0ᵀ`` below it span the null space; see ``rule``.
+        rule: What the threshold is relative to: ``mean`` or ``max`` eigenvalue, ``absolute`` (on the mean second
+            moment), ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
+        minimum: Take at least so many directions, the smallest.
+        ridge: Weight of the penalty on the size of the edit; the paper uses 1, the authors' code 200.
+        ridge_rule: ``absolute``, or ``mean_diagonal``: relative to the mean diagonal of ``K1ᵀ P K1``.
+
+    Raises:
+        EmptyNullSpaceError: No eigenvalue is below the threshold.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 1e-2,
+        rule: NullSpaceRule = "mean",
+        minimum: int = 0,
+        ridge: float = 1.0,
+        ridge_rule: RidgeRule = "absolute",
+    ) -> None:
+        self.threshold, self.rule, self.minimum = threshold, rule, minimum
+        self.ridge, self.ridge_rule = ridge, ridge_rule
+        self.null_spaces: dict[Retained, NullSpaceBasis] = {}
+
+    def prepare(
+        self, retained: Mapping[str, Retained], share: Share, device: torch.device
+    ) -> Mapping[Retained, NullSpaceBasis]:
+        """Find the null spaces, once: K0 is what the unedited model sees, which no edit within them changes."""
+        super().prepare(retained, share, device)
+        names: dict[Retained, str] = {}
+        for name, own in retained.items():
+            names.setdefault(own, name)
+        found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
+        self.null_spaces = {own: NullSpaceBasis(*fields) for own, fields in zip(names, found, strict=True)}
+        return self.null_spaces
+
+    def _null_space_of(self, name: str, retained: Retained, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        assert retained.moment is not None
+        with naming_weight(name):
+            space = null_space(retained.moment.to(device), self.threshold, self.rule, retained.count, self.minimum)
+        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # a GPU holds one at a time
+
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        """See ``Solver.solve``."""
+        return each(writes, self._solve)
+
+    def _solve(self, write: Write) -> Solved:
+        space, settings = self.null_spaces[write.retained], (self.ridge, self.ridge_rule)
+        change = null_space_update(write.weight, write.keys, write.values, space, *settings)
+        moment = write.retained.moment
+        assert moment is not None
+        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, *settings)
+        return Solved(change, report)
+
+
+class LeastSquares(Solver):
+    """Edits by least squares over retained and edited keys, no projector (paper, Eq. 6; with ``retain_weight``, MEMIT).
+
+    Args:
+        ridge: Weight of the penalty on the size of the edit.
+        retain_weight: Weight of the retained keys' second moment; MEMIT's lambda, 15000 on language models.
+        moment: That moment as the ``sum`` over the retained keys (Eq. 6), or as their ``mean`` (MEMIT).
+
+    Raises:
+        ValueError: A weight is negative, or ``moment`` is neither.
+    """
+
+    def __init__(self, ridge: float = 1e-2, retain_weight: float = 1.0, moment: Literal["sum", "mean"] = "sum") -> None:
+        for field, value in {"ridge": ridge, "retain_weight": retain_weight}.items():
+            if not value >= 0:
+                raise ValueError(f"edit.{field}={value} must be zero or larger.")
+        if moment not in ("sum", "mean"):
+            raise ValueError(f"edit.moment={moment!r} is unknown: choose sum or mean.")
+        self.ridge, self.retain_weight, self.moment = ridge, retain_weight, moment
+
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        """See ``Solver.solve``."""
+        return each(writes, self._solve)
+
+    def _solve(self, write: Write) -> Solved:
+        self.check(write.retained)
+        total = write.retained.moment
+        assert total is not None
+        moment = total if self.moment == "sum" else total / write.retained.count
+        change = least_squares_update(write.weight, write.keys, write.values, moment, self.ridge, self.retain_weight)
+        delta, weight, total = write.rounded(change), write.weight, total.to(write.weight)
+        leak = ((delta @ total) * delta).sum().clamp_min(0).sqrt() / ((weight @ total) * weight).sum().sqrt()
+        report = {
+            "leak": float(leak),
+            "relative_norm": float(delta.norm() / weight.norm()),
+            "condition_number": least_squares_condition(write.keys, moment, self.ridge, self.retain_weight),
+        }
+        return Solved(change, report)
+
+
+class RidgeMap(Solver):
+    """Unified Concept Editing: maps keys to values, pulled towards the weight, preserved keys weighed beside.
+
+    Args:
+        erase_scale: s_e, weight of the edited keys.
+        preserve_scale: s_p, weight of the preserved keys; null takes the larger of 0.1 and 1 / number of preserved
+            prompts (code of 2023).
+        lamb: λ, pull of each weight towards its value before.
+
+    Raises:
+        ValueError: A weight is not positive.
+    """
+
+    remedy = "raise edit.lamb"
+    hint = "The ridge is edit.lamb / edit.erase_scale."
+
+    def __init__(self, erase_scale: float = 1.0, preserve_scale: float | None = 1.0, lamb: float = 0.5) -> None:
+        for field, value in {"erase_scale": erase_scale, "lamb": lamb}.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"edit.{field}={value} must be a positive number: it weighs a term of the objective.")
+        if preserve_scale is not None and not 0 <= preserve_scale < float("inf"):
+            raise ValueError(f"edit.preserve_scale={preserve_scale} must be zero or larger: 0 preserves nothing.")
+        self.erase_scale, self.preserve_scale, self.lamb = erase_scale, preserve_scale, lamb
+
+    def check(self, retained: Retained) -> None:
+        """Take whatever there is to retain, also nothing."""
+
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        """See ``Solver.solve``; maps that share keys and what is preserved are solved as one."""
+        groups: dict[tuple[int, Retained], list[Write]] = {}
+        for write in writes:
+            groups.setdefault((id(write.keys), write.retained), []).append(write)
+        solved: dict[Write, Solved] = {}
+        for group in groups.values():
+            with naming_weight(group[0].name if len(group) == 1 else "The cross-attention", self.hint):
+                solved |= dict(zip(group, self._solve(group), strict=True))
+        return [solved[write] for write in writes]
+
+    def _solve(self, writes: Sequence[Write]) -> list[Solved]:
+        keys, retained = writes[0].keys, writes[0].retained
+        scale = self.preserve_scale
+        if scale is None:
+            scale = max(0.1, 1 / max(1, retained.prompts))
+        settings = retained.moment, self.erase_scale, scale, self.lamb
+        weights, targets = [write.weight for write in writes], [write.values for write in writes]
+        changes = map_updates(weights, keys, targets, *settings)
+        condition = map_condition(keys, *settings)  # of the one system that all of them share
+        return [
+            Solved(
+                change,
+                {
+                    **map_report(write.weight, write.rounded(change), keys, write.values, retained.moment),
+                    "condition_number": condition,
+                },
+            )
+            for write, change in zip(writes, changes, strict=True)
+        ]

@@ -1,0 +1,52 @@
+"""What a method says whose weights a closed form writes: what to write, when, and what is to stay.
+
+Data flow: at the start of a fit the method gathers what is to stay (``retained``). At the end of each epoch the
+callback ``ClosedFormEdit`` asks it for ``writes(epoch)``, hands each group to its solver, and writes what comes back.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lit_unlearn.core.solvers import Retained, Write
+from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
+
+
+class ClosedFormMethod(ConceptEditor):
+    """Base of the methods whose weights a closed form writes; the recipe's ``edit`` says which one."""
+
+    layers: dict[str, nn.Linear]
+    """The linear maps that are written, by the full names of their weights."""
+    retained: Mapping[str, Retained]
+    """What is to stay of each of them, once the fit has started."""
+
+    edit: dict[str, Any] | None = None
+    """The solver and its settings, as the recipe has them."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also say how the weights were solved for."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["edit"] = self.edit
+
+    @abstractmethod
+    def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
+        """What the end of ``epoch`` writes, in groups that are solved together; a next one comes after the write."""
+
+    def written_epochs(self) -> int:
+        """How many epochs have been written, with what a resumed run did before."""
+        return int(self.report.get("written_epochs", 0))
+
+    def before_writes(self) -> None:
+        """Remember what the edits are measured against."""
+
+    def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
+        """What to keep of a write, beside what the solver says of it."""
+        return dict(report)
+
+    def after_writes(self, epoch: int, is_last: bool) -> None:
+        """Note that the writes of ``epoch`` are done."""
+        self.report["weight_change_ratio"] = self.pretrained.change_ratio()

@@ -1,0 +1,34 @@
+"""One layer while its values are refined, and means over the positions that are edited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class LayerState:
+    """What an edit of one layer needs; rows are samples.
+
+    Attributes:
+        name: Full name of the weight.
+        layer: The linear layer, W (d_out, d_in).
+        keys: K1, inputs at the edit prompts, (n, L, d_in).
+        initial: W K1, (n, L, d_out), where V1 starts.
+        mask: Which of the positions are edited, (n, L) bool.
+    """
+
+    name: str
+    layer: nn.Linear
+    keys: Tensor
+    initial: Tensor
+    mask: Tensor
+
+
+def per_item(rows: Tensor, mask: Tensor) -> Tensor:
+    """Mean over items of the means over their masked positions; ``rows`` and ``mask`` are (B, L).
+
+    An item counts for the same however many positions it has, so that processes can share a batch.
+    """
+    return ((rows * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
