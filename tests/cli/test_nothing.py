@@ -22,12 +22,7 @@ def test_a_fit_that_changes_nothing_is_not_finished(
     recipe: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # So large a ridge that the change is lost when it is rounded.
-    changes = [
-        "--model.values",
-        "target",
-        "--trainer.callbacks",
-        "[{class_path: NullSpaceEdit, init_args: {ridge: 1e30}}]",
-    ]
+    changes = ["--model.values", "target", "--edit.ridge", "1e30"]
     assert cli.main(["fit", "--config", str(recipe), *changes]) == 2
     assert said(capsys).startswith("fit: the edit changes nothing: after 4 steps all 2 edited weights are those of ")
     assert read_run(Path("logs/null_space/dog/version_0"))["state"] != FINISHED

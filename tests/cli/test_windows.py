@@ -300,6 +300,6 @@ def test_a_fit_goes_on_and_one_that_edits_nothing_leaves_nothing(
     assert run("fit", "--config", recipe) == 0
     assert read_run(RUN)["state"] == "finished"
 
-    nothing = '[{"class_path": "NullSpaceEdit", "init_args": {"threshold": 1e-30}}]'
-    assert run("fit", "--config", recipe, "--trainer.callbacks", nothing, "--method", "nothing") == 2
+    nothing = ["--edit.threshold", "1e-30", "--edit.minimum", "0"]
+    assert run("fit", "--config", recipe, *nothing, "--method", "nothing") == 2
     assert not list(Path("logs/nothing").rglob("version_*"))
