@@ -173,7 +173,7 @@ def test_what_one_process_finds_stops_both(args: list[str], message: str, workpl
         [sys.executable, "-m", "lit_unlearn", "fit", "--config", str(recipe), *QUIET, *ON_CPU, *two, *args],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:3]))},
         timeout=120,
         encoding="utf-8",
     )
