@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,9 +112,11 @@ class Write:
         return (self.weight + change).to(self.dtype).double() - self.weight
 
 
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """The change of one weight, (d_out, d_in), float64, and what to report of it."""
+class Solved(NamedTuple):
+    """The change of one weight, (d_out, d_in), float64, and what to report of it.
+
+    A tuple, so that its tensor is found and taken from a GPU when processes send it to each other.
+    """
 
     change: Tensor
     report: dict[str, float]

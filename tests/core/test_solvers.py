@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
 from helpers import normal
 from lit_unlearn.core.closed_form import ridge_map_update, second_moment
@@ -299,3 +300,11 @@ def test_a_singular_system_says_which_setting_is_its_ridge() -> None:
         solved(RidgeMap(lamb=1e-300), write(NOTHING, keys=keys))
     with pytest.raises(UnsolvableError, match=r"^The cross-attention: .* singular"):
         solved(RidgeMap(lamb=1e-300), write(NOTHING, keys=keys), write(NOTHING, seed=1, keys=keys))
+
+
+def test_what_was_solved_can_be_sent_from_a_gpu() -> None:
+    # Processes send results by the processor: the tensor must be found in what is sent (``SharedWork.solved_once``).
+    on_the_way = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), [Solved(EYE, {"leak": 0.0})])
+    assert isinstance(on_the_way[0], Solved)
+    assert on_the_way[0].change.is_meta
+    assert on_the_way[0].report == {"leak": 0.0}
