@@ -114,6 +114,14 @@ class ConceptSet:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def content(self) -> dict[str, Any]:
+        """The set as a YAML file of it would hold it: read again, it is equal to this one."""
+        concepts = {}
+        for concept in self.concepts.values():
+            own = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(concept).items() if k != "name"}
+            concepts[concept.name] = {k: v for k, v in own.items() if v != []}
+        return {"name": self.name, "prompts_per_concept": asdict(self.counts), "concepts": concepts}
+
     def get(self, name: str) -> Concept:
         """Return the concept called ``name``; case, spaces, ``_`` and ``-`` do not matter (``Soccer_Ball``).
 

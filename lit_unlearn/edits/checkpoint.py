@@ -64,6 +64,8 @@ class Edit:
         base_weights: SHA-256 of the base model's parts, all weights of each, as ``WholeModel.sha256``, if known.
         concept_set_sha256: Hash of the concept set, if known.
         edit: The solver that wrote the weights and its settings, if a closed form did.
+        recipe: What decided the fit, as a recipe, if known.
+        concept_set: The concept set as it was resolved, as a file of it would hold it, if known.
 
     Raises:
         ValueError: A field is of the wrong kind, or a weight is none that a model could have; no file is trusted.
@@ -79,6 +81,8 @@ class Edit:
     base_weights: Mapping[str, str] = field(default_factory=dict)
     concept_set_sha256: str | None = None
     edit: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None
+    concept_set: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> ValueError:
@@ -89,8 +93,9 @@ class Edit:
                 raise refuse(f"its {name} is not text")
         if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
             raise refuse("its concepts are no list of names")
-        if not isinstance(self.edit, dict | None):
-            raise refuse("its edit is no mapping")
+        for name in ("edit", "recipe", "concept_set"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise refuse(f"its {name} is no mapping")
         options = self.hyper_parameters
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise refuse("its config is no mapping")
@@ -281,6 +286,8 @@ def read_edit(path: str | Path) -> Edit:
             hyper_parameters=arguments,
             concept_set_sha256=ours.get("concept_set_sha256"),
             edit=solver,
+            recipe=ours.get("recipe"),
+            concept_set=ours.get("concept_set"),
         )
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
@@ -301,9 +308,8 @@ def _read_delta(path: Path) -> Edit:
         raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
     try:
         facts = {name: json.loads(metadata[name]) for name in DELTA_FIELDS}
-        optional = {
-            name: json.loads(metadata.get(name, "null")) for name in ("base_sha256", "concept_set_sha256", "edit")
-        }
+        names = ("base_sha256", "concept_set_sha256", "edit", "recipe", "concept_set")
+        optional = {name: json.loads(metadata.get(name, "null")) for name in names}
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(
             f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error!s:.100}."
@@ -322,6 +328,8 @@ def _read_delta(path: Path) -> Edit:
         optional["base_sha256"] or {},
         optional["concept_set_sha256"],
         solver,
+        optional["recipe"],
+        optional["concept_set"],
     )
 
 

@@ -82,6 +82,8 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
         "edited_weights": list(edit.weights),
         "config": edit.hyper_parameters,
         "edit": edit.edit,
+        "recipe": edit.recipe,
+        "concept_set": edit.concept_set,
         "concept_set_sha256": edit.concept_set_sha256 or _concept_set_sha256(edit, scores),
         "scores": scores,
         "lit_unlearn": __version__,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -37,7 +38,7 @@ from lit_unlearn.training.checks import check_edit, check_that_it_edits
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.recipes import check_method, utf8_recipes
-from lit_unlearn.training.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, newest_run, read_run
+from lit_unlearn.training.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, deciding, newest_run, read_run
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -321,6 +322,9 @@ class UnlearnCLI(LightningCLI):
             print(f"{self.finished_before} is finished: nothing to do (--once).")
             return
         run = self._claim()
+        if isinstance(self.model, DiffusionEditor):
+            written = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            self.model.recipe = deciding(yaml.safe_load(written))
         try:
             self.trainer.fit(**kwargs)
         except EmptyNullSpaceError as error:

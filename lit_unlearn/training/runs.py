@@ -38,12 +38,16 @@ NO_PART_OF_A_TRAINER = {
 }
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what determines the result of a fit: not where it runs, how it is watched or where it is kept."""
-    kept = {name: value for name, value in config.items() if name not in NO_PART_OF_A_RUN}
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines the result of a fit: not where it runs, how it is watched or where it is kept."""
+    kept = {name: value for name, value in config.items() if name not in {*NO_PART_OF_A_RUN, "config"}}
     kept["trainer"] = {k: v for k, v in dict(kept.get("trainer") or {}).items() if k not in NO_PART_OF_A_TRAINER}
-    kept.pop("config", None)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return kept
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of ``deciding``."""
+    return hashlib.sha256(json.dumps(deciding(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_run(folder: Path) -> dict[str, Any]:

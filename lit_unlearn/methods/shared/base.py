@@ -54,6 +54,9 @@ class DiffusionEditor(SharedWork):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
+    recipe: dict[str, Any] | None = None
+    """What decided the fit, as a recipe, if it came from the command line."""
+
     def __init__(
         self,
         model: str = "emoji-sd",
@@ -147,6 +150,8 @@ class DiffusionEditor(SharedWork):
             "edited_names": self.edited_names,
             "base_fingerprint": self.base_fingerprint,
             "concept_set_sha256": getattr(getattr(self, "concepts", None), "sha256", None),
+            "concept_set": self.concepts.content() if isinstance(self, ConceptEditor) else None,
+            "recipe": self.recipe,
             "cost": self.current_cost(),
             "report": self.report,
         }
