@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import QUIET, metadata
 from lit_unlearn import cli
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.edits.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.edits.older import MOVED, in_todays_terms
@@ -100,8 +101,9 @@ def test_a_file_is_read_in_todays_terms(method: str, kind: str, base: Path) -> N
 def test_its_weights_are_applied(method: str, kind: str, base: Path) -> None:
     edit = older(method, kind)
     assert list(edit.weights) == [NAME]
-    edit.check_base("tiny_sd")
-    before, after = load_pipeline("tiny_sd").named_parameters(), load_edited("tiny_sd", edit).named_parameters()
+    model = BaseModel.find("tiny_sd")
+    edit.check_base(model)
+    before, after = load_pipeline("tiny_sd").named_parameters(), load_edited(model, edit).named_parameters()
     assert [name for name in before if not torch.equal(before[name], after[name])] == [NAME]
     assert torch.equal(after[NAME], edit.weights[NAME])
 
