@@ -24,7 +24,8 @@ def pair(workers: Workers) -> Iterator[list[Worker]]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    started = [Worker("no_float64", LOCAL_RANK=str(rank), **job) for rank in range(2)]
+    # Devices that come in several have float64; Apple's, which has none, is always a single one.
+    started = [Worker("float64", LOCAL_RANK=str(rank), **job) for rank in range(2)]
     yield started
     for worker in started:
         worker.stop()
