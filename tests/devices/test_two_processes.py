@@ -17,7 +17,7 @@ from devices.workers import Worker, Workers
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair(workers: Workers) -> Iterator[list[Worker]]:
     """Two workers that Lightning takes for two processes of one job."""
     with socket.socket() as free:
