@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 LOWEST := $(VENV)-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-lowest lint hooks clean
+.PHONY: help install demo test test-slow test-devices test-lowest lint hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,7 +31,7 @@ demo: $(STAMP) ## remove a concept from the embedded model and score it
 	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)"
 
 # Text that is opened without an encoding is read in another one on Windows; Python then warns, which fails a test.
-test test-slow test-lowest: export PYTHONWARNDEFAULTENCODING = 1
+test test-slow test-devices test-lowest: export PYTHONWARNDEFAULTENCODING = 1
 
 # One process for each core, which keeps to one thread (tests/conftest.py). A process that has no tests left takes some
 # of another's; until then neighbours stay together and share what they prepare.
@@ -39,7 +39,10 @@ test: $(STAMP) ## run the quick tests
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-slow: $(STAMP) ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not exhaustive"
+
+test-devices: $(STAMP) ## run every recipe on pretended devices, which takes hours
+	$(BIN)/python -m pytest tests/devices -m exhaustive -n auto --dist worksteal
 
 test-lowest: $(LOWEST)/.installed ## run the quick tests with the oldest packages that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -m "not slow" -n auto --dist worksteal

@@ -94,7 +94,7 @@ def test_every_target_sets_up_the_environment() -> None:
     prerequisites, *recipe = makefile_recipe(".venv/.installed")
     assert prerequisites.split() == ["pyproject.toml", "constraints.txt"]
     assert any("pip install --constraint constraints.txt --editable" in line for line in recipe)
-    for target in ("install", "demo", "test", "test-slow", "lint", "hooks"):
+    for target in ("install", "demo", "test", "test-slow", "test-devices", "lint", "hooks"):
         assert makefile_recipe(target)[0].split()[0] == ".venv/.installed", target
 
 

@@ -30,14 +30,14 @@ from helpers import load_once
 from lit_unlearn.cli import TOLD_TO_STOP
 from lit_unlearn.commands.attack import ATTACK_NAMES
 
-slow = pytest.mark.slow
+slow = (pytest.mark.slow, pytest.mark.exhaustive)
 OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
 """The first recipe of each class: these are in the quick tests, on a device without float64."""
 LONG = ["emoji/text_to_image"]  # draws and encodes each of 320 combinations
 
 
 def each_kind(names: list[str], quick: list[str]) -> list[Any]:
-    """Recipes on each kind of device, all slow but ``quick`` ones without float64."""
+    """Recipes on each kind of device: in the quick tests only ``quick`` ones, without float64; the rest takes hours."""
     kinds = ("no_float64", "float64")
     return [
         pytest.param(name, kind, marks=() if name in quick and kind == kinds[0] else slow, id=f"{name}-{kind}")
