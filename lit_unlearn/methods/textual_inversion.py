@@ -243,8 +243,9 @@ class TextualInversion(GradientEditor, ReferenceImages):
         self.log_losses({"train/loss": loss}, batch)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        """Keep the norms near those of the vocabulary."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step and keep the norms near those of the vocabulary, before a checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
         pull_norm(self.embeddings, self.vocabulary_norm, self.norm_decay)
 
     # --- pictures

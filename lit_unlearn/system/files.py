@@ -51,6 +51,7 @@ class WriteError(OSError):
     def __init__(self, path: str | os.PathLike[str], error: OSError, kept: bool = False) -> None:
         remedy = _windows_remedy(path, error) or REMEDIES.get(error.errno or 0, "name another place")
         unchanged = " (what was there is unchanged)" if kept else ""
+        self.path, self.error = Path(path), error
         super().__init__(error.errno, f"Could not write {path}: {error.strerror or error}{unchanged}; {remedy}.")
 
     def __str__(self) -> str:
@@ -142,7 +143,7 @@ def replaced_folder(output: Path) -> Iterator[Path]:
             if left.exists():
                 remove(left)
     try:
-        with naming(output, kept=output.exists()):
+        with naming(output, kept=output.exists(), inside=temporary):
             temporary.mkdir(parents=True)
             yield temporary
             flush(temporary)
@@ -160,7 +161,7 @@ def replaced_entries(output: Path) -> Iterator[Path]:
     """
     temporary = _beside(output, "tmp")
     try:
-        with naming(output, kept=output.exists()):
+        with naming(output, kept=output.exists(), inside=temporary):
             remove_if_possible(temporary)
             temporary.mkdir(parents=True)
             yield temporary
@@ -231,13 +232,19 @@ def flush(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str], kept: bool = False, only: Collection[int] | None = None) -> Iterator[None]:
+def naming(
+    path: str | os.PathLike[str],
+    kept: bool = False,
+    only: Collection[int] | None = None,
+    inside: Path | None = None,
+) -> Iterator[None]:
     """Name ``path`` where a library that writes into it fails, most without saying which file.
 
     Args:
         path: What the block writes, as the user knows it.
         kept: Whether something stood there before, which is still what it was.
         only: Numbers of the errors that can come from writing, if the block does more than that; None: all.
+        inside: A temporary folder, which the user does not know: what fails in it has the name ``path`` too.
 
     Raises:
         WriteError: Writing failed.
@@ -246,6 +253,8 @@ def naming(path: str | os.PathLike[str], kept: bool = False, only: Collection[in
         yield
     except Exception as error:  # libraries in Rust raise exceptions of no particular class
         reason = os_error(error)
+        if isinstance(reason, WriteError) and inside is not None and reason.path.is_relative_to(inside):
+            reason = reason.error
         if reason is None or isinstance(reason, WriteError) or (only is not None and reason.errno not in only):
             raise
         raise WriteError(path, reason, kept) from error

@@ -170,6 +170,15 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(build: Build, fit: F
     assert not torch.isclose(first.embeddings, whole.embeddings).all()
 
 
+def test_what_callbacks_save_after_a_step_has_norms_that_were_pulled(build: Build, fit: Fit) -> None:
+    module, norms = build(norm_decay=1.0), []
+    # Lightning calls callbacks, which save checkpoints, before the module at the end of a step.
+    fit(module, hook("on_train_batch_end", lambda t, m, *_: norms.append(m.embeddings.detach().norm(dim=1))))
+    assert len(norms) == 3
+    for norm in norms:
+        assert norm.tolist() == pytest.approx([module.vocabulary_norm] * len(norm), rel=1e-5)
+
+
 def test_a_checkpoint_of_another_text_encoder_is_refused(
     build: Build, fit: Fit, trainer_with: Fit, tiny_sd2: Path, pets: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,14 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     (output / "more").write_text("by hand", encoding="utf-8")
     write_folder(output, "second")
     assert text_of(tmp_path) == {"above/export/inner/file": "second"}
+
+
+@pytest.mark.parametrize("replaced", [replaced_folder, replaced_entries])
+def test_the_name_of_a_temporary_folder_is_not_told(replaced: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(WriteError) as caught, replaced(output) as folder, atomic_write(folder / "facts.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value).startswith(f"Could not write {output}: No space left on device; free some space")
 
 
 def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
