@@ -41,7 +41,7 @@ test: $(STAMP) ## run the quick tests
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
-test-devices: $(STAMP) ## run every recipe on pretended devices, which takes about an hour
+test-devices: $(STAMP) ## run every recipe on pretended devices, which takes ten minutes
 	$(BIN)/python -m pytest tests/devices -m exhaustive -n auto --dist worksteal
 
 test-lowest: $(LOWEST)/.installed ## run the quick tests with the oldest packages that pyproject.toml allows

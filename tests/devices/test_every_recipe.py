@@ -37,7 +37,7 @@ LONG = ["emoji/text_to_image"]  # draws and encodes each of 320 combinations
 
 
 def each_kind(names: list[str], quick: list[str]) -> list[Any]:
-    """Recipes on each kind of device: in the quick tests ``quick`` ones without float64; the rest takes an hour."""
+    """Recipes on each kind of device: in the quick tests ``quick`` ones without float64; the rest takes minutes."""
     kinds = ("no_float64", "float64")
     return [
         pytest.param(name, kind, marks=() if name in quick and kind == kinds[0] else slow, id=f"{name}-{kind}")
