@@ -26,7 +26,7 @@ from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.concept_ablation import ConceptAblation
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 NOT_OURS = (

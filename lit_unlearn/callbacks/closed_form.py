@@ -57,7 +57,7 @@ class ClosedFormEdit(L.Callback):
         assert isinstance(pl_module, ClosedFormMethod)
         pl_module.before_writes()
         try:
-            spaces = self.solver.prepare(pl_module.retained, pl_module.solved_once, pl_module.device)
+            spaces = self.solver.prepare(pl_module.retained, pl_module.processes.solved_once, pl_module.device)
         except UnsolvableError as error:
             raise NumericalError(str(error)) from error
         if spaces:
@@ -86,7 +86,7 @@ class ClosedFormEdit(L.Callback):
         """
         # One process decides: solvers may differ in the last bit.
         started = time.perf_counter()
-        (solved,) = pl_module.solved_once([partial(self.solve, writes)])
+        (solved,) = pl_module.processes.solved_once([partial(self.solve, writes)])
         seconds = pl_module.report.get("solve_seconds", 0.0) + time.perf_counter() - started
         reports = {}
         for write, one in zip(writes, solved, strict=True):

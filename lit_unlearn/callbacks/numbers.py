@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.folders import folder_of
-from lit_unlearn.methods.shared.base import DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.layer_state import LayerState
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"

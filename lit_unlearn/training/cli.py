@@ -30,7 +30,8 @@ from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
-from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor, check_concepts
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
 from lit_unlearn.system.names import check_path, joint_name

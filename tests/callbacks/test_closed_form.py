@@ -17,7 +17,7 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
 from lit_unlearn.core.solvers import NullSpace, Retained, Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]

@@ -10,14 +10,20 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_unlearn.core.solvers import Retained, Write
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
+from lit_unlearn.data.fit_plan import FitPlan
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 
 
-class ClosedFormMethod(ConceptEditor):
-    """Base of the methods whose weights a closed form writes; the recipe's ``edit`` says which one."""
+class ClosedFormMethod(DiffusionEditor):
+    """Base of the methods whose weights a closed form writes; the recipe's ``edit`` says which one.
+
+    To stand before ``ConceptEditor`` among the bases of a method. As it is here, all is known before the first step,
+    and the fit is one epoch of one step that descends nothing.
+    """
 
     layers: dict[str, nn.Linear]
     """The linear maps that are written, by the full names of their weights."""
@@ -26,6 +32,34 @@ class ClosedFormMethod(ConceptEditor):
 
     edit: dict[str, Any] | None = None
     """The solver and its settings, as the recipe has them."""
+
+    @property
+    def fit_plan(self) -> FitPlan:
+        """One epoch of one step."""
+        return FitPlan(epochs=1, steps=1)
+
+    def configure_model(self) -> None:
+        """Load the pipeline, find the layers, and make room for V1, which descends during an epoch."""
+        if hasattr(self, "pipeline"):
+            return
+        super().configure_model()
+        self.layers = self.pipeline.sites(self.edited_names)
+        self.values = nn.Parameter(torch.zeros(self.values_shape()))
+
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of V1. A method without a descent has a single number.
+
+        Lightning saves checkpoints after optimizer steps only, and DDP takes no module without a gradient.
+        """
+        return ()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer that changes nothing."""
+        return torch.optim.SGD([self.values], lr=0.0)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """There is nothing to descend."""
+        return self.values * 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also say how the weights were solved for."""
@@ -37,8 +71,8 @@ class ClosedFormMethod(ConceptEditor):
         """What the end of ``epoch`` writes, in groups that are solved together; a next one comes after the write."""
 
     def written_epochs(self) -> int:
-        """How many epochs have been written, with what a resumed run did before."""
-        return int(self.report.get("written_epochs", 0))
+        """How many epochs have been written, with what a resumed run did before: an edit is written with its step."""
+        return self.current_epoch
 
     def before_writes(self) -> None:
         """Remember what the edits are measured against."""

@@ -12,7 +12,7 @@ from lit_unlearn.data.images import CaptionedImage, CaptionItem, KeepForgetImage
 from lit_unlearn.evaluation.memorisation import CopyCount, CopyDetector, Space, pixel_features
 from lit_unlearn.judges.classifier import ClassifierJudge, check_judge
 from lit_unlearn.judges.load import judge_folder
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 
 PICTURE_BATCH = 32
 """Pictures that the autoencoder sees at once."""

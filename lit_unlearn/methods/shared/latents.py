@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.methods.shared.base import DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.files import atomic_write
 
 
