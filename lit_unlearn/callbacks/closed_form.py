@@ -38,17 +38,12 @@ class ClosedFormEdit(L.Callback):
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
 
-    @property
-    def remedy(self) -> str:
-        """What to do about a system that is ill-conditioned."""
-        return self.solver.remedy
-
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         expect_module(self, pl_module, ClosedFormMethod, "writes what a method has found in closed form")
         assert isinstance(pl_module, ClosedFormMethod)
         if stage == TrainerFn.FITTING:
-            pl_module.edit = self.solver.settings()
+            pl_module.edit, pl_module.remedy = self.solver.settings(), self.solver.remedy
 
     @override
     @torch.no_grad()

@@ -10,8 +10,8 @@ weight. The second moment of the retained prompts' inputs (K0) is gathered once,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_unlearn.core.alignment import align_tokens, positions_mask
-from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
@@ -34,8 +33,6 @@ from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
 from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
 from lit_unlearn.system.devices import for_solving
-
-Batch = TypeVar("Batch")
 
 
 class ValueRefinement(ClosedFormMethod, ConceptEditor):
@@ -133,6 +130,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     # --- set-up
 
     @property
+    def current_layer(self) -> str | None:
+        """Name of the weight whose V1 descends."""
+        return self.state.name if self.state else None
+
+    @property
     def fit_plan(self) -> FitPlan:
         """An epoch for each round and layer; its steps are the data's."""
         return FitPlan(epochs=self.rounds * self.epochs_per_round, num_pairs=self.num_pairs, seed=self.seed)
@@ -205,20 +207,6 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
         sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
         self.retained = {name: Retained(moment, ids.numel(), prompts=len(ids)) for name, moment in sums.items()}
-
-    def summed_moments(
-        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Second moments (d_in, d_in), float64, of the layers' ``inputs`` (B, L, d_in) at all batches.
-
-        Processes take whole batches, the same as one has, so that only the order of the sums differs.
-        """
-        # On the processor: those of all layers are larger than the text encoder itself.
-        sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
-        for batch in self.processes.own_share(batches):
-            for name, keys in inputs(batch).items():
-                sums[name] += second_moment(keys.flatten(0, 1)).cpu()
-        return {name: self.processes.total(moment) for name, moment in sums.items()}
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""

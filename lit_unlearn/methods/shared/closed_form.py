@@ -7,15 +7,18 @@ callback ``ClosedFormEdit`` asks it for ``writes(epoch)``, hands each group to i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+
+Batch = TypeVar("Batch")
 
 
 class ClosedFormMethod(DiffusionEditor):
@@ -32,6 +35,8 @@ class ClosedFormMethod(DiffusionEditor):
 
     edit: dict[str, Any] | None = None
     """The solver and its settings, as the recipe has them."""
+    remedy: str = "raise its ridge"
+    """What to do about a system that is ill-conditioned, with this solver."""
 
     @property
     def fit_plan(self) -> FitPlan:
@@ -65,6 +70,20 @@ class ClosedFormMethod(DiffusionEditor):
         """Also say how the weights were solved for."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["edit"] = self.edit
+
+    def summed_moments(
+        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Second moments (d_in, d_in), float64, of the layers' ``inputs`` (B, L, d_in) at all batches.
+
+        Processes take whole batches, the same as one has, so that only the order of the sums differs.
+        """
+        # On the processor: those of all layers are larger than the text encoder itself.
+        sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
+        for batch in self.processes.own_share(batches):
+            for name, keys in inputs(batch).items():
+                sums[name] += second_moment(keys.flatten(0, 1)).cpu()
+        return {name: self.processes.total(moment) for name, moment in sums.items()}
 
     @abstractmethod
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:

@@ -88,6 +88,11 @@ class DiffusionEditor(L.LightningModule):
         return []
 
     @property
+    def current_layer(self) -> str | None:
+        """Name of the weight whose turn it is, in a method that edits one after the other."""
+        return None
+
+    @property
     def fit_plan(self) -> FitPlan:
         """What a fit of this method asks of the data and of the trainer."""
         return FitPlan()
