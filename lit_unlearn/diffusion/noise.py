@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
+Sampler = Literal["model", "ddim"]
+"""Whose sampler: the model's own, or DDIM."""
+
+
 @dataclass(frozen=True)
 class DDPM:
     """The forward process ``x_t = a_t x + s_t noise`` of a diffusers scheduler, and fresh copies of its sampler.
@@ -57,7 +61,7 @@ class DDPM:
         """Timesteps (S,) of a chain; some samplers take more than ``num_inference_steps``."""
         return set_steps(self.scheduler, num_inference_steps).timesteps
 
-    def with_sampler(self, kind: Literal["model", "ddim"]) -> DDPM:
+    def with_sampler(self, kind: Sampler) -> DDPM:
         """The same process with the ``model``'s own sampler, or with DDIM as Stable Diffusion's first code has it."""
         if kind == "model":
             return self

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import DDPM
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
@@ -191,6 +191,11 @@ class Pipeline(ABC):
         if not isinstance(layer, nn.Linear) or not name.endswith(".weight"):
             raise ValueError(f"edited_parameters selects {name}, which is not the weight of a linear layer.")
         return layer
+
+    @property
+    def reader(self) -> PromptReader:
+        """What the text encoders read of prompts."""
+        return PromptReader(tuple(text.tokenizer for text in self.texts))
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """``prompts`` as each text encoder reads them; warns of those that are cut off."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -116,7 +117,7 @@ def step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator
 
 
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str) -> None:
-    """Check that a sampler can take so many steps.
+    """Check that a sampler can take so many steps, and that they lead to numbers, by taking them without a model.
 
     Args:
         scheduler: Its configuration is used, its state is not.
@@ -126,14 +127,31 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str)
     Raises:
         ValueError: It cannot.
     """
+    name = type(scheduler).__name__
     try:
-        set_steps(scheduler, num_inference_steps)
+        latents = _dry_run(scheduler, num_inference_steps)
     except (ValueError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{field}={num_inference_steps} cannot be used with the model's {type(scheduler).__name__} ({reason:.300}): "
-            "give another number."
+            f"{field}={num_inference_steps} cannot be used with the model's {name} ({reason:.300}): give another number."
         ) from error
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"{field}={num_inference_steps} of the model's {name} lead to numbers that are not finite, with the settings "
+            "in scheduler/scheduler_config.json: correct these (rescale_betas_zero_snr is for velocity), or give "
+            "another number."
+        )
+
+
+def _dry_run(scheduler: SchedulerMixin, num_inference_steps: int) -> Tensor:
+    """Latents (1, 1, 1, 2) after all steps of a denoiser that says 0."""
+    sampler, generator = set_steps(scheduler, num_inference_steps, "cpu"), torch.Generator()
+    options = step_options(sampler, [generator])
+    latents = torch.randn(1, 1, 1, 2, generator=generator) * sampler.init_noise_sigma
+    for timestep in sampler.timesteps:
+        scaled = sampler.scale_model_input(latents, timestep)
+        latents = sampler.step(torch.zeros_like(scaled), timestep, latents, **options).prev_sample
+    return latents
 
 
 def set_steps(

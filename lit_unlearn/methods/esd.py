@@ -98,6 +98,7 @@ class ESD(GradientEditor, ConceptEditor):
         for field, value in {"num_chain_steps": num_chain_steps, "chains": chains, "passes": passes}.items():
             if value < 1:
                 raise ValueError(f"model.{field}={value} must be at least 1.")
+        self.base.check_steps(num_chain_steps, "model.num_chain_steps", chain_sampler)
         if states_from == "edited" and states_per_chain == "all":
             raise ValueError(
                 "model.states_from='edited' takes each state from the weights of the moment, so that none can be kept: "

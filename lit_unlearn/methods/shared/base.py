@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
@@ -28,6 +29,7 @@ from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared.shared_work import SharedWork
+from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
 
@@ -80,6 +82,7 @@ class DiffusionEditor(SharedWork):
         self.base = BaseModel.find(model, revision)
         if self.base.names:
             self.select(self.base.names)
+        self.base.check_steps(num_inference_steps, "model.num_inference_steps")
         self.forwards = ForwardCount()
         # A callback that knows pictures of the unedited model says so here, for as long as its trainer runs.
         self.known_pictures: Callable[[Any, Any], Tensor] | None = None
@@ -271,6 +274,19 @@ class ConceptEditor(DiffusionEditor):
                 raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
             check_judge_name(second_judge, {}, self.concepts)
         super().__init__(**kwargs)  # type: ignore[arg-type]
+        if self.base.reader is not None:
+            check_cuts(self.base.reader, self.concepts, self.edited)
+
+    def configure_model(self) -> None:
+        """As ``DiffusionEditor``; the prompts meet the tokens of a model from the hub only here.
+
+        Raises:
+            UserError: A prompt is cut so that it means nothing.
+        """
+        super().configure_model()
+        if self.base.reader is None:
+            with user_errors():
+                check_cuts(self.pipeline.reader, self.concepts, self.edited)
 
     @property
     def edited_labels(self) -> list[str]:
