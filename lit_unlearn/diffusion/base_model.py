@@ -76,7 +76,9 @@ class BaseModel:
             ValueError: It cannot.
         """
         if isinstance(self.place, Path):
-            check_steps(DDPM(read_sampler(self.place, self.name)).with_sampler(kind).scheduler, num_inference_steps, field)
+            check_steps(
+                DDPM(read_sampler(self.place, self.name)).with_sampler(kind).scheduler, num_inference_steps, field
+            )
 
     @cached_property
     def reader(self) -> PromptReader | None:

@@ -85,7 +85,9 @@ class StableDiffusion(Pipeline):
         return {
             "unet": _plain(self.unet.config),
             "text_encoder": {name: str(getattr(self.text_encoder.config, name)) for name in TEXT_SETTINGS},
+            "vae": _plain(self.vae.config),
             "scheduler": _plain(self.scheduler.config),
+            "latents": list(self.latent_shape),
         }
 
     def with_sampler(self, kind: Literal["model", "ddim"]) -> StableDiffusion:  # type: ignore[override]

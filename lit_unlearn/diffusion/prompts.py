@@ -71,15 +71,13 @@ class PromptReader:
         """What is read of each prompt by all text encoders: the beginning of it, where it is cut."""
         found = list(prompts)
         for tokenizer in self.tokenizers:
-            expanded = expand_words(tokenizer, prompts)
-            read = tokenizer(
-                expanded, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True
-            ).offset_mapping
-            for place, (text, ids, offsets) in enumerate(
-                zip(expanded, token_ids(tokenizer, prompts), read, strict=True)
-            ):
-                if len(ids) > tokenizer.model_max_length - 2:
-                    found[place] = min(found[place], text[: max(end for _, end in offsets)], key=len)
+            room = tokenizer.model_max_length - 2
+            for place, ids in enumerate(token_ids(tokenizer, prompts)):
+                if len(ids) > room:
+                    beginnings = _beginnings(prompts[place])
+                    counts = [len(part) for part in token_ids(tokenizer, beginnings)]
+                    fitting = [text for text, count in zip(beginnings, counts, strict=True) if count <= room]
+                    found[place] = min(found[place], max(fitting, key=len).rstrip(), key=len)
         return found
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
@@ -95,6 +93,12 @@ class PromptReader:
                         f"The prompt {prompt!r} has {count} tokens; the text encoder reads {length} and ignores the "
                         "rest."
                     )
+
+
+def _beginnings(text: str) -> list[str]:
+    """All beginnings of ``text`` that end no word in its middle, where words have spaces between them."""
+    spaced = [letter.isalnum() and letter < "\u0590" for letter in text]  # Latin, Greek, Cyrillic, Armenian
+    return [text[:end] for end in range(len(text) + 1) if not (0 < end < len(text) and all(spaced[end - 1 : end + 1]))]
 
 
 _WARNED_OF: set[tuple[str, int]] = set()

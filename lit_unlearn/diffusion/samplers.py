@@ -1,4 +1,4 @@
-"""The samplers of diffusers that a pipeline may have: which ones, in which settings, and where their noise comes from."""
+"""The samplers of diffusers that a pipeline may have, in which settings, and where their noise comes from."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str)
     except (ValueError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{field}={num_inference_steps} cannot be used with the model's {name} ({reason:.300}): give another number."
+            f"{field}={num_inference_steps} cannot be used with the model's {name} ({reason:.300}): give another."
         ) from error
     if not latents.isfinite().all():
         raise ValueError(
-            f"{field}={num_inference_steps} of the model's {name} lead to numbers that are not finite, with the settings "
-            "in scheduler/scheduler_config.json: correct these (rescale_betas_zero_snr is for velocity), or give "
-            "another number."
+            f"{field}={num_inference_steps} of the model's {name} lead to numbers that are not finite, with the "
+            "settings in scheduler/scheduler_config.json: correct these (rescale_betas_zero_snr is for velocity), or "
+            "give another number."
         )
 
 

@@ -249,7 +249,9 @@ def test_steps_that_a_sampler_cannot_take_are_refused(name: str, good: tuple[int
     for steps in good:
         check_steps(scheduler, steps, "num_inference_steps")
     for steps in bad:
-        with pytest.raises(ValueError, match=rf"^num_inference_steps={steps} cannot be used with the model's {name} \("):
+        with pytest.raises(
+            ValueError, match=rf"^num_inference_steps={steps} cannot be used with the model's {name} \("
+        ):
             check_steps(scheduler, steps, "num_inference_steps")
 
 
@@ -278,5 +280,3 @@ def test_noise_to_start_from_is_float32_whatever_the_default(components: StableD
     finally:
         torch.set_default_dtype(torch.float32)
     assert components.initial_noise([3]).dtype == torch.float32
-
-
