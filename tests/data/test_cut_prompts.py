@@ -62,7 +62,7 @@ def test_prompts_that_fit_are_not_spoken_of(tiny_sd: Path, pets: str, pets_with:
     [
         (
             {"edit_prompts": ["a dog", f"{BEFORE} with a dog"], "target_prompts": ["a ball", f"{BEFORE} with a ball"]},
-            rf"dog: edit_prompts: the name of the concept in '{BEFORE} with a dog' lies behind .* something else: shorten",
+            rf"dog: edit_prompts: the name of the concept in '{BEFORE} with a dog' lies behind .* something else: short",
         ),
         (
             {"edit_prompts": [f"{BEFORE} it barks", "a dog"], "target_prompts": [f"{BEFORE} it sings", "a ball"]},
@@ -71,7 +71,7 @@ def test_prompts_that_fit_are_not_spoken_of(tiny_sd: Path, pets: str, pets_with:
         (
             {"edit_prompts": [f"{BEFORE} the one which barks", "a dog"],
              "target_prompts": [f"{BEFORE} the one which sings", "a ball"]},
-            rf"reads '{BEFORE} the one which barks' and its target prompt '.* sings' as the same 30 tokens, so .*: shorten",
+            rf"reads '{BEFORE} the one which barks' and its target prompt '.* sings' as the same 30 tokens",
         ),
         ({"direct": [f"{BEFORE} and a dog"]}, rf"dog: direct: the name .* '{BEFORE} and a dog' .* measures nothing"),
         ({"direct": [f"{BEFORE} a dog and a dog"]}, None),
@@ -95,27 +95,29 @@ def test_prompts_that_mean_nothing_are_refused(
 def test_what_is_not_edited_is_still_evaluated(tiny_sd: Path, pets_with: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match=r"cat: direct: the name of the concept .* measures nothing"):
         check(pets_with("cat", direct=[f"{BEFORE} with a cat"]), tiny_sd)
-    lost = {
-        "edit_prompts": ["a cat", f"{BEFORE} or with a cat"],
-        "target_prompts": ["a dog", f"{BEFORE} or with a dog"],
-    }
+    pair = f"{BEFORE} or with a cat", f"{BEFORE} or with a dog"
+    lost = {"edit_prompts": ["a cat", pair[0]], "target_prompts": ["a dog", pair[1]]}
     check(pets_with("cat", **lost), tiny_sd)
     with pytest.raises(ValueError, match="cat: edit_prompts: the name of the concept"):
         check(pets_with("cat", **lost), tiny_sd, "cat")
 
 
 def test_every_other_cut_is_warned_of_once(tiny_sd: Path, pets_with: Callable[..., str]) -> None:
-    cut = {field: f"{BEFORE} a dog {field} on" for field in ("direct", "edit_prompts")}
-    cut |= {"indirect": f"{BEFORE} it barks on and on", "adversarial": f"{BEFORE} b a r k", "target_prompts": "a ball"}
-    path = pets_with(**{field: [text] for field, text in cut.items() if field not in ("edit_prompts", "target_prompts")},
-                     edit_prompts=["a dog", cut["edit_prompts"]],
-                     target_prompts=["a ball", f"{BEFORE} a ball edit_prompts on"])  # fmt: skip
+    direct, edit, target = (f"{BEFORE} a {text} on and on" for text in ("dog one", "dog two", "ball three"))
+    indirect, adversarial = f"{BEFORE} it barks on and on", f"{BEFORE} b a r k"
+    path = pets_with(
+        direct=[direct],
+        indirect=[indirect],
+        adversarial=[adversarial],
+        edit_prompts=["a dog", edit],
+        target_prompts=["a ball", target],
+    )
     with pytest.warns(UserWarning) as said:
         for _ in range(2):
             check(path, tiny_sd)
     texts = [str(warning.message) for warning in said]
     assert len(texts) == 5
-    for prompt in (cut["direct"], cut["indirect"], cut["edit_prompts"], cut["adversarial"], "a ball edit_prompts on"):
+    for prompt in (direct, indirect, adversarial, edit, target):
         assert sum(f"{prompt}' has " in text and "ignores the rest" in text for text in texts) == 1
 
 
