@@ -32,6 +32,7 @@ from lit_unlearn.methods.value_refinement import ValueRefinement
 NOT_OURS = (
     # NumPy's of what diffusers' schedulers do with tensors
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning",
     # Lightning's, where we mean it: the pipeline stays in evaluation mode while it is edited
     "ignore:Found .* module.s. in eval mode at the start of training",
 )

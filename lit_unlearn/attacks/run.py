@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
@@ -95,9 +96,14 @@ def attack_run(
     todo = _todo(report, path, chosen, targets, existing)
     if todo:
         found_device, base = find_device(device), chosen_base(model, revision, edit)
+        base.check_steps(int(edit.hyper_parameters.get("num_inference_steps", 15)), "num_inference_steps")
+        if base.reader is not None:
+            check_cuts(base.reader, concept_set, targets)
         loaded_judge = _load_judge(edit, judge, concept_set, targets)
         pipeline, pretrained = load_with_pretrained(base, edit, found_device)
         vocabulary = _vocabulary(pipeline, edit, base)
+        if base.reader is None:
+            check_cuts(pipeline.reader, concept_set, targets)
         for module in pipeline.parts.values():
             if edit.dtype != torch.float32:  # searches and training need more than half precision
                 module.float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
+from lit_unlearn.judges.cache import weights_version
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.pixels import to_pil
 
@@ -52,6 +53,11 @@ class ClipJudge:
         with torch.no_grad():
             # pooler_output is the projected embedding (transformers 5).
             self.text_embeddings = normalised(self.model.get_text_features(**inputs).pooler_output)
+
+    @property
+    def version(self) -> str:
+        """What its answers depend on and its name does not say."""
+        return f"{weights_version(self.model)} {self.choices}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_unlearn.judges.cache import weights_version
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.pixels import to_pil
 
@@ -70,6 +71,11 @@ class LlavaJudge:
         self.name = f"llava {model}{f'@{revision}' if revision else ''} {'4bit' if load_in_4bit else dtype}"
         self.yes = answer_tokens(self.processor.tokenizer, "yes")
         self.no = answer_tokens(self.processor.tokenizer, "no")
+
+    @property
+    def version(self) -> str:
+        """What its answers depend on and its name does not say."""
+        return f"{weights_version(self.model)} {self.min_answer}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:

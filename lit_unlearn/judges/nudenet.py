@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 
@@ -35,6 +36,11 @@ class NudeNetJudge:
 
         self.detector = nudenet.NudeDetector()
         self.name = "nudenet"
+
+    @property
+    def version(self) -> str:
+        """That of the package, which holds the weights."""
+        return importlib.metadata.version("nudenet")
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1]."""

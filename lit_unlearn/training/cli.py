@@ -32,7 +32,7 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
-from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
+from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
 from lit_unlearn.system.names import check_path, joint_name
 from lit_unlearn.training.checks import check_edit, check_that_it_edits
@@ -391,7 +391,8 @@ def run(args: Sequence[str]) -> UnlearnCLI:
     """
     prepare()
     try:
-        return UnlearnCLI(args)
+        with plain_warnings():
+            return UnlearnCLI(args)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
+from lit_unlearn.judges.base import Judge
 from lit_unlearn.judges.cache import CachedJudge, picture_key
 from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
 from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge
@@ -120,9 +122,6 @@ def test_the_cache_asks_once_and_tells_versions_apart(tmp_path: Path) -> None:
     newer = Counting("counting 2")
     CachedJudge(newer, tmp_path)(images, ["q"] * 3)
     assert newer.count == 3
-    other = CachedJudge(judge, tmp_path, version="other weights")
-    other(images, ["q"] * 3)
-    assert other.asked == 3
 
 
 def test_a_picture_is_known_by_what_it_shows() -> None:
@@ -156,15 +155,85 @@ def test_a_full_disk_leaves_the_answers_that_were_there(tmp_path: Path, monkeypa
     assert again.asked == 0
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
-    CachedJudge(Counting(), tmp_path)(torch.zeros(1, 3, 2, 2), ["q"])
-    (path,) = tmp_path.glob("*.json")
+def truncated(path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8")[:20], encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{path.name} holds no answers of 'counting 1' .*: delete it"):
-        CachedJudge(Counting(), tmp_path)
-    path.write_text(json.dumps({"judge": "someone else", "answers": {}}), encoding="utf-8")
-    with pytest.raises(ValueError, match="it holds answers of 'someone else'"):
-        CachedJudge(Counting(), tmp_path)
+
+
+def of_someone_else(path: Path) -> None:
+    other = CachedJudge(Counting("someone else"), path.parent / "other")
+    other(torch.zeros(1, 3, 2, 2), ["q"])
+    shutil.copy(other.path, path)
+
+
+def with_another_answer(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "answers": dict.fromkeys(content["answers"], 0.75)}), encoding="utf-8")
+
+
+def with_words_for_answers(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "answers": dict.fromkeys(content["answers"], "no")}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        of_someone_else,
+        with_another_answer,
+        with_words_for_answers,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xff\x00"),
+        lambda path: path.write_text("[]", encoding="utf-8"),
+        lambda path: path.write_text('{"answers": null}', encoding="utf-8"),
+    ],
+)
+def test_a_damaged_cache_is_said_and_made_anew(
+    damage: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, said = torch.full((1, 3, 2, 2), 0.25), []  # type: tuple[Tensor, list[str]]
+    monkeypatch.setattr("lit_unlearn.judges.cache.rank_zero_info", said.append)
+    first = CachedJudge(Counting(), tmp_path)
+    first(images, ["q"])
+    whole = first.path.read_bytes()
+    damage(first.path)
+    judge = Counting()
+    assert CachedJudge(judge, tmp_path)(images, ["q"]).tolist() == [0.25]
+    assert judge.count == 1
+    (sentence,) = said
+    assert f"{first.path} are damaged (" in sentence
+    assert "the judge is asked again" in sentence
+    assert first.path.read_bytes() == whole
+
+
+def test_answers_of_other_weights_options_and_libraries_are_others(
+    tmp_path: Path, tiny_clip: Path, tiny_llava: Path, emoji20: ConceptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(judge: Judge) -> str:
+        return CachedJudge(judge, tmp_path).key
+
+    clip = load_judge("clip", {"model": str(tiny_clip)}, emoji20)
+    llava = load_judge("llava", {"model": str(tiny_llava), "dtype": "float32"}, emoji20)
+    keys = [key(clip), key(llava)]
+    assert keys == [key(load_judge("clip", {"model": str(tiny_clip)}, emoji20)), key(llava)]
+    fewer = replace(emoji20, concepts=dict(list(emoji20.concepts.items())[:5]))  # among which CLIP then chooses
+    keys.append(key(load_judge("clip", {"model": str(tiny_clip)}, fewer)))
+    stricter = {"model": str(tiny_llava), "dtype": "float32", "min_answer": 0.2}
+    keys.append(key(load_judge("llava", stricter, emoji20)))
+    for judge in (clip, llava):
+        with torch.no_grad():
+            next(judge.model.parameters()).add_(1)  # type: ignore[attr-defined]
+        keys.append(key(judge))
+
+    class Versioned(Counting):
+        version = "2"
+
+    keys += [key(Counting()), key(Versioned())]
+    for library in ("torch", "diffusers", "transformers", "lit_unlearn"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{library}.__version__", "0.0.1")
+            keys.append(key(Counting()))
+    assert len(set(keys)) == len(keys) == 12
 
 
 def test_nudenet_takes_the_surest_exposed_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
@@ -17,6 +18,7 @@ from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.system.errors import user_errors
 
 
 class ConceptEditor(DiffusionEditor):
@@ -55,6 +57,19 @@ class ConceptEditor(DiffusionEditor):
                 raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
             check_judge_name(second_judge, {}, self.concepts)
         super().__init__(**kwargs)  # type: ignore[arg-type]
+        if self.base.reader is not None:
+            check_cuts(self.base.reader, self.concepts, self.edited)
+
+    def configure_model(self) -> None:
+        """As ``DiffusionEditor``; the prompts meet the tokens of a model from the hub only here.
+
+        Raises:
+            UserError: A prompt is cut so that it means nothing.
+        """
+        super().configure_model()
+        if self.base.reader is None:
+            with user_errors():
+                check_cuts(self.pipeline.reader, self.concepts, self.edited)
 
     @property
     def edited_labels(self) -> list[str]:
