@@ -32,6 +32,8 @@ class CachedJudge:
 
     def __init__(self, judge: Judge, folder: str | Path, version: str = "") -> None:
         self.judge, self.name = judge, judge.name
+        if hasattr(judge, "features"):
+            self.features = judge.features
         key = hashlib.sha256(f"{judge.name} {version}".encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{key}.json"
         self.asked = 0
