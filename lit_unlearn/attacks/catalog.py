@@ -28,10 +28,8 @@ def find_attack(attack: str) -> type[Attack]:
     if attack in shipped:
         return shipped[attack]
     if not CLASS_PATH.fullmatch(attack):
-        raise ValueError(
-            f"attacks={attack!r} is no attack{closest(attack, shipped)}: take {', '.join(shipped)}, "
-            "or the import path of a class."
-        )
+        others = f" (attacks: {', '.join(shipped)}, or the import path of a class)"
+        raise ValueError(f"attacks={attack!r} is no attack{closest(attack, shipped) or others}.")
     found = import_class(attack, "attacks")
     if not issubclass(found, Attack) or inspect.isabstract(found):
         raise ValueError(f"attacks={attack!r} is no attack: it needs to be a subclass of Attack that has a search.")

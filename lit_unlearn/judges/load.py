@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,18 @@ def find_judge(judge: str, field: str = "judge") -> tuple[type, dict[str, Any]]:
     shipped = shipped_judges()
     if judge in shipped:
         return shipped[judge], {}
-    if (folder := Path(judge).expanduser()).is_dir():
+    if judge and (folder := Path(judge).expanduser()).is_dir():
         return ClassifierJudge, {"path": folder}
     if not CLASS_PATH.fullmatch(judge):
-        raise ValueError(
-            f"{field}={judge!r} is no judge and no folder{closest(judge, shipped)}: take {', '.join(shipped)}, "
-            "the folder of a classifier, or the import path of a class."
-        )
+        others = f": take {', '.join(shipped)}, the folder of a classifier, or the import path of a class"
+        raise ValueError(f"{field}={judge!r} is no judge and no folder{closest(judge, shipped) or others}.")
     found = import_class(judge, field)
     if inspect.isabstract(found) or not any("__call__" in vars(base) for base in found.__mro__):
         raise ValueError(f"{field}={judge!r} is no judge: it needs a __call__(images, questions), and a name.")
     return found, {}
 
 
-def check_judge(
+def check_judge_name(
     judge: str,
     options: Mapping[str, Any],
     concepts: ConceptSet | None,
@@ -81,10 +80,10 @@ def load_judge(
     asked: Sequence[Concept] | None = None,
     field: str = "judge",
 ) -> Judge:
-    """Load a judge; arguments as for ``check_judge``.
+    """Load a judge; arguments as for ``check_judge_name``.
 
     Raises:
-        JudgeError: As ``check_judge``; or it cannot be loaded.
+        JudgeError: As ``check_judge_name``; or it cannot be loaded.
     """
     found = find_judge(judge, field)[0]
     try:
@@ -157,7 +156,9 @@ def _unanswered(
     names = {concept.question: concept.name for concept in asked}
     unknown = [question for question in error.unknown if question in names]
     first, more = unknown[0], len(unknown) - 1
-    known = f" (it answers only {next(iter(error.known))!r})" if len(error.known) == 1 else closest(first, error.known)
+    known = f" (it answers only {next(iter(error.known))!r})" if len(error.known) == 1 else ""
+    if near := get_close_matches(first, error.known, n=1, cutoff=0.94):  # the same in other words
+        known = f" (closest: {near[0]!r})"
     others = []
     for name, cls in shipped_judges().items():
         try:

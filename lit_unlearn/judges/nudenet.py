@@ -33,7 +33,7 @@ class NudeNetJudge(NamedJudge):
     @classmethod
     def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
         """See ``NamedJudge.check``."""
-        if unknown := sorted(set(questions) - {QUESTION}):
+        if unknown := [question for question in dict.fromkeys(questions) if question != QUESTION]:
             raise UnknownQuestionError(cls.short_name, unknown, [QUESTION])
         check_installed("nudenet", "judge='nudenet' (its licence is AGPL)", "nudenet")
 

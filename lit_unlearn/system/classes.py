@@ -96,8 +96,7 @@ def checked_arguments(
     parser = ArgumentParser(exit_on_error=False)
     known: Sequence[str] = parser.add_class_arguments(cls, skip=set(skip), fail_untyped=False)
     if unknown := [name for name in given if name not in known]:
-        near = closest(str(unknown[0]), known)
-        raise ValueError(f"{field}.{unknown[0]} is unknown to {owner}{near}: it has {', '.join(known) or 'none'}.")
+        raise ValueError(f"{field}.{unknown[0]} is unknown to {owner}: it has {', '.join(known) or 'none'}.")
     needed = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty and p.name in known]
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{field}.{missing[0]} is missing: {owner} needs it.")

@@ -25,7 +25,7 @@ from lit_unlearn.diffusion.sampling import ForwardCount
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, is_quick, judge_questions
 from lit_unlearn.judges.cache import CachedJudge
-from lit_unlearn.judges.load import cache_version, check_judge, load_judge
+from lit_unlearn.judges.load import cache_version, check_judge_name, load_judge
 from lit_unlearn.methods.shared.shared_work import SharedWork
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
@@ -267,11 +267,11 @@ class ConceptEditor(DiffusionEditor):
         self.edited = edited_concepts(concept, self.concepts)
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
         self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
-        check_judge(judge, self.judge_options, self.concepts)
+        check_judge_name(judge, self.judge_options, self.concepts)
         if second_judge is not None:
             if (second_judge, self.second_judge_options) == (judge, self.judge_options):
                 raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
-            check_judge(second_judge, self.second_judge_options, self.concepts, field="second_judge")
+            check_judge_name(second_judge, self.second_judge_options, self.concepts, field="second_judge")
         super().__init__(**kwargs)  # type: ignore[arg-type]
 
     @property

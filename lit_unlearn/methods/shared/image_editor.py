@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_unlearn.data.images import CaptionedImage, CaptionItem, KeepForgetImages, load_image
 from lit_unlearn.evaluation.memorisation import CopyCount, CopyDetector, Space, pixel_features
-from lit_unlearn.judges.load import check_judge, load_judge
+from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, DiffusionEditor
 
 PICTURE_BATCH = 32
@@ -34,7 +34,7 @@ class ImageEditor(DiffusionEditor):
     def __init__(self, judge: str | None = "emoji", copy_quantile: float = 0.01, **kwargs: object) -> None:
         if not 0 < copy_quantile < 1:
             raise ValueError(f"model.copy_quantile={copy_quantile} must lie between 0 and 1, e.g. 0.01.")
-        if judge is not None and not hasattr(check_judge(judge, {}, None), "features"):
+        if judge is not None and not hasattr(check_judge_name(judge, {}, None), "features"):
             raise ValueError(
                 f"model.judge={judge!r} has no features in which copies could be looked for: take emoji, the folder of "
                 "a classifier, or null for pixels alone."
