@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -36,13 +38,13 @@ def find_judge(judge: str, field: str = "judge") -> tuple[type, dict[str, Any]]:
     shipped = shipped_judges()
     if judge in shipped:
         return shipped[judge], {}
-    if judge and (folder := Path(judge).expanduser()).is_dir():
-        return ClassifierJudge, {"path": folder}
+    if os.path.isdir(folder := os.path.expanduser(judge)):
+        return ClassifierJudge, {"path": Path(folder)}
     if not CLASS_PATH.fullmatch(judge):
         others = f": take {', '.join(shipped)}, the folder of a classifier, or the import path of a class"
         raise ValueError(f"{field}={judge!r} is no judge and no folder{closest(judge, shipped) or others}.")
     found = import_class(judge, field)
-    if inspect.isabstract(found) or not any("__call__" in vars(base) for base in found.__mro__):
+    if not _is_judge(found):
         raise ValueError(f"{field}={judge!r} is no judge: it needs a __call__(images, questions), and a name.")
     return found, {}
 
@@ -123,11 +125,20 @@ def check_stored(judge: object, options: object, file: Path) -> None:
         raise ValueError(f"ckpt_path={file} names no judge: give one with --judge.")
     classes: list[type] = [ClassifierJudge, *shipped_judges().values()]
     ours = {*shipped_judges(), *map(class_path, classes)}
-    if CLASS_PATH.fullmatch(judge) and judge not in ours and not Path(judge).is_dir():
+    if CLASS_PATH.fullmatch(judge) and judge not in ours and not os.path.isdir(judge):
         raise ValueError(
             f"ckpt_path={file} names the judge {judge!r}, whose code is not part of lit-unlearn: "
             f"pass --judge {judge} if you trust it, or another judge."
         )
+
+
+def _is_judge(cls: type) -> bool:
+    """Whether ``cls`` can be called with arguments that are known, to make something that can be called."""
+    try:
+        inspect.signature(cls)
+    except ValueError:  # of a class in C
+        return False
+    return not inspect.isabstract(cls) and any("__call__" in vars(base) for base in cls.__mro__)
 
 
 def _arguments(
@@ -146,6 +157,8 @@ def _arguments(
             found.check(given, [concept.question for concept in asked])  # type: ignore[attr-defined]
         except UnknownQuestionError as error:
             raise JudgeError(_unanswered(judge, error, asked, concepts, field)) from error
+        except ValueError as error:  # a class does not know which judge it is
+            raise JudgeError(re.sub(r"\bjudge(?=_options\.|=)", field, str(error))) from error
     return {**given, **dict.fromkeys(taken, concepts)}
 
 
@@ -155,6 +168,8 @@ def _unanswered(
     """The sentence for questions that a judge does not know, with the judges that know them."""
     names = {concept.question: concept.name for concept in asked}
     unknown = [question for question in error.unknown if question in names]
+    if not unknown:
+        return str(error)
     first, more = unknown[0], len(unknown) - 1
     known = f" (it answers only {next(iter(error.known))!r})" if len(error.known) == 1 else ""
     if near := get_close_matches(first, error.known, n=1, cutoff=0.94):  # the same in other words

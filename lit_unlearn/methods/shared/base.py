@@ -272,6 +272,8 @@ class ConceptEditor(DiffusionEditor):
             if (second_judge, self.second_judge_options) == (judge, self.judge_options):
                 raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
             check_judge_name(second_judge, self.second_judge_options, self.concepts, field="second_judge")
+        elif second_judge_options:
+            raise ValueError("model.second_judge_options are of no judge: name one with model.second_judge.")
         super().__init__(**kwargs)  # type: ignore[arg-type]
 
     @property
@@ -281,10 +283,10 @@ class ConceptEditor(DiffusionEditor):
 
     def load_judge(self) -> Judge:
         """The judge that ``judge`` names."""
-        return self._judge(self.judge_path, self.judge_options, "judge")
+        return self._judge(self.judge_path, self.judge_options)
 
-    def _judge(self, name: str, options: dict[str, Any], field: str) -> Judge:
-        judge = load_judge(name, options, self.concepts, field=field)
+    def _judge(self, name: str, options: dict[str, Any]) -> Judge:
+        judge = load_judge(name, options, self.concepts)
         slow = not is_quick(judge) and self.judge_cache is not None
         # One file per process, since several write at the same time.
         folder = Path(self.judge_cache or "") / f"rank_{self.global_rank}"
@@ -295,7 +297,7 @@ class ConceptEditor(DiffusionEditor):
         self.judge = self.load_judge()
         self.second_judge = None
         if self.second_judge_path is not None:
-            self.second_judge = self._judge(self.second_judge_path, self.second_judge_options, "second_judge")
+            self.second_judge = self._judge(self.second_judge_path, self.second_judge_options)
         self.kappa = BinaryCohenKappa().to(self.device)
         images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
