@@ -15,7 +15,8 @@ from typing import Any
 
 from lit_unlearn import judges
 from lit_unlearn.data.concepts import Concept, ConceptSet
-from lit_unlearn.judges.base import Judge, JudgeError, NamedJudge, UnknownQuestionError
+from lit_unlearn.judges.base import Judge, JudgeError, NamedJudge, UnknownQuestionError, is_quick
+from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.system.classes import CLASS_PATH, checked_arguments, class_path, declared_classes, import_class
 from lit_unlearn.system.errors import closest
@@ -99,6 +100,19 @@ def load_judge(
     if not isinstance(made, Judge) or not isinstance(made.name, str) or not made.name:
         raise JudgeError(f"{field}={judge!r} has no name: set self.name to a text that names it and its version.")
     return made
+
+
+def load_cached_judge(
+    judge: str, options: Mapping[str, Any], concepts: ConceptSet | None, folder: Path | None
+) -> Judge:
+    """As ``load_judge``; answers of a judge that is not quick are kept in ``folder``, if there is one.
+
+    Raises:
+        JudgeError: As ``load_judge``.
+        ValueError: What is kept there cannot be read.
+    """
+    made = load_judge(judge, options, concepts)
+    return made if folder is None or is_quick(made) else CachedJudge(made, folder, cache_version(judge, options))
 
 
 def cache_version(judge: str, options: Mapping[str, Any]) -> str:

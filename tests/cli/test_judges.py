@@ -80,10 +80,12 @@ def test_a_question_that_a_judge_does_not_know_is_refused(
             ["--model.judge", "my_judges.Bright", "--model.judge_options", "{limit: 1}"],
             "judge_options.limit is unknown",
         ),
+        (["--model.second_judge_options", "{a: 1}"], "model.second_judge_options are of no judge: name one with"),
+        (["--model.second_judge", "."], "second_judge='.' has no config.json"),
         (["--model.second_judge", "gpt"], "second_judge='gpt' is no judge and no folder"),
         (
             ["--model.second_judge", "clip", "--model.second_judge_options", "{batch_size: 0}"],
-            "judge_options.batch_siz",
+            "second_judge_options.batch_size=0 must be at least 1.",
         ),
         (["--model.judge", "clip", "--model.second_judge", "clip"], "model.second_judge='clip' is the judge itself"),
     ],

@@ -13,6 +13,7 @@ import torch
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
 from lit_unlearn.emoji.judge import JudgeTraining
 from lit_unlearn.judges.base import JudgeError, NamedJudge, judge_questions
+from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.emoji import EmojiJudge
 from lit_unlearn.judges.load import (
@@ -332,6 +333,18 @@ def test_the_cache_of_an_own_judge_goes_with_its_options_and_its_code(mine: Path
     mine.write_text(MINE.replace("> self.threshold", ">= self.threshold"), encoding="utf-8")
     assert cache_version("my_judges.Plain", {"threshold": 0.4}) not in versions
     assert cache_version("clip", {"batch_size": 3}) == ""  # its name says what its answers depend on
+
+
+def test_answers_of_slow_judges_are_kept_and_of_quick_ones_not(mine: Path, tmp_path: Path, emoji20: ConceptSet) -> None:
+    images = torch.full((1, 3, 4, 4), 0.45)
+    for threshold, answer in ((0.4, 1.0), (0.5, 0.0), (0.4, 1.0)):
+        judge = load_cached_judge("my_judges.Plain", {"threshold": threshold}, emoji20, tmp_path / "kept")
+        assert judge(images, ["any"]).tolist() == [answer]
+    assert isinstance(judge, CachedJudge)
+    assert judge.asked == 0  # the third time it was known
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert isinstance(load_cached_judge("emoji", {}, emoji20, tmp_path / "kept"), EmojiJudge)
+    assert not isinstance(load_cached_judge("my_judges.Plain", {"threshold": 1}, emoji20, None), CachedJudge)
 
 
 # --- what a file says

@@ -23,9 +23,8 @@ from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, matc
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
 from lit_unlearn.evaluation.metrics import ForgetRetain
-from lit_unlearn.judges.base import Judge, is_quick, judge_questions
-from lit_unlearn.judges.cache import CachedJudge
-from lit_unlearn.judges.load import cache_version, check_judge_name, load_judge
+from lit_unlearn.judges.base import Judge, judge_questions
+from lit_unlearn.judges.load import check_judge_name, load_cached_judge
 from lit_unlearn.methods.shared.shared_work import SharedWork
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
@@ -286,11 +285,9 @@ class ConceptEditor(DiffusionEditor):
         return self._judge(self.judge_path, self.judge_options)
 
     def _judge(self, name: str, options: dict[str, Any]) -> Judge:
-        judge = load_judge(name, options, self.concepts)
-        slow = not is_quick(judge) and self.judge_cache is not None
         # One file per process, since several write at the same time.
-        folder = Path(self.judge_cache or "") / f"rank_{self.global_rank}"
-        return CachedJudge(judge, folder, cache_version(name, options)) if slow else judge
+        folder = None if self.judge_cache is None else Path(self.judge_cache) / f"rank_{self.global_rank}"
+        return load_cached_judge(name, options, self.concepts, folder)
 
     def on_test_start(self) -> None:
         """Make judge and metrics."""
