@@ -21,6 +21,7 @@ from lit_unlearn.judges.load import (
     check_judge_name,
     check_stored,
     find_judge,
+    load_cached_judge,
     load_judge,
     shipped_judges,
 )
