@@ -182,7 +182,7 @@ PETS: dict[str, Any] = {
         "kind": "object",
         "target": "soccer ball",  # two tokens for one
         "anchor": "a toy",
-        "question": "Is there a dog?",
+        "question": "Is there a dog in this picture?",
         "direct": ["one dog"],
         "indirect": ["the pet that barks"],
         "edit_prompts": ["a dog", "the dog at sunset"],
@@ -192,7 +192,7 @@ PETS: dict[str, Any] = {
         "kind": "object",
         "target": "parrot",
         "anchor": "a bird",
-        "question": "Is there a cat?",
+        "question": "Is there a cat in this picture?",
         "direct": ["one cat"],
         "indirect": ["the pet that purrs"],
         "edit_prompts": ["a cat", "the cat in the rain"],

@@ -47,7 +47,8 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 5,
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
-FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "judge", "copy_quantile"}
+FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "copy_quantile"}
+FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache"}
 FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
 
