@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import user_errors
+from lit_unlearn.system.errors import plain_warnings, user_errors
 
 DESCRIPTION = "try to bring the concept of a run back"
 ATTACK_NAMES = ("concept_inversion", "prompt_search", "ring_a_bell", "relearning")
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     with user_errors():
         device = find_device(options.device)
     ways = ["attack on the processor (--device cpu)"] if device.type != "cpu" else []
-    with user_errors(), explaining_memory("attack", device, ways):
+    with user_errors(), plain_warnings(), explaining_memory("attack", device, ways):
         results = attack_run(
             options.ckpt_path,
             options.attacks,
