@@ -6,6 +6,7 @@ global batch in the order that a single process would have used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,15 @@ def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Conc
         ValueError: A name is unknown or given twice, or there is none.
     """
     names = [concept] if isinstance(concept, str) else list(concept)
-    edited = [concepts.get(name) for name in names]
+    try:
+        edited = [concepts.get(name) for name in names]
+    except ValueError as error:
+        if not (several := [name for text in names for name in re.split(r"[,;\uff0c\u3001]", text) if name.strip()])[
+            1:
+        ]:
+            raise
+        option = f"--concept '[{', '.join(name.strip() for name in several)}]'"
+        raise ValueError(f"{str(error).removesuffix('.')}; several concepts are written {option}.") from error
     if not edited:
         raise ValueError("concept=[] edits nothing: name at least one concept.")
     if len({item.name for item in edited}) < len(edited):

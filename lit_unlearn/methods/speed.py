@@ -87,9 +87,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         if prompts == "edit_prompts":
             texts = self.concepts.retain_prompts(labels)
         else:
-            others = [concept for concept in self.concepts.concepts.values() if concept.name not in labels]
-            names = [name for concept in others for name in concept.names]
-            texts = [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
+            texts = self.concepts.retain_names(labels)
         texts = list(dict.fromkeys([*texts, *extra]))
         if not texts:
             raise ValueError(

@@ -77,8 +77,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
 
     def other_prompts(self) -> list[str]:
         """What ``preserve: others`` stands for: the names of the other concepts, but those that name an edited one."""
-        names = [name for other in self.concepts.concepts.values() if other not in self.edited for name in other.names]
-        return [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
+        return self.concepts.retain_names(self.edited_labels)
 
     def _preserved_prompts(self, preserve: str | list[str] | None) -> list[str]:
         """The preserved prompts, checked."""
