@@ -144,6 +144,29 @@ class ConceptSet:
             concepts[concept.name] = {k: v for k, v in own.items() if v != []}
         return {"name": self.name, "prompts_per_concept": asdict(self.counts), "concepts": concepts}
 
+    def check_same(self, file: str, sha256: str, name: object) -> None:
+        """Refuse a file that was made with another concept set.
+
+        Args:
+            file: The file, as the sentence begins.
+            sha256: Of the set that it was made with.
+            name: Of that set, if the file says it.
+
+        Raises:
+            ValueError: The set is another, or has other content now.
+        """
+        if sha256 == self.sha256:
+            return
+        if name in (None, self.name):
+            raise ValueError(
+                f"{file} was made with other content of the concept set {self.name!r} than {self.path} has now: "
+                "restore that, or fit again."
+            )
+        raise ValueError(
+            f"{file} was made with the concept set {name!r:.60}, not with {self.name!r} ({self.path}): give that "
+            "one as model.init_args.concept_set, or fit again."
+        )
+
     def get(self, name: str) -> Concept:
         """Return the concept called ``name``; case, spaces, ``_`` and ``-`` do not matter (``Soccer_Ball``).
 

@@ -69,6 +69,17 @@ class ConceptEditor(DiffusionEditor):
             "concept_set": self.concepts.content(),
         }
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also refuse a checkpoint of another concept set.
+
+        Raises:
+            ValueError: What differs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        ours = checkpoint[CHECKPOINT_KEY]
+        if (sha256 := ours.get("concept_set_sha256")) is not None:
+            self.concepts.check_same("The checkpoint", sha256, (ours.get("concept_set") or {}).get("name"))
+
     # --- test
 
     def load_judge(self) -> Judge:
