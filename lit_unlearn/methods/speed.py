@@ -61,13 +61,16 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         """Texts of the edited concepts, and for each of them the text whose values it gets."""
         edited: list[str] = []
         anchors: list[str] = []
+        self.targets_of_edited = []
         for concept in self.edited:
             texts = concept.names if prompts == "names" else concept.edit_prompts
-            edited += texts
             if towards == "target":
-                anchors += [concept.target] * len(texts) if prompts == "names" else concept.target_prompts
+                into = [concept.target] * len(texts) if prompts == "names" else list(concept.target_prompts)
             else:
-                anchors += [concept.anchor if towards == "anchor" else ""] * len(texts)
+                into = [concept.anchor if towards == "anchor" else ""] * len(texts)
+            edited += texts
+            anchors += into
+            self.targets_of_edited.append((concept, into))
         return edited, anchors
 
     def _retained(self, prompts: str, extra: Sequence[str]) -> list[str]:
