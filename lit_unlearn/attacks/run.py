@@ -91,6 +91,7 @@ def attack_run(
         raise ValueError(f"seed={seed} must be zero or larger.")
     edit = read_edit(ckpt_path)
     concept_set = load_concept_set(edit.hyper_parameters.get("concept_set", "emoji20"))
+    edit.check_set(concept_set)
     targets = _edited_concepts(edit, concepts, concept_set)
     folder = _output_folder(edit, output)
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)

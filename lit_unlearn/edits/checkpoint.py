@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_unlearn.data.concepts import ConceptSet
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -137,6 +139,19 @@ class Edit:
                 f"{self.path} changes nothing: all {len(self.weights)} weights that it edits are those of "
                 f"{self.model!r} bit for bit, so fit again with a larger edit."
             )
+
+    def check_set(self, concepts: ConceptSet) -> None:
+        """Refuse a concept set that the edit was not made with; warn of an edit that does not say with which.
+
+        Raises:
+            ValueError: The set is another, or has other content now.
+        """
+        if self.concept_set_sha256 is None:
+            rank_zero_warn(
+                f"{self.path} does not say which concept set it was made with: {concepts.name!r} is taken for it."
+            )
+            return
+        concepts.check_same(str(self.path), self.concept_set_sha256, (self.concept_set or {}).get("name"))
 
     def check_base(self, base: BaseModel) -> None:
         """Refuse a base model that the edit was not made on, reading its edited weights only.
