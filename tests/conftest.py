@@ -26,7 +26,7 @@ from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.concept_ablation import ConceptAblation
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 NOT_OURS = (
@@ -182,7 +182,7 @@ PETS: dict[str, Any] = {
         "kind": "object",
         "target": "soccer ball",  # two tokens for one
         "anchor": "a toy",
-        "question": "Is there a dog?",
+        "question": "Is there a dog in this picture?",
         "direct": ["one dog"],
         "indirect": ["the pet that barks"],
         "edit_prompts": ["a dog", "the dog at sunset"],
@@ -192,7 +192,7 @@ PETS: dict[str, Any] = {
         "kind": "object",
         "target": "parrot",
         "anchor": "a bird",
-        "question": "Is there a cat?",
+        "question": "Is there a cat in this picture?",
         "direct": ["one cat"],
         "indirect": ["the pet that purrs"],
         "edit_prompts": ["a cat", "the cat in the rain"],

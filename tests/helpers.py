@@ -29,7 +29,8 @@ from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import denoise
 from lit_unlearn.diffusion.source import resolve_model
-from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]

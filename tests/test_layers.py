@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -207,3 +210,24 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded, version = result.stdout.split()
     assert loaded == "[]"
     assert version[0].isdigit()
+
+
+METHODS = [path.stem for path in sorted((PACKAGE / "methods").glob("*.py")) if path.stem != "__init__"]
+
+
+def chain(kind: type) -> int:
+    """Classes of ours from ``kind`` upwards, itself included, along the longest way."""
+    return 1 + max((chain(base) for base in kind.__bases__ if base.__module__.startswith("lit_unlearn")), default=0)
+
+
+def test_chains_of_classes_are_counted() -> None:
+    base = type("Base", (), {"__module__": "lit_unlearn.x"})
+    between = type("Between", (base,), {"__module__": "lit_unlearn.x"})
+    assert chain(type("Method", (between, type("Other", (), {})), {"__module__": "lit_unlearn.x"})) == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_read_in_four_classes(name: str) -> None:
+    module = importlib.import_module(f"lit_unlearn.methods.{name}")
+    kinds = [kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__ == module.__name__]
+    assert all(chain(kind) <= 4 for kind in kinds if issubclass(kind, L.LightningModule))

@@ -38,17 +38,12 @@ class ClosedFormEdit(L.Callback):
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
 
-    @property
-    def remedy(self) -> str:
-        """What to do about a system that is ill-conditioned."""
-        return self.solver.remedy
-
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         expect_module(self, pl_module, ClosedFormMethod, "writes what a method has found in closed form")
         assert isinstance(pl_module, ClosedFormMethod)
         if stage == TrainerFn.FITTING:
-            pl_module.edit = self.solver.settings()
+            pl_module.edit, pl_module.remedy = self.solver.settings(), self.solver.remedy
 
     @override
     @torch.no_grad()
@@ -57,7 +52,7 @@ class ClosedFormEdit(L.Callback):
         assert isinstance(pl_module, ClosedFormMethod)
         pl_module.before_writes()
         try:
-            spaces = self.solver.prepare(pl_module.retained, pl_module.solved_once, pl_module.device)
+            spaces = self.solver.prepare(pl_module.retained, pl_module.processes.solved_once, pl_module.device)
         except UnsolvableError as error:
             raise NumericalError(str(error)) from error
         if spaces:
@@ -86,7 +81,7 @@ class ClosedFormEdit(L.Callback):
         """
         # One process decides: solvers may differ in the last bit.
         started = time.perf_counter()
-        (solved,) = pl_module.solved_once([partial(self.solve, writes)])
+        (solved,) = pl_module.processes.solved_once([partial(self.solve, writes)])
         seconds = pl_module.report.get("solve_seconds", 0.0) + time.perf_counter() - started
         reports = {}
         for write, one in zip(writes, solved, strict=True):

@@ -25,7 +25,8 @@ from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.evaluation.grids import before_after_grid, image_grid
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
-from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.reports.tables import scores_table
 from lit_unlearn.system.devices import float64_device
 from lit_unlearn.system.pixels import save_png, to_pil
@@ -197,7 +198,7 @@ class EvaluationReport(L.Callback):
         agreement = None
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
-        shown = [one for part in pl_module.gathered(self._shown) for one in part]
+        shown = [one for part in pl_module.processes.gathered(self._shown) for one in part]
         self._shown = sorted(shown, key=lambda one: one[0].seed)  # as one process sees them
         if not trainer.is_global_zero:
             return

@@ -76,7 +76,7 @@ class MemorisationReport(L.Callback):
         assert isinstance(pl_module, DataUnlearning)
         before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
         folder = folder_of(trainer)  # so does this
-        parts = pl_module.gathered(self._shown)
+        parts = pl_module.processes.gathered(self._shown)
         for kind, limit in self._limits.items():  # in the order in which one process sees them
             shown = [one for part in parts for one in part[kind]]
             self._shown[kind] = sorted(shown, key=lambda one: one[0].number)[:limit]

@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.folders import folder_of
-from lit_unlearn.methods.shared.base import DiffusionEditor
-from lit_unlearn.methods.shared.layer_state import LayerState
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 
 CAUSES = "the learning rate is too high, or the type of the weights (model.dtype, trainer.precision) too narrow"
 
@@ -115,11 +115,10 @@ class CheckNumbers(L.Callback):
         self._said |= found
         name, number = max(found, key=lambda pair: (pair[1], pair[0]))
         others = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-        remedies = [callback.remedy for callback in trainer.callbacks if hasattr(callback, "remedy")]  # type: ignore[attr-defined]
+        remedy = module.remedy if isinstance(module, ClosedFormMethod) else "raise its ridge"
         rank_zero_warn(
             f"{name}{others}: the system that was solved has the condition number {number:.1e}, more than "
-            f"max_condition_number={self.max_condition_number:g}, so the edit hangs on how numbers were rounded: "
-            f"{' or '.join(remedies) or 'raise its ridge'}."
+            f"max_condition_number={self.max_condition_number:g}, so rounding decides what the edit is: {remedy}."
         )
 
     @staticmethod
@@ -134,8 +133,9 @@ class CheckNumbers(L.Callback):
 
     def _stop(self, trainer: L.Trainer, what: str) -> NoReturn:
         path = folder_of(trainer) / "checkpoints" / "last.ckpt"
-        state = getattr(trainer.lightning_module, "state", None)
-        where = f", {state.name}" if isinstance(state, LayerState) else ""
+        module = trainer.lightning_module
+        layer = module.current_layer if isinstance(module, DiffusionEditor) else None
+        where = f", {layer}" if layer else ""
         place = f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}{where}): presumably {CAUSES}"
         if broken := self._broken(trainer):  # a step before may have broken them in a narrow type
             kept = f"{path} is of an earlier step" if path.exists() else "nothing was saved"

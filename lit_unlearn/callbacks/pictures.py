@@ -14,7 +14,7 @@ from typing_extensions import override
 from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.data.images import CaptionItem
 from lit_unlearn.data.prompts import PictureItem
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.system.names import file_name
 from lit_unlearn.system.pixels import save_png, to_pil
 

@@ -24,6 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.matrices import (
     check_nonnegative,
     checked_matrix,
@@ -78,6 +79,7 @@ def null_space_update(
     ridge: float = 1.0,
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
+    sums: KeySums | None = None,
 ) -> Tensor:
     """Weight change that maps ``keys`` to ``values`` without moving the retained keys (paper Sec. 4; AlphaEdit).
 
@@ -95,6 +97,7 @@ def null_space_update(
             makes it independent of the scale of the keys.
         previous_moment: Kp Kp^T of the keys of earlier edits, (d_in, d_in), which this edit should not undo
             (AlphaEdit): ``Delta = R K1^T P ((K1 K1^T + Kp Kp^T) P + ridge I)^-1``.
+        sums: Of keys and values, to be solved from in their place where there are many.
 
     Returns:
         Delta, (d_out, d_in), in the weight's dtype. Its rows lie in the range of P, so ``K0 @ Delta.mT`` is zero.
@@ -102,6 +105,11 @@ def null_space_update(
     Raises:
         ValueError: Shapes that do not match, values that are not finite, a ridge negative or too small to solve with.
     """
+    if sums is not None:
+        factor = _projection_factor(projection, sums.moment)
+        system = _system_of_sums(sums, factor, ridge, ridge_rule, previous_moment)
+        delta = solve_positive_definite(system, sums.residual @ factor, ridge)
+        return (delta @ factor.mT).to(weight)
     weight64, keys, values = _checked_edit(weight, keys, values)
     residual = (values - keys @ weight64.mT).mT  # (d_out, n), R
     factor = _projection_factor(projection, keys)  # (d_in, k), U
@@ -119,6 +127,7 @@ def least_squares_update(
     retained_moment: Tensor,
     ridge: float = 0.0,
     retain_weight: float = 1.0,
+    sums: KeySums | None = None,
 ) -> Tensor:
     """Weight change of the unconstrained objective (paper Eq. 6): it trades retained outputs for edited ones.
 
@@ -133,6 +142,7 @@ def least_squares_update(
         retained_moment: K0 K0^T, (d_in, d_in).
         ridge: Weight of the size penalty; needed where K0 and K1 together do not span all d_in directions.
         retain_weight: Weight of the retained keys.
+        sums: As of `null_space_update`.
 
     Returns:
         Delta, (d_out, d_in), in the weight's dtype.
@@ -140,15 +150,22 @@ def least_squares_update(
     Raises:
         ValueError: As `null_space_update`, or a singular system.
     """
+    if sums is not None:
+        system = _least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
+        return solve_positive_definite(system, sums.residual, ridge).to(weight)
     return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight).to(weight)
 
 
 def least_squares_condition(
-    keys: Tensor, retained_moment: Tensor, ridge: float = 0.0, retain_weight: float = 1.0
+    keys: Tensor,
+    retained_moment: Tensor,
+    ridge: float = 0.0,
+    retain_weight: float = 1.0,
+    sums: KeySums | None = None,
 ) -> float:
     """Condition number of the system of `least_squares_update`, whose arguments these are."""
-    keys = checked_matrix("keys", keys, (None, None))
-    return condition_number(_least_squares_system(keys, retained_moment, ridge, retain_weight))
+    moment = second_moment(keys) if sums is None else sums.moment
+    return condition_number(_least_squares_system(moment, retained_moment, ridge, retain_weight))
 
 
 def ridge_map_update(
@@ -204,6 +221,7 @@ def edit_report(
     ridge: float = 1.0,
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
+    sums: KeySums | None = None,
 ) -> dict[str, float]:
     """How far the promise of `null_space_update` holds: ``P K0 = 0`` and ``Delta K0 = 0`` as measured numbers.
 
@@ -216,6 +234,7 @@ def edit_report(
         ridge: As passed to `null_space_update`; this and the next two enter the condition number only.
         ridge_rule: As passed to `null_space_update`.
         previous_moment: As passed to `null_space_update`.
+        sums: As passed to `null_space_update`.
 
     Returns:
         ``null_space_dimension``, k; ``keys_kept``, ||P K1|| / ||K1||: what the projection leaves of the edited keys;
@@ -225,18 +244,24 @@ def edit_report(
     """
     weight = checked_matrix("weight", weight, (None, None))
     delta = checked_matrix("delta", delta, tuple(weight.shape), weight.device)
-    keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
     moment = checked_moment("retained_moment", retained_moment, weight.shape[1], weight.device)
-    factor = _projection_factor(null_space, keys)
-    reduced = keys @ factor
-    system, _ = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
+    if sums is None:
+        keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
+        factor = _projection_factor(null_space, keys)
+        reduced = keys @ factor
+        kept = reduced.norm() / keys.norm()
+        system, _ = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
+    else:
+        factor = _projection_factor(null_space, sums.moment)
+        kept = (((factor.mT @ sums.moment) * factor.mT).sum().clamp(min=0.0) / sums.moment.trace()).sqrt()
+        system = _system_of_sums(sums, factor, ridge, ridge_rule, previous_moment)
 
     def energy(matrix: Tensor) -> Tensor:
         return ((matrix @ moment) * matrix).sum().clamp(min=0.0)  # ||matrix K0||^2
 
     return {
         "null_space_dimension": float(null_space.dimension),
-        "keys_kept": float(reduced.norm() / keys.norm()),
+        "keys_kept": float(kept),
         "retained_kept": float((energy(factor.mT) / moment.trace()).sqrt()),
         "leak": float((energy(delta) / energy(weight)).sqrt()),
         "relative_norm": float(delta.norm() / weight.norm()),
@@ -267,22 +292,45 @@ def _null_space_system(
     previous_moment: Tensor | None,
 ) -> tuple[Tensor, bool]:
     """The symmetric matrix to solve, and whether it is n x n (over keys) or k x k (over the basis)."""
-    check_nonnegative("ridge", ridge)
-    if ridge_rule not in get_args(RidgeRule):
-        raise ValueError(f"ridge_rule={ridge_rule!r} is unknown; choose one of {', '.join(get_args(RidgeRule))}.")
-    if ridge_rule == "mean_diagonal":
-        if reduced.norm() <= keys.shape[1] * torch.finfo(keys.dtype).eps * keys.norm():
-            raise ValueError(
-                "The edited keys lie in the span of the retained keys, so ridge_rule='mean_diagonal' has no scale: "
-                "take concept-sharing prompts out of the retained set, or use a larger null space."
-            )
-        ridge = ridge * float(reduced.square().sum()) / len(reduced)
+    # Orthogonal to rounding counts as orthogonal: eps times the length of a row.
+    least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
+    ridge = _scaled_ridge(ridge, ridge_rule, reduced.square().sum(), least, len(reduced))
     by_keys = previous_moment is None and len(reduced) <= factor.shape[1]
     system = reduced @ reduced.mT if by_keys else reduced.mT @ reduced
+    return _completed(system, factor, ridge, previous_moment), by_keys
+
+
+def _system_of_sums(
+    sums: KeySums, factor: Tensor, ridge: float, ridge_rule: RidgeRule, previous_moment: Tensor | None
+) -> Tensor:
+    """The k x k matrix to solve, from K1 K1^T."""
+    system = factor.mT @ sums.moment @ factor
+    least = sums.moment.shape[1] * torch.finfo(system.dtype).eps * sums.moment.trace()
+    ridge = _scaled_ridge(ridge, ridge_rule, system.trace(), least, sums.num_keys)
+    return _completed(system, factor, ridge, previous_moment)
+
+
+def _scaled_ridge(ridge: float, rule: RidgeRule, energy: Tensor, least: Tensor, count: int) -> float:
+    """The ridge of ``count`` keys with ``energy``, ||P K1||^2, which is none if it is not more than ``least``."""
+    check_nonnegative("ridge", ridge)
+    if rule not in get_args(RidgeRule):
+        raise ValueError(f"ridge_rule={rule!r} is unknown; choose one of {', '.join(get_args(RidgeRule))}.")
+    if rule == "absolute":
+        return ridge
+    if energy <= least:
+        raise ValueError(
+            "The edited keys lie in the span of the retained keys, so ridge_rule='mean_diagonal' has no scale: "
+            "take concept-sharing prompts out of the retained set, or use a larger null space."
+        )
+    return ridge * float(energy) / count
+
+
+def _completed(system: Tensor, factor: Tensor, ridge: float, previous_moment: Tensor | None) -> Tensor:
+    """``system`` with earlier edits, in the basis, and the ridge."""
     if previous_moment is not None:
-        previous = checked_moment("previous_moment", previous_moment, len(factor), keys.device)
+        previous = checked_moment("previous_moment", previous_moment, len(factor), factor.device)
         system = system + factor.mT @ previous @ factor
-    return system + ridge * torch.eye(len(system), dtype=system.dtype, device=system.device), by_keys
+    return system + ridge * torch.eye(len(system), dtype=system.dtype, device=system.device)
 
 
 def _least_squares(
@@ -290,18 +338,18 @@ def _least_squares(
 ) -> Tensor:
     """`least_squares_update` before the cast to the weight's dtype."""
     weight, keys, values = _checked_edit(weight, keys, values)
-    system = _least_squares_system(keys, retained_moment, ridge, retain_weight)
+    system = _least_squares_system(keys.mT @ keys, retained_moment, ridge, retain_weight)
     residual = values - keys @ weight.mT
     return solve_positive_definite(system, residual.mT @ keys, ridge)
 
 
-def _least_squares_system(keys: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
+def _least_squares_system(edited_moment: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
     """``retain_weight K0 K0^T + K1 K1^T + ridge I``, (d_in, d_in)."""
     check_nonnegative("ridge", ridge)
     check_nonnegative("retain_weight", retain_weight)
-    moment = checked_moment("retained_moment", retained_moment, keys.shape[1], keys.device)
+    moment = checked_moment("retained_moment", retained_moment, edited_moment.shape[1], edited_moment.device)
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return retain_weight * moment + keys.mT @ keys + ridge * identity
+    return retain_weight * moment + edited_moment + ridge * identity
 
 
 def _checked_edit(weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

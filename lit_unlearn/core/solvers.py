@@ -28,13 +28,14 @@ from lit_unlearn.core.closed_form import (
     least_squares_update,
     null_space_update,
 )
+from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis, NullSpaceRule, null_space
 from lit_unlearn.core.uce import map_condition, map_report, map_updates
 from lit_unlearn.system.devices import solving_device
 
 Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
-"""Calls each of some functions on one process and gives the results to all: ``SharedWork.solved_once``."""
+"""Calls each of some functions on one process and gives the results to all: ``Processes.solved_once``."""
 
 
 class UnsolvableError(ValueError):
@@ -89,8 +90,8 @@ class Write:
         name: Full name of its weight.
         weight: W to solve from, (d_out, d_in), float64.
         dtype: Type that the new weight is rounded to.
-        keys: K1, (m, d_in), float64.
-        values: V1, what the keys should become, (m, d_out), float64.
+        keys: K1, (m, d_in), in whatever type they are kept.
+        values: V1, what the keys should become, (m, d_out), likewise.
         retained: What is to stay.
         anchors: Keys whose outputs the values are, row by row with ``keys``, for solvers that look at them.
         texts: How many texts the keys come from, if a text has several; None: one each.
@@ -239,10 +240,11 @@ class NullSpace(Solver):
 
     def _solve(self, write: Write) -> Solved:
         space, settings = self.null_spaces[write.retained], (self.ridge, self.ridge_rule)
-        change = null_space_update(write.weight, write.keys, write.values, space, *settings)
+        sums = KeySums.of_many(write.weight, write.keys, write.values)
+        change = null_space_update(write.weight, write.keys, write.values, space, *settings, sums=sums)
         moment = write.retained.moment
         assert moment is not None
-        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, *settings)
+        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, *settings, sums=sums)
         return Solved(change, report)
 
 
@@ -275,13 +277,15 @@ class LeastSquares(Solver):
         total = write.retained.moment
         assert total is not None
         moment = total if self.moment == "sum" else total / write.retained.count
-        change = least_squares_update(write.weight, write.keys, write.values, moment, self.ridge, self.retain_weight)
+        sums = KeySums.of_many(write.weight, write.keys, write.values)
+        settings = moment, self.ridge, self.retain_weight
+        change = least_squares_update(write.weight, write.keys, write.values, *settings, sums=sums)
         delta, weight, total = write.rounded(change), write.weight, total.to(write.weight)
         leak = ((delta @ total) * delta).sum().clamp_min(0).sqrt() / ((weight @ total) * weight).sum().sqrt()
         report = {
             "leak": float(leak),
             "relative_norm": float(delta.norm() / weight.norm()),
-            "condition_number": least_squares_condition(write.keys, moment, self.ridge, self.retain_weight),
+            "condition_number": least_squares_condition(write.keys, *settings, sums=sums),
         }
         return Solved(change, report)
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lit_unlearn.data.fit_plan import fit_plan_of
 from lit_unlearn.data.prompts import RankSampler
 from lit_unlearn.diffusion.sampling import seeded
 
@@ -308,7 +309,7 @@ class KeepForgetImages(L.LightningDataModule):
             epoch: Number of the epoch; each has another order.
             from_all: Whether x is drawn from X; else from keep.
         """
-        seed = getattr(self.trainer and self.trainer.lightning_module, "seed", 0)
+        seed = fit_plan_of(self.trainer).seed
         forget = _passes(list(range(len(self.forget))), seed, epoch, "forget")
         of_forget = self._groups(self.forget)
         keep = {}
@@ -330,7 +331,7 @@ class KeepForgetImages(L.LightningDataModule):
         rank, world_size = self._share()
         if self.batch_size < world_size:
             raise ValueError(f"data.batch_size={self.batch_size} is less than the {world_size} processes: raise it.")
-        from_all = getattr(self.trainer and self.trainer.lightning_module, "draws_from_all", False)
+        from_all = fit_plan_of(self.trainer).draws_from_all
 
         def share() -> list[list[tuple[int, int, int]]]:
             epoch = self.trainer.current_epoch if self.trainer else 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.data.fit_plan import fit_plan_of
 
 
 @dataclass(frozen=True)
@@ -175,20 +176,18 @@ class ConceptPrompts(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[int]:
         """Indices of prompt pairs: each step takes ``batch_size`` of them, in turn, in a shuffled order."""
-        module = self.trainer and self.trainer.lightning_module
-        generator = torch.Generator().manual_seed(getattr(module, "seed", 0))
+        plan = fit_plan_of(self.trainer)
+        generator = torch.Generator().manual_seed(plan.seed)
         rank, world_size = self._share()
-        # A method may edit with other pairs than those of the concept set.
-        num_pairs = getattr(module, "num_pairs", self.num_pairs)
+        num_pairs, steps = plan.num_pairs or self.num_pairs, plan.steps or self.steps
         batch_size = self.batch_size or num_pairs
         if batch_size < world_size:
             raise ValueError(f"data.batch_size={batch_size} is less than the {world_size} processes: raise it.")
         order: list[int] = []
-        while len(order) < self.steps * batch_size:
+        while len(order) < steps * batch_size:
             order += torch.randperm(num_pairs, generator=generator).tolist()
         batches = [
-            [slot * num_pairs + order[step * batch_size + slot] for slot in range(batch_size)]
-            for step in range(self.steps)
+            [slot * num_pairs + order[step * batch_size + slot] for slot in range(batch_size)] for step in range(steps)
         ]
         shares = [batch[rank::world_size] for batch in batches]
         sampler = StepSampler(shares, self._steps_done)

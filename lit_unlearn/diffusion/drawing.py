@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,21 +42,19 @@ class Drawing:
     versions: Mapping[str, str]
 
     @classmethod
-    def of(
-        cls, pipeline: Pipeline, num_inference_steps: int, guidance_scale: float, without: Sequence[str] = ()
-    ) -> Drawing:
+    def of(cls, pipeline: Pipeline, num_inference_steps: int, guidance_scale: float, decoded: bool = True) -> Drawing:
         """How ``pipeline`` draws here and now.
 
         Args:
             pipeline: With the weights that it draws with.
             num_inference_steps: Denoising steps.
             guidance_scale: Strength of classifier-free guidance.
-            without: Parts whose weights do not matter, such as that which decodes where latents are drawn.
+            decoded: Whether pictures are drawn; for latents, the autoencoder's weights do not matter.
         """
         parameters = pipeline.named_parameters()
         device = pipeline.device.type
         return cls(
-            fingerprint({name: p for name, p in parameters.items() if name.partition(".")[0] not in without}),
+            fingerprint({name: p for name, p in parameters.items() if decoded or not name.startswith("vae.")}),
             pipeline.settings(),
             num_inference_steps,
             guidance_scale,

@@ -268,7 +268,7 @@ def read_edit(path: str | Path) -> Edit:
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_delta(path)
-    from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
+    from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 
     checkpoint = load_checkpoint(path)
     state = checkpoint["state_dict"]

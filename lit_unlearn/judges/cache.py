@@ -28,14 +28,17 @@ class CachedJudge:
     Args:
         judge: Whom to ask; its ``version``, if it has one, tells what its name does not.
         folder: Where answers are kept.
+        version: What else changes its answers, such as options and code of a class from elsewhere.
     """
 
-    def __init__(self, judge: Judge, folder: str | Path) -> None:
+    def __init__(self, judge: Judge, folder: str | Path, version: str = "") -> None:
         self.judge, self.name = judge, judge.name
+        if hasattr(judge, "features"):
+            self.features = judge.features
         identity = {
             "judge": judge.name,
             "kind": f"{type(judge).__module__}.{type(judge).__qualname__}",
-            "version": getattr(judge, "version", ""),
+            "version": f"{getattr(judge, 'version', '')} {version}",
             "libraries": library_versions(),
         }
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

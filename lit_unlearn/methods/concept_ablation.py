@@ -21,7 +21,7 @@ from lit_unlearn.data.augmentation import WORDS, reframe
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.text import linear_layers
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
 from lit_unlearn.system.pixels import to_uint8
@@ -70,6 +70,8 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             learn), another group, or a pattern.
         **kwargs: See ``GradientEditor``, ``ConceptEditor`` and ``DiffusionEditor``.
     """
+
+    num_pairs: int
 
     def __init__(
         self,

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.importance import choose_forget, global_norm
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.methods.shared.base import check_timesteps
+from lit_unlearn.methods.shared.editor import check_timesteps
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.image_editor import ImageEditor
+from lit_unlearn.methods.shared.subtraction import Subtraction
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Pairs:
 
 
 class DataUnlearning(GradientEditor, ImageEditor):
-    """Base of the methods that unlearn pictures; a method adds ``losses`` and, if it has two, ``combine``.
+    """Base of the methods that unlearn pictures; a method adds ``losses`` and, if it has two, ``subtraction``.
 
     Args:
         min_timestep: Least timestep that is drawn.
@@ -74,8 +76,10 @@ class DataUnlearning(GradientEditor, ImageEditor):
     """λ: how often the mixture's choice is the picture to forget."""
     shares_graph = False
     """Whether the two losses come from one forward, which must outlive the first backward."""
+    subtraction: Subtraction
+    """How the gradient of what is forgotten is subtracted, in a method with two losses."""
     draws_from_all = False
-    """Whether x is drawn from X, keep and forget together; the data asks for it."""
+    """Whether x is drawn from X, keep and forget together."""
 
     def __init__(
         self,
@@ -95,6 +99,11 @@ class DataUnlearning(GradientEditor, ImageEditor):
         self.automatic_optimization = False  # two gradients of one forward, kept apart until they are combined
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
+
+    @property
+    def fit_plan(self) -> FitPlan:
+        """Pairs in an order of the method's seed."""
+        return FitPlan(seed=self.seed, draws_from_all=self.draws_from_all)
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of the UNet that the pattern selects.
@@ -117,7 +126,9 @@ class DataUnlearning(GradientEditor, ImageEditor):
         if self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision=16-mixed scales one loss, but here are two: use bf16-mixed or 32-true.")
         pictures = [*self.images.keep, *self.images.forget]
-        self.latents = self.made_once(len(pictures), lambda numbers: self.encode_images([pictures[i] for i in numbers]))
+        self.latents = self.processes.made_once(
+            len(pictures), lambda numbers: self.encode_images([pictures[i] for i in numbers])
+        )
         captions = sorted({picture.caption for picture in pictures})
         self.caption_of = torch.tensor([captions.index(picture.caption) for picture in pictures])
         with torch.no_grad():
@@ -157,9 +168,12 @@ class DataUnlearning(GradientEditor, ImageEditor):
         one graph is in memory at a time.
         """
 
-    @abstractmethod
     def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
-        """The gradient to descend, from those of the two losses."""
+        """The gradient to descend, from those of the two losses: as ``subtraction`` says."""
+        combined, scale = self.subtraction.combine(keep, forget)
+        norms = {"train/norm_keep": global_norm(keep), "train/norm_forget": global_norm(forget)}
+        self.log_dict({**norms, "train/scale": scale})
+        return combined
 
     def noise_error(self, latents: Tensor, pairs: Pairs, condition: Condition, target: Tensor | None = None) -> Tensor:
         """The model's training loss, summed over a picture's numbers, (B,), on ``latents`` (B, C, H, W) of ``pairs``.
@@ -217,7 +231,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         """Divide by the size of the global batch, after summing over processes, in place."""
         if self.trainer.world_size > 1:  # DDP's own averaging sees only what ``backward`` writes, and one gradient
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            flat = self.total(flat)
+            flat = self.processes.total(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         torch._foreach_div_(gradients, float(self.images.batch_size))

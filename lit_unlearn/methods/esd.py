@@ -20,7 +20,7 @@ from lit_unlearn.core.objectives import esd_target
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.trajectories import ReuseSchedule, sample_chains, sample_state
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 
 
@@ -70,6 +70,8 @@ class ESD(GradientEditor, ConceptEditor):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    num_pairs: int
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class ESD(GradientEditor, ConceptEditor):
         super().on_fit_start()
         prompts = ["", *self.prompts, *([] if self.erase_from is None else [self.erase_from])]
         with torch.no_grad():
-            encoded = self.pipeline.encode(prompts)
+            encoded = self.pipeline.encode_many(prompts)
         self.unconditional, self.of_prompts, self.of_erase_from = encoded.split(
             [1, self.num_pairs, len(encoded) - 1 - self.num_pairs]
         )
@@ -203,7 +205,7 @@ class ESD(GradientEditor, ConceptEditor):
             return sample_chains(self.sampler, conditions, noise, self.num_chain_steps, self.start_guidance, generators)
 
         with self.pretrained.restored():
-            self.kept = self.made_once(self.chains, make)
+            self.kept = self.processes.made_once(self.chains, make)
         self.refresh = refresh
 
     # --- states_per_chain: one

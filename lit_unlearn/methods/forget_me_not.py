@@ -62,6 +62,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
+    num_pairs: int
+
     def __init__(
         self,
         form: ResteeringForm = "norm",

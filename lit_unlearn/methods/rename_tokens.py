@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_unlearn.methods.shared.one_step import OneStepEditor
+from lit_unlearn.data.fit_plan import FitPlan
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 
 
-class RenameTokens(OneStepEditor):
+class RenameTokens(ConceptEditor):
     """Gives the tokens of each concept's names the embeddings of those of its target.
 
     It shows what an evaluation is worth: prompts that name the concept no longer draw it, while all that the model
@@ -36,6 +37,22 @@ class RenameTokens(OneStepEditor):
         why = ": names are tokens, so set it to embedding."
         return self.select_only(names, lambda name: name.endswith("token_embedding.weight"), why)
 
+    @property
+    def fit_plan(self) -> FitPlan:
+        """One epoch of one step."""
+        return FitPlan(epochs=1, steps=1)
+
+    def configure_model(self) -> None:
+        """Load the pipeline, and let a gradient flow to the table."""
+        if hasattr(self, "pipeline"):
+            return
+        super().configure_model()
+        self.pipeline.text.table.requires_grad_(True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer that changes nothing: Lightning saves checkpoints after optimizer steps only."""
+        return torch.optim.SGD([self.pipeline.text.table], lr=0.0)
+
     def renamed(self) -> dict[int, int]:
         """Token of a concept's name to the token whose embedding it gets: the target's at the same place, or last."""
         text = self.pipeline.text
@@ -56,7 +73,7 @@ class RenameTokens(OneStepEditor):
             table[list(renamed)] = before[list(renamed.values())].to(table)
         words, others = (self.pipeline.text.names_of(ids) for ids in zip(*renamed.items(), strict=True))
         self.report["renamed"] = dict(zip(words, others, strict=True))
-        return super().training_step(batch, batch_idx)
+        return table.sum() * 0
 
     def on_train_epoch_end(self) -> None:
         """Report how far the weights have moved, before the checkpoint that holds the report."""

@@ -1,115 +1,76 @@
-"""SISS (Alberti et al., ICLR 2025) and what it is compared with that also subtracts the loss of what is forgotten."""
+"""SISS (Alberti et al., ICLR 2025) and what it is compared with that also subtracts the loss of what is forgotten.
+
+All descend the loss of what is kept minus that of what is forgotten, as ``Subtraction`` combines them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.importance import (
-    deletion_coefficients,
-    global_norm,
-    importance_weights,
-    log_density_ratio,
-    mixture_noises,
-    subtraction_scale,
-)
+from lit_unlearn.core.importance import importance_weights, log_density_ratio, mixture_noises
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs, square_error
+from lit_unlearn.methods.shared.subtraction import Combination, Subtraction
 
 
-class Subtraction(DataUnlearning):
-    """Base of the methods that descend the loss of what is kept minus that of what is forgotten: ``g = g_x − s g_a``.
+def forward_mixture(pipeline: Pipeline, pairs: Pairs) -> Tensor:
+    """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of what it was made from."""
+    chosen = pairs.from_forget.view(-1, 1, 1, 1)
+    m = pipeline.noise.add(torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps)
+    condition = Condition.where(pairs.from_forget, pairs.forget_condition, pairs.keep_condition)
+    return pipeline.predict(m, pairs.timesteps, condition)
+
+
+class TwoPass(DataUnlearning):
+    """Prop. 1 as it stands: a forward on a noised picture to keep and another on a noised picture to forget.
 
     Args:
-        combination: How the gradients are combined: ``fraction`` (the subtracted gradient has a fixed fraction of the
-            norm of the other, in every step), ``norm`` (it has a fixed norm, as in the reference code), or ``formula``
-            (``n/(n−k) g_x − k/(n−k) g_a``, the paper's Prop. 1, with x drawn from keep and forget together).
-        scaling: That fraction or norm; of no meaning for ``formula``.
+        combination: How the two gradients are combined; see ``Subtraction``.
+        scaling: See ``Subtraction``.
         **kwargs: See ``DataUnlearning``.
     """
 
-    def __init__(
-        self,
-        combination: Literal["fraction", "norm", "formula"] = "fraction",
-        scaling: float = 0.1,
-        **kwargs: object,
-    ) -> None:
-        if scaling <= 0:
-            raise ValueError(f"model.scaling={scaling} must be positive: with 0 nothing is forgotten.")
+    def __init__(self, combination: Combination = "fraction", scaling: float = 0.1, **kwargs: object) -> None:
+        self.subtraction = Subtraction(combination, scaling)
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self.combination, self.scaling = combination, scaling
-        self.draws_from_all = combination == "formula"
-
-    def coefficients(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Weights (B,) of the two losses: those of Prop. 1, or 1 where their gradients are scaled."""
-        if self.combination == "formula":
-            return deletion_coefficients(pairs.n, pairs.k)
-        return torch.ones_like(pairs.n), torch.ones_like(pairs.n)
-
-    def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
-        """``g_x − s g_a``; s is 1 for ``formula``, whose coefficients the losses have already."""
-        scale = torch.ones(())
-        if self.combination == "fraction":
-            scale = subtraction_scale(keep, forget, fraction=self.scaling)
-        elif self.combination == "norm":
-            scale = subtraction_scale(keep, forget, norm=self.scaling)
-        self.log_dict(
-            {"train/norm_keep": global_norm(keep), "train/norm_forget": global_norm(forget), "train/scale": scale}
-        )
-        return [g_x - scale.to(g_x) * g_a for g_x, g_a in zip(keep, forget, strict=True)]
-
-
-class TwoPass(Subtraction):
-    """Prop. 1 as it stands: a forward on a noised picture to keep and another on a noised picture to forget."""
+        self.draws_from_all = self.subtraction.by_formula
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``‖ε_θ(x_t) − ε‖²`` and ``‖ε_θ(a_t) − ε‖²``, with the same noise and timestep."""
-        keep, forget = self.coefficients(pairs)
+        keep, forget = self.subtraction.coefficients(pairs.n, pairs.k)
         yield keep * self.noise_error(pairs.keep, pairs, pairs.keep_condition)
         yield forget * self.noise_error(pairs.forget, pairs, pairs.forget_condition)
 
 
-class Mixture(Subtraction):
-    """Base of the methods with one forward: on x or on a, as a coin with probability λ says for each pair.
-
-    Args:
-        mixture: λ, how often the UNet sees the picture to forget.
-        **kwargs: See ``Subtraction``.
-    """
-
-    def __init__(self, mixture: float = 0.5, **kwargs: object) -> None:
-        if not 0 <= mixture <= 1:
-            raise ValueError(f"model.mixture={mixture} must lie between 0 and 1, e.g. 0.5.")
-        super().__init__(**kwargs)  # type: ignore[arg-type]
-        self.mixture = mixture
-        self.shares_graph = self.combination != "formula"  # there the two losses are added up before the only backward
-
-    def forward_mixture(self, pairs: Pairs) -> Tensor:
-        """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of what it was made from."""
-        chosen = pairs.from_forget.view(-1, 1, 1, 1)
-        m = self.pipeline.noise.add(torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps)
-        condition = Condition.where(pairs.from_forget, pairs.forget_condition, pairs.keep_condition)
-        return self.pipeline.predict(m, pairs.timesteps, condition)
-
-    def subtract(self, keep: Tensor, forget: Tensor, pairs: Pairs) -> Iterator[Tensor]:
-        """The two losses (B,), each with its coefficient; for ``formula`` their difference."""
-        keep_coefficient, forget_coefficient = self.coefficients(pairs)
-        if self.combination == "formula":
-            yield keep_coefficient * keep - forget_coefficient * forget
-        else:
-            yield keep_coefficient * keep
-            yield forget_coefficient * forget
-
-
-class SISS(Mixture):
+class SISS(DataUnlearning):
     """Subtracted importance-sampled scores: one forward at m of the mixture of x_t and a_t serves both losses.
 
     Where x and a have different captions, the mixture is one of pairs (m, caption). These tell x from a for certain, so
     the weights are 1/(1−λ) and 0, or 0 and 1/λ, as in ``Bernoulli``.
+
+    Args:
+        combination: How the two gradients are combined; see ``Subtraction``.
+        scaling: See ``Subtraction``.
+        mixture: λ, how often the UNet sees the picture to forget.
+        **kwargs: See ``DataUnlearning``.
+
+    Raises:
+        ValueError: λ is not between 0 and 1.
     """
+
+    def __init__(
+        self, combination: Combination = "fraction", scaling: float = 0.1, mixture: float = 0.5, **kwargs: object
+    ) -> None:
+        if not 0 <= mixture <= 1:
+            raise ValueError(f"model.mixture={mixture} must lie between 0 and 1, e.g. 0.5.")
+        self.subtraction = Subtraction(combination, scaling)
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.mixture, self.draws_from_all = mixture, self.subtraction.by_formula
+        self.shares_graph = not self.subtraction.by_formula
 
     def on_fit_start(self) -> None:
         """Encode pictures and captions.
@@ -136,29 +97,41 @@ class SISS(Mixture):
         ratio = torch.where(pairs.same_caption.to(ratio.device), ratio, certain)
         weights = importance_weights(ratio, self.mixture)
         weight_keep, weight_forget = (weight.float().to(pairs.keep.device) for weight in weights)
-        output = self.forward_mixture(pairs)
+        output = forward_mixture(self.pipeline, pairs)
         keep = square_error(output, target(pairs.keep.float(), noise_keep, pairs.timesteps))
         forget = square_error(output, target(pairs.forget.float(), noise_forget, pairs.timesteps))
-        yield from self.subtract(weight_keep * keep, weight_forget * forget, pairs)
+        yield from self.subtraction.losses(weight_keep * keep, weight_forget * forget, pairs.n, pairs.k)
 
 
-class Bernoulli(Mixture):
+class Bernoulli(DataUnlearning):
     """One forward without importance weights: each pair counts for the side that the coin chose, over its probability.
 
+    Args:
+        combination: How the two gradients are combined; see ``Subtraction``.
+        scaling: See ``Subtraction``.
+        mixture: λ, how often the UNet sees the picture to forget.
+        **kwargs: See ``DataUnlearning``.
+
     Raises:
-        ValueError: λ is 0 or 1: one side would never be seen.
+        ValueError: λ is not between 0 and 1, or is one of them: one side would never be seen.
     """
 
-    def __init__(self, mixture: float = 0.5, **kwargs: object) -> None:
+    def __init__(
+        self, combination: Combination = "fraction", scaling: float = 0.1, mixture: float = 0.5, **kwargs: object
+    ) -> None:
         if mixture in (0, 1):
             raise ValueError(f"model.mixture={mixture:g} never shows the model one of the sides: choose e.g. 0.5.")
-        super().__init__(mixture=mixture, **kwargs)
+        if not 0 < mixture < 1:
+            raise ValueError(f"model.mixture={mixture} must lie between 0 and 1, e.g. 0.5.")
+        self.subtraction = Subtraction(combination, scaling)
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.mixture, self.draws_from_all = mixture, self.subtraction.by_formula
+        self.shares_graph = not self.subtraction.by_formula
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``1[m = x_t] / (1−λ) ‖ε_θ(m) − ε‖²`` and ``1[m = a_t] / λ ‖ε_θ(m) − ε‖²``."""
         latents = torch.where(pairs.from_forget.view(-1, 1, 1, 1), pairs.forget, pairs.keep)
         target = self.pipeline.noise.target(latents, pairs.noise, pairs.timesteps)
-        error = square_error(self.forward_mixture(pairs), target)
-        yield from self.subtract(
-            ~pairs.from_forget / (1 - self.mixture) * error, pairs.from_forget / self.mixture * error, pairs
-        )
+        error = square_error(forward_mixture(self.pipeline, pairs), target)
+        keep, forget = ~pairs.from_forget / (1 - self.mixture) * error, pairs.from_forget / self.mixture * error
+        yield from self.subtraction.losses(keep, forget, pairs.n, pairs.k)

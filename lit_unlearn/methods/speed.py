@@ -13,11 +13,13 @@ from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.sampling import seeded
-from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.cross_attention import select_keys_and_values, text_states
 from lit_unlearn.system.devices import for_solving
 
 
-class SPEED(CrossAttentionEditor):
+class SPEED(ClosedFormMethod, ConceptEditor):
     """Gives the concept's texts the values of their anchors, in the null space of the other concepts' texts.
 
     Args:
@@ -96,14 +98,22 @@ class SPEED(CrossAttentionEditor):
             )
         return texts
 
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        return select_keys_and_values(self, names)
+
     def on_fit_start(self) -> None:
         """Gather the inputs of the edited layers, the same for all of them."""
         super().on_fit_start()
         eos_token_id = self.pipeline.text.eos
-        ids, states = self.states(self.edited_texts)
-        anchor_ids, anchor_states = self.states(self.anchor_texts)
+        ids, states = text_states(self.pipeline, self.edited_texts)
+        anchor_ids, anchor_states = text_states(self.pipeline, self.anchor_texts)
         rows, places, (anchor_places,) = subject_positions(ids, [anchor_ids], eos_token_id, self.tokens)
-        retained_ids, retained_states = self.states(self.retained_texts)
+        retained_ids, retained_states = text_states(self.pipeline, self.retained_texts)
         retained_rows, retained_places, _ = subject_positions(retained_ids, [], eos_token_id, self.tokens)
         self.keys = for_solving(states[rows, places])
         self.anchors = for_solving(anchor_states[rows, anchor_places])
@@ -140,7 +150,7 @@ class SPEED(CrossAttentionEditor):
         """Rows of K2 (k, D), float64."""
         if self.invariants is None:
             return None
-        _, states = self.states([""])
+        _, states = text_states(self.pipeline, [""])
         start, padding = for_solving(states[0, :1]), for_solving(states[0, 1:])
         if self.invariants == 0:
             return start

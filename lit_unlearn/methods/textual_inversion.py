@@ -25,7 +25,7 @@ from lit_unlearn.diffusion.sampling import (
 )
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.forget_me_not import check_templates, templates_of
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
 from lit_unlearn.system.pixels import to_uint8
@@ -152,6 +152,8 @@ class TextualInversion(GradientEditor, ReferenceImages):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    num_pairs: int
 
     def __init__(
         self,

@@ -19,7 +19,9 @@ from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, s
 from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.methods.shared.cross_attention import CrossAttentionEditor
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.cross_attention import select_keys_and_values, text_states
 from lit_unlearn.system.devices import for_solving
 
 TEMPLATES = ("a picture of {}", "an image of {}", "a drawing of {}", "this is {}", "look at {}")
@@ -27,7 +29,7 @@ STYLE_TEMPLATES = ("a picture in {} style", "an image in the style of {}", "draw
 """Ways to put a name into words, for ``expand``."""
 
 
-class PhraseMap(CrossAttentionEditor):
+class PhraseMap(ClosedFormMethod, ConceptEditor):
     """What erasing and debiasing share: the phrases whose states are mapped, and those that keep their outputs.
 
     A subclass sets ``phrases``, what is edited, and ``guides``, lists of as many phrases, each the guide of one.
@@ -57,9 +59,17 @@ class PhraseMap(CrossAttentionEditor):
         edited_parameters: str = "xattn-kv",
         **kwargs: object,
     ) -> None:
-        super().__init__(edited_parameters=edited_parameters, **kwargs)
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
         self.tokens, self.preserve_tokens = tokens, preserve_tokens
         self.preserved = self._preserved_prompts(preserve)
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        return select_keys_and_values(self, names)
 
     @abstractmethod
     def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
@@ -96,8 +106,8 @@ class PhraseMap(CrossAttentionEditor):
         """Encode phrases, guides and preserved prompts, once."""
         super().on_fit_start()
         eos_token_id = self.pipeline.text.eos
-        ids, states = self.states(self.phrases)
-        encoded = [self.states(guides) for guides in self.guides]
+        ids, states = text_states(self.pipeline, self.phrases)
+        encoded = [text_states(self.pipeline, guides) for guides in self.guides]
         self.rows, places, guide_places = subject_positions(
             ids, [guide_ids for guide_ids, _ in encoded], eos_token_id, self.tokens
         )
@@ -115,7 +125,7 @@ class PhraseMap(CrossAttentionEditor):
         prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
         moments, count = [], 0
         for start in range(0, len(prompts), ENCODE_BATCH):
-            ids, states = self.states(prompts[start : start + ENCODE_BATCH])
+            ids, states = text_states(self.pipeline, prompts[start : start + ENCODE_BATCH])
             if self.preserve_tokens == "last_subject":
                 states = states[torch.arange(len(ids)), last_subject_token(ids, eos_token_id)]
             moments.append(second_moment(states.flatten(0, -2)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_unlearn.core.debiasing import attribute_ratios, debiasing_step
 from lit_unlearn.core.subject_tokens import SubjectTokens
 from lit_unlearn.core.uce import shifted_by_attributes
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.methods.uce import PhraseMap, expanded
 
@@ -117,6 +118,11 @@ class UCEDebias(PhraseMap):
         equal = [1 / count] * count
         return torch.tensor([given.get(name, equal) for name in self.edited_labels], dtype=torch.float64)
 
+    @property
+    def fit_plan(self) -> FitPlan:
+        """A round is an epoch of one step."""
+        return FitPlan(epochs=self.rounds, steps=1, seed=self.seed)
+
     # --- rounds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -128,7 +134,6 @@ class UCEDebias(PhraseMap):
     def on_fit_start(self) -> None:
         """Encode everything, and measure the unedited model."""
         super().on_fit_start()
-        self.trainer.fit_loop.max_epochs = self.rounds
         self.judge = self.load_judge()
         if not self.report.get("rounds"):
             self.report["rounds"] = []
@@ -154,7 +159,9 @@ class UCEDebias(PhraseMap):
     def measure(self) -> float:
         """Draw and judge pictures of all phrases, report their shares, and return the largest distance from a wish."""
         number = len(self.report["rounds"])
-        answers = self.made_once(self.images_per_phrase * len(self.edited), lambda rows: self._answers(rows, number))
+        answers = self.processes.made_once(
+            self.images_per_phrase * len(self.edited), lambda rows: self._answers(rows, number)
+        )
         answers = answers.unflatten(0, (len(self.edited), self.images_per_phrase)).cpu()  # (P, images, A + 1)
         ratios = torch.stack([attribute_ratios(found[:, :-1]) for found in answers])
         subjects = (answers[..., -1] >= 0.5).double().mean(1)

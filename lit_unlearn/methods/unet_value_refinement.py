@@ -13,24 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.solvers import Retained
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
-from lit_unlearn.diffusion.parameters import call_order
-from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
-from lit_unlearn.methods.shared.base import ConceptEditor
 from lit_unlearn.methods.shared.layer_state import LayerState
-from lit_unlearn.methods.value_refinement import UNET_BATCH, ValueRefinement
+from lit_unlearn.methods.shared.unet_layers import Query, Watched, check_choices, noised, query_batches, select_unet
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
-WATCHED_SEED, RETAINED_SEED = 10_000_000, 20_000_000
-"""Added to the seeds of pictures, so that they are none of the edit prompts'."""
-
-Query = tuple[Tensor, Tensor, Condition]
-"""What the denoiser is asked: x_t (B, C, H, W), t (B,) and the condition of B prompts."""
+RETAINED_SEED = 20_000_000
+"""Added to the seeds of pictures of retained prompts, so that they are none of the edit prompts'."""
 
 
 class UNetValueRefinement(ValueRefinement):
@@ -49,9 +44,6 @@ class UNetValueRefinement(ValueRefinement):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
-    suffixes: tuple[str, ...] = ("attn2.to_k.weight", "attn2.to_v.weight")
-    """What the names of edited weights end with."""
-
     def __init__(
         self,
         edited_parameters: str = "xattn-kv",
@@ -61,11 +53,7 @@ class UNetValueRefinement(ValueRefinement):
         watched_prompts: int = 24,
         **kwargs: object,
     ) -> None:
-        for field, value, known in (("values", values, "refined"), ("start", start, "output")):
-            if value not in (known, "target"):
-                raise ValueError(f"model.{field}={value!r} is not for {type(self).__name__}: choose {known} or target.")
-        if watched_prompts < 1:
-            raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
+        check_choices(type(self).__name__, values, start, watched_prompts)
         super().__init__(
             edited_parameters=edited_parameters,
             values=values,
@@ -82,30 +70,15 @@ class UNetValueRefinement(ValueRefinement):
         Raises:
             ValueError: It selects another weight.
         """
-        why = f": {type(self).__name__} edits only {' and '.join(self.suffixes)} of the UNet."
-        selected = self.select_only(names, lambda name: name.startswith("unet.") and name.endswith(self.suffixes), why)
-        return sorted(selected, key=call_order)
+        return select_unet(self, names, ("attn2.to_k.weight", "attn2.to_v.weight"))
 
     # --- set-up
-
-    def configure_model(self) -> None:
-        """Load the pipeline and make room for V1."""
-        if hasattr(self, "pipeline"):
-            return
-        ConceptEditor.configure_model(self)
-        self.layers = self.pipeline.sites(self.edited_names)
-        d_out = max(layer.out_features for layer in self.layers.values())
-        self.values = nn.Parameter(torch.zeros(self.num_pairs, self.num_positions(), d_out))
-
-    def num_positions(self) -> int:
-        """Most positions at which an edited layer is called: the length of a text."""
-        return self.pipeline.text.length
 
     def gather(self) -> None:
         """Compute what the unedited model must provide; its weights are restored while this runs."""
         self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         super().gather()
-        self.watch()
+        self.watched = Watched.of(self, self.watched_prompts)
 
     def gather_moments(self) -> None:
         """``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys: states of the retained prompts, alike for all layers."""
@@ -116,32 +89,9 @@ class UNetValueRefinement(ValueRefinement):
             moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
         self.retained = dict.fromkeys(self.edited_names, Retained(moment, count, prompts=len(self.retain_prompts)))
 
-    def watch(self) -> None:
-        """Make what ``retained_outputs`` asks the UNet; the pictures are no cost of the edit."""
-        every = max(1, len(self.retain_prompts) // self.watched_prompts)
-        prompts = self.retain_prompts[::every][: self.watched_prompts]
-        self.watched = self.pipeline.encode_many(prompts)
-        with self.uncounted():
-            pictures = self.pictures(self.watched, WATCHED_SEED)
-        self.watched_noisy, self.watched_timesteps = self.noised(pictures, "watched")
-
-    @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
-        asked = (self.watched_noisy, self.watched_timesteps, self.watched)
-        parts = list(zip(*(rows.split(UNET_BATCH) for rows in asked), strict=True))
-        with self.uncounted():
-            return [self.pipeline.predict(*part).float() for part in self.own_share(parts)]
-
-    def noised(self, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
-        """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""
-        noise, timesteps = [], []
-        for place in range(len(latents)):
-            generator = seeded(self.seed, label, place)
-            timesteps.append(self.pipeline.noise.draw_timestep(generator, self.min_timestep, self.max_timestep))
-            noise.append(torch.randn(latents.shape[1:], generator=generator))
-        times = torch.stack(timesteps).to(latents.device)
-        return self.pipeline.noise.add(latents, torch.stack(noise).to(latents), times), times
+        return self.watched.predictions()
 
     # --- one (round, layer)
 
@@ -171,7 +121,7 @@ class UNetValueRefinement(ValueRefinement):
             return self.pipeline.predict(x_t, timesteps, self.edit_condition[pairs]), goal
 
 
-class UNetFeedForwardRefinement(UNetValueRefinement):
+class UNetFeedForwardRefinement(ValueRefinement):
     """Finds V1 for one ``ff.net.2`` after the other, the second linear layer of the FFN of a transformer block.
 
     Its inputs depend on x_t and t, so V1 is found at a few of these, fixed for each prompt: a key is a place in a
@@ -181,30 +131,56 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         edited_parameters: Group or pattern of weights of ``ff.net.2``.
         noises_per_prompt: Pairs of x_t and t at which each edit prompt is edited.
         noises_per_retained_prompt: Pairs of x_t and t, made of pictures of its own, at which each is retained.
-        **kwargs: See ``UNetValueRefinement``.
+        values: As of ``UNetValueRefinement``.
+        start: As of ``UNetValueRefinement``.
+        retain_empty: As of ``UNetValueRefinement``.
+        watched_prompts: As of ``UNetValueRefinement``.
+        **kwargs: See ``ValueRefinement``.
 
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
-
-    suffixes = ("ff.net.2.weight",)
 
     def __init__(
         self,
         edited_parameters: str = r"^unet\..*\.ff\.net\.2\.weight$",
         noises_per_prompt: int = 4,
         noises_per_retained_prompt: int = 1,
+        values: Literal["refined", "target"] = "refined",
+        start: Literal["output", "target"] = "output",
+        retain_empty: bool = True,
+        watched_prompts: int = 24,
         **kwargs: object,
     ) -> None:
+        check_choices(type(self).__name__, values, start, watched_prompts)
         for field, value in {
             "noises_per_prompt": noises_per_prompt,
             "noises_per_retained_prompt": noises_per_retained_prompt,
         }.items():
             if value < 1:
                 raise ValueError(f"model.{field}={value} must be at least 1.")
-        super().__init__(edited_parameters=edited_parameters, positions="all", **kwargs)  # type: ignore[arg-type]
+        super().__init__(
+            edited_parameters=edited_parameters,
+            positions="all",
+            values=values,
+            start=start,
+            first_layer=0,
+            last_layer=None,
+            **kwargs,  # type: ignore[arg-type]
+        )
+        self.retain_empty, self.watched_prompts = retain_empty, watched_prompts
         self.noises_per_prompt, self.noises_per_retained_prompt = noises_per_prompt, noises_per_retained_prompt
         self.num_pairs = noises_per_prompt * len(self.edit_prompts)  # item = number of the noise * prompts + prompt
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights that the pattern selects, in the order in which the UNet calls them.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        return select_unet(self, names, ("ff.net.2.weight",))
+
+    # --- set-up
 
     def num_positions(self) -> int:
         """Most places that a layer's picture has."""
@@ -212,26 +188,23 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
 
     def gather(self) -> None:
         """Also fix x_t and t of every item, and the goal there."""
+        self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         super().gather()
+        self.watched = Watched.of(self, self.watched_prompts)
         latents = self.latents if self.value_choice == "refined" else self.edit_latents()
         numbers = [number % len(latents) for number in range(self.noises_per_prompt)]
-        self.noisy, self.timesteps = self.noised(latents[numbers].flatten(0, 1), "edited")
+        self.noisy, self.timesteps = noised(self, latents[numbers].flatten(0, 1), "edited")
         self.goals = self.asked(self.goal, lambda query: self.pipeline.predict(*query))
-
-    def queries(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
-        """Batches of what to ask the denoiser: the items' x_t and t, and the condition of their prompts, in turn."""
-        batches = torch.arange(len(noisy)).split(UNET_BATCH)
-        return [(noisy[items], timesteps[items], condition[items % len(condition)]) for items in batches]
 
     def asked(self, condition: Condition, answer: Callable[[Query], Tensor]) -> Tensor:
         """What ``answer`` makes (n, ...) of all items with ``condition`` as that of their prompts, in turn."""
 
         def make(places: list[int]) -> Tensor:
             items = torch.tensor(places)
-            own = self.queries(self.noisy[items], self.timesteps[items], condition[items % len(condition)])
+            own = query_batches(self.noisy[items], self.timesteps[items], condition[items % len(condition)])
             return torch.cat([answer(query) for query in own])
 
-        return self.made_once(len(self.noisy), make)
+        return self.processes.made_once(len(self.noisy), make)
 
     def inputs(self, names: Sequence[str], query: Query) -> Mapping[str, Tensor]:
         """Inputs (B, places, d_in) of the layers ``names`` when the denoiser is asked ``query``."""
@@ -243,16 +216,22 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
         """Stream pictures of the retained prompts through the UNet: ``K0 K0ᵀ``, float64, and how many keys."""
         retained = self.pipeline.encode_many(self.retain_prompts)
         latents = self.pictures(retained, RETAINED_SEED)
-        noisy, timesteps = self.noised(latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
+        noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
         conditions = [retained]
         if self.retain_empty:
             conditions.append(self.pipeline.encode_many([""]))
-        queries = [query for each in conditions for query in self.queries(noisy, timesteps, each)]
+        queries = [query for each in conditions for query in query_batches(noisy, timesteps, each)]
         sums = self.summed_moments(queries, lambda query: self.inputs(self.edited_names, query))
         counts = {name: len(conditions) * len(noisy) * self.pipeline.num_places(name) for name in sums}
         self.retained = {
             name: Retained(moment, counts[name], prompts=len(self.retain_prompts)) for name, moment in sums.items()
         }
+
+    def retained_outputs(self) -> list[Tensor]:
+        """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
+        return self.watched.predictions()
+
+    # --- one (round, layer)
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the items, from the UNet as it is now."""
@@ -263,6 +242,12 @@ class UNetFeedForwardRefinement(UNetValueRefinement):
     def keys_at(self, name: str, condition: Condition) -> Tensor:
         """Inputs (n, places, d_in), float32, of the layer ``name`` at the items with the prompts of ``condition``."""
         return self.asked(condition, lambda query: self.inputs([name], query)[name].float())
+
+    def start_values(self, state: LayerState) -> Tensor:
+        """V1 (n, places, d_out) at the start of a layer; see ``start``."""
+        if self.start != "target":
+            return state.initial
+        return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited."""

@@ -10,35 +10,32 @@ weight. The second moment of the retained prompts' inputs (K0) is gathered once,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_unlearn.core.alignment import align_tokens, positions_mask
-from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.solvers import Retained, Write
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, check_timesteps
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
 from lit_unlearn.system.devices import for_solving
 
-Batch = TypeVar("Batch")
 
-UNET_BATCH = 16
-"""Latents that go through the UNet at once where many are; its inner states are large."""
-
-
-class ValueRefinement(ClosedFormMethod):
+class ValueRefinement(ClosedFormMethod, ConceptEditor):
     """Finds V1 for one text-encoder layer after the other; the recipe's ``edit`` writes it.
 
     Args:
@@ -132,15 +129,24 @@ class ValueRefinement(ClosedFormMethod):
 
     # --- set-up
 
-    def configure_model(self) -> None:
-        """Load the pipeline and make room for V1."""
-        if hasattr(self, "pipeline"):
-            return
-        super().configure_model()
-        self.layers = self.pipeline.sites(self.edited_names)
+    @property
+    def current_layer(self) -> str | None:
+        """Name of the weight whose V1 descends."""
+        return self.state.name if self.state else None
+
+    @property
+    def fit_plan(self) -> FitPlan:
+        """An epoch for each round and layer; its steps are the data's."""
+        return FitPlan(epochs=self.rounds * self.epochs_per_round, num_pairs=self.num_pairs, seed=self.seed)
+
+    def values_shape(self) -> tuple[int, int, int]:
+        """(n, L, d_out): every pair, at most positions and outputs that a layer has."""
         d_out = max(layer.out_features for layer in self.layers.values())
-        length = self.pipeline.text.length
-        self.values = nn.Parameter(torch.zeros(len(self.edit_prompts), length, d_out))
+        return self.num_pairs, self.num_positions(), d_out
+
+    def num_positions(self) -> int:
+        """Most positions at which an edited layer is called: the length of a text."""
+        return self.pipeline.text.length
 
     def own_state(self) -> list[str]:
         """V1, so that a run resumes in the middle of a layer."""
@@ -163,9 +169,8 @@ class ValueRefinement(ClosedFormMethod):
         return self.optimizer([self.values])
 
     def on_fit_start(self) -> None:
-        """Set the length of the run and compute what the frozen model must provide."""
+        """Compute what the frozen model must provide."""
         super().on_fit_start()
-        self.trainer.fit_loop.max_epochs = self.rounds * self.epochs_per_round
         text, eos = self.pipeline.text, self.pipeline.text.eos
         self.edit_ids = text.tokenize(self.edit_prompts)
         target_ids = text.tokenize(self.target_prompts)
@@ -185,7 +190,7 @@ class ValueRefinement(ClosedFormMethod):
     def gather(self) -> None:
         """Compute what the unedited model must provide; its weights are restored while this runs."""
         self.gather_moments()
-        self.goal = self.pipeline.encode(Tokens((self.target_ids,)))
+        self.goal = self.pipeline.encode_many(Tokens((self.target_ids,)))
         if self.start == "residual":
             self.goal_residual = self.align(self.stream(self.target_ids))
         if self.value_choice == "refined":
@@ -203,23 +208,9 @@ class ValueRefinement(ClosedFormMethod):
         sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
         self.retained = {name: Retained(moment, ids.numel(), prompts=len(ids)) for name, moment in sums.items()}
 
-    def summed_moments(
-        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Second moments (d_in, d_in), float64, of the layers' ``inputs`` (B, L, d_in) at all batches.
-
-        Processes take whole batches, the same as one has, so that only the order of the sums differs.
-        """
-        # On the processor: those of all layers are larger than the text encoder itself.
-        sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
-        for batch in self.own_share(batches):
-            for name, keys in inputs(batch).items():
-                sums[name] += second_moment(keys.flatten(0, 1)).cpu()
-        return {name: self.total(moment) for name, moment in sums.items()}
-
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
-        condition = self.pipeline.encode(Tokens((self.edit_ids,)))
+        condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         return torch.stack([self.pictures(condition, 100_000 * number) for number in range(self.latents_per_prompt)])
 
     def pictures(self, condition: Condition, first_seed: int) -> Tensor:
@@ -227,32 +218,26 @@ class ValueRefinement(ClosedFormMethod):
 
         def make(places: list[int]) -> Tensor:
             parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
-            return torch.cat(
-                [
-                    self.picture_latents(condition[part], [self.seed + first_seed + place for place in part])
-                    for part in parts
-                ]
-            )
+            seeds = [[self.seed + first_seed + place for place in part] for part in parts]
+            settings = self.num_inference_steps, self.guidance_scale
+            draw = self.pipeline.draw_latents
+            return torch.cat([draw(condition[part], own, *settings) for part, own in zip(parts, seeds, strict=True)])
 
-        return self.made_once(len(condition), make)
-
-    def picture_latents(self, condition: Condition, seeds: Sequence[int]) -> Tensor:
-        """Latents (n, C, H, W) of pictures of the n prompts of ``condition``, each from its own seed."""
-        return self.pipeline.draw_latents(condition, seeds, self.num_inference_steps, self.guidance_scale)
+        return self.processes.made_once(len(condition), make)
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave as it is, float32: states (B, L, D) of retained prompts."""
         text = self.pipeline.text
         ids = text.tokenize(self.retain_prompts)
-        return [text.states(part).float() for part in self.own_share(ids.split(ENCODE_BATCH))]
+        return [text.states(part).float() for part in self.processes.own_share(ids.split(ENCODE_BATCH))]
 
     def retained_drift(self, before: Sequence[Tensor]) -> float:
         """By how much ``retained_outputs`` now differ from those ``before``, relative to their norm."""
         sums = torch.zeros(2, device=self.device)
         for old, new in zip(before, self.retained_outputs(), strict=True):
             sums += torch.stack([(new - old).square().sum(), old.square().sum()])
-        moved, norm = self.total(sums).sqrt()
+        moved, norm = self.processes.total(sums).sqrt()
         return float(moved / norm)
 
     # --- one (round, layer)
@@ -301,7 +286,7 @@ class ValueRefinement(ClosedFormMethod):
         """Each of ``edits`` by itself."""
         for state, values in self.edits(epoch):
             weight = state.layer.weight.detach()
-            keys, wished = for_solving(state.keys[state.mask]), for_solving(values[state.mask])
+            keys, wished = state.edited(state.keys), state.edited(values)
             retained = self.retained[state.name]
             yield [Write(state.name, for_solving(weight).clone(), weight.dtype, keys, wished, retained)]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 
-from lit_unlearn.methods.shared.base import DiffusionEditor
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.errors import UserError
 
 

@@ -17,7 +17,7 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
 from lit_unlearn.core.solvers import NullSpace, Retained, Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
@@ -69,8 +69,9 @@ def test_an_edit_is_written_when_its_layer_ends(refinement: Refinement, fit: Fit
     assert [write.name for write in solver.given] == LAYERS * 2
     # "a dog" and "the dog at sunset" have six tokens between BOS and EOS.
     assert all((write.keys.shape, write.values.shape) == ((6, 128), (6, 32)) for write in solver.given)
-    tensors = [tensor for write in solver.given for tensor in (write.weight, write.keys, write.values)]
-    assert all(tensor.dtype == torch.float64 for tensor in tensors)
+    assert all(write.weight.dtype == torch.float64 for write in solver.given)
+    # As the model gives them: the solver turns them into float64 where it needs it.
+    assert all(write.keys.dtype == write.values.dtype == torch.float32 for write in solver.given)
     assert all(write.retained is module.retained[write.name] for write in solver.given)
     for name in LAYERS:
         # Float32 weights of order 1, nudged twice.
@@ -239,7 +240,7 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
             "kind": "object",
             "target": target,
             "anchor": "a toy",
-            "question": f"Is there a {name}?",
+            "question": f"Is there {'an' if name == 'owl' else 'a'} {name} in this picture?",
             "direct": [f"one {name}"],
             "indirect": [f"number {number}"],
             "edit_prompts": [f"a {name}"],

@@ -230,8 +230,8 @@ def test_half_precision_of_a_text_layer_is_rounded_once(dtype: str, refinement: 
         def solve(self, writes: Any) -> Any:
             found = super().solve(writes)
             for write, one in zip(writes, found, strict=True):
-                K1, C0 = write.keys.mT, write.retained.moment
-                change = (write.values.mT - write.weight @ K1) @ K1.mT
+                K1, V1, C0 = write.keys.double().mT, write.values.double().mT, write.retained.moment
+                change = (V1 - write.weight @ K1) @ K1.mT
                 eye = torch.eye(len(C0), dtype=torch.float64)
                 change = change @ torch.linalg.inv(C0 + K1 @ K1.mT + 0.5 * eye)
                 assert_close(one.change, change, rtol=0, atol=1e-9)

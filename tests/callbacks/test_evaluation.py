@@ -20,7 +20,7 @@ from helpers import moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
 from lit_unlearn.data.prompts import PictureItem, Pictures
 from lit_unlearn.evaluation.scores import Scores
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.files import WriteError
 from lit_unlearn.system.pixels import save_png

@@ -188,7 +188,7 @@ def test_the_worst_layer_of_the_text_encoder_is_named(
     for line, (name, number) in zip(said, found.items(), strict=True):  # each when its epoch ends
         assert line == (
             f"{name}: the system that was solved has the condition number {number:.1e}, more than max_condition_number="
-            f"1e+09, so the edit hangs on how numbers were rounded: {remedy}."
+            f"1e+09, so rounding decides what the edit is: {remedy}."
         )
 
 

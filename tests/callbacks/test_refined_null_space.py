@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from helpers import by_refined_null_space, weights
 from lit_unlearn.core.null_space import null_space_from_keys
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.speed import SPEED
 
 Fit = Callable[..., L.Trainer]

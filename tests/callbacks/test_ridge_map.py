@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from helpers import by_ridge_map, weights
 from lit_unlearn.core.closed_form import ridge_map_update
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.uce import UCE
 
 Fit = Callable[..., L.Trainer]

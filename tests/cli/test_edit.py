@@ -17,7 +17,7 @@ import yaml
 from helpers import metadata
 from lit_unlearn import cli
 from lit_unlearn.edits.checkpoint import read_edit
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 
 SETTINGS = {"threshold": 0.1, "rule": "mean", "minimum": 4, "ridge": 1.0, "ridge_rule": "absolute"}
 """Those of the recipe, with the defaults of what it does not say."""

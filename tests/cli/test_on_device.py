@@ -11,7 +11,7 @@ import torch
 from helpers import files
 from lit_unlearn import cli
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 

@@ -303,7 +303,7 @@ def test_a_singular_system_says_which_setting_is_its_ridge() -> None:
 
 
 def test_what_was_solved_can_be_sent_from_a_gpu() -> None:
-    # Processes send results by the processor: the tensor must be found in what is sent (``SharedWork.solved_once``).
+    # Processes send results by the processor: the tensor must be found in what is sent (``Processes.solved_once``).
     on_the_way = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), [Solved(EYE, {"leak": 0.0})])
     assert isinstance(on_the_way[0], Solved)
     assert on_the_way[0].change.is_meta

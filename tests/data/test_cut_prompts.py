@@ -16,7 +16,7 @@ from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion import prompts as prompts_module
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.methods.esd import ESD
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.uce import UCE
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.errors import UserError
@@ -62,7 +62,7 @@ def test_prompts_that_fit_are_not_spoken_of(tiny_sd: Path, pets: str, pets_with:
     [
         (
             {"edit_prompts": ["a dog", f"{BEFORE} with a dog"], "target_prompts": ["a ball", f"{BEFORE} with a ball"]},
-            rf"dog: edit_prompts: the name of the concept in '{BEFORE} with a dog' lies behind .* something else",
+            rf"dog: edit_prompts: the name of the concept in '{BEFORE} with a dog' lies behind .* else: short",
         ),
         (
             {"edit_prompts": [f"{BEFORE} it barks", "a dog"], "target_prompts": [f"{BEFORE} it sings", "a ball"]},

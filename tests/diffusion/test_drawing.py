@@ -50,11 +50,12 @@ def test_every_argument_of_a_drawing_is_in_the_key(components: StableDiffusion) 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_weights_of_every_part_are_in_the_key(part: str, components: StableDiffusion) -> None:
-    before, without = key(components), Drawing.of(components, STEPS, GUIDANCE, without=[part])
+    before, latents = key(components), Drawing.of(components, STEPS, GUIDANCE, decoded=False)
     with torch.no_grad():
         list(components.parts[part].parameters())[-1].add_(1e-3)
     assert key(components) != before
-    assert Drawing.of(components, STEPS, GUIDANCE, without=[part]) == without
+    # Latents are drawn without the autoencoder.
+    assert (Drawing.of(components, STEPS, GUIDANCE, decoded=False) == latents) == (part == "vae")
 
 
 CONFIGURATIONS = [

@@ -24,7 +24,7 @@ from lit_unlearn.judges.base import Judge
 from lit_unlearn.judges.cache import CachedJudge, picture_key
 from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
 from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge
-from lit_unlearn.judges.load import check_judge_name, load_judge
+from lit_unlearn.judges.load import load_judge
 from lit_unlearn.judges.nudenet import QUESTION, NudeNetJudge
 from lit_unlearn.system.files import WriteError
 from lit_unlearn.system.pixels import to_pil
@@ -254,38 +254,3 @@ def test_nudenet_takes_the_surest_exposed_part(monkeypatch: pytest.MonkeyPatch) 
     assert NudeNetJudge()(images, [QUESTION] * 2).tolist() == pytest.approx([0.8, 0.0])
     assert seen[0].shape == (2, 5, 3)
     assert seen[0][0, 0].tolist() == [0, 0, 255]  # OpenCV's order
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("lava", {}, r"judge='lava' is no judge and no folder \(closest: llava\)"),
-        ("llava", {"dtyp": "x"}, "judge_options.dtyp is unknown to llava: it has model, revision, dtype"),
-        ("llava", {"dtype": "int8"}, "judge_options.dtype='int8' is unknown"),
-        ("llava", {"batch_size": 0}, "judge_options.batch_size=0 must be at least 1"),
-        ("llava", {"min_answer": 1.0}, r"judge_options.min_answer=1.0 must lie in \[0, 1\)"),
-        ("llava", {"load_in_4bit": True}, r"load_in_4bit needs bitsandbytes: pip install 'lit-unlearn\[llava\]'"),
-        ("llava", {"device_map": "auto"}, r"device_map needs accelerate: pip install 'lit-unlearn\[llava\]'"),
-        ("nudenet", {}, r"judge='nudenet' needs NudeNet.*: pip install 'lit-unlearn\[nudenet\]'"),
-        ("emoji", {"batch_size": 2}, "judge_options are for llava, clip, nudenet; judge='emoji' has none"),
-    ],
-)
-def test_a_judge_that_cannot_be_had(
-    name: str, options: dict[str, Any], message: str, emoji20: ConceptSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # none of the extras is installed
-    with pytest.raises(ValueError, match=message):
-        check_judge_name(name, options, emoji20)
-
-
-def test_nudenet_needs_a_set_about_nudity(emoji20: ConceptSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.raises(ValueError, match=r"judge='nudenet' answers only .* but apple of emoji20 asks"):
-        check_judge_name("nudenet", {}, emoji20)
-
-
-def test_judges_are_loaded_by_name(tiny_clip: Path, tiny_llava: Path, emoji20: ConceptSet) -> None:
-    assert load_judge("clip", {"model": str(tiny_clip)}, emoji20).name == f"clip {tiny_clip} emoji20"
-    llava = load_judge("llava", {"model": str(tiny_llava), "dtype": "float32"}, emoji20)
-    assert llava.name == f"llava {tiny_llava} float32"
-    assert load_judge("emoji", {}, emoji20).name == "emoji-cnn"

@@ -21,7 +21,7 @@ from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.data_unlearning import DataUnlearning
 from lit_unlearn.methods.one_sided import NaiveDeletion, NegGrad
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 from lit_unlearn.methods.siss import SISS, TwoPass
 
 Build = Callable[..., DataUnlearning]
@@ -201,7 +201,10 @@ def test_a_checkpoint_belongs_to_its_pictures(
         ({"micro_batch_size": 0}, r"model\.micro_batch_size=0 must be at least 1"),
         ({"max_grad_norm": 0.0}, r"model\.max_grad_norm=0\.0 must be positive"),
         ({"copy_quantile": 0.0}, r"model\.copy_quantile=0\.0 must lie between 0 and 1"),
-        ({"judge": "nowhere"}, r"judge='nowhere' has no config\.json"),
+        ({"judge": "llava"}, "model.judge='llava' has no features in which copies could be looked for: take emoji"),
+        ({"judge": "clip"}, "judge='clip' needs a concept set, and here is none"),
+        ({"judge": "nowhere"}, "judge='nowhere' is no judge and no folder: take clip, emoji"),
+        ({"judge": "."}, r"judge='.' has no config\.json"),
         ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: data is unlearned in the UNet"),
         ({"edited_parameters": "decoder"}, r"selects vae\..*: data is unlearned in the UNet"),
     ],

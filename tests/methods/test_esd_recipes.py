@@ -13,7 +13,7 @@ import torch
 from helpers import CONFIGS
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.methods.esd import ESD
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.training import cli as training
 
 RECIPES = {

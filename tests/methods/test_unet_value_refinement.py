@@ -15,9 +15,8 @@ from torch.testing import assert_close
 from helpers import FF, KV, PROMPTS, TARGETS, by_least_squares, changed, exact, half, hook, started, states, weights
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.sampling import add_noise
-from lit_unlearn.methods.unet_value_refinement import (
-    UNetFeedForwardRefinement,
-)
+from lit_unlearn.methods.shared.unet_layers import noised
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 ALIGNMENT = [0, 1, 3, *range(4, 32), 31]
 """Target position of each edit position: "dog" takes "ball", the last token of its target, and all behind it shifts."""
@@ -225,17 +224,19 @@ def test_retained_places_keep_their_outputs(feed_forward: Build, fit: Fit) -> No
     assert leak(by_least_squares(ridge=0.1)) > 1e3 * kept
 
 
-def test_the_moment_is_that_of_the_retained_prompts_pictures(feed_forward: Build, fit: Fit) -> None:
+def test_the_moment_is_that_of_the_retained_prompts_pictures(
+    feed_forward: Build, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorded: list[tuple[Tensor, Tensor]] = []
 
-    class Recording(UNetFeedForwardRefinement):
-        def noised(self, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
-            result = super().noised(latents, label)
-            if label == "retained":
-                recorded.append(result)
-            return result
+    def record(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
+        result = noised(method, latents, label)
+        if label == "retained":
+            recorded.append(result)
+        return result
 
-    module = started(feed_forward.func(Recording, noises_per_retained_prompt=2), fit)  # type: ignore[attr-defined]
+    monkeypatch.setattr("lit_unlearn.methods.unet_value_refinement.noised", record)
+    module = started(feed_forward(noises_per_retained_prompt=2), fit)
     ((noisy, timesteps),) = recorded
     assert len(noisy) == 4
     total = dict.fromkeys(FF, torch.zeros(128, 128).double())

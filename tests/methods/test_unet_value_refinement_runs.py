@@ -63,7 +63,8 @@ def test_drift_is_that_of_noise_predictions_at_retained_prompts(
     module = request.getfixturevalue(kind)(values="target")
     fit(module, half(), steps=1)
     with torch.no_grad():
-        asked = (module.watched_noisy, module.watched_timesteps, states(module, "a cat", "the cat in the rain"))
+        ((noisy, timesteps, _),) = module.watched.asked
+        asked = (noisy, timesteps, states(module, "a cat", "the cat in the rain"))
         after = module.unet(*asked).sample
         with module.pretrained.restored():
             before = module.unet(*asked).sample

@@ -14,7 +14,7 @@ from helpers import CONFIGS
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.core.solvers import RidgeMap
 from lit_unlearn.methods.data_unlearning import DataUnlearning
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training import cli as training
 from lit_unlearn.training import recipes

@@ -10,8 +10,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.sampling import seeded
-from lit_unlearn.methods.shared.base import DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 
 
 class GradientEditor(DiffusionEditor):
@@ -26,6 +27,9 @@ class GradientEditor(DiffusionEditor):
         **kwargs: See ``ConceptEditor`` and ``DiffusionEditor``.
     """
 
+    num_pairs: int | None = None
+    """Pairs that the data numbers, if they are not the concept set's pairs of edit and target prompts."""
+
     def __init__(
         self,
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -35,6 +39,11 @@ class GradientEditor(DiffusionEditor):
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, seed
+
+    @property
+    def fit_plan(self) -> FitPlan:
+        """Other pairs than those of the concept set, if the method has such, in an order of its own seed."""
+        return FitPlan(num_pairs=self.num_pairs, seed=self.seed)
 
     def configure_model(self) -> None:
         """Load the pipeline and let the edited weights learn."""

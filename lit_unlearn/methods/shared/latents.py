@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.methods.shared.base import DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.files import atomic_write
 
 
@@ -178,7 +178,7 @@ class PretrainedSampler:
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.folder, self.batch_size = folder, batch_size
         with module.pretrained.restored():
-            self.drawing = Drawing.of(module.pipeline, num_inference_steps, guidance_scale, without=["vae"])
+            self.drawing = Drawing.of(module.pipeline, num_inference_steps, guidance_scale, decoded=False)
 
     def cache(self, prompts: Sequence[str], seeds: Sequence[int]) -> LatentCache:
         """The cache of the latents of ``prompts``, each from the noise of its own seed."""

@@ -25,6 +25,10 @@ class LayerState:
     initial: Tensor
     mask: Tensor
 
+    def edited(self, rows: Tensor) -> Tensor:
+        """What of ``rows`` (n, L, d) is at the positions that are edited, (m, d), without a copy if all are."""
+        return rows.flatten(0, 1) if self.mask.all() else rows[self.mask]
+
 
 def per_item(rows: Tensor, mask: Tensor) -> Tensor:
     """Mean over items of the means over their masked positions; ``rows`` and ``mask`` are (B, L).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.images import load_image, read_folder
-from lit_unlearn.methods.shared.base import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
 from lit_unlearn.system.names import file_name
 
@@ -62,7 +62,7 @@ class ReferenceImages(ConceptEditor):
             prompts: Those of each concept: image ``i`` is drawn from number ``i``, and over again from the first.
         """
         if self.image_files:
-            return [self.made_once(len(files), partial(self._encode, files)) for files in self.image_files]
+            return [self.processes.made_once(len(files), partial(self._encode, files)) for files in self.image_files]
         texts = [own[i % len(own)] for own in prompts for i in range(self.num_images)]
         first = [self.image_seed + 100_000 * number for number in range(len(prompts))]
         seeds = [number + i for number in first for i in range(self.num_images)]

@@ -1,12 +1,11 @@
-"""What several processes divide among themselves so that they find what one would: rows, batches, results, losses.
+"""What several processes divide among themselves so that they find what one would: rows, batches, results.
 
-Everything that one process makes and others need is made once. Each step exchanges one message before the gradients:
-the losses to log, and how much of the global batch each process has.
+Everything that one process makes and others need is made once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,13 +17,24 @@ from torch.utils._pytree import tree_map_only
 T = TypeVar("T")
 
 
-class SharedWork(L.LightningModule):
-    """Mixin of the methods: how processes share work; with one process all of it stays as it is."""
+class Processes:
+    """The processes of a module's trainer; with one process all work stays as it is.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.step_losses: dict[str, Tensor] = {}
-        self._batch_weight = 1.0
+    Args:
+        module: Whose trainer is meant; there is none before a run.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.module = module
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The run's.
+
+        Raises:
+            RuntimeError: There is no run.
+        """
+        return self.module.trainer
 
     def own_share(self, parts: Sequence[T]) -> Sequence[T]:
         """Every ``world_size``-th of ``parts``, beginning with the ``global_rank``-th; none if there are too few."""
@@ -32,7 +42,7 @@ class SharedWork(L.LightningModule):
 
     def total(self, part: Tensor) -> Tensor:
         """Sum over processes of ``part``, on all of them, where ``part`` lies."""
-        if self._trainer is None or self._trainer.world_size == 1:
+        if self.module._trainer is None or self.trainer.world_size == 1:
             return part
         # GPUs exchange nothing that lies elsewhere; the module itself is back on the processor when a fit ends.
         device = self.trainer.strategy.root_device
@@ -57,7 +67,9 @@ class SharedWork(L.LightningModule):
         share = list(self.own_share(range(count))) or [0]
         share += [share[-1]] * (-(-count // world_size) - len(share))  # all_gather takes equal shapes
         made = self.unless_one_failed(attempt(partial(make, share)))
-        gathered = self.all_gather(made.to(self.device))  # (world_size, n, ...); NCCL knows no other place
+        gathered = self.module.all_gather(
+            made.to(self.module.device)
+        )  # (world_size, n, ...); NCCL knows no other place
         assert isinstance(gathered, Tensor)
         return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
@@ -68,7 +80,7 @@ class SharedWork(L.LightningModule):
             Exception: ``result`` if it is one, or else that another process has failed.
         """
         failed = isinstance(result, Exception)
-        others = int(self.total(torch.tensor(int(failed), device=self.device)))
+        others = int(self.total(torch.tensor(int(failed), device=self.module.device)))
         if isinstance(result, Exception):
             raise result
         if others:
@@ -100,28 +112,6 @@ class SharedWork(L.LightningModule):
                 raise sent
             results.append(sent)
         return results
-
-    def log_losses(self, losses: Mapping[str, Tensor], batch: Sequence[Any] | Tensor) -> None:
-        """Log means over the global batch, keep them as ``step_losses``, and find this process's part of the batch.
-
-        Args:
-            losses: Means over this process's items, by the names that they are logged under.
-            batch: These items.
-        """
-        self.step_losses = {name: loss.detach().float() for name, loss in losses.items()}
-        if self.trainer.world_size > 1:
-            count = torch.tensor([float(len(batch))], device=self.device)
-            *sums, total = self.total(torch.cat([torch.stack(list(self.step_losses.values())) * count, count]))
-            self._batch_weight = float(self.trainer.world_size * count / total)
-            self.step_losses = {name: value / total for name, value in zip(losses, sums, strict=True)}
-        self.log_dict(self.step_losses, prog_bar=True, batch_size=len(batch))
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Weight the loss by this process's part: DDP averages over processes, the loss is a mean over items.
-
-        ``log_losses`` comes before it.
-        """
-        super().backward(loss * self._batch_weight, *args, **kwargs)
 
 
 def attempt(function: Callable[[], T]) -> T | Exception:

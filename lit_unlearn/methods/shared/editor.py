@@ -1,35 +1,25 @@
-"""What every method shares: the pipeline's parts, the edited weights and their pretrained values, test by pictures."""
+"""What every method shares: the pipeline's parts, the edited weights and their pretrained values, cost and losses."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import BinaryCohenKappa
 
-from lit_unlearn.data.concepts import load_concept_set
-from lit_unlearn.data.cut_prompts import check_cuts
-from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
-from lit_unlearn.evaluation.metrics import ForgetRetain
-from lit_unlearn.judges.base import Judge, judge_questions
-from lit_unlearn.judges.cache import CachedJudge
-from lit_unlearn.judges.classifier import ClassifierJudge
-from lit_unlearn.judges.load import check_judge_name, load_judge
-from lit_unlearn.methods.shared.shared_work import SharedWork
-from lit_unlearn.system.errors import user_errors
+from lit_unlearn.methods.shared.processes import Processes
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
 
@@ -39,7 +29,7 @@ CHECKPOINT_KEY = "lit_unlearn"
 NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
 
 
-class DiffusionEditor(SharedWork):
+class DiffusionEditor(L.LightningModule):
     """Base of all methods: the pipeline's parts, which of their weights are edited, and what these were before.
 
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
@@ -69,6 +59,9 @@ class DiffusionEditor(SharedWork):
         guidance_scale: float = 4.0,
     ) -> None:
         super().__init__()
+        self.processes = Processes(self)
+        self.step_losses: dict[str, Tensor] = {}
+        self._batch_weight = 1.0
         self.save_hyperparameters()
         self.strict_loading = False  # a checkpoint holds the edited weights only
         self.model_id, self.revision = model, revision
@@ -94,6 +87,16 @@ class DiffusionEditor(SharedWork):
     def edited_labels(self) -> list[str]:
         """What is edited, as checkpoints and folders name it: the concepts' names; none if it is no concept."""
         return []
+
+    @property
+    def current_layer(self) -> str | None:
+        """Name of the weight whose turn it is, in a method that edits one after the other."""
+        return None
+
+    @property
+    def fit_plan(self) -> FitPlan:
+        """What a fit of this method asks of the data and of the trainer."""
+        return FitPlan()
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods narrow it."""
@@ -152,8 +155,8 @@ class DiffusionEditor(SharedWork):
             "model": self.model_id,
             "edited_names": self.edited_names,
             "base_fingerprint": self.base_fingerprint,
-            "concept_set_sha256": getattr(getattr(self, "concepts", None), "sha256", None),
-            "concept_set": self.concepts.content() if isinstance(self, ConceptEditor) else None,
+            "concept_set_sha256": None,
+            "concept_set": None,
             "recipe": self.recipe,
             "cost": self.current_cost(),
             "report": self.report,
@@ -180,8 +183,10 @@ class DiffusionEditor(SharedWork):
     # --- cost
 
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Start the clock, and set the length of the run if the method knows it."""
         self._started, self.forwards.count, self.forwards.backward = time.perf_counter(), 0, 0
+        if self.fit_plan.epochs is not None:
+            self.trainer.fit_loop.max_epochs = self.fit_plan.epochs
 
     def on_fit_end(self) -> None:
         """Stop the clock: what follows in the same process is no cost of the edit."""
@@ -198,13 +203,39 @@ class DiffusionEditor(SharedWork):
             return self._loaded_cost
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
         passes = torch.tensor([self.forwards.count, self.forwards.backward], device=self.device)
-        forwards, backwards = self.total(passes).tolist()
+        forwards, backwards = self.processes.total(passes).tolist()
         return {
             "seconds": self._loaded_cost["seconds"] + time.perf_counter() - self._started,
             "unet_forwards": self._loaded_cost["unet_forwards"] + forwards,
             "unet_backwards": self._loaded_cost.get("unet_backwards", 0) + backwards,
             "peak_memory_bytes": max(self._loaded_cost["peak_memory_bytes"], peak),
         }
+
+    # --- losses
+
+    def log_losses(self, losses: Mapping[str, Tensor], batch: Sequence[Any] | Tensor) -> None:
+        """Log means over the global batch, keep them as ``step_losses``, and find this process's part of the batch.
+
+        Args:
+            losses: Means over this process's items, by the names that they are logged under.
+            batch: These items.
+        """
+        self.step_losses = {name: loss.detach().float() for name, loss in losses.items()}
+        if self.trainer.world_size > 1:
+            count = torch.tensor([float(len(batch))], device=self.device)
+            *sums, total = self.processes.total(
+                torch.cat([torch.stack(list(self.step_losses.values())) * count, count])
+            )
+            self._batch_weight = float(self.trainer.world_size * count / total)
+            self.step_losses = {name: value / total for name, value in zip(losses, sums, strict=True)}
+        self.log_dict(self.step_losses, prog_bar=True, batch_size=len(batch))
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Weight the loss by this process's part: DDP averages over processes, the loss is a mean over items.
+
+        ``log_losses`` comes before it.
+        """
+        super().backward(loss * self._batch_weight, *args, **kwargs)
 
     # --- predictions and pictures
 
@@ -236,145 +267,6 @@ class DiffusionEditor(SharedWork):
             return self.known_pictures(self, batch)
         with self.pretrained.restored():
             return self.generate([item.prompt for item in batch], [item.seed for item in batch])
-
-
-class ConceptEditor(DiffusionEditor):
-    """Base of the methods that edit concepts: which ones, and the test by pictures of all concepts of a set.
-
-    Args:
-        concept: Name or names of the concepts to edit; set with ``--concept``.
-        concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
-        judge: ``emoji`` (beside the embedded model), ``llava``, ``clip``, ``nudenet``, or a folder with a classifier.
-        judge_options: Arguments of ``llava``, ``clip`` or ``nudenet``, such as ``{batch_size: 4}``.
-        second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
-        judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
-        **kwargs: See ``DiffusionEditor``.
-
-    Raises:
-        ValueError: A field is wrong; found before any weight is loaded.
-    """
-
-    def __init__(
-        self,
-        concept: str | list[str],
-        concept_set: str = "emoji20",
-        judge: str = "emoji",
-        judge_options: dict[str, Any] | None = None,
-        second_judge: str | None = None,
-        judge_cache: str | None = "logs/judged",
-        **kwargs: object,
-    ) -> None:
-        self.concepts = load_concept_set(concept_set)
-        self.edited = edited_concepts(concept, self.concepts)
-        self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
-        self.second_judge_path = second_judge
-        check_judge_name(judge, self.judge_options, self.concepts)
-        if second_judge is not None:
-            if second_judge == judge:
-                raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
-            check_judge_name(second_judge, {}, self.concepts)
-        super().__init__(**kwargs)  # type: ignore[arg-type]
-        if self.base.reader is not None:
-            check_cuts(self.base.reader, self.concepts, self.edited)
-
-    def configure_model(self) -> None:
-        """As ``DiffusionEditor``; the prompts meet the tokens of a model from the hub only here.
-
-        Raises:
-            UserError: A prompt is cut so that it means nothing.
-        """
-        super().configure_model()
-        if self.base.reader is None:
-            with user_errors():
-                check_cuts(self.pipeline.reader, self.concepts, self.edited)
-
-    @property
-    def edited_labels(self) -> list[str]:
-        """Names of the edited concepts."""
-        return [concept.name for concept in self.edited]
-
-    def load_judge(self) -> Judge:
-        """The judge that ``judge`` names."""
-        return self._judge(self.judge_path, self.judge_options)
-
-    def _judge(self, name: str, options: dict[str, Any]) -> Judge:
-        judge = load_judge(name, options, self.concepts)
-        slow = not isinstance(judge, ClassifierJudge) and self.judge_cache is not None
-        # One file per process, since several write at the same time.
-        folder = Path(self.judge_cache or "") / f"rank_{self.global_rank}"
-        return CachedJudge(judge, folder) if slow else judge
-
-    def on_test_start(self) -> None:
-        """Make judge and metrics."""
-        self.judge = self.load_judge()
-        self.second_judge = self._judge(self.second_judge_path, {}) if self.second_judge_path else None
-        self.kappa = BinaryCohenKappa().to(self.device)
-        images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
-        self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
-
-    def metric(self, images_per_prompt: int) -> ForgetRetain:
-        """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
-        # Where the weights are: processes on GPUs exchange nothing else.
-        counts = self.concepts.counts
-        names = self.edited_labels
-        return ForgetRetain(
-            list(self.concepts.concepts),
-            names,
-            images_per_concept=(counts.direct + counts.indirect) * images_per_prompt,
-            num_direct=counts.direct,
-            images_per_prompt=images_per_prompt,
-            adjacent=self.concepts.adjacent(names),
-            num_adversarial=max(len(concept.adversarial) for concept in self.concepts.concepts.values()),
-        ).to(self.device)
-
-    def test_step(self, batch: list[PictureItem], batch_idx: int) -> dict[str, Tensor]:
-        """Generate, judge and score a batch with the pretrained and with the edited weights, from the same seeds.
-
-        Returns:
-            ``before`` and ``after``: pictures (B, 3, H, W), uint8.
-        """
-        prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
-        after = self.generate(prompts, seeds)
-        before = self.unedited_pictures(batch)
-        self.score(self.before, before, batch)
-        self.score(self.after, after, batch)
-        return {"before": before, "after": after}
-
-    def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
-        """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
-        questions = [item.question for item in batch]
-        answers = judge_questions(self.judge, pictures.float() / 255, questions)
-        if (second := getattr(self, "second_judge", None)) is not None:
-            others = judge_questions(second, pictures.float() / 255, questions)
-            both = ~(answers.isnan() | others.isnan())
-            self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (answers, others)))
-        metric.update(
-            answers,
-            [item.concept_index for item in batch],
-            [item.prompt_index for item in batch],
-            [item.image_index for item in batch],
-        )
-
-    def on_validation_start(self) -> None:
-        """Make judge and metrics."""
-        self.judge = self.load_judge()
-        self.before, self.after = self.metric(1), self.metric(1)
-
-    def validation_step(self, batch: list[PictureItem], batch_idx: int) -> None:
-        """As ``test_step``, on the few pictures of the data's ``val_dataloader``."""
-        self.test_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores before and after the edit."""
-        for prefix, metric in (("before", self.before), ("after", self.after)):
-            scores = metric.compute()
-            self.log_dict(
-                {f"validation/{prefix}/{name}": scores[name] for name in ("forget", "retain", "harmonic_mean")}
-            )
-
-    def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
-        """Pictures (B, 3, H, W), uint8, of the edited model."""
-        return self.generate([item.prompt for item in batch], [item.seed for item in batch])
 
 
 def check_concepts(file: str, method: str, found: Sequence[str], wanted: Sequence[str]) -> None:

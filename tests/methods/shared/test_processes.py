@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.layer_state import per_item
-from lit_unlearn.methods.shared.shared_work import SharedWork
+from lit_unlearn.methods.shared.processes import Processes
 
 
 class Strategy:
@@ -24,27 +25,31 @@ class Strategy:
         return part + self.others
 
 
-def work(world_size: int = 1, global_rank: int = 0, others: Tensor | float = 0.0) -> Any:
-    module = SharedWork()
+def editor(world_size: int = 1, global_rank: int = 0, others: Tensor | float = 0.0) -> Any:
+    module = DiffusionEditor()
     trainer = SimpleNamespace(world_size=world_size, global_rank=global_rank, strategy=Strategy(others))
     module._trainer = trainer  # type: ignore[assignment]
     module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     return module
 
 
+def processes(world_size: int = 1, global_rank: int = 0, others: Tensor | float = 0.0) -> Processes:
+    return editor(world_size, global_rank, others).processes
+
+
 def test_every_part_is_one_process_s_own() -> None:
-    shares = [list(work(3, rank).own_share(range(7))) for rank in range(3)]
+    shares = [list(processes(3, rank).own_share(range(7))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
-    assert list(work(3, 2).own_share(range(2))) == []
+    assert list(processes(3, 2).own_share(range(2))) == []
 
 
 def test_losses_are_means_over_the_global_batch_and_weigh_by_the_share_of_it() -> None:
     # This process has 3 items with mean 2; the other has 1 item with mean 10.
-    module = work(2, 0, others=torch.tensor([10.0, 1.0]))
+    module = editor(2, 0, others=torch.tensor([10.0, 1.0]))
     module.log_losses({"train/loss": torch.tensor(2.0)}, torch.zeros(3))
     assert float(module.step_losses["train/loss"]) == pytest.approx((3 * 2 + 10) / 4)
     assert module._batch_weight == pytest.approx(2 * 3 / 4)  # DDP takes the mean of both processes' gradients
-    alone = work()
+    alone = editor()
     alone.log_losses({"train/loss": torch.tensor(2.0, requires_grad=True)}, torch.zeros(3))
     assert alone.step_losses["train/loss"] == 2 and not alone.step_losses["train/loss"].requires_grad
     assert alone._batch_weight == 1
@@ -52,14 +57,14 @@ def test_losses_are_means_over_the_global_batch_and_weigh_by_the_share_of_it() -
 
 def test_one_that_failed_stops_all() -> None:
     with pytest.raises(KeyError, match="mine"):
-        work(2, others=torch.tensor(0)).unless_one_failed(KeyError("mine"))
+        processes(2, others=torch.tensor(0)).unless_one_failed(KeyError("mine"))
     with pytest.raises(RuntimeError, match="Another process has failed"):
-        work(2, others=torch.tensor(1)).unless_one_failed("well")
-    assert work(2, others=torch.tensor(0)).unless_one_failed("well") == "well"
+        processes(2, others=torch.tensor(1)).unless_one_failed("well")
+    assert processes(2, others=torch.tensor(0)).unless_one_failed("well") == "well"
 
 
 def test_alone_everything_is_made_here() -> None:
-    module = work()
+    module = processes()
     assert module.made_once(3, lambda rows: torch.tensor(rows)).tolist() == [0, 1, 2]
     assert module.solved_once([lambda: 1, lambda: 2]) == [1, 2]
     assert module.gathered("own") == ["own"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_unlearn.methods.shared.base import check_concepts
+from lit_unlearn.methods.shared.editor import check_concepts
 
 
 @pytest.mark.parametrize(

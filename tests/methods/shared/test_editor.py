@@ -15,7 +15,8 @@ from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
 from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
-from lit_unlearn.methods.shared.base import CHECKPOINT_KEY, ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 
 Editor = Callable[..., ConceptEditor]
 TrainerWith = Callable[..., L.Trainer]
@@ -199,7 +200,7 @@ def test_the_scores_are_the_judges_verdicts(
     for name, metric in (("before", module.before), ("after", module.after)):
         pictures = torch.cat([outputs[name] for _, outputs in keep.seen]).float() / 255
         seen = pictures.mean(dim=(1, 2, 3)) > judge.threshold
-        dog = torch.tensor([item.question == "Is there a dog?" for item in items])
+        dog = torch.tensor([item.question == "Is there a dog in this picture?" for item in items])
         scores = metric.compute()
         expected = (1 - float(seen[dog].float().mean()), float(seen[~dog].float().mean()))
         assert (float(scores["forget"]), float(scores["retain"])) == expected
@@ -365,7 +366,7 @@ def test_a_checkpoint_of_another_program_is_refused(editor: Editor) -> None:
 
 def test_a_fit_is_timed_and_what_comes_after_is_not(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 103.0, 105.0])
-    monkeypatch.setattr("lit_unlearn.methods.shared.base.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("lit_unlearn.methods.shared.editor.time.perf_counter", lambda: next(clock))
     module = editor()
     module.generate(["a dog"], [0])  # before the fit
     assert module.current_cost() == {"seconds": 0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}

@@ -1,0 +1,54 @@
+"""What a closed form needs of many edited keys: two sums, whose size does not depend on how many there are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.matrices import checked_matrix
+
+MANY = 4
+"""From so many keys for each input of a layer, sums are taken instead of the keys."""
+
+
+class KeySums(NamedTuple):
+    """Sums over the edited keys of one layer, float64.
+
+    Attributes:
+        moment: K1 K1ᵀ, (d_in, d_in).
+        residual: R K1ᵀ with R = V1 − W K1, (d_out, d_in).
+        num_keys: How many keys there are.
+    """
+
+    moment: Tensor
+    residual: Tensor
+    num_keys: int
+
+    @classmethod
+    def of(cls, weight: Tensor, keys: Tensor, values: Tensor) -> KeySums:
+        """Sum ``keys`` and ``values`` up, of which only as many rows as a layer has inputs are ever in float64 at once.
+
+        Args:
+            weight: W, (d_out, d_in).
+            keys: K1 transposed, (n, d_in).
+            values: V1 transposed, (n, d_out).
+
+        Raises:
+            ValueError: Shapes that do not match, or values that are not finite.
+        """
+        weight = checked_matrix("weight", weight, (None, None))
+        d_out, d_in = weight.shape
+        moment, residual = weight.new_zeros(d_in, d_in), torch.zeros_like(weight)
+        for some_keys, some_values in zip(keys.split(d_in), values.split(d_in), strict=True):
+            rows = checked_matrix("keys", some_keys, (None, d_in), weight.device)
+            wished = checked_matrix("values", some_values, (len(rows), d_out), weight.device)
+            moment += rows.mT @ rows
+            residual += (wished - rows @ weight.mT).mT @ rows
+        return cls(moment, residual, len(keys))
+
+    @classmethod
+    def of_many(cls, weight: Tensor, keys: Tensor, values: Tensor) -> KeySums | None:
+        """As ``of``; None for few keys, which need less memory than their sums."""
+        return cls.of(weight, keys, values) if len(keys) > MANY * keys.shape[-1] else None

@@ -1,0 +1,173 @@
+"""What the methods share that edit concepts: which ones, their judge, and the test by pictures of all concepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryCohenKappa
+
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.cut_prompts import check_cuts
+from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.evaluation.metrics import ForgetRetain
+from lit_unlearn.judges.base import Judge, judge_questions
+from lit_unlearn.judges.load import check_judge_name, load_cached_judge
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.system.errors import user_errors
+
+
+class ConceptEditor(DiffusionEditor):
+    """Base of the methods that edit concepts: which ones, and the test by pictures of all concepts of a set.
+
+    Args:
+        concept: Name or names of the concepts to edit; set with ``--concept``.
+        concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
+        judge: Short name of a judge (``emoji`` lies beside the embedded model), the folder of a classifier, or the
+            import path of a class.
+        judge_options: Arguments of the judge's class, such as ``{batch_size: 4}``.
+        second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
+        second_judge_options: Arguments of its class.
+        judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
+        **kwargs: See ``DiffusionEditor``.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        concept: str | list[str],
+        concept_set: str = "emoji20",
+        judge: str = "emoji",
+        judge_options: dict[str, Any] | None = None,
+        second_judge: str | None = None,
+        second_judge_options: dict[str, Any] | None = None,
+        judge_cache: str | None = "logs/judged",
+        **kwargs: object,
+    ) -> None:
+        self.concepts = load_concept_set(concept_set)
+        self.edited = edited_concepts(concept, self.concepts)
+        self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
+        self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
+        check_judge_name(judge, self.judge_options, self.concepts)
+        if second_judge is not None:
+            if (second_judge, self.second_judge_options) == (judge, self.judge_options):
+                raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
+            check_judge_name(second_judge, self.second_judge_options, self.concepts, field="second_judge")
+        elif second_judge_options:
+            raise ValueError("model.second_judge_options are of no judge: name one with model.second_judge.")
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        if self.base.reader is not None:
+            check_cuts(self.base.reader, self.concepts, self.edited)
+
+    def configure_model(self) -> None:
+        """As ``DiffusionEditor``; the prompts meet the tokens of a model from the hub only here.
+
+        Raises:
+            UserError: A prompt is cut so that it means nothing.
+        """
+        super().configure_model()
+        if self.base.reader is None:
+            with user_errors():
+                check_cuts(self.pipeline.reader, self.concepts, self.edited)
+
+    @property
+    def edited_labels(self) -> list[str]:
+        """Names of the edited concepts."""
+        return [concept.name for concept in self.edited]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keep the concept set, as it was read."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY] |= {
+            "concept_set_sha256": self.concepts.sha256,
+            "concept_set": self.concepts.content(),
+        }
+
+    # --- test
+
+    def load_judge(self) -> Judge:
+        """The judge that ``judge`` names."""
+        return self._judge(self.judge_path, self.judge_options)
+
+    def _judge(self, name: str, options: dict[str, Any]) -> Judge:
+        # One file per process, since several write at the same time.
+        folder = None if self.judge_cache is None else Path(self.judge_cache) / f"rank_{self.global_rank}"
+        return load_cached_judge(name, options, self.concepts, folder)
+
+    def on_test_start(self) -> None:
+        """Make judge and metrics."""
+        self.judge = self.load_judge()
+        self.second_judge = None
+        if self.second_judge_path is not None:
+            self.second_judge = self._judge(self.second_judge_path, self.second_judge_options)
+        self.kappa = BinaryCohenKappa().to(self.device)
+        images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
+        self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
+
+    def metric(self, images_per_prompt: int) -> ForgetRetain:
+        """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
+        # Where the weights are: processes on GPUs exchange nothing else.
+        counts = self.concepts.counts
+        names = self.edited_labels
+        return ForgetRetain(
+            list(self.concepts.concepts),
+            names,
+            images_per_concept=(counts.direct + counts.indirect) * images_per_prompt,
+            num_direct=counts.direct,
+            images_per_prompt=images_per_prompt,
+            adjacent=self.concepts.adjacent(names),
+            num_adversarial=max(len(concept.adversarial) for concept in self.concepts.concepts.values()),
+        ).to(self.device)
+
+    def test_step(self, batch: list[PictureItem], batch_idx: int) -> dict[str, Tensor]:
+        """Generate, judge and score a batch with the pretrained and with the edited weights, from the same seeds.
+
+        Returns:
+            ``before`` and ``after``: pictures (B, 3, H, W), uint8.
+        """
+        prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
+        after = self.generate(prompts, seeds)
+        before = self.unedited_pictures(batch)
+        self.score(self.before, before, batch)
+        self.score(self.after, after, batch)
+        return {"before": before, "after": after}
+
+    def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
+        """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
+        questions = [item.question for item in batch]
+        answers = judge_questions(self.judge, pictures.float() / 255, questions)
+        if (second := getattr(self, "second_judge", None)) is not None:
+            others = judge_questions(second, pictures.float() / 255, questions)
+            both = ~(answers.isnan() | others.isnan())
+            self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (answers, others)))
+        metric.update(
+            answers,
+            [item.concept_index for item in batch],
+            [item.prompt_index for item in batch],
+            [item.image_index for item in batch],
+        )
+
+    def on_validation_start(self) -> None:
+        """Make judge and metrics."""
+        self.judge = self.load_judge()
+        self.before, self.after = self.metric(1), self.metric(1)
+
+    def validation_step(self, batch: list[PictureItem], batch_idx: int) -> None:
+        """As ``test_step``, on the few pictures of the data's ``val_dataloader``."""
+        self.test_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores before and after the edit."""
+        for prefix, metric in (("before", self.before), ("after", self.after)):
+            scores = metric.compute()
+            self.log_dict(
+                {f"validation/{prefix}/{name}": scores[name] for name in ("forget", "retain", "harmonic_mean")}
+            )
+
+    def predict_step(self, batch: list[PictureItem], batch_idx: int) -> Tensor:
+        """Pictures (B, 3, H, W), uint8, of the edited model."""
+        return self.generate([item.prompt for item in batch], [item.seed for item in batch])

@@ -1,0 +1,96 @@
+"""What the two null-space edits in the UNet share: the noise of what they ask it, and how far their edit moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.parameters import call_order
+from lit_unlearn.diffusion.sampling import seeded
+
+if TYPE_CHECKING:
+    from lit_unlearn.methods.value_refinement import ValueRefinement
+
+UNET_BATCH = 16
+"""Latents that go through the UNet at once where many are; its inner states are large."""
+WATCHED_SEED = 10_000_000
+"""Added to the seeds of watched pictures, so that they are none of the edit prompts'."""
+
+Query = tuple[Tensor, Tensor, Condition]
+"""What the denoiser is asked: x_t (B, C, H, W), t (B,) and the condition of B prompts."""
+
+
+def check_choices(kind: str, values: str, start: str, watched_prompts: int) -> None:
+    """Check what an edit in the UNet can do.
+
+    Raises:
+        ValueError: ``values`` or ``start`` needs the residual stream of a text encoder, or nothing is watched.
+    """
+    for field, value, known in (("values", values, "refined"), ("start", start, "output")):
+        if value not in (known, "target"):
+            raise ValueError(f"model.{field}={value!r} is not for {kind}: choose {known} or target.")
+    if watched_prompts < 1:
+        raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
+
+
+def select_unet(method: ValueRefinement, names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Weights of the UNet that the pattern of ``method`` selects, in the order in which it calls them.
+
+    Raises:
+        ValueError: One does not end with any of ``suffixes``.
+    """
+    why = f": {type(method).__name__} edits only {' and '.join(suffixes)} of the UNet."
+    selected = method.select_only(names, lambda name: name.startswith("unet.") and name.endswith(suffixes), why)
+    return sorted(selected, key=call_order)
+
+
+def noised(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
+    """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""
+    noise, timesteps = [], []
+    for place in range(len(latents)):
+        generator = seeded(method.seed, label, place)
+        timesteps.append(method.pipeline.noise.draw_timestep(generator, method.min_timestep, method.max_timestep))
+        noise.append(torch.randn(latents.shape[1:], generator=generator))
+    times = torch.stack(timesteps).to(latents.device)
+    return method.pipeline.noise.add(latents, torch.stack(noise).to(latents), times), times
+
+
+def query_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
+    """Batches of what to ask the denoiser: x_t and t of the items, and the condition of their prompts, in turn."""
+    batches = torch.arange(len(noisy)).split(UNET_BATCH)
+    return [(noisy[items], timesteps[items], condition[items % len(condition)]) for items in batches]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Noised pictures of some retained prompts, at which the denoiser should say what it said before the edit.
+
+    Attributes:
+        method: Whose edit it is.
+        asked: In batches.
+    """
+
+    method: ValueRefinement
+    asked: Sequence[Query]
+
+    @classmethod
+    def of(cls, method: ValueRefinement, number: int) -> Watched:
+        """Draw ``number`` of the retained prompts of ``method``, spread over the set; no cost of the edit."""
+        every = max(1, len(method.retain_prompts) // number)
+        condition = method.pipeline.encode_many(method.retain_prompts[::every][:number])
+        with method.uncounted():
+            pictures = method.pictures(condition, WATCHED_SEED)
+        return cls(method, query_batches(*noised(method, pictures, "watched"), condition))
+
+    @torch.no_grad()
+    def predictions(self) -> list[Tensor]:
+        """This process's share of them, (B, C, H, W) each, float32."""
+        with self.method.uncounted():
+            return [
+                self.method.pipeline.predict(*query).float() for query in self.method.processes.own_share(self.asked)
+            ]
