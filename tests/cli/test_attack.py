@@ -83,10 +83,11 @@ def test_from_python_what_is_there_is_kept(run_folder: Path, judge: str, monkeyp
     assert attack.attack_run(ckpt_path, ["relearning"], existing="keep") == [first]
 
 
-def test_a_delta_needs_a_folder(run_folder: Path, judge: str, workplace: Path) -> None:
+def test_a_delta_needs_a_folder(run_folder: Path, judge: str, workplace: Path, tiny_sd: Path) -> None:
     ckpt_path = str(run_folder / "checkpoints/last.ckpt")
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "delta.safetensors", "--delta"]) == 0
     args = ["attack", "--ckpt_path", "delta.safetensors", "--judge", judge, "--attacks", "ring_a_bell", *SMALL]
+    args += ["--model", str(tiny_sd)]
     assert cli.main([*args, "--output", "found"]) == 0
     assert AttackReport.load("found/attacks.json").method == "ValueRefinement"
     assert not (run_folder / "attacks.json").exists()

@@ -192,5 +192,8 @@ def test_names_of_2022_are_the_same_export(
     assert wrong(tmp_path / "old", tiny_sd) == []
     loaded = load_pipeline(str(tmp_path / "old")).named_parameters()
     assert all(torch.equal(value, loaded[f"text_encoder.{name}"]) for name, value in new.items())
-    assert cli.main([*command, "--delta"]) == 2
-    assert "--delta cannot be combined with --lora or --names" in capsys.readouterr().err
+    for form in (["--delta"], ["--lora", "auto"]):
+        assert cli.main([*command, *form]) == 2
+        assert "--names is for folders" in capsys.readouterr().err
+    assert cli.main([*command[:-2], "--delta", "--lora", "auto"]) == 2
+    assert "--delta cannot be combined with --lora" in capsys.readouterr().err
