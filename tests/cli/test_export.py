@@ -68,6 +68,20 @@ def test_an_export_says_where_it_came_from(run_folder: Path, recipe: Path, tiny_
     assert set(load_file("out/delta.safetensors")) == set(facts["edited_weights"])
 
 
+def test_casting_prints_nothing_of_diffusers(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--dtype", "bfloat16"]) == 0
+    printed = "".join(capfd.readouterr())
+    assert "float32" not in printed and "without dog" in printed
+
+
+def test_a_low_rank_warns(run_folder: Path) -> None:
+    command = ["export", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--output", "out", "--lora"]
+    with pytest.warns(UserWarning, match=r"rank 1 leaves out \d\d% of the change of .* --lora auto 99.9%"):
+        assert cli.main([*command, "1"]) == 0
+    assert cli.main([*command, "auto", "--overwrite"]) == 0  # warnings are errors here
+
+
 def test_an_export_replaces_only_exports(
     run_folder: Path, refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
