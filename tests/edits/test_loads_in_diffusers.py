@@ -1,4 +1,4 @@
-"""Every form of an export is loaded by diffusers as docs/publishing.md says, and draws the edited pipeline's pictures."""
+"""diffusers loads every form of an export as docs/publishing.md says, and draws the edited pipeline's pictures."""
 
 from __future__ import annotations
 
