@@ -27,7 +27,7 @@ from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
-from lit_unlearn.edits.public import TEXTS, Places, public_content
+from lit_unlearn.edits.public import Places, public_content
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.system.files import atomic_write, replaced_folder
 from lit_unlearn.system.json_files import write_json
@@ -154,8 +154,7 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
 
 def places_of(edit: Edit | None, base: BaseModel, name: str) -> Places:
     """Knows the places of the base model, which has the public ``name``."""
-    given = [base.name, str(base.place)] if isinstance(base.place, Path) else []
-    given += [edit.model] if edit is not None and isinstance(base.place, Path) else []
+    given = [base.name, str(base.place), *([edit.model] if edit is not None else [])]
     return Places({text: name for path in given for text in (path, os.path.abspath(path), os.path.realpath(path))})
 
 
@@ -262,8 +261,7 @@ def export_pipeline(
         facts["kept"], facts["left_out"] = _keep(kept, folder), kept.left_out
         (folder / "README.md").write_text(model_card(facts, output.name), encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
-            _make_public(path, path.relative_to(folder).as_posix(), places)
+        make_public(folder, places)
         facts["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         write_json(folder / PROVENANCE, facts)
         mode = (folder / PROVENANCE).stat().st_mode  # safetensors makes files that only their owner can read
@@ -283,12 +281,11 @@ def _keep(kept: Kept, folder: Path) -> list[str]:
     return names
 
 
-def _make_public(path: Path, name: str, places: Places) -> None:
-    if path.suffix not in TEXTS:
-        return
-    content = path.read_bytes()
-    if (public := public_content(name, content, places)) != content:
-        path.write_bytes(public)
+def make_public(folder: Path, places: Places) -> None:
+    """Have the files of a folder name no places."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (public := public_content(path, path.relative_to(folder).as_posix(), places)) is not None:
+            path.write_bytes(public)
 
 
 def left_out(kept: Mapping[str, str]) -> list[str]:

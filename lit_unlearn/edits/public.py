@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 RUNS = "logs"
@@ -116,23 +116,42 @@ def texts(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def public_content(name: str, content: bytes, places: Places) -> bytes:
-    """What a text file of an export may say; every other file, and one that names no place, is as it was.
+def public_content(path: Path, name: str, places: Places) -> bytes | None:
+    """What a file of an export is to hold instead of what it does; None if it names no place.
 
     Args:
-        name: Name of the file within the export.
-        content: What it holds.
+        path: The file: text, or safetensors, in whose header there is text.
+        name: Its name within the export.
         places: What to replace.
     """
-    path = PurePosixPath(name)
-    if path.suffix not in TEXTS or path.name in VOCABULARIES:
-        return content
+    if path.suffix == ".safetensors":
+        return _public_header(path, places)
+    if PurePosixPath(name).suffix not in TEXTS or PurePosixPath(name).name in VOCABULARIES:
+        return None
+    content = path.read_bytes()
     try:
         text = content.decode()
-        if path.suffix == ".json":
+    except UnicodeDecodeError:  # nothing that anyone reads
+        return None
+    if PurePosixPath(name).suffix == ".json":
+        try:
             changed: list[str] = []
             public = places.without(json.loads(text), changed)
-            return json.dumps(public, indent=2).encode() if changed else content
-    except ValueError:  # neither text nor JSON: nothing of ours
-        return content
-    return places.known(text).encode()
+            return json.dumps(public, indent=2).encode() if changed else None
+        except (ValueError, RecursionError):  # not JSON after all, but text
+            pass
+    public = places.known(text)
+    return None if public == text else public.encode()
+
+
+def _public_header(path: Path, places: Places) -> bytes | None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        changed: list[str] = []
+        metadata = places.without(header.get("__metadata__") or {}, changed)
+        if not changed:
+            return None
+        text = json.dumps({**header, "__metadata__": metadata}).encode()
+        text += b" " * (-len(text) % 8)  # the weights stay aligned
+        return len(text).to_bytes(8, "little") + text + file.read()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers import LAYERS, files, metadata
 from lit_unlearn import cli
@@ -84,6 +85,7 @@ def given(request: pytest.FixtureRequest, home: Path, tiny_sd: Path) -> tuple[st
         content = json.loads((place / config).read_text(encoding="utf-8"))
         (place / config).write_text(json.dumps({**content, "_name_or_path": str(place)}), encoding="utf-8")
     (place / "extra").mkdir()
+    save_file({"<toy>": torch.ones(1, 32)}, place / "extra/toy.safetensors", {"made by": f"{home}/train.py"})
     (place / "extra/config.json").write_text(json.dumps({"_name_or_path": f"{home}/x"}), encoding="utf-8")
     if kind == "link":
         (home / "link").symlink_to(place)
@@ -212,11 +214,40 @@ def test_relative_paths_are_places_where_they_exist(tmp_path: Path, monkeypatch:
     assert is_place("mine/set.yaml")
 
 
-@pytest.mark.parametrize("name", ["tokenizer/vocab.json", "tokenizer/merges.txt", "model.safetensors", "a.png"])
-def test_words_of_a_vocabulary_and_other_files_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "public"),
+    [
+        ("tokenizer/vocab.json", b'{"/a/b": 1, "x": "/a/b"}', None),  # words
+        ("tokenizer/merges.txt", b"/a/b c", None),
+        ("a.png", b"/a/b", None),
+        ("LICENSE", b"see /a/b/c", b"see c"),
+        ("notes.txt", b"in /a/b/c or /d/e/f", b"in c or /d/e/f"),  # any path could be of the licence
+        ("notes.txt", b"nothing", None),
+        ("x.json", b'{"at": "/u/v/w"}', b'{\n  "at": "w"\n}'),
+        ("x.json", b'{"at" :1}', None),
+        ("x.json", b"at /a/b/c, which is not JSON", b"at c, which is not JSON"),
+        ("x.json", b"[" * 100_000, None),
+        ("x.txt", b"\xff /a/b", None),
+    ],
+)
+def test_contents(
+    name: str, content: bytes, public: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/a/b")
-    assert public_content(name, b'{"/a/b": 1}', Places({})) == b'{"/a/b": 1}'
-    assert public_content("LICENSE", b"see /a/b/c", Places({})) == b"see c"
-    assert public_content("x.json", b'{"at": "/u/v/w"}', Places({})) == b'{\n  "at": "w"\n}'
-    assert public_content("x.json", b'{"at" :1}', Places({})) == b'{"at" :1}'
-    assert public_content("x.txt", b"\xff", Places({})) == b"\xff"
+    path = tmp_path / Path(name).name
+    path.write_bytes(content)
+    assert public_content(path, name, Places({})) == public
+
+
+def test_the_header_of_a_file_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training scripts put paths there, as kohya's do."""
+    monkeypatch.setenv("HOME", "/a/b")
+    tensors = {"x": torch.arange(5.0), "y": torch.arange(3)}
+    path = tmp_path / "toy.safetensors"
+    save_file(tensors, path, {"ss_sd_model_name": "/a/b/model", "format": "pt"})
+    public = public_content(path, path.name, Places({}))
+    assert public is not None
+    path.write_bytes(public)
+    assert metadata(str(path)) == {"ss_sd_model_name": "model", "format": "pt"}
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(path).items())
+    assert public_content(path, path.name, Places({})) is None
