@@ -34,6 +34,7 @@ FROM_HUB = ("*.json", "*.txt", "*.md", "*.png", *(f"{name}*" for name in LEGAL))
 """Files that are fetched from the hub, with the weights of ``OPTIONAL_PARTS``."""
 
 UNSAFE = "it may hold code: only .safetensors, .json, .md, .png and .txt are copied, and licences"
+CORRUPT = "it is corrupt"
 UNEDITED = "it has weights by the names of the model's, which the edit does not reach"
 
 
@@ -121,6 +122,8 @@ def _keep_part(folder: Path, part: str, entry: list[Any], kept: Kept) -> str | N
     variant = [path for path in loaded if len(path.suffixes) > 1]
     if not loaded and (folder / part / "config.json").exists():
         return "it has no weights as safetensors"
+    if any(_stored(path) is None for path in loaded):
+        return CORRUPT
     if len(variant) > 1:
         return "its weights are a variant in several files"
     for path in files:
@@ -151,10 +154,8 @@ def _keep_file(folder: Path, path: Path, names: frozenset[str], kept: Kept) -> N
         kept.left_out[export.relative_to(folder).as_posix()] = "it is a model of its own"
     elif name == PROVENANCE:
         kept.left_out[name] = "it is of the edit that made the base"
-    elif reason := _unsafe(folder, path):
+    elif reason := _unsafe(folder, path) or _reaches_back(path, part, names):
         kept.left_out[name] = reason
-    elif path.suffix == ".safetensors" and (part in WEIGHTED_PARTS or _has_weights(path, names)):
-        kept.left_out[name] = UNEDITED
     else:
         kept.files[name] = path
 
@@ -171,14 +172,25 @@ def _unsafe(folder: Path, path: Path) -> str | None:
     return None if legal or path.suffix in ENDINGS else UNSAFE
 
 
-def _has_weights(path: Path, names: frozenset[str]) -> bool:
-    """Whether a file of safetensors has weights of the model, by their names in diffusers or in the original code."""
+def _stored(path: Path) -> list[str] | None:
+    """Names of the weights in a file of safetensors, or None if it is corrupt."""
     try:
         with safe_open(path, framework="pt") as file:
-            stored = list(file.keys())
+            return list(file.keys())
     except SafetensorError:
-        return True  # nobody knows what it holds
-    return any(
-        name.startswith(ORIGINAL) or any(f"{part}.{parameter_name(part, name)}" in names for part in WEIGHTED_PARTS)
-        for name in stored
-    )
+        return None
+
+
+def _reaches_back(path: Path, part: str, names: frozenset[str]) -> str | None:
+    """Why a file of weights must stay behind: it is corrupt, or has some of the model's by one of their names."""
+    if path.suffix != ".safetensors":
+        return None
+    if part in WEIGHTED_PARTS:
+        return UNEDITED
+    stored = _stored(path)
+    if stored is None:
+        return CORRUPT
+    for name in stored:
+        if name.startswith(ORIGINAL) or any(f"{part}.{parameter_name(part, name)}" in names for part in WEIGHTED_PARTS):
+            return UNEDITED
+    return None

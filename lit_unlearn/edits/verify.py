@@ -217,8 +217,13 @@ def _unedited(
 def _kept(folder: Path, facts: Mapping[str, Any], base: BaseModel, names: list[str]) -> Finding:
     """Compare what was taken over from the base, such as a safety checker, with the base's own."""
     kept, listed = kept_of(base, names), facts["kept"]
+    if not isinstance(listed, list):
+        raise ValueError(f"{folder} has no provenance with the files that are the base's own.")
     places = places_of(None, base, str(facts.get("base_model")))
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    try:
+        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return Finding("taken over from the base", [f"{INDEX} cannot be read"], 1)
     wrong = [f"{part} is not that of the base model" for part, entry in kept.index.items() if index.get(part) != entry]
     for name, source in kept.files.items():
         path = folder / name

@@ -189,6 +189,14 @@ def test_a_checker_that_is_a_pickle_is_left_out_and_said(
     assert wrong(out, base) == []
 
 
+def test_corrupt_weights_are_left_out_and_said(base: Path) -> None:
+    for name in (WEIGHTS, "embeddings/toy.safetensors"):
+        (base / name).write_bytes((base / name).read_bytes()[:20])
+    kept = found(base)
+    assert {kept.left_out[name] for name in ("safety_checker", "embeddings/toy.safetensors")} == {"it is corrupt"}
+    assert kept.index["requires_safety_checker"] is False
+
+
 def test_a_class_of_its_own_and_a_foreign_part_are_left_out(base: Path) -> None:
     change_index(base, safety_checker=["my_module", "Checker"], controlnet=["diffusers", "ControlNetModel"])
     kept = found(base)
