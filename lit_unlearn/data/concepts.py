@@ -269,7 +269,12 @@ def load_concept_set(name_or_path: str | Path) -> ConceptSet:
 @lru_cache(maxsize=8)
 def _read(content: bytes, path: Path) -> ConceptSet:
     """Parse and check a file's content; a command asks for the same one several times."""
-    concept_set = _parse(load_yaml(content, path), path)
+    return concept_set_of(load_yaml(content, path), path)
+
+
+def concept_set_of(content: object, path: Path) -> ConceptSet:
+    """The set that a file holds at ``path``, or that ``ConceptSet.content`` has written; as ``load_concept_set``."""
+    concept_set = _parse(content, path)
     check_concept_set(concept_set)
     return concept_set
 
