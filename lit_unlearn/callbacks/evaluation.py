@@ -54,7 +54,7 @@ class UneditedPictures(L.Callback):
     """
 
     def __init__(self, folder: str = "logs/unedited") -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self._key: str | None = None
 
     @override

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.seeds import seeded as seeded
+from lit_unlearn.diffusion.parameters import sides
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = (unet.config.in_channels, *sides(unet.config))
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

@@ -33,7 +33,7 @@ class CachedJudge:
     def __init__(self, judge: Judge, folder: str | Path, version: str = "") -> None:
         self.judge, self.name = judge, judge.name
         key = hashlib.sha256(f"{judge.name} {version}".encode()).hexdigest()[:16]
-        self.path = Path(folder) / f"{key}.json"
+        self.path = Path(folder).expanduser() / f"{key}.json"
         self.asked = 0
         self.answers: dict[str, float] = {}
         if self.path.is_file():

@@ -36,9 +36,9 @@ def check_judge_name(name: str, options: Mapping[str, Any], concepts: ConceptSet
             raise ValueError(f"judge_options are for {', '.join(KINDS)}; judge={name!r} has none.")
         if name == EMBEDDED:  # looked for only when pictures are judged: a fit does without it
             return
-        if not Path(name).is_dir() and (close := get_close_matches(name, [*KINDS, EMBEDDED], n=1)):
+        if not judge_folder(name).is_dir() and (close := get_close_matches(name, [*KINDS, EMBEDDED], n=1)):
             raise ValueError(f"judge={name!r} is no judge and no folder (closest: {close[0]}).")
-        return check_judge(name)
+        return check_judge(str(judge_folder(name)))
     known = [p for p in inspect.signature(KINDS[name]).parameters if p != "concepts"]
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"judge_options.{unknown[0]} is unknown to {name}: it has {', '.join(known) or 'none'}.")
@@ -69,4 +69,4 @@ def load_judge(name: str, options: Mapping[str, Any], concepts: ConceptSet) -> J
 
 def judge_folder(judge: str) -> Path:
     """Folder of the ``ClassifierJudge`` that ``judge`` names: ``emoji`` is the one beside the embedded model."""
-    return Path(resolve_model("emoji-sd")) / "judge" if judge == EMBEDDED else Path(judge)
+    return Path(resolve_model("emoji-sd")) / "judge" if judge == EMBEDDED else Path(judge).expanduser()

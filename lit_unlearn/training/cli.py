@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -148,6 +149,10 @@ class UnlearnCLI(LightningCLI):
         if self.config[self.config.subcommand].seed_everything is True:
             raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
         check_method(self.config[self.config.subcommand].method)
+        config = self.config[self.config.subcommand]
+        for owner, key in ((config, "ckpt_path"), (config.trainer, "default_root_dir")):
+            if isinstance(path := owner.get(key), str | os.PathLike):
+                owner[key] = os.path.expanduser(path)
         with user_errors():
             check_path("trainer.default_root_dir", self.config[self.config.subcommand].trainer.default_root_dir or ".")
 
@@ -274,8 +279,16 @@ class UnlearnCLI(LightningCLI):
         try:
             with user_errors():
                 super().instantiate_classes()
+                if isinstance(self.model, DiffusionEditor) and self.finished_before is None:
+                    self._fetch(self.model)
         except MisconfigurationException as error:
             raise UserError(essence(error)) from error
+
+    def _fetch(self, model: DiffusionEditor) -> None:
+        """Have the base model at hand, checked, before the run has a folder: one of the hub may not be there."""
+        if model.base.folder is None:
+            model.base.fetch()
+            model.select(model.base.names)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -92,12 +92,14 @@ def test_a_picture_is_resized_and_its_middle_taken(tmp_path: Path) -> None:
     wide = Image.new("RGB", (64, 32), (255, 0, 0))
     wide.paste((0, 255, 0), (16, 0, 48, 32))
     wide.save(tmp_path / "wide.png")
-    loaded = load_image(tmp_path / "wide.png", 16)
+    loaded = load_image(tmp_path / "wide.png", (16, 16))
     assert loaded.shape == (3, 16, 16)
     assert torch.equal(loaded, torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1).expand(3, 16, 16))
     original = picture(0)
     original.save(tmp_path / "same.png")
-    assert torch.equal(load_image(tmp_path / "same.png", 48) * 255, torch.tensor(np.array(original)).permute(2, 0, 1))
+    assert torch.equal(
+        load_image(tmp_path / "same.png", (48, 48)) * 255, torch.tensor(np.array(original)).permute(2, 0, 1)
+    )
 
 
 def test_pictures_of_other_modes_and_sizes_are_read(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_pictures_of_other_modes_and_sizes_are_read(tmp_path: Path) -> None:
         picture(1, (40, 24)).convert(mode).save(tmp_path / name)
     found = read_folder(str(tmp_path), "data.keep", "a caption")
     assert len({image.digest for image in found}) == 4
-    assert {load_image(image.path, 8).shape for image in found} == {(3, 8, 8)}
+    assert {load_image(image.path, (8, 8)).shape for image in found} == {(3, 8, 8)}
 
 
 # --- what is refused, with the file that is to blame

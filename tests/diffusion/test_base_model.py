@@ -63,7 +63,7 @@ def test_no_weight_is_read_twice(tiny_sd: Path, read: list[str]) -> None:
     hashes = base.sha256(torch.float32)
     assert base.sha256(torch.float32) is hashes
     assert base.weights(LAYERS, torch.float32) is not None
-    assert len(read) == len(base.weight_names(torch.float32))
+    assert len(read) == len(base.weight_names())
     other = base.sha256(torch.bfloat16)  # of other bytes
     assert other.keys() == hashes.keys() and not set(other.values()) & set(hashes.values())
 
@@ -109,7 +109,7 @@ def test_a_model_of_the_hub_is_loaded_once_for_its_weights(
     base = BaseModel.find("owner/name", "v1")
     assert base.sha256(torch.float32) == BaseModel.find(str(tiny_sd)).sha256(torch.float32)
     assert base.weights(LAYERS, torch.float32) is not None
-    assert set(LAYERS) < set(base.weight_names(torch.float32))
+    assert set(LAYERS) < set(base.weight_names())
     assert calls == [("owner/name", torch.float32, "v1", None)]
 
 
