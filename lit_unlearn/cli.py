@@ -108,7 +108,7 @@ def _run(args: list[str]) -> int:
         return 0
     module = import_module(f"lit_unlearn.commands.{command}")
     options = module.parser().parse_args(rest)
-    for name in ("output", "ckpt_path", "export", "judge", "base"):  # a shell leaves the ~ of --output=~/a.png
+    for name in ("output", "ckpt_path", "export"):  # a shell leaves the ~ of --output=~/a.png
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     with user_errors():

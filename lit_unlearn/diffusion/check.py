@@ -89,6 +89,11 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
     for part, stem in STEMS.items():
         if not weight_files(path, part):
             there = ", ".join(sorted(file.name for file in (path / part).iterdir() if file.name != "config.json"))
+            if "-of-" in there:
+                raise ValueError(
+                    f"model={model!r} has its weights in several files in {part}/ ({there}), and no "
+                    f"{stem}.safetensors.index.json that lists them: copy it too."
+                )
             raise ValueError(
                 f"model={model!r} has no *.safetensors in {part}/ that the name {stem} begins (there is "
                 f"{there or 'nothing'}): convert it with save_pretrained first."
@@ -255,6 +260,11 @@ def _described(path: Path, part: str, model: str) -> nn.Module:
         raise ValueError(
             f"model={model!r}: {part}/config.json has a quantization_config: quantized weights cannot be edited, take "
             "those of 16 or 32 bits."
+        )
+    if "transformers_weights" in config or (path / part / "adapter_config.json").exists():
+        raise ValueError(
+            f"model={model!r}: {part}/ has an adapter_config.json or names transformers_weights, so that other weights "
+            "than its own are loaded: merge them in diffusers and save it again."
         )
     from huggingface_hub.errors import StrictDataclassError  # transformers checks types with it
 

@@ -9,6 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 
 from lit_unlearn.diffusion.source import STEMS, chosen_weights, weight_files
+from lit_unlearn.system.errors import essence, plain_warnings
 
 CONFIGURATIONS = [
     *("model_index.json", "LICENSE*", "NOTICE*"),
@@ -55,7 +56,8 @@ def download(model: str, revision: str | None, check: Callable[[Path], object]) 
 
     at = f" at {revision}" if revision else ""
     if Path(model).parent.is_dir():  # a name mistyped, perhaps
-        warnings.warn(f"There is no folder {model}; it is looked for on the hub.", stacklevel=2)
+        with plain_warnings():
+            warnings.warn(f"There is no folder {model}; it is looked for on the hub.", stacklevel=2)
     try:
         found = HfApi().model_info(model, revision=revision, timeout=TIMEOUT)
         files = [file.rfilename for file in found.siblings or []]
@@ -79,15 +81,15 @@ def download(model: str, revision: str | None, check: Callable[[Path], object]) 
         ) from error
     except (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, JSONDecodeError) as error:
         if (snapshot := _whole_snapshot(model, revision)) is not None:
-            warnings.warn(
-                f"The hub cannot be reached; {model}{at} is taken from the cache, commit {snapshot.name}.", stacklevel=2
-            )
+            reason = f"The hub cannot be reached; {model}{at} is taken from the cache, commit {snapshot.name}."
+            with plain_warnings():
+                warnings.warn(reason, stacklevel=2)
             return snapshot
         raise ValueError(
             f"model={model!r}: there is no such folder, and the hub, where it was looked for, cannot be reached "
-            f"({type(error).__name__}); the cache lacks its model_index.json or weights{at}: run "
-            f"`{command(model, revision)}` where there is a network, with HF_HOME set to the same cache, or give a "
-            "folder in the diffusers layout."
+            f"({type(error).__name__}: {essence(error):.200}); the cache lacks its model_index.json or weights{at}: "
+            f"run `{command(model, revision)}` where there is a network, with HF_HOME set to the same cache, or give "
+            "a folder in the diffusers layout."
         ) from error
 
 

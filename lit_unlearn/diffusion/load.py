@@ -18,6 +18,7 @@ from lit_unlearn.diffusion.check import PARTS, check_parts, check_weights, load_
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.hub import cached_snapshot, download
 from lit_unlearn.diffusion.source import resolve_model, weight_variant
+from lit_unlearn.system.errors import plain_warnings
 
 MENDED = {
     "scheduler": ("steps_offset", "clip_sample"),
@@ -91,7 +92,7 @@ def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = Non
     Configurations of 2022 are mended as ``StableDiffusionPipeline`` does, so that an export draws what was judged.
 
     Raises:
-        ValueError: A weight is not finite in ``dtype``.
+        BrokenWeightsError: A weight is not finite in ``dtype``.
     """
     device = torch.get_default_device() if device is None else device
     with torch.device("cpu"):  # transformers takes another default device for a device map, which needs accelerate
@@ -131,10 +132,14 @@ def _load_part(kind: Any, path: Path, part: str, options: dict[str, Any]) -> Any
     return kind.from_pretrained(path, subfolder=part, variant=weight_variant(path, part), **options)
 
 
+class BrokenWeightsError(ValueError):
+    """A weight of the base model is not finite."""
+
+
 def _check_finite(module: nn.Module, place: str, dtype: torch.dtype) -> None:
     for name, value in module.named_parameters():
         if not value.isfinite().all():
-            raise ValueError(
+            raise BrokenWeightsError(
                 f"{place} has the weight {name!r}, which is not finite in {str(dtype).removeprefix('torch.')}: copy "
                 "the part again; if the file has numbers too large for float16, choose float32 or bfloat16."
             )
@@ -150,10 +155,11 @@ def _mend(pipeline: StableDiffusion, path: Path) -> None:
         for field in fields:
             before, after = given[part].get(field), getattr(pipeline, part).config.get(field)
             if before != after:
-                warnings.warn(
-                    f"{path / part}: {field}={before} of 2022 is taken as {after}, as diffusers does on loading.",
-                    stacklevel=3,
-                )
+                with plain_warnings():
+                    warnings.warn(
+                        f"{path / part}: {field}={before} of 2022 is taken as {after}, as diffusers does on loading.",
+                        stacklevel=3,
+                    )
 
 
-__all__ = ["PARTS", "check_folder", "check_model", "fetch", "load_parts", "load_pipeline"]
+__all__ = ["PARTS", "BrokenWeightsError", "check_folder", "check_model", "fetch", "load_parts", "load_pipeline"]

@@ -67,13 +67,15 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         ValueError: The file is corrupt.
     """
-    if is_pointer(file):
-        raise ValueError(f"{file} is corrupt (a pointer of git-LFS): run `git lfs pull` there, or copy it again.")
     try:
+        if is_pointer(file):
+            raise ValueError(f"{file} is corrupt (a pointer of git-LFS): run `git lfs pull` there, or copy it again.")
         with safe_open(file, framework="pt"):  # checks the header against the length of the file
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}): copy it again.") from error
     with file.open("rb") as opened:  # safetensors gives shapes of tensors that are opened only
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     header.pop("__metadata__", None)

@@ -30,6 +30,7 @@ from lit_unlearn.core.solvers import Solver
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.load import BrokenWeightsError
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
@@ -327,7 +328,10 @@ class UnlearnCLI(LightningCLI):
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # TensorBoard and others do not say where they write.
         with naming(folder, only=WRITING), on_its_device(subcommand, self.trainer, self.model, self.datamodule):
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except BrokenWeightsError as error:
+                raise UserError(essence(error)) from error
 
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; one that has nothing to edit leaves nothing behind."""
@@ -340,7 +344,7 @@ class UnlearnCLI(LightningCLI):
             self.model.recipe = deciding(yaml.safe_load(written))
         try:
             self.trainer.fit(**kwargs)
-        except EmptyNullSpaceError as error:
+        except (EmptyNullSpaceError, BrokenWeightsError) as error:
             if run is not None and self.run_folder is None:
                 run.release()
                 remove_if_possible(run.folder)
