@@ -76,7 +76,7 @@ def _not_a_model(model: str, path: Path) -> str:
         is_id = False
     if is_id:
         return ""
-    return f"is neither a folder that exists nor a hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}"
+    return f"is no folder and no hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}"
 
 
 def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -35,8 +34,8 @@ from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, ne
 from lit_unlearn.methods.shared.base import ConceptEditor, DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
-from lit_unlearn.system.names import check_path, joint_name
-from lit_unlearn.training.checks import check_edit, check_that_it_edits
+from lit_unlearn.system.names import joint_name
+from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.recipes import check_method, utf8_recipes
@@ -147,15 +146,11 @@ class UnlearnCLI(LightningCLI):
                 self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(self._parse_error(str(error), args[0])) from error
-        if self.config[self.config.subcommand].seed_everything is True:
-            raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
-        check_method(self.config[self.config.subcommand].method)
         config = self.config[self.config.subcommand]
-        for owner, key in ((config, "ckpt_path"), (config.trainer, "default_root_dir")):
-            if isinstance(path := owner.get(key), str | os.PathLike):
-                owner[key] = os.path.expanduser(path)
-        with user_errors():
-            check_path("trainer.default_root_dir", self.config[self.config.subcommand].trainer.default_root_dir or ".")
+        if config.seed_everything is True:
+            raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
+        check_method(config.method)
+        check_paths(config)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
         keys = [action.dest for action in self._parser(subcommand)._actions]
@@ -280,16 +275,10 @@ class UnlearnCLI(LightningCLI):
         try:
             with user_errors():
                 super().instantiate_classes()
-                if isinstance(self.model, DiffusionEditor) and self.finished_before is None:
-                    self._fetch(self.model)
+                if self.finished_before is None:
+                    fetch_base(self.model)
         except MisconfigurationException as error:
             raise UserError(essence(error)) from error
-
-    def _fetch(self, model: DiffusionEditor) -> None:
-        """Have the base model at hand, checked, before the run has a folder: one of the hub may not be there."""
-        if model.base.folder is None:
-            model.base.fetch()
-            model.select(model.base.names)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -305,8 +294,7 @@ class UnlearnCLI(LightningCLI):
                 kwargs["logger"] = RunLogger(root, name=name, default_hp_metric=False)
             # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
             kwargs["default_root_dir"] = root / name
-        given = config["callbacks"] or []
-        given = list(given) if isinstance(given, list) else [given]
+        given = as_list(config["callbacks"])
         if self.subcommand == "fit" and (solver := self._get(self.config_init, "edit")) is not None:
             given.insert(0, ClosedFormEdit(solver))  # others look at the edited model
             kwargs["callbacks"] = given
@@ -314,9 +302,7 @@ class UnlearnCLI(LightningCLI):
             # At the end of an epoch, after the edit; validation comes before it.
             last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
             kwargs["callbacks"] = [*given, last]
-        given_plugins = config["plugins"] or []
-        given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
-        kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
+        kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
         kinds: dict[str, list[type[L.Callback]]] = {"fit": [SaveOnSignal, CheckNumbers], "test": [SaveOnSignal]}
         needed = kinds.get(str(self.subcommand), [])
         missing = [kind() for kind in needed if not any(isinstance(c, kind) for c in given)]
@@ -327,11 +313,9 @@ class UnlearnCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # TensorBoard and others do not say where they write.
-        with naming(folder, only=WRITING), on_its_device(subcommand, self.trainer, self.model, self.datamodule):
-            try:
-                super()._run_subcommand(subcommand)
-            except BrokenWeightsError as error:
-                raise UserError(essence(error)) from error
+        running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
+        with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
+            super()._run_subcommand(subcommand)
 
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; one that has nothing to edit leaves nothing behind."""

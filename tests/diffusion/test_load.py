@@ -70,7 +70,7 @@ def test_the_embedded_model_is_sought_here_then_in_the_package_then_beside_it(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(lit_unlearn, "__path__", [str(tmp_path / "tree/lit_unlearn")])
     monkeypatch.setattr("lit_unlearn.diffusion.source.files", lambda package: tmp_path / "tree" / package)
-    with pytest.raises(ValueError, match="is neither a folder that exists nor a hub id"):
+    with pytest.raises(ValueError, match="is no folder and no hub id"):
         resolve_model(name)
     places = (
         tmp_path / "tree/checkpoints/emoji-sd",

@@ -16,7 +16,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "sd").mkdir()
     assert resolve_model("~/sd") == tmp_path / "sd"
-    with pytest.raises(ValueError, match="neither a folder that exists nor a hub id"):
+    with pytest.raises(ValueError, match="is no folder and no hub id"):
         resolve_model("~/other")
 
 
@@ -41,12 +41,12 @@ def test_a_single_file_is_never_a_hub_id(
         ("huggingface.co/owner/name/", "give its id, 'owner/name'"),
         ("https://huggingface.co/owner/name/resolve/main/sd.safetensors", "is a URL, .*from_single_file"),
         ("https://example.org/model", "is a URL: download"),
-        ("", "neither"),
-        ("owner/na--me", "neither"),
-        ("owner/name.git", "neither"),
-        ("owner/my model", "neither"),
-        ("owner/" + "n" * 300, "neither"),
-        ("$HOME/sd", "neither"),
+        ("", "is no folder and no hub id"),
+        ("owner/na--me", "is no folder and no hub id"),
+        ("owner/name.git", "is no folder and no hub id"),
+        ("owner/my model", "is no folder and no hub id"),
+        ("owner/" + "n" * 300, "is no folder and no hub id"),
+        ("$HOME/sd", "is no folder and no hub id"),
     ],
 )
 def test_what_cannot_be_a_hub_id_is_said_at_once(model: str, reason: str) -> None:
