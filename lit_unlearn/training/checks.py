@@ -49,11 +49,12 @@ def fetch_base(module: L.LightningModule) -> None:
     """Have the base model at hand, checked, before the run has a folder: one of the hub may not be there.
 
     Raises:
-        ValueError: As ``BaseModel.fetch``; or the method cannot edit its weights.
+        UserError: As ``BaseModel.fetch``; or the method cannot edit its weights.
     """
     if isinstance(module, DiffusionEditor) and module.base.folder is None:
-        module.base.fetch()
-        module.select(module.base.names)
+        with user_errors():
+            module.base.fetch()
+            module.select(module.base.names)
 
 
 def check_edit(method: type, edit: Any, callbacks: Any) -> None:

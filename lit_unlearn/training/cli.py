@@ -275,8 +275,6 @@ class UnlearnCLI(LightningCLI):
         try:
             with user_errors():
                 super().instantiate_classes()
-                if self.finished_before is None:
-                    fetch_base(self.model)
         except MisconfigurationException as error:
             raise UserError(essence(error)) from error
 
@@ -311,6 +309,8 @@ class UnlearnCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.finished_before is None:
+            fetch_base(self.model)
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # TensorBoard and others do not say where they write.
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
