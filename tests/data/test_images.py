@@ -292,3 +292,20 @@ def test_the_identity_is_that_of_pictures_and_captions(folder: Folder) -> None:
     assert of["keep"] == of["renamed"]
     assert of["keep"]["forget"] == of["other"]["forget"]
     assert of["keep"]["keep"] != of["other"]["keep"]
+
+
+def test_a_picture_for_a_model_that_is_not_square(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 80, 3), dtype=np.uint8)
+    pixels[:, 30:50] = 255  # the middle half of the middle square
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    loaded = load_image(tmp_path / "wide.png", (20, 10))
+    assert loaded.shape == (3, 20, 10)
+    assert loaded.min() == 1  # a column of 20 by 40 pixels is cut out of the middle
+    assert load_image(tmp_path / "wide.png", (10, 20))[:, :, [0, -1]].max() == 0
+
+
+def test_home_is_expanded_in_the_name_of_a_folder(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder("pictures", ("a", 1))
+    monkeypatch.setenv("HOME", str(path.parent))
+    monkeypatch.setenv("USERPROFILE", str(path.parent))
+    assert read_folder("~/pictures", "keep") == read_folder(str(path), "keep")
