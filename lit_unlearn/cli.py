@@ -108,6 +108,9 @@ def _run(args: list[str]) -> int:
         return 0
     module = import_module(f"lit_unlearn.commands.{command}")
     options = module.parser().parse_args(rest)
+    for name in ("output", "ckpt_path", "export"):  # a shell leaves the ~ of --output=~/a.png
+        if isinstance(path := getattr(options, name, None), str):
+            setattr(options, name, os.path.expanduser(path))
     with user_errors():
         check_path("output", getattr(options, "output", None) or ".")
     return module.run(options) or 0

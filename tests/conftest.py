@@ -155,7 +155,11 @@ def tiny_sd_2022(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def loads_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods take copies of pipelines: loading took a third of their tests' time, and has its own in ``diffusion``."""
-    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", load_copy)
+
+    def load(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> StableDiffusion:
+        return load_copy(folder, dtype, None, device)
+
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", load)
 
 
 @pytest.fixture

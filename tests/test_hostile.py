@@ -197,11 +197,9 @@ def test_deep_metadata(tmp_path: Path) -> None:
 
 def test_a_scheduler_is_a_scheduler(broken_model: Callable[..., Path]) -> None:
     def name_a_pipeline(folder: Path) -> None:
-        path = folder / "scheduler/scheduler_config.json"
-        path.write_text(
-            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "_class_name": "DiffusionPipeline"}),
-            encoding="utf-8",
-        )
+        path = folder / "model_index.json"
+        index = {**json.loads(path.read_text(encoding="utf-8")), "scheduler": ["diffusers", "DiffusionPipeline"]}
+        path.write_text(json.dumps(index), encoding="utf-8")
 
     folder = broken_model(name_a_pipeline)
     with pytest.raises(ValueError, match=r"has the scheduler 'DiffusionPipeline', which is not for Stable"):

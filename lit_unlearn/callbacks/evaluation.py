@@ -57,7 +57,7 @@ class UneditedPictures(L.Callback):
     """
 
     def __init__(self, folder: str = "logs/unedited") -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self._key: str | None = None
 
     @override

@@ -19,7 +19,7 @@ class SavePretrained(L.Callback):
     """
 
     def __init__(self, output: str) -> None:
-        self.output = Path(output)
+        self.output = Path(output).expanduser()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the trained part; a run that was interrupted writes nothing."""

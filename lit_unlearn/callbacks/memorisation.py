@@ -120,7 +120,7 @@ class MemorisationReport(L.Callback):
 
     def _grid(self, module: DataUnlearning) -> Image.Image:
         shown = self._shown["forget"] + self._shown["keep"]
-        size, forget = module.pipeline.picture_size[0], module.images.forget
+        size, forget = module.pipeline.picture_size, module.images.forget
 
         def generated(name: str) -> Tensor:
             return torch.stack([pictures[name] for _, pictures in shown]).float() / 255

@@ -30,7 +30,7 @@ class SavePictures(BasePredictionWriter):
 
     def __init__(self, output: str | None = None) -> None:
         super().__init__(write_interval="batch")
-        self.output = Path(output) if output else None
+        self.output = Path(output).expanduser() if output else None
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

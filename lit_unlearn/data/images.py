@@ -61,14 +61,16 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def load_image(path: Path, size: int) -> Tensor:
-    """A picture as (3, size, size), float32 in [0, 1]: the square in its middle, resized."""
+def load_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """A picture as (3, height, width) of ``size``, float32 in [0, 1]: its middle, of that form, resized."""
     image = read_image(path)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    height, width = size
+    scale = min(image.height / height, image.width / width)
+    cut_height, cut_width = round(height * scale), round(width * scale)
+    left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
+    image = image.crop((left, top, left + cut_width, top + cut_height))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -84,7 +86,7 @@ def read_folder(folder: str, field: str, caption: str | None = None) -> list[Cap
         ValueError: There is no such folder or no picture in it, a picture cannot be read or has no caption, or the
             metadata is wrong.
     """
-    root = Path(folder)
+    root = Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"{field}={folder!r} is no folder: give one with pictures and their captions.")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

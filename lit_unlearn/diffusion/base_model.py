@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_unlearn.diffusion.check import load_scheduler, read_tokenizer
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import check_folder, load_parts, load_tokenizer, read_sampler
+from lit_unlearn.diffusion.hub import cached_snapshot
+from lit_unlearn.diffusion.load import check_folder, fetch, load_parts
 from lit_unlearn.diffusion.noise import DDPM, Sampler
 from lit_unlearn.diffusion.parameters import Fingerprint, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -30,17 +32,18 @@ class BaseModel:
         name: The model as it was given.
         revision: Branch, tag or commit, if it is a hub id.
         place: Its folder, or the hub id.
-        names: Full names of its weights, as the headers of its files list them; none of a hub id.
-        commit: The commit of a model from the hub, once it is loaded, if it is known.
+        folder: Where its files lie; None of a hub id that is not fetched yet.
+        names: Full names of its weights, as the headers of its files list them; none without a folder.
     """
 
-    def __init__(self, name: str, revision: str | None, place: Path | str, names: list[str]) -> None:
-        self.name, self.revision, self.place, self.names = name, revision, place, names
-        self.commit: str | None = None
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self.revision = name, revision
+        self.place = resolve_model(name)
+        self.folder: Path | None = None
+        self.names: list[str] = []
         self._read: dict[tuple[str, torch.dtype], Tensor] = {}
         self._sha256: dict[torch.dtype, dict[str, str]] = {}
         self._fingerprints: dict[tuple[frozenset[str], torch.dtype], str] = {}
-        self._from_hub: dict[torch.dtype, WholeModel] = {}
 
     @classmethod
     def find(cls, model: str, revision: str | None = None) -> BaseModel:
@@ -53,16 +56,38 @@ class BaseModel:
         Raises:
             ValueError: As ``check_model``.
         """
-        place = resolve_model(model)
-        parts = check_folder(place, model) if isinstance(place, Path) else {}
-        return cls(model, revision, place, [f"{part}.{name}" for part, found in parts.items() for name in found])
+        base = cls(model, revision)
+        folder = base.place if isinstance(base.place, Path) else cached_snapshot(base.place, revision)
+        if folder is not None:
+            base._check(folder)
+        return base
+
+    def fetch(self) -> Path:
+        """The folder of the model; one of the hub is downloaded and checked when it is first asked for.
+
+        Raises:
+            ValueError: As ``download`` and ``check_folder``.
+        """
+        if self.folder is None:
+            assert isinstance(self.place, str)
+            self._check(fetch(self.place, self.revision))
+        assert self.folder is not None
+        return self.folder
+
+    def _check(self, folder: Path) -> None:
+        parts = check_folder(folder, self.name)
+        self.names = [f"{part}.{name}" for part, found in parts.items() for name in found]
+        self.folder = folder
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a model from the hub, once it is fetched: the name of its folder in the cache."""
+        return self.folder.name if self.folder is not None and isinstance(self.place, str) else None
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> StableDiffusion:
         """Load the pipeline, as ``load_pipeline``; values that ``weights`` has kept are let go."""
         self._read.clear()
-        pipeline = load_parts(self.place, dtype, self.revision, device)
-        self.commit = pipeline.commit
-        return pipeline
+        return load_parts(self.fetch(), dtype, device)
 
     def check_steps(self, num_inference_steps: int, field: str, kind: Sampler = "model") -> None:
         """Check that the sampler can take so many steps; that of a hub id is known only when it is loaded.
@@ -75,25 +100,26 @@ class BaseModel:
         Raises:
             ValueError: It cannot.
         """
-        if isinstance(self.place, Path):
-            check_steps(
-                DDPM(read_sampler(self.place, self.name)).with_sampler(kind).scheduler, num_inference_steps, field
-            )
+        if self.folder is not None:
+            scheduler = load_scheduler(self.folder, self.name)
+            check_steps(DDPM(scheduler).with_sampler(kind).scheduler, num_inference_steps, field)
 
     @cached_property
     def reader(self) -> PromptReader | None:
         """What the text encoders read of prompts; of a hub id that is known only when it is loaded."""
-        return PromptReader((load_tokenizer(self.place),)) if isinstance(self.place, Path) else None
+        if self.folder is None:
+            return None
+        return PromptReader((read_tokenizer(self.folder, self.name),))
 
     # --- weights, without a pipeline
 
-    def weight_names(self, dtype: torch.dtype) -> list[str]:
-        """Full names of all weights; a model from the hub is loaded in ``dtype`` for them."""
-        return self._whole(dtype).names()
+    def weight_names(self) -> list[str]:
+        """Full names of all weights; a model from the hub is fetched for them."""
+        return self._stored.names()
 
     def weights(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor] | None:
         """The values of some weights in ``dtype``, kept until the pipeline is loaded; None if the model lacks one."""
-        names, whole = list(names), self._whole(dtype)
+        names, whole = list(names), self._stored
         if not set(names) <= set(whole.names()):
             return None
         for name in names:
@@ -104,7 +130,7 @@ class BaseModel:
     def values(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """All weights in ``dtype`` by full name, one after the other; ``sha256`` is known when all were seen."""
         hashes = {}
-        for part, weights in self._whole(dtype).parts.items():
+        for part, weights in self._stored.parts.items():
             found = Fingerprint()
             for name in sorted(weights):
                 full = f"{part}.{name}"
@@ -139,13 +165,5 @@ class BaseModel:
 
     @cached_property
     def _stored(self) -> WholeModel:
-        assert isinstance(self.place, Path)
-        return WholeModel.in_folder(self.place)
-
-    def _whole(self, dtype: torch.dtype) -> WholeModel:
-        """The weights in a folder, each read when it is asked for; those of a hub id, loaded once in ``dtype``."""
-        if isinstance(self.place, Path):
-            return self._stored
-        if dtype not in self._from_hub:
-            self._from_hub[dtype] = WholeModel.loaded(self.load(dtype))
-        return self._from_hub[dtype]
+        """The weights in the files, each read when it is asked for."""
+        return WholeModel.in_folder(self.fetch())

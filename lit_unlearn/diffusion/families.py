@@ -12,13 +12,13 @@ from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import DDPM
-from lit_unlearn.diffusion.parameters import num_places
+from lit_unlearn.diffusion.parameters import num_places, sides
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, denoise, encode_pictures
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
@@ -63,18 +63,14 @@ class StableDiffusion(Pipeline):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """See ``Pipeline.latent_shape``."""
-        return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
+        return self.unet.config.in_channels, *sides(self.unet.config)
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """See ``Pipeline.picture_size``."""
-        side = int(self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1))
-        return side, side
-
-    @property
-    def commit(self) -> str | None:
-        """See ``Pipeline.commit``."""
-        return getattr(self.text_encoder.config, "_commit_hash", None)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = sides(self.unet.config)
+        return height * factor, width * factor
 
     def num_places(self, name: str) -> int:
         """See ``Pipeline.num_places``."""
@@ -130,9 +126,13 @@ class StableDiffusion(Pipeline):
 
     def save(self, folder: str | Path) -> None:
         """See ``Pipeline.save``."""
+        self.to_diffusers().save_pretrained(folder)
+
+    def to_diffusers(self) -> StableDiffusionPipeline:
+        """The same parts as diffusers' pipeline, which mends configurations of 2022 in place."""
         from diffusers import StableDiffusionPipeline
 
-        StableDiffusionPipeline(
+        return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -141,7 +141,7 @@ class StableDiffusion(Pipeline):
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(folder)
+        )
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,28 +1,30 @@
 """Where a pipeline comes from: found, checked and loaded.
 
-Data flow: a model name (a folder in the diffusers layout, the name of the embedded model, or a hub id) is resolved and
-checked by ``check_model`` without loading weights; ``load_pipeline`` then builds the parts, frozen.
+Data flow: a model name (a folder in the diffusers layout, the name of the embedded model, or a hub id) is resolved by
+``resolve_model``, or by ``hub.download``, to a folder, which ``check_folder`` checks without loading weights;
+``load_parts`` then builds the parts, frozen.
 """
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from lit_unlearn.diffusion.check import PARTS, check_parts, check_weights, load_scheduler, load_tokenizer
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.samplers import make_sampler
-from lit_unlearn.diffusion.source import resolve_model, weight_files
-from lit_unlearn.system.json_files import read_json
+from lit_unlearn.diffusion.hub import cached_snapshot, download
+from lit_unlearn.diffusion.source import resolve_model, weight_variant
+from lit_unlearn.system.errors import plain_warnings
 
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-    from transformers import CLIPTokenizer
-
-PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+MENDED = {
+    "scheduler": ("steps_offset", "clip_sample"),
+    "unet": ("sample_size",),
+}
+"""What diffusers' pipeline changes in configurations of 2022 when it loads them."""
 
 
 def check_model(model: str) -> dict[str, list[str]]:
@@ -35,7 +37,8 @@ def check_model(model: str) -> dict[str, list[str]]:
         Names of the parameters of ``text_encoder``, ``unet`` and ``vae``, read from the headers of the weight files.
 
     Raises:
-        ValueError: A part or a file is missing, a weight file is corrupt, or the pipeline is of another architecture.
+        ValueError: A part or a file is missing, a weight file is corrupt, the weights are not those of the model that
+            its configuration describes, or the pipeline is of another architecture.
     """
     path = resolve_model(model)
     return {} if isinstance(path, str) else check_folder(path, model)
@@ -43,48 +46,17 @@ def check_model(model: str) -> dict[str, list[str]]:
 
 def check_folder(path: Path, model: str) -> dict[str, list[str]]:
     """As ``check_model``, of the folder ``path`` that was given as ``model``."""
-    for part in ("model_index.json", *PARTS):
-        if not (path / part).exists():
-            raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
-    try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        encoder = index["text_encoder"][1]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"model={model!r}: {path / 'model_index.json'} names no text_encoder: copy it again."
-        ) from error
-    if encoder != "CLIPTextModel" or "text_encoder_2" in index:
-        raise ValueError(
-            f"model={model!r} has the text encoder {encoder!r}: only pipelines with a single CLIPTextModel "
-            "(Stable Diffusion 1.x and 2.x) can be edited."
-        )
-    read_sampler(path, model)
-    names: dict[str, list[str]] = {}
-    for part in ("text_encoder", "unet", "vae"):
-        weights = weight_files(path, part)
-        if not weights:
-            raise ValueError(f"model={model!r} has no *.safetensors in {part}/: convert it with save_pretrained first.")
-        names[part] = []
-        for file in weights:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    names[part] += [name.removeprefix("text_model.") for name in tensors.keys()]  # noqa: SIM118
-            except SafetensorError as error:
-                raise ValueError(f"model={model!r}: {file} is corrupt ({error}): copy it again.") from error
-    return names
+    check_parts(path, model)
+    return check_weights(path, model)
 
 
-def read_sampler(path: Path, model: str) -> SchedulerMixin:
-    """The sampler of the folder ``path`` that was given as ``model``.
+def fetch(model: str, revision: str | None) -> Path:
+    """The folder of a hub id, from the cache or downloaded; its parts are checked before its weights are downloaded.
 
     Raises:
-        ValueError: It cannot be read, or used.
+        ValueError: As ``download`` and ``check_parts``.
     """
-    file = path / "scheduler" / "scheduler_config.json"
-    config = read_json(file, "a folder in the diffusers layout has it")
-    if not isinstance(config, dict):
-        raise ValueError(f"model={model!r}: {file} is not the configuration of a scheduler: copy it again.")
-    return make_sampler(config, model)
+    return cached_snapshot(model, revision) or download(model, revision, lambda folder: check_parts(folder, model))
 
 
 def load_pipeline(
@@ -106,73 +78,88 @@ def load_pipeline(
             method configure its model.
 
     Raises:
-        ValueError: As ``check_model``.
+        ValueError: As ``check_model`` and ``load_parts``.
     """
-    path = resolve_model(model)
-    if isinstance(path, Path):
-        check_folder(path, model)
-    return load_parts(path, dtype, revision, device)
+    place = resolve_model(model)
+    path = place if isinstance(place, Path) else fetch(place, revision)
+    check_folder(path, model)
+    return load_parts(path, dtype, device)
 
 
-def load_tokenizer(path: Path | str, options: dict[str, Any] | None = None) -> CLIPTokenizer:
-    """The tokenizer of a folder that was checked, or of a hub id."""
-    from transformers import CLIPTokenizer
+def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> StableDiffusion:
+    """As ``load_pipeline``, of a folder that was checked.
 
-    return CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **(options or {}))
+    Configurations of 2022 are mended as ``StableDiffusionPipeline`` does, so that an export draws what was judged.
 
-
-def load_parts(
-    path: Path | str, dtype: torch.dtype, revision: str | None = None, device: torch.device | None = None
-) -> StableDiffusion:
-    """As ``load_pipeline``, of a folder that was checked, or a hub id."""
+    Raises:
+        BrokenWeightsError: A weight is not finite in ``dtype``.
+    """
     device = torch.get_default_device() if device is None else device
     with torch.device("cpu"):  # transformers takes another default device for a device map, which needs accelerate
-        return _load(path, dtype, revision, device)
+        pipeline = _load(path, dtype, device)
+    _mend(pipeline, path)
+    return pipeline
 
 
-def _load(path: Path | str, dtype: torch.dtype, revision: str | None, device: torch.device) -> StableDiffusion:
+def _load(path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import is_accelerate_available
     from transformers import CLIPTextModel
 
-    options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
     # Never the pickles that some models have beside them.
-    weights = {**options, "dtype": dtype, "use_safetensors": True}
+    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     # What diffusers would fall back to anyhow, with a page of advice.
     models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
 
-    scheduler = _load_scheduler(path, options)  # first: one that cannot be used is refused before weights are read
-
     def load(kind: Any, part: str, options: dict[str, Any]) -> Any:
-        return _load_part(kind, path, part, options).eval().requires_grad_(False).to(device)
+        module = _load_part(kind, path, part, options).eval().requires_grad_(False).to(device)
+        _check_finite(module, f"{path / part}", dtype)
+        return module
 
     channels_last = {"memory_format": torch.channels_last}
+    text_encoder = load(CLIPTextModel, "text_encoder", weights)
     return StableDiffusion(
-        tokenizer=load_tokenizer(path, options),
-        text_encoder=load(CLIPTextModel, "text_encoder", weights),
+        tokenizer=load_tokenizer(path, str(path), text_encoder.config),
+        text_encoder=text_encoder,
         unet=load(UNet2DConditionModel, "unet", models).to(**channels_last),
         vae=load(AutoencoderKL, "vae", models).to(**channels_last),
-        scheduler=scheduler,
+        scheduler=load_scheduler(path, str(path)),
     )
 
 
-def _load_part(kind: Any, path: Path | str, part: str, options: dict[str, Any]) -> Any:
-    """Load a part from a folder or the hub; from its half-precision files if there are no others."""
-    if isinstance(path, Path):
-        half = all(len(file.suffixes) > 1 for file in weight_files(path, part))
-        return kind.from_pretrained(path, subfolder=part, variant="fp16" if half else None, **options)
-    try:
-        return kind.from_pretrained(path, subfolder=part, **options)
-    except OSError as error:
-        try:
-            return kind.from_pretrained(path, subfolder=part, variant="fp16", **options)
-        except OSError:
-            raise error from None  # what is missing is something else
+def _load_part(kind: Any, path: Path, part: str, options: dict[str, Any]) -> Any:
+    """Load a part from a folder, of the variant that its files have."""
+    return kind.from_pretrained(path, subfolder=part, variant=weight_variant(path, part), **options)
 
 
-def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin:
-    if isinstance(path, Path):
-        return read_sampler(path, str(path))
-    from diffusers import DDPMScheduler
+class BrokenWeightsError(ValueError):
+    """A weight of the base model is not finite."""
 
-    return make_sampler(DDPMScheduler.load_config(path, subfolder="scheduler", **options), path)
+
+def _check_finite(module: nn.Module, place: str, dtype: torch.dtype) -> None:
+    for name, value in module.named_parameters():
+        if not value.isfinite().all():
+            raise BrokenWeightsError(
+                f"{place} has the weight {name!r}, which is not finite in {str(dtype).removeprefix('torch.')}: copy "
+                "the part again; if the file has numbers too large for float16, choose float32 or bfloat16."
+            )
+
+
+def _mend(pipeline: StableDiffusion, path: Path) -> None:
+    """Let diffusers change the configurations as it does whenever it loads the folder, and say what it changed."""
+    given = {part: dict(getattr(pipeline, part).config) for part in MENDED}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that the files should be corrected: said below
+        pipeline.to_diffusers()
+    for part, fields in MENDED.items():
+        for field in fields:
+            before, after = given[part].get(field), getattr(pipeline, part).config.get(field)
+            if before != after:
+                with plain_warnings():
+                    warnings.warn(
+                        f"{path / part}: {field}={before} of 2022 is taken as {after}, as diffusers does on loading.",
+                        stacklevel=3,
+                    )
+
+
+__all__ = ["PARTS", "BrokenWeightsError", "check_folder", "check_model", "fetch", "load_parts", "load_pipeline"]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,17 @@ def num_places(config: Mapping[str, object], name: str) -> int:
     last = len(config["down_block_types"]) - 1  # type: ignore[arg-type]
     number = int(blocks.split(".")[0]) if blocks else 0
     halvings = {"down": number, "up": last - number}.get(place, last)
-    side = int(config["sample_size"])  # type: ignore[call-overload]
+    height, width = sides(config)
     for _ in range(halvings):
-        side = -(-side // 2)
-    return side * side
+        height, width = -(-height // 2), -(-width // 2)
+    return height * width
+
+
+def sides(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latents that a UNet's config has as ``sample_size``: one number if they are square."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
 
 
 class Fingerprint:

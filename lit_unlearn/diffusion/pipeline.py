@@ -61,11 +61,6 @@ class Pipeline(ABC):
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the model's pictures, in pixels."""
 
-    @property
-    @abstractmethod
-    def commit(self) -> str | None:
-        """The commit of a model from the hub, if it is known."""
-
     @abstractmethod
     def num_places(self, name: str) -> int:
         """Positions (height times width) that the block of the denoiser's weight ``name`` works on."""

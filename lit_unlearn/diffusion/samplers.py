@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,11 +49,12 @@ PREDICTIONS = ("epsilon", "v_prediction")
 """What the denoiser may be trained to say, as schedulers name it."""
 
 
-def make_sampler(config: Mapping[str, Any], model: str) -> SchedulerMixin:
-    """The sampler of a ``scheduler_config.json``.
+def make_sampler(name: object, config: Mapping[str, Any], model: str) -> SchedulerMixin:
+    """The sampler of a pipeline.
 
     Args:
-        config: The file's content.
+        name: Its class, as ``model_index.json`` says.
+        config: Content of its ``scheduler_config.json``.
         model: Whose it is, as the sentences begin.
 
     Raises:
@@ -60,14 +62,18 @@ def make_sampler(config: Mapping[str, Any], model: str) -> SchedulerMixin:
     """
     import diffusers
 
-    name = config.get("_class_name")
     if name not in SAMPLERS:
         why = "draws noise that is not a picture's own" if name in _BROWNIAN else "is not for Stable Diffusion 1 and 2"
         if not isinstance(name, str) or not hasattr(diffusers, name):
             why = "is not in diffusers"
         raise ValueError(
-            f"model={model!r} has the scheduler {name!r:.100}, which {why}: name another in "
-            "scheduler/scheduler_config.json, such as DPMSolverMultistepScheduler."
+            f"model={model!r} has the scheduler {name!r:.100}, which {why}: put the files of "
+            "another into scheduler/ and its name into model_index.json, such as those of DPMSolverMultistepScheduler."
+        )
+    kind = getattr(diffusers, str(name))
+    if missing := [backend for backend in getattr(kind, "_backends", ()) if find_spec(backend) is None]:
+        raise ValueError(
+            f"model={model!r} has the scheduler {name!r}, which needs {' and '.join(missing)}: install it with pip."
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
@@ -82,7 +88,7 @@ def make_sampler(config: Mapping[str, Any], model: str) -> SchedulerMixin:
             "models than Stable Diffusion 1 and 2: remove it."
         )
     try:
-        return getattr(diffusers, name).from_config(config)  # type: ignore[no-any-return]
+        return kind.from_config(config)  # type: ignore[no-any-return]
     except (ImportError, ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model={model!r}: its scheduler, {name}, cannot be made: {reason:.300}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.seeds import seeded as seeded
+from lit_unlearn.diffusion.parameters import sides
 from lit_unlearn.diffusion.samplers import set_steps, step_options
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def start_chains(shape: tuple[int, int, int], seeds: Sequence[int]) -> tuple[Ten
 
 def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
-    return start_chains((unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), seeds)[0]
+    return start_chains((unet.config.in_channels, *sides(unet.config)), seeds)[0]
 
 
 def noise_levels(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,43 +2,164 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from lit_unlearn.system.json_files import read_json
 
 EMBEDDED = "emoji-sd"
 """Name of the model that ships with the project."""
+
+SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+"""Endings of files that hold a whole model, as web UIs read them."""
+
+CONVERT = (
+    "`from diffusers import StableDiffusionPipeline`, "
+    "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`"
+)
+"""How a checkpoint in the layout of the original code becomes a folder."""
+
+POINTER = b"version https://git-lfs"
+"""How a file begins that stands for another that git-LFS has not fetched."""
+
+STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+"""How the weight files of the parts begin; the libraries read no others."""
 
 
 def resolve_model(model: str) -> Path | str:
     """Return the folder that ``model`` stands for, or ``model`` itself if it is a hub id.
 
-    A folder as given comes first; ``emoji-sd`` is then looked up in ``checkpoints/`` and in the installed package.
+    A folder as given comes first, ``~`` is the home folder; ``emoji-sd`` is then looked up in ``checkpoints/`` and in
+    the installed package.
 
     Raises:
-        ValueError: ``model`` is neither a folder nor shaped like a hub id.
+        ValueError: ``model`` is neither a folder nor shaped like a hub id: a file, a URL, a path to nothing.
     """
-    path = Path(model)
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.isdir(path):
         return path
     if model.replace("\\", "/") in (EMBEDDED, f"checkpoints/{EMBEDDED}"):  # a run of Windows' may say so
         package = Path(str(files("lit_unlearn")))
         for folder in (Path("checkpoints"), package / "checkpoints", package.parent / "checkpoints"):
             if (folder / EMBEDDED).is_dir():
                 return folder / EMBEDDED
-    is_path = model.startswith((".", "/", "~", "checkpoints/", "logs/")) or {":", "\\"} & set(model)
-    if model.count("/") == 1 and not is_path:
-        return model
-    raise ValueError(
-        f"model={model!r} is no folder and no hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}."
-    )
+    if reason := _not_a_model(model, path):
+        raise ValueError(f"model={model!r} {reason}.")
+    return model
+
+
+def _not_a_model(model: str, path: Path) -> str:
+    """Why ``model``, which is not a folder, is not a hub id either; empty if it may be one."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if found := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)/?$", model):
+        return f"is the address of a page on the hub: give its id, {found[1]!r}"
+    is_url, is_file, is_link = "://" in model, os.path.exists(path), os.path.islink(path)
+    if model.lower().endswith(SINGLE_FILE):
+        what = "is a URL" if is_url else "is a single file" if is_file else "names a single file, which does not exist"
+        return f"{what}, and models are read from folders in the diffusers layout; to convert one: {CONVERT}"
+    if is_url:
+        return "is a URL: download the model as a folder in the diffusers layout and give that"
+    if model and is_file:
+        return "is a file: give the folder in the diffusers layout, the one with model_index.json"
+    if is_link:
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    try:
+        validate_repo_id(model)
+        is_id = model.count("/") == 1 and not model.startswith(("checkpoints/", "logs/"))
+    except HFValidationError:
+        is_id = False
+    if is_id:
+        return ""
+    return f"is no folder and no hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}"
+
+
+def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:
+    """Choose the weight file of a part among those that it has.
+
+    The plain one comes first; else the only variant, such as ``model.fp16.safetensors``.
+
+    Args:
+        part: ``text_encoder``, ``unet`` or ``vae``.
+        names: Names of its files.
+        place: What to call its folder.
+
+    Returns:
+        The variant, None for the plain file; and the file, which is an index if the weights lie in several. None if
+        there are no weights.
+
+    Raises:
+        ValueError: There are several variants and no plain file; or a file and an index beside it.
+    """
+    stem = STEMS[part]
+    pattern = re.compile(rf"{stem}(?:\.(.+))?\.safetensors|{stem}\.safetensors\.index(?:\.(.+))?\.json")
+    found: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        if (match := pattern.fullmatch(name)) and not re.search(r"-\d+-of-\d+$", match[1] or ""):
+            found.setdefault(match[1] or match[2], []).append(name)
+    if not found:
+        return None
+    if None not in found and len(found) > 1:
+        listed = ", ".join(name for variant in found.values() for name in variant)
+        raise ValueError(
+            f"{place} has several variants of its weights ({listed}) and no {stem}.safetensors: keep one of them, or "
+            f"name the one to use {stem}.safetensors."
+        )
+    variant = None if None in found else next(iter(found))
+    if len(found[variant]) > 1:
+        raise ValueError(f"{place} has {' and '.join(found[variant])}: remove the one that is not to be used.")
+    return variant, found[variant][0]
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a part that are loaded.
+    """The weight files of a part that are loaded, as ``chosen_weights`` has it; none if there are none.
 
-    Beside them may lie copies of another variant, such as ``model.fp16.safetensors`` or ``....non_ema.safetensors``:
-    those of half precision are taken where there are no others.
+    Raises:
+        ValueError: As ``chosen_weights``; or an index lists a file that is missing.
     """
-    found = sorted((folder / part).glob("*.safetensors"))
-    plain = [file for file in found if len(file.suffixes) == 1]
-    return plain or [file for file in found if file.suffixes[0].startswith(".fp16")]
+    place = folder / part
+    chosen = chosen_weights(part, (file.name for file in place.glob("*")), str(place))
+    if chosen is None:
+        return []
+    index = place / chosen[1]
+    if index.suffix != ".json":
+        return [index]
+    weight_map = read_config(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map: copy it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (place / name).is_file():
+            raise ValueError(f"{index} lists {name!r:.100}, which is not in its folder: copy the model again.")
+    return [place / name for name in names]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration of a model.
+
+    Raises:
+        ValueError: The file is missing, is not JSON, or holds something else.
+    """
+    if path.is_file() and is_pointer(path):
+        raise ValueError(f"{path} is a pointer of git-LFS: run `git lfs pull` in its repository.")
+    config = read_json(path, "copy the model again")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has no mapping: copy the model again.")
+    return config
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file stands for one that git-LFS has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
+def weight_variant(folder: Path, part: str) -> str | None:
+    """The variant of a part's weights that is loaded, such as ``fp16``; None for the plain files."""
+    chosen = chosen_weights(part, (file.name for file in (folder / part).glob("*")), str(folder / part))
+    return None if chosen is None else chosen[0]

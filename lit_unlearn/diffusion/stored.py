@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,12 +16,20 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import weight_files
+from lit_unlearn.diffusion.source import is_pointer, weight_files
 
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
 
 OLD_PREFIX = {"text_encoder": "text_model."}
 """What stood before the names of a part's weights in 2022, and still does for tools that expect it."""
+
+# What files have beside weights, and transformers leaves: position ids of 2022; the other half of a whole CLIP.
+CLIP_REST = r"text_projection\.weight|visual_projection\.weight|logit_scale|vision_model\..+"
+NO_WEIGHTS = {
+    "text_encoder": re.compile(rf".*\bposition_ids|{CLIP_REST}"),
+    "unet": re.compile("$^"),
+    "vae": re.compile("$^"),
+}
 
 # What diffusers renames when it loads an autoencoder of 2022.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -34,6 +45,43 @@ def parameter_name(part: str, stored: str) -> str:
     return stored
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a file, as its header has it.
+
+    Attributes:
+        file: The file.
+        stored: Its name there.
+        dtype: Its type, in the words of safetensors: ``F32``, ``BF16``.
+        shape: Its shape.
+    """
+
+    file: Path
+    stored: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in a file of safetensors, without reading a tensor.
+
+    Raises:
+        ValueError: The file is corrupt.
+    """
+    try:
+        if is_pointer(file):
+            raise ValueError(f"{file} is corrupt (a pointer of git-LFS): run `git lfs pull` there, or copy it again.")
+        with safe_open(file, framework="pt"):  # checks the header against the length of the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}): copy it again.") from error
+    with file.open("rb") as opened:  # safetensors gives shapes of tensors that are opened only
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
 class StoredWeights(Mapping[str, Tensor]):
     """Parameters of one part of a model folder, each read when it is asked for.
 
@@ -42,33 +90,39 @@ class StoredWeights(Mapping[str, Tensor]):
         part: ``text_encoder``, ``unet`` or ``vae``.
         dtype: Type in which they are returned; as stored by default.
 
+    Attributes:
+        described: What the headers of the files say of each parameter.
+
     Raises:
         ValueError: A file is corrupt.
     """
 
     def __init__(self, folder: Path, part: str, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
-        self._places: dict[str, tuple[Path, str]] = {}
+        self.described: dict[str, StoredTensor] = {}
         for file in weight_files(folder, part):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for stored in tensors.keys():  # noqa: SIM118 - it is no mapping
-                        if not stored.endswith("position_ids"):  # a buffer of 2022, no weight
-                            self._places[parameter_name(part, stored)] = (file, stored)
-            except SafetensorError as error:
-                raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
+            for stored, (kind, shape) in read_header(file).items():
+                if NO_WEIGHTS[part].fullmatch(stored):
+                    continue
+                name = parameter_name(part, stored)
+                if (other := self.described.get(name)) is not None:
+                    raise ValueError(
+                        f"{file} has {stored!r}, and {other.file.name} has {other.stored!r}, which are the same "
+                        "weight: keep one of them."
+                    )
+                self.described[name] = StoredTensor(file, stored, kind, shape)
 
     def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._places[name]
-        with safe_open(file, framework="pt") as tensors:
-            value: Tensor = tensors.get_tensor(stored)
+        tensor = self.described[name]
+        with safe_open(tensor.file, framework="pt") as tensors:
+            value: Tensor = tensors.get_tensor(tensor.stored)
         return value if self.dtype is None else value.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.described)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.described)
 
 
 @dataclass(frozen=True)

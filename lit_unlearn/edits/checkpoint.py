@@ -157,12 +157,12 @@ class Edit:
     def check_base(self, base: BaseModel) -> None:
         """Refuse a base model that the edit was not made on, reading its edited weights only.
 
-        The weights of a hub id are not at hand; only its name can be compared.
+        The weights of a hub id that is not fetched are not at hand; only its name can be compared.
 
         Raises:
             ValueError: The model is another.
         """
-        if isinstance(base.place, str):
+        if base.folder is None:
             same = base.name == (hub_snapshot(self.model) or (self.model,))[0]
         else:
             same = base.fingerprint(self.weights, self.dtype) == self.base_fingerprint

@@ -208,7 +208,7 @@ def _unedited(
             reasons[name] = "is missing"
         elif name not in edited and not _same(weights[name], value.to(dtype)):
             reasons[name] = "is not that of the base model"
-    expected = [name for name in base.weight_names(base_dtype) if name not in edited]
+    expected = [name for name in base.weight_names() if name not in edited]
     wrong = [f"{name} is not in the base model" for name in sorted(names - set(expected) - edited)]
     wrong += [f"{name} {reasons[name]}" for name in expected if name in reasons]
     return Finding("unedited weights", wrong, len(expected))

@@ -42,7 +42,7 @@ class CachedJudge:
             "libraries": library_versions(),
         }
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.path = Path(folder) / f"{self.key[:16]}.json"
+        self.path = Path(folder).expanduser() / f"{self.key[:16]}.json"
         self.asked = 0
         self.answers = self._read()
 

@@ -19,11 +19,11 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a ``ValueError`` of the block into a ``UserError``: around checks, never around training."""
+def user_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn an error of ``kind`` in the block into a ``UserError``; every ``ValueError`` around checks alone."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         raise UserError(essence(error)) from error
 
 

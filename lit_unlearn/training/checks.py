@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning as L
 
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.editor import DiffusionEditor
-from lit_unlearn.system.errors import UserError
+from lit_unlearn.system.errors import UserError, user_errors
+from lit_unlearn.system.names import check_path
 
 
 def check_that_it_edits(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -23,6 +25,36 @@ def check_that_it_edits(trainer: L.Trainer, module: L.LightningModule) -> None:
             f"weights are those of {module.model_id} bit for bit, so take more steps, a larger learning rate or a "
             "smaller ridge."
         )
+
+
+def as_list(value: Any) -> list[Any]:
+    """What an option of one or several has: a list of its own; empty for none."""
+    return list(value) if isinstance(value, list) else [value] if value else []
+
+
+def check_paths(config: Any) -> None:
+    """Let ``~`` be the home folder in the paths of a command's configuration, and check where runs are to lie.
+
+    Raises:
+        UserError: The folder cannot have that name.
+    """
+    for owner, key in ((config, "ckpt_path"), (config.trainer, "default_root_dir")):
+        if isinstance(path := owner.get(key), str | os.PathLike):
+            owner[key] = os.path.expanduser(path)
+    with user_errors():
+        check_path("trainer.default_root_dir", config.trainer.default_root_dir or ".")
+
+
+def fetch_base(module: L.LightningModule) -> None:
+    """Have the base model at hand, checked, before the run has a folder: one of the hub may not be there.
+
+    Raises:
+        UserError: As ``BaseModel.fetch``; or the method cannot edit its weights.
+    """
+    if isinstance(module, DiffusionEditor) and module.base.folder is None:
+        with user_errors():
+            module.base.fetch()
+            module.select(module.base.names)
 
 
 def check_edit(method: type, edit: Any, callbacks: Any) -> None:

@@ -28,13 +28,13 @@ from lit_unlearn.core.solvers import Solver
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.load import BrokenWeightsError
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
-from lit_unlearn.system.names import check_path
-from lit_unlearn.training.checks import check_edit, check_that_it_edits
+from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.recipes import check_method, utf8_recipes
@@ -156,11 +156,11 @@ class UnlearnCLI(LightningCLI):
                 self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(self._parse_error(str(error), args[0])) from error
-        if self.config[self.config.subcommand].seed_everything is True:
+        config = self.config[self.config.subcommand]
+        if config.seed_everything is True:
             raise UserError("seed_everything=true would draw a seed of its own in every process: give a number.")
-        check_method(self.config[self.config.subcommand].method)
-        with user_errors():
-            check_path("trainer.default_root_dir", self.config[self.config.subcommand].trainer.default_root_dir or ".")
+        check_method(config.method)
+        check_paths(config)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
         keys = [action.dest for action in self._parser(subcommand)._actions]
@@ -288,8 +288,7 @@ class UnlearnCLI(LightningCLI):
                 kwargs["logger"] = RunLogger(root, name=name, default_hp_metric=False)
             # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
             kwargs["default_root_dir"] = root / name
-        given = config["callbacks"] or []
-        given = list(given) if isinstance(given, list) else [given]
+        given = as_list(config["callbacks"])
         if self.subcommand == "fit" and (solver := self._get(self.config_init, "edit")) is not None:
             given.insert(0, ClosedFormEdit(solver))  # others look at the edited model
             kwargs["callbacks"] = given
@@ -297,9 +296,7 @@ class UnlearnCLI(LightningCLI):
             # At the end of an epoch, after the edit; validation comes before it.
             last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
             kwargs["callbacks"] = [*given, last]
-        given_plugins = config["plugins"] or []
-        given_plugins = list(given_plugins) if isinstance(given_plugins, list) else [given_plugins]
-        kwargs["plugins"] = [*given_plugins, AtomicCheckpointIO()]
+        kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
         kinds: dict[str, list[type[L.Callback]]] = {"fit": [SaveOnSignal, CheckNumbers], "test": [SaveOnSignal]}
         needed = kinds.get(str(self.subcommand), [])
         missing = [kind() for kind in needed if not any(isinstance(c, kind) for c in given)]
@@ -308,9 +305,12 @@ class UnlearnCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.finished_before is None:
+            fetch_base(self.model)
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # TensorBoard and others do not say where they write.
-        with naming(folder, only=WRITING), on_its_device(subcommand, self.trainer, self.model, self.datamodule):
+        running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
+        with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
             super()._run_subcommand(subcommand)
 
     def fit(self, **kwargs: Any) -> None:
@@ -324,7 +324,7 @@ class UnlearnCLI(LightningCLI):
             self.model.recipe = deciding(yaml.safe_load(written))
         try:
             self.trainer.fit(**kwargs)
-        except EmptyNullSpaceError as error:
+        except (EmptyNullSpaceError, BrokenWeightsError) as error:
             if run is not None and self.run_folder is None:
                 run.release()
                 remove_if_possible(run.folder)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import load_copy
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion import prompts as prompts_module
@@ -135,7 +134,7 @@ def test_methods_refuse_before_weights_are_read(
 def test_a_model_from_the_hub_refuses_when_its_tokens_are_known(
     tiny_sd: Path, pets_with: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *given: load_copy(tiny_sd))
+    monkeypatch.setattr("lit_unlearn.diffusion.base_model.fetch", lambda *given: tiny_sd)
     module = ValueRefinement(concept="dog", model="owner/name", concept_set=pets_with(direct=[f"{BEFORE} with a dog"]))
     with pytest.raises(UserError, match="direct: the name of the concept"):
         module.configure_model()

@@ -93,12 +93,14 @@ def test_a_picture_is_resized_and_its_middle_taken(tmp_path: Path) -> None:
     wide = Image.new("RGB", (64, 32), (255, 0, 0))
     wide.paste((0, 255, 0), (16, 0, 48, 32))
     wide.save(tmp_path / "wide.png")
-    loaded = load_image(tmp_path / "wide.png", 16)
+    loaded = load_image(tmp_path / "wide.png", (16, 16))
     assert loaded.shape == (3, 16, 16)
     assert torch.equal(loaded, torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1).expand(3, 16, 16))
     original = picture(0)
     original.save(tmp_path / "same.png")
-    assert torch.equal(load_image(tmp_path / "same.png", 48) * 255, torch.tensor(np.array(original)).permute(2, 0, 1))
+    assert torch.equal(
+        load_image(tmp_path / "same.png", (48, 48)) * 255, torch.tensor(np.array(original)).permute(2, 0, 1)
+    )
 
 
 def test_pictures_of_other_modes_and_sizes_are_read(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_pictures_of_other_modes_and_sizes_are_read(tmp_path: Path) -> None:
         picture(1, (40, 24)).convert(mode).save(tmp_path / name)
     found = read_folder(str(tmp_path), "data.keep", "a caption")
     assert len({image.digest for image in found}) == 4
-    assert {load_image(image.path, 8).shape for image in found} == {(3, 8, 8)}
+    assert {load_image(image.path, (8, 8)).shape for image in found} == {(3, 8, 8)}
 
 
 # --- what is refused, with the file that is to blame
@@ -291,3 +293,20 @@ def test_the_identity_is_that_of_pictures_and_captions(folder: Folder) -> None:
     assert of["keep"] == of["renamed"]
     assert of["keep"]["forget"] == of["other"]["forget"]
     assert of["keep"]["keep"] != of["other"]["keep"]
+
+
+def test_a_picture_for_a_model_that_is_not_square(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 80, 3), dtype=np.uint8)
+    pixels[:, 30:50] = 255  # the middle half of the middle square
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    loaded = load_image(tmp_path / "wide.png", (20, 10))
+    assert loaded.shape == (3, 20, 10)
+    assert loaded.min() == 1  # a column of 20 by 40 pixels is cut out of the middle
+    assert load_image(tmp_path / "wide.png", (10, 20))[:, :, [0, -1]].max() == 0
+
+
+def test_home_is_expanded_in_the_name_of_a_folder(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder("pictures", ("a", 1))
+    monkeypatch.setenv("HOME", str(path.parent))
+    monkeypatch.setenv("USERPROFILE", str(path.parent))
+    assert read_folder("~/pictures", "keep") == read_folder(str(path), "keep")

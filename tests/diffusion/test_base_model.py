@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def test_no_weight_is_read_twice(tiny_sd: Path, read: list[str]) -> None:
     hashes = base.sha256(torch.float32)
     assert base.sha256(torch.float32) is hashes
     assert base.weights(LAYERS, torch.float32) is not None
-    assert len(read) == len(base.weight_names(torch.float32))
+    assert len(read) == len(base.weight_names())
     other = base.sha256(torch.bfloat16)  # of other bytes
     assert other.keys() == hashes.keys() and not set(other.values()) & set(hashes.values())
 
@@ -96,23 +95,17 @@ def test_weights_that_it_lacks(tiny_sd: Path) -> None:
     assert base.fingerprint(["unet.extra"], torch.float32) is None
 
 
-def test_a_model_of_the_hub_is_loaded_once_for_its_weights(
-    tiny_sd: Path, load_parts: Callable[..., StableDiffusion], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_the_hub_is_fetched_once_for_its_weights(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[object, ...]] = []
 
-    def download(*options: object) -> StableDiffusion:
+    def fetch(*options: object) -> Path:
         calls.append(options)
-        return load_parts(tiny_sd, torch.float32)
+        return tiny_sd
 
-    monkeypatch.setattr(base_model, "load_parts", download)
+    monkeypatch.setattr(base_model, "fetch", fetch)
     base = BaseModel.find("owner/name", "v1")
     assert base.sha256(torch.float32) == BaseModel.find(str(tiny_sd)).sha256(torch.float32)
     assert base.weights(LAYERS, torch.float32) is not None
-    assert set(LAYERS) < set(base.weight_names(torch.float32))
-    assert calls == [("owner/name", torch.float32, "v1", None)]
-
-
-@pytest.fixture
-def load_parts() -> Callable[..., StableDiffusion]:
-    return base_model.load_parts
+    assert set(LAYERS) < set(base.weight_names())
+    assert base.names and base.load()
+    assert calls == [("owner/name", "v1")]

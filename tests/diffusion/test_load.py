@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import lit_unlearn
 from helpers import sample_latents
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import PARTS, _load_part, check_model, load_pipeline
+from lit_unlearn.diffusion.load import PARTS, check_model, load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, initial_noise
 from lit_unlearn.diffusion.source import resolve_model
@@ -116,8 +122,9 @@ def test_a_corrupt_weight_file_is_named(part: str, damage: str, broken_model: Ca
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
         file.write_bytes({"cut short": content[: len(content) // 2], "empty": b"", "a pointer": pointer}[damage])
 
-    with pytest.raises(ValueError, match=rf"{part}/\w+\.safetensors is corrupt .*copy it again"):
+    with pytest.raises(ValueError, match=rf"{part}/\w+\.safetensors is corrupt .*copy it again") as caught:
         check_model(str(broken_model(corrupt)))
+    assert ("git lfs pull" in str(caught.value)) == (damage == "a pointer")
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
@@ -184,21 +191,22 @@ def test_the_names_of_2022_load_with_equal_weights(tiny_sd_2022: Path, component
     assert torch.equal(pictures(old), pictures(components))
 
 
-def half_precision(folder: Path, beside: bool) -> Path:
+def half_precision(folder: Path, beside: bool, variant: str) -> Path:
     """Adds a copy of all weights in half precision to ``folder``, or leaves nothing else."""
     for file in folder.glob("*/*.safetensors"):
         halves = {name: value.half() for name, value in load_file(file).items()}
-        save_file(halves, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        save_file(halves, file.with_suffix(f".{variant}.safetensors"), metadata={"format": "pt"})
         if not beside:
             file.unlink()
     return folder
 
 
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
 @pytest.mark.parametrize("beside", [True, False])
-def test_files_of_half_precision_are_taken_where_there_are_no_others(
-    beside: bool, broken_model: Callable[..., Path], components: StableDiffusion
+def test_a_variant_is_taken_where_there_are_no_other_files(
+    beside: bool, variant: str, broken_model: Callable[..., Path], components: StableDiffusion
 ) -> None:
-    folder = broken_model(lambda copy: half_precision(copy, beside))
+    folder = broken_model(lambda copy: half_precision(copy, beside, variant))
     names = check_model(str(folder))
     assert sum(len(found) for found in names.values()) == len(components.named_parameters())
     loaded = load_pipeline(str(folder)).named_parameters()
@@ -209,21 +217,95 @@ def test_files_of_half_precision_are_taken_where_there_are_no_others(
     assert {stored[name].dtype for name in stored.names()} == {torch.float32 if beside else torch.float16}
 
 
-def test_the_hub_is_asked_for_half_precision_where_it_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files_load(
+    variant: str | None, components: StableDiffusion, tiny_sd: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_sd, tmp_path / "sharded")
+    for part, module in components.parts.items():
+        next((tmp_path / "sharded" / part).glob("*.safetensors")).unlink()
+        module.save_pretrained(tmp_path / "sharded" / part, max_shard_size="60KB", variant=variant)  # type: ignore[operator]
+    assert len(list(tmp_path.glob("sharded/unet/*-of-*.safetensors"))) > 1
+    names = check_model(str(tmp_path / "sharded"))
+    assert {part: set(found) for part, found in names.items()} == {
+        part: set(module.state_dict()) for part, module in components.parts.items()
+    }
+    again = load_pipeline(str(tmp_path / "sharded"))
+    for name, parameter in components.named_parameters().items():
+        assert torch.equal(again.named_parameters()[name], parameter), name
 
-    class Part:
-        @staticmethod
-        def from_pretrained(path: str, subfolder: str, variant: str | None = None) -> str:
-            asked.append(variant)
-            if path == "owner/none" or variant is None:
-                raise OSError(f"{path} does not have a file named model.safetensors.")
-            return "loaded"
 
-    assert _load_part(Part, "owner/half", "unet", {}) == "loaded"
-    assert asked == [None, "fp16"]
-    with pytest.raises(OSError, match="owner/none"):
-        _load_part(Part, "owner/none", "unet", {})
+OUTDATED: dict[str, tuple[type[Any], dict[str, Any], dict[str, Any]]] = {
+    "clipped": (DDIMScheduler, {"clip_sample": True, "steps_offset": 1}, {}),
+    "DDIM without an offset": (DDIMScheduler, {"clip_sample": False, "steps_offset": 0}, {}),
+    "PNDM without an offset": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 0}, {}),
+    "a size of 2022": (
+        DDIMScheduler,
+        {"clip_sample": False, "steps_offset": 1},
+        {"sample_size": 32, "_diffusers_version": "0.2.2"},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of th:FutureWarning")
+@pytest.mark.parametrize(("kind", "config", "unet"), OUTDATED.values(), ids=OUTDATED)
+def test_outdated_configurations_draw_what_diffusers_draws_and_so_do_exports(
+    kind: type[Any], config: dict[str, Any], unet: dict[str, Any], broken_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def outdate(folder: Path) -> None:
+        kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **config).save_pretrained(
+            folder / "scheduler"
+        )
+        for file, changes in (
+            ("model_index.json", {"scheduler": ["diffusers", kind.__name__]}),
+            ("unet/config.json", unet),
+        ):
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+            (folder / file).write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+    def drawn_by_diffusers(folder: Path) -> torch.Tensor:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        found: torch.Tensor = pipeline(
+            PROMPTS,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            output_type="pt",
+        ).images
+        return found
+
+    folder = broken_model(outdate)
+    with pytest.warns(UserWarning, match=r"of 2022 is taken as .*, as diffusers does on loading"):
+        ours = load_pipeline(str(folder))
+    drawn = ours.draw(PROMPTS, SEEDS, STEPS, GUIDANCE)
+    if unet:
+        assert ours.picture_size == (128, 128)
+    # Rounding, as above; without the mending 0.75 and 0.004 of 1.
+    assert_close(drawn, drawn_by_diffusers(folder), rtol=0, atol=2e-4)
+    ours.save(tmp_path / "export")
+    assert_close(drawn, drawn_by_diffusers(tmp_path / "export"), rtol=0, atol=2e-4)
+
+
+def test_pictures_that_are_not_square(broken_model: Callable[..., Path]) -> None:
+    def widen(folder: Path) -> None:
+        path = folder / "unet/config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**content, "sample_size": [8, 12]}), encoding="utf-8")
+
+    folder = broken_model(widen)
+    ours = load_pipeline(str(folder))
+    assert (ours.latent_shape, ours.picture_size) == ((4, 8, 12), (16, 24))
+    assert ours.num_places("unet.mid_block.attentions.0.proj_in.weight") == 4 * 6
+    drawn = ours.draw(PROMPTS, SEEDS, STEPS, GUIDANCE)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="pt"
+    ).images
+    assert drawn.shape == (2, 3, 16, 24)
+    assert_close(drawn, theirs, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("pipeline_class", [DiffusionPipeline, StableDiffusionPipeline])

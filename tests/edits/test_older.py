@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import QUIET, metadata
 from lit_unlearn import cli
+from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.edits.checkpoint import Edit, load_edited, read_edit
@@ -72,11 +73,21 @@ def older(method: str, kind: str) -> Edit:
     path = Path(f"logs/{method}/dog/version_0/checkpoints/last.{kind}")
     path.parent.mkdir(parents=True)
     shutil.copy(OLDER / f"{method}.{kind}", path)
+    # Its set asked the same in other words.
+    as_now = {"concept_set_sha256": load_concept_set("pets.yaml").sha256}
+    if kind == "ckpt":
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint[CHECKPOINT_KEY] |= as_now
+        torch.save(checkpoint, path)
     if kind == "safetensors":  # the other weights of the model were random numbers of another machine
         with safe_open(path, framework="pt") as file:
             facts, weights = file.metadata(), {NAME: file.get_tensor(NAME).clone()}
         assert set(json.loads(facts["base_sha256"])) == {"text_encoder", "unet", "vae"}
-        save_file(weights, path, metadata={**facts, "base_sha256": "{}"})
+        save_file(
+            weights,
+            path,
+            metadata={**facts, "concept_set_sha256": json.dumps(as_now["concept_set_sha256"]), "base_sha256": "{}"},
+        )
     return read_edit(path)
 
 

@@ -59,7 +59,7 @@ class ImageEditor(DiffusionEditor):
     def encode_images(self, images: Sequence[CaptionedImage]) -> Tensor:
         """Latents (n, C, H, W) of ``images``, resized to the model's size."""
         parts = [images[start : start + PICTURE_BATCH] for start in range(0, len(images), PICTURE_BATCH)]
-        size = self.pipeline.picture_size[0]
+        size = self.pipeline.picture_size
         pictures = (torch.stack([load_image(image.path, size) for image in part]) for part in parts)
         return torch.cat([self.pipeline.encode_pictures(part) for part in pictures])
 

@@ -66,7 +66,7 @@ class LatentCache:
         self.count, self.chunk_size = count, chunk_size
         self.num_chunks = -(-count // chunk_size)
         self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        self.path = Path(folder) / self.key[:16]
+        self.path = Path(folder).expanduser() / self.key[:16]
 
     def get(
         self,

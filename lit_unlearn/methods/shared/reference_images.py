@@ -47,9 +47,10 @@ class ReferenceImages(ConceptEditor):
         self.num_images, self.image_seed, self.image_cache = num_images, image_seed, image_cache
         self.image_files: list[list[Path]] = []
         if images is not None:
-            folders = [Path(images)]
+            root = Path(images).expanduser()
+            folders = [root]
             if len(self.edited) > 1:
-                folders = [concept_folder(Path(images), concept.name) for concept in self.edited]
+                folders = [concept_folder(root, concept.name) for concept in self.edited]
             self.image_files = [
                 [image.path for image in read_folder(str(folder), "model.images", caption="")] for folder in folders
             ]
@@ -71,7 +72,7 @@ class ReferenceImages(ConceptEditor):
         return list(latents.split(self.num_images))
 
     def _encode(self, files: Sequence[Path], rows: list[int]) -> Tensor:
-        pictures = torch.stack([load_image(files[row], self.pipeline.picture_size[0]) for row in rows])
+        pictures = torch.stack([load_image(files[row], self.pipeline.picture_size) for row in rows])
         return torch.cat([self.pipeline.encode_pictures(part) for part in pictures.split(ENCODE_PICTURES)])
 
 

@@ -70,7 +70,7 @@ def test_images_of_a_folder(build: Build, trainer_with: Any, tmp_path: Path) -> 
     assert module.image_files == [sorted(files)]
     assert module.pipeline.picture_size == (16, 16)
     (latents,) = module.reference_latents([["a dog"]])
-    expected = encode_pictures(module.vae, torch.stack([load_image(file, 16) for file in sorted(files)]))
+    expected = encode_pictures(module.vae, torch.stack([load_image(file, (16, 16)) for file in sorted(files)]))
     assert torch.equal(latents, expected)
     assert latents.shape == (2, 4, 8, 8)
 
