@@ -164,6 +164,8 @@ def set_steps(
     scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | str | None = None
 ) -> SchedulerMixin:
     """A fresh copy of ``scheduler`` that is about to take its first of so many steps."""
-    fresh = type(scheduler).from_config(scheduler.config)  # type: ignore[attr-defined]
+    # ``from_config`` would take the class's defaults for what its file left out, though it was corrected since.
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]
     fresh.set_timesteps(num_inference_steps, device=device)
     return fresh  # type: ignore[no-any-return]

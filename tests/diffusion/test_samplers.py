@@ -152,6 +152,33 @@ def test_pictures_are_those_of_diffusers_from_the_same_generators(drawing: Stabl
         assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"])
+def test_what_diffusers_corrects_in_a_configuration_of_2022_holds_for_us(
+    name: str, components: StableDiffusion
+) -> None:
+    incomplete = {key: value for key, value in CONFIG.items() if key not in ("clip_sample", "steps_offset")}
+    components.scheduler = make_sampler({**incomplete, "_class_name": name}, "tiny")
+    before = components.draw_latents(components.encode(["a dog"]), [3], STEPS, GUIDANCE)
+    theirs = StableDiffusionPipeline(
+        vae=components.vae,
+        text_encoder=components.text_encoder,
+        tokenizer=components.tokenizer,
+        unet=components.unet,
+        scheduler=components.scheduler,  # it changes the configuration
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    expected = theirs("a dog", generator=generator, **options).images
+    found = components.draw_latents(components.encode(["a dog"]), [3], STEPS, GUIDANCE)
+    assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(before, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
 @every_setting
 def test_states_of_a_chain_are_the_same_when_it_is_stopped(drawing: StableDiffusion) -> None:
     conditions = [drawing.encode([text] * 3) for text in ("", "a dog")]
