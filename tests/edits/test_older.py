@@ -83,10 +83,11 @@ def older(method: str, kind: str) -> Edit:
         with safe_open(path, framework="pt") as file:
             facts, weights = file.metadata(), {NAME: file.get_tensor(NAME).clone()}
         assert set(json.loads(facts["base_sha256"])) == {"text_encoder", "unet", "vae"}
+        known = {name: json.dumps(value) for name, value in as_now.items()}
         save_file(
             weights,
             path,
-            metadata={**facts, "concept_set_sha256": json.dumps(as_now["concept_set_sha256"]), "base_sha256": "{}"},
+            metadata={**facts, **known, "base_sha256": "{}"},
         )
     return read_edit(path)
 
