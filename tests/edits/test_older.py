@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import QUIET, metadata
 from lit_unlearn import cli
+from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.edits.checkpoint import Edit, load_edited, read_edit
@@ -111,7 +112,11 @@ def test_its_weights_are_applied(method: str, kind: str, base: Path) -> None:
 @pytest.mark.parametrize("method", ["uce", "speed"])
 def test_its_run_is_tested_today(method: str, base: Path) -> None:
     edit = older(method, "ckpt")
+    judge = json.loads(Path("judge/config.json").read_text(encoding="utf-8"))
+    judge["questions"] |= {c.question: ["subject", c.name] for c in load_concept_set("pets.yaml").concepts.values()}
+    Path("judge/config.json").write_text(json.dumps(judge), encoding="utf-8")
     model = ["--model.init_args.model", "tiny_sd", "--model.init_args.judge", "judge"]
+    model += ["--model.init_args.concept_set", "pets.yaml"]
     args = [
         "--config",
         f"{method}.yaml",
