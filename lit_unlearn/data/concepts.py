@@ -157,14 +157,14 @@ class ConceptSet:
         """
         if sha256 == self.sha256:
             return
-        if name in (None, self.name):
+        if name == self.name:
             raise ValueError(
                 f"{file} was made with other content of the concept set {self.name!r} than {self.path} has now: "
                 "restore that, or fit again."
             )
         raise ValueError(
-            f"{file} was made with the concept set {name!r:.60}, not with {self.name!r} ({self.path}): give that "
-            "one as model.init_args.concept_set, or fit again."
+            f"{file} was made with {'another concept set' if name is None else f'the concept set {name!r:.60}'}, not "
+            f"with {self.name!r} ({self.path}): give that one as model.init_args.concept_set, or fit again."
         )
 
     def get(self, name: str) -> Concept:

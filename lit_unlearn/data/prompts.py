@@ -61,23 +61,24 @@ def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Conc
     return edited
 
 
-def warn_of_edited_targets(targets: Sequence[tuple[Concept, Sequence[str]]]) -> None:
+def warn_of_edited_targets(targets: Sequence[tuple[Concept, Sequence[tuple[str, str]]]]) -> None:
     """Warn of concepts that an edit makes into one another, or into what it makes into something else.
 
     Args:
-        targets: The edited concepts, each with the texts that it is edited into.
+        targets: The edited concepts, each with pairs of a text and the one that it is edited into. What both of a pair
+            name is where the concept stands, not what it becomes.
     """
     found = {}
-    for concept, texts in targets:
+    for concept, pairs in targets:
         for other in (other for other, _ in targets if other is not concept):
-            if named := next((text for text in texts if other.find_name(text)), None):
+            if named := next((into for text, into in pairs if other.find_name(into) and not other.find_name(text)), ""):
                 is_name = name_key(named) in map(name_key, other.names)
                 found[concept.name, other.name] = "" if is_name else f" ({named!r})"
     if found:
-        pairs = [f"{concept} \u2192 {other}{text}" for (concept, other), text in found.items()]
-        more = f" and {len(pairs) - MAX_PAIRS} more" if len(pairs) > MAX_PAIRS else ""
+        said = [f"{concept} \u2192 {other}{text}" for (concept, other), text in found.items()]
+        more = f" and {len(said) - MAX_PAIRS} more" if len(said) > MAX_PAIRS else ""
         rank_zero_warn(
-            f"Targets name concepts that are edited themselves: {', '.join(pairs[:MAX_PAIRS])}{more}; such concepts "
+            f"Targets name concepts that are edited themselves: {', '.join(said[:MAX_PAIRS])}{more}; such concepts "
             "may change places instead of going away, which the score crosswise tells and forget does not: edit them "
             "in separate runs, or choose targets that are not edited."
         )

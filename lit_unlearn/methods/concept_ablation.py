@@ -114,9 +114,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.prior_weight, self.augmentation = prior_weight, augmentation
         self.freeze_bos, self.scale_lr = freeze_bos, scale_lr
         self.pairs = [ablation_pairs(concept, prompts) for concept in self.edited]
-        self.targets_of_edited = [
-            (concept, [anchor for _, anchor in own]) for concept, own in zip(self.edited, self.pairs, strict=True)
-        ]
+        self.targets_of_edited = list(zip(self.edited, self.pairs, strict=True))
         self.words = WORDS if augmentation else WORDS[:1]
         endings = [(mine, theirs, words) for words in self.words for pair in self.pairs for mine, theirs in pair]
         self.concept_prompts = [mine + words for mine, _, words in endings]

@@ -61,7 +61,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         """Texts of the edited concepts, and for each of them the text whose values it gets."""
         edited: list[str] = []
         anchors: list[str] = []
-        self.targets_of_edited = []
+        pairs = []
         for concept in self.edited:
             texts = concept.names if prompts == "names" else concept.edit_prompts
             if towards == "target":
@@ -70,7 +70,8 @@ class SPEED(ClosedFormMethod, ConceptEditor):
                 into = [concept.anchor if towards == "anchor" else ""] * len(texts)
             edited += texts
             anchors += into
-            self.targets_of_edited.append((concept, into))
+            pairs.append((concept, list(zip(texts, into, strict=True))))
+        self.targets_of_edited = pairs
         return edited, anchors
 
     def _retained(self, prompts: str, extra: Sequence[str]) -> list[str]:

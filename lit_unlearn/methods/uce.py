@@ -188,9 +188,7 @@ class UCE(PhraseMap):
             raise ValueError(f"model.expand=true puts names into templates, but prompts={prompts!r}: choose names.")
         guides = self._given_guides(guide)
         of_concepts = [self._pairs(concept, given) for concept, given in zip(self.edited, guides, strict=True)]
-        self.targets_of_edited = [
-            (concept, [target for _, target in own]) for concept, own in zip(self.edited, of_concepts, strict=True)
-        ]
+        self.targets_of_edited = list(zip(self.edited, of_concepts, strict=True))
         pairs = [pair for own in of_concepts for pair in own]
         self.phrases = [phrase for phrase, _ in pairs]
         self.guides = [[guide for _, guide in pairs]]

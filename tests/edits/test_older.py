@@ -123,7 +123,11 @@ def test_its_weights_are_applied(method: str, kind: str, base: Path) -> None:
 @pytest.mark.parametrize("method", ["uce", "speed"])
 def test_its_run_is_tested_today(method: str, base: Path) -> None:
     edit = older(method, "ckpt")
+    judge = json.loads(Path("judge/config.json").read_text(encoding="utf-8"))
+    judge["questions"] |= {c.question: ["subject", c.name] for c in load_concept_set("pets.yaml").concepts.values()}
+    Path("judge/config.json").write_text(json.dumps(judge), encoding="utf-8")
     model = ["--model.init_args.model", "tiny_sd", "--model.init_args.judge", "judge"]
+    model += ["--model.init_args.concept_set", "pets.yaml"]
     args = [
         "--config",
         f"{method}.yaml",

@@ -64,6 +64,25 @@ def logs(tmp_path: Path) -> Path:
     return root
 
 
+def test_crosswise_is_shown_where_several_concepts_are_edited(logs: Path) -> None:
+    assert not any("rosswise" in text for text in (report_markdown(collect([logs])), report_html(collect([logs]))))
+    assert "forget_crosswise" not in report_csv(collect([logs]))
+    intervals = {"forget": (0.0, 1.0), "forget_crosswise": (0.2, 0.3), "harmonic_mean": (0.0, 1.0)}
+    several = scores("uce", ["owl", "cat"], 1.0, 0.8, crosswise=0.25, intervals=intervals)
+    several.save(logs / "uce" / "owl+cat" / "version_0" / "scores.json")
+    runs = collect([logs])
+    text = report_markdown(runs)
+    alone, together = text.split("## 2 concepts at once")
+    assert "| crosswise |" in together and "| crosswise |" not in alone
+    (head,) = [line for line in together.splitlines() if "| crosswise |" in line]
+    (line,) = [line for line in together.splitlines() if line.startswith("| uce | 2 |")]
+    assert line.split(" | ")[head.split(" | ").index("crosswise")].startswith("0.250")
+    assert "Two concepts that have changed places are forgotten" in text
+    assert "Two concepts that have changed places are forgotten" in report_html(runs)
+    rows = list(csv.DictReader(io.StringIO(report_csv(runs))))
+    assert [row["forget_crosswise"] for row in rows if row["edited"] in ("owl+cat", "dog")] == ["", "", "0.25"]
+
+
 def test_runs_are_found_and_sorted_by_the_number_of_their_concepts(logs: Path) -> None:
     runs = collect([logs, logs / "uce"])
     assert len(runs) == 6

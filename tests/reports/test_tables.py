@@ -55,6 +55,22 @@ def row(lines: list[str], start: str) -> list[str]:
     return line.split()
 
 
+def test_several_edited_concepts_have_a_column_of_their_own() -> None:
+    def measured(share: float) -> dict[str, ConceptScore]:
+        edited = {name: ConceptScore(0.0, 20, 0, True, share_crosswise=share) for name in ("dog", "cat")}
+        return {**edited, "owl": ConceptScore(1.0, 20, 0, False)}
+
+    intervals = {"forget_crosswise": (0.0, 0.2)}
+    scores = run(0.9, 0.8, edited=["dog", "cat"], per_concept=measured(1.0), crosswise=0.0, intervals=intervals)
+    unedited = dataclasses.replace(before(scores), per_concept=measured(0.25), crosswise=0.75)
+    lines = printed(scores_table(unedited, scores))
+    assert "crosswise judged" in " ".join(" ".join(lines).split())
+    assert row(lines, "dog (edited)") == ["dog", "(edited)", "0.00", "0.00", "0.25", "→", "1.00", "20/20"]
+    assert row(lines, "owl") == ["owl", "1.00", "1.00", "20/20"]
+    assert row(lines, "forget, crosswise") == ["forget,", "crosswise", "0.750", "(0.00-0.20)", "0.000", "(0.00-0.20)"]
+    assert "crosswise" not in " ".join(printed(scores_table(None, run(0.9, 0.8))))
+
+
 def test_the_edited_concept_comes_first_with_both_shares() -> None:
     scores = run(0.9, 0.8)
     lines = printed(scores_table(before(scores), scores))

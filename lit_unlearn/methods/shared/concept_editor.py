@@ -39,8 +39,8 @@ class ConceptEditor(DiffusionEditor):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
-    targets_of_edited: Sequence[tuple[Concept, Sequence[str]]] = ()
-    """The edited concepts, each with the texts that a fit edits it into; empty for methods that have no such texts."""
+    targets_of_edited: Sequence[tuple[Concept, Sequence[tuple[str, str]]]] = ()
+    """The edited concepts, each with pairs of a text and the one that a fit edits it into; empty without such."""
 
     def __init__(
         self,

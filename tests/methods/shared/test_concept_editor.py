@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
+
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.prompts import MAX_PAIRS, Pictures, warn_of_edited_targets
+from lit_unlearn.evaluation.scores import Measurement
+from lit_unlearn.methods.concept_ablation import ConceptAblation
+from lit_unlearn.methods.esd import ESD
+from lit_unlearn.methods.memit import MEMIT
+from lit_unlearn.methods.rename_tokens import RenameTokens
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import check_concepts
+from lit_unlearn.methods.speed import SPEED
+from lit_unlearn.methods.uce import UCE
+from lit_unlearn.methods.unet_value_refinement import UNetValueRefinement
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
 @pytest.mark.parametrize(
@@ -25,3 +43,114 @@ def test_what_to_pass_for_a_checkpoint_of_other_concepts(found: list[str], wante
 def test_the_same_concepts_are_taken() -> None:
     check_concepts("a.ckpt", "ESD", ["dog", "cat"], ["dog", "cat"])
     check_concepts("a.ckpt", "SISS", [], [])
+
+
+EMOJI: dict[str, Any] = {"concept": ["dog", "cat"], "model": "emoji-sd", "concept_set": "emoji20"}
+MUTUAL = "Targets name concepts that are edited themselves: dog \u2192 cat"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (ValueRefinement, {}),
+        (ValueRefinement, {"pairs": "names"}),
+        (MEMIT, {}),
+        (UNetValueRefinement, {"edited_parameters": "xattn-kv"}),
+        (UCE, {}),
+        (UCE, {"prompts": "edit_prompts"}),
+        (UCE, {"towards": "prompt", "guide": ["a Cat", "a bird"]}),
+        (SPEED, {}),
+        (SPEED, {"prompts": "edit_prompts"}),
+        (ConceptAblation, {"reference": "frozen"}),
+        (RenameTokens, {}),
+        (ESD, {"erase_from": "a cat", "eta_form": "code"}),
+    ],
+)
+def test_targets_that_are_edited_are_said_before_anything_is_loaded(
+    kind: type[ConceptEditor], arguments: dict[str, Any]
+) -> None:
+    module = kind(**EMOJI, **arguments)
+    with pytest.warns(UserWarning, match=MUTUAL) as said:
+        module.setup("fit")
+    assert len(said) == 1 and not hasattr(module, "pipeline")
+    message = str(said[0].message)
+    assert ("cat \u2192 dog" in message) == (arguments.get("towards") != "prompt" and kind is not ESD)
+    module.setup("test")  # warnings are errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (UCE, {"towards": "empty"}),
+        (SPEED, {"towards": "empty"}),
+        (ESD, {}),
+        (UCE, {"concept": ["dog", "owl"]}),
+        (ValueRefinement, {"concept": "dog"}),
+    ],
+)
+def test_targets_that_stay_are_not_spoken_of(kind: type[ConceptEditor], arguments: dict[str, Any]) -> None:
+    kind(**{**EMOJI, **arguments}).setup("fit")
+
+
+def test_chains_and_target_prompts_are_named_and_many_pairs_are_counted(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    UCE(**{**EMOJI, "concept": ["surfing", "walking"]}).setup("fit")
+    assert "surfing \u2192 walking" in str(recwarn.pop().message)
+    dog, cat = (replace(load_concept_set("emoji20").get(name), target="nothing") for name in ("dog", "cat"))
+    both = ("a dog beside a cat", "a parrot beside a cat")  # the cat is where the dog stands, not what it becomes
+    warn_of_edited_targets([(dog, [both]), (cat, [("a cat", "cats, dogs")])])
+    assert not recwarn.list
+    warn_of_edited_targets([(dog, [both, ("one", "cats in a basket"), ("a dog", "a cat in the rain")]), (cat, [])])
+    assert "themselves: dog \u2192 cat ('a cat in the rain'); such" in str(recwarn.pop().message)
+    everything = list(load_concept_set("emoji20").concepts.values())
+    warn_of_edited_targets(
+        [(concept, [("", " and ".join(other.name for other in everything))]) for concept in everything]
+    )
+    assert f" and {20 * 19 - MAX_PAIRS} more; such" in str(recwarn.pop().message)
+
+
+class RednessJudge:
+    """Sees in a picture what it sees, whatever it is asked; remembers what it was asked."""
+
+    name = "redness"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        self.asked += questions
+        return (images[:, 0].mean(dim=(1, 2)) >= 0.5).float()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_edited_concepts_are_judged_on_the_pictures_of_each_other(batch_size: int) -> None:
+    edited = ["dog", "cat", "rain"]
+    module = UCE(**{**EMOJI, "concept": edited})
+    judge = module.judge = RednessJudge()  # type: ignore[assignment]
+    items = Pictures(module.concepts, 1, 0, adversarial=edited).items
+    pictures = torch.randint(256, (len(items), 3, 2, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    metric = module.metric(1)
+    for start in range(0, len(items), batch_size):
+        module.score(metric, pictures[start : start + batch_size], items[start : start + batch_size])
+    scores = metric.compute()
+    # Each edited concept once more for the direct and indirect prompts of the two others: no picture is new.
+    assert len(judge.asked) == len(items) + 3 * 2 * 10
+    own = {name: scores["per_concept"][name]["share_with_concept"] for name in edited}
+    assert len(set(own.values())) > 1
+    for name in edited:
+        others = [own[other] for other in edited if other != name]
+        assert scores["per_concept"][name]["share_crosswise"] == pytest.approx(sum(others) / 2)
+    assert scores["forget_crosswise"] == pytest.approx(1 - sum(own.values()) / 3)
+    assert Measurement.from_metric(scores).crosswise == scores["forget_crosswise"]
+    assert "share_crosswise" not in scores["per_concept"]["owl"]
+
+
+def test_one_edited_concept_is_asked_about_once() -> None:
+    module = UCE(**{**EMOJI, "concept": "dog"})
+    judge = module.judge = RednessJudge()  # type: ignore[assignment]
+    items, metric = Pictures(module.concepts, 1, 0).items, module.metric(1)
+    module.score(metric, torch.zeros(len(items), 3, 2, 2, dtype=torch.uint8), items)
+    assert judge.asked == [item.question for item in items]
+    scores = Measurement.from_metric(metric.compute())
+    assert scores.crosswise is None and scores.per_concept["dog"].share_crosswise is None
