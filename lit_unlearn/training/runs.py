@@ -1,7 +1,8 @@
 """One run, one folder: who writes into it, whether it was finished, and which one an interrupted command goes on with.
 
 ``RUN/run.json`` says of what configuration a fit is and whether it is finished. A fit that was killed leaves it at
-``running``: the same command then goes on there, from its last checkpoint. ``RUN/.lock`` is held while a fit writes.
+``running``: the same command then goes on there, from its last checkpoint. One that ended before its last step, as it
+was told to, is ``stopped``, and ``run.json`` says by what. ``RUN/.lock`` is held while a fit writes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lit_unlearn.system.files import WriteError, naming, remove, remove_if_possi
 from lit_unlearn.system.json_files import write_json
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
-RUNNING, FINISHED = "running", "finished"
+RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
 
 NO_PART_OF_A_RUN = {"ckpt_path", "overwrite", "fresh", "once", "weights_only"}
 """Options that do not change what a fit finds."""
@@ -121,10 +122,14 @@ class Run:
         """Say that the fit came to its end."""
         self._write(FINISHED)
 
+    def stop(self, by: str) -> None:
+        """Say that the fit ended before its last step, and what ended it."""
+        self._write(STOPPED, stopped=by)
+
     def release(self) -> None:
         """Leave the folder."""
         self._lock.release(force=True)
 
-    def _write(self, state: str) -> None:
-        content = {"state": state, "config_sha256": self.sha256, "process": f"process {os.getpid()}"}
+    def _write(self, state: str, **more: str) -> None:
+        content = {"state": state, "config_sha256": self.sha256, "process": f"process {os.getpid()}", **more}
         write_json(self.folder / RUN_FILE, content)

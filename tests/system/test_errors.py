@@ -44,7 +44,9 @@ NESTED = """Parser key "model":
             "model.rounds: int expected, got three.",
         ),
         (
-            NESTED.format(reason="Parser key \"rule\":\n  Expected a typing.Literal['max', 'mean']. Got value: men"),
+            NESTED.format(
+                reason="Parser key \"rule\":\n          Expected a typing.Literal['max', 'mean']. Got value: men"
+            ),
             "model.rule: one of ['max', 'mean'] expected, got men.",
         ),
         (
