@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lit_unlearn import __version__
+from lit_unlearn.commands.parser import check_output
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
-from lit_unlearn.system.names import check_path
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
 from lit_unlearn.training.recipes import recipe_names, resolve_recipes
 
@@ -109,7 +109,7 @@ def _run(args: list[str]) -> int:
     module = import_module(f"lit_unlearn.commands.{command}")
     options = module.parser().parse_args(rest)
     with user_errors():
-        check_path("output", getattr(options, "output", None) or ".")
+        check_output(command, options)
     return module.run(options) or 0
 
 

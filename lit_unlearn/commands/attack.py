@@ -16,9 +16,15 @@ def parser() -> Parser:
     made = command_parser("attack", DESCRIPTION)
     made.add_argument("--ckpt_path", required=True, help="a run's checkpoint, or a delta (then with --output)")
     made.add_argument(
-        "--attacks", nargs="+", metavar="NAME", help=f"which ones; default: all, {', '.join(ATTACK_NAMES)}"
+        "--attacks",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"which ones; default: all, {', '.join(ATTACK_NAMES)}",
     )
-    made.add_argument("--concept", nargs="+", metavar="NAME", help="edited concepts to attack; default: all of them")
+    made.add_argument(
+        "--concept", nargs="+", action="extend", metavar="NAME", help="edited concepts to attack; default: all of them"
+    )
     made.add_argument("--num_pictures", type=int, default=10, help="pictures an attack is judged by; default: 10")
     made.add_argument("--steps", type=int, help="steps of each attack; default: each attack's own")
     made.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")

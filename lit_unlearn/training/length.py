@@ -28,12 +28,10 @@ def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
 
     Where ``max_epochs`` is not set, the fit is as long as ``max_steps`` says.
     """
-    loop, steps = trainer.fit_loop, trainer.global_step
-    whole = (
-        loop.epoch_progress.current.processed >= (trainer.max_epochs or 0)
-        and loop.epoch_loop.batch_progress.is_last_batch
-    )
-    if trainer.max_epochs == -1:
+    loop, steps, max_epochs = trainer.fit_loop, trainer.global_step, trainer.max_epochs or 0
+    epochs: Any = loop.epoch_progress.current
+    whole = epochs.processed >= max_epochs and loop.epoch_loop.batch_progress.is_last_batch
+    if max_epochs == -1:
         whole = 0 <= trainer.max_steps <= steps
     if whole or (trainer.should_stop and isinstance(module, UCEDebias)):  # which ends when it is near enough
         return None
