@@ -151,7 +151,7 @@ def parse_error(message: str, classes: Mapping[str, type], keys: Iterable[str]) 
     leaves = _leaves(message) or [_Leaf((), "", " ".join(message.split()))]
     telling = [leaf for leaf in leaves if not re.match(OTHER_FORM, leaf.reason)] or leaves
     best = max(telling, key=lambda leaf: leaf.depth)  # the first of the deepest
-    given = re.findall(r"Given value: (.*)", message)
+    given = re.findall(r"Given value: (.*?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
     value = None
     if given:  # the innermost comes first
         nested = re.fullmatch(r"NestedArg\(key='(.+?)', val='?(.*?)'?\)", given[0])

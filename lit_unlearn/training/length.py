@@ -37,12 +37,11 @@ def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
         return None
     cause = f"trainer.max_steps={trainer.max_steps}"
     if trainer.should_stop:
-        cause = "a callback that asked for it"
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
-                cause = "trainer.max_time, or a Timer,"
-            elif isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-                cause = f"EarlyStopping on {callback.monitor}"
+        kinds = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        timer, early = kinds.get(Timer), kinds.get(EarlyStopping)
+        cause = "a callback that asked for it" if early is None else f"EarlyStopping on {early.monitor}"
+        if timer is not None and (timer.time_remaining() or 0) <= 0:
+            cause = "trainer.max_time, or a Timer"
     of = f" of {max_epochs * _optimizer_steps(trainer.num_training_batches, trainer)}" if max_epochs > 0 else ""
     return f"after {steps}{of} steps, by {cause}"
 
