@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from lit_unlearn.emoji.figures import figures_of_parts, figures_of_pictures, wor
 from lit_unlearn.emoji.parts import FOLDER
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.system.errors import UserError, user_errors
-from lit_unlearn.system.files import replaced_folder
+from lit_unlearn.system.files import copy_into, replaced_folder
 
 
 def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
@@ -44,9 +43,9 @@ def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
             raise ValueError(f"{run} has no {FOLDER} with weights: give the folder of a run that came to its end.")
     published = json.loads(figures.read_text(encoding="utf-8"))
     with replaced_folder(model) as folder:
-        shutil.copytree(model, folder, dirs_exist_ok=True)
+        copy_into(model, folder)
         for run in runs:
-            shutil.copytree(run / FOLDER, folder, dirs_exist_ok=True)
+            copy_into(run / FOLDER, folder)
         pipeline, judge = load_pipeline(str(folder)), ClassifierJudge(folder / "judge")
         _refuse_worse(worse(figures_of_parts(pipeline, judge), published), model)
         sampler = published["sampler"]
