@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lit_unlearn import __version__
+from lit_unlearn.commands.parser import check_output
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
-from lit_unlearn.system.names import check_path
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
 from lit_unlearn.training.recipes import recipe_names, resolve_recipes
 
@@ -112,7 +112,7 @@ def _run(args: list[str]) -> int:
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     with user_errors():
-        check_path("output", getattr(options, "output", None) or ".")
+        check_output(command, options)
     return module.run(options) or 0
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+from typing_extensions import override
 
+from lit_unlearn.callbacks.folders import folder_of
+from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
 from lit_unlearn.edits.export import make_public
 from lit_unlearn.edits.public import Places
+from lit_unlearn.emoji.parts import FOLDER
 from lit_unlearn.system.files import replaced_entries
 
 
@@ -15,16 +19,35 @@ class SavePretrained(L.Callback):
     """Calls ``save_pretrained`` of the module when the fit ends, on rank 0.
 
     Args:
-        output: Folder to write; what is there under the same names is replaced, the rest stays.
+        output: Folder to write; what is there under the same names is replaced, the rest stays. Null takes
+            ``pretrained`` in the run's folder, where a part of a model has the name that it has in the model.
     """
 
-    def __init__(self, output: str) -> None:
-        self.output = Path(output).expanduser()
+    def __init__(self, output: str | None = None) -> None:
+        self.output = None if output is None else Path(output).expanduser()
 
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse to write over the embedded model, which every command draws and judges with.
+
+        Raises:
+            ValueError: The output is a part of it.
+        """
+        if self.output is None:
+            return
+        shipped = Path(resolve_model(EMBEDDED)).resolve()
+        if shipped in (self.output.resolve(), *self.output.resolve().parents):
+            raise ValueError(
+                f"SavePretrained.output={self.output} is the embedded model: leave it out, which writes into the run's "
+                "folder, and put the result in place with python -m lit_unlearn.emoji.replace."
+            )
+
+    @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the trained part; a run that was interrupted writes nothing."""
         if trainer.is_global_zero and not trainer.interrupted:
             pl_module.eval()
-            with replaced_entries(self.output) as folder:
+            output = self.output or folder_of(trainer) / FOLDER / getattr(pl_module, "part", "")
+            with replaced_entries(output) as folder:
                 pl_module.save_pretrained(folder)  # type: ignore[operator]
                 make_public(folder, Places({}))

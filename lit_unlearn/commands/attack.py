@@ -38,10 +38,12 @@ def parser() -> Parser:
     """Options of ``attack``."""
     made = command_parser("attack", DESCRIPTION, AttackParser)
     made.add_argument("--ckpt_path", required=True, help="a run's checkpoint, or a delta (then with --output)")
-    made.add_argument("--attacks", nargs="+", metavar="NAME", help="which ones, or import paths; default: all of ours")
+    what = "which ones, or import paths; default: all of ours"
+    made.add_argument("--attacks", nargs="+", action="extend", metavar="NAME", help=what)
     what = "list the attacks and their fields, which are set as --prompt_search.num_tokens 8"
     made.add_argument("--attacks.help", action=Listing, listing=list_attacks, help=what)
-    made.add_argument("--concept", nargs="+", metavar="NAME", help="edited concepts to attack; default: all of them")
+    what = "edited concepts to attack; default: all of them"
+    made.add_argument("--concept", nargs="+", action="extend", metavar="NAME", help=what)
     made.add_argument("--num_pictures", type=int, default=10, help="pictures an attack is judged by; default: 10")
     made.add_argument("--steps", type=int, help="steps of each attack; default: each attack's own")
     made.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")

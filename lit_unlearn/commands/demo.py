@@ -7,7 +7,7 @@ import shlex
 import time
 from pathlib import Path
 
-from lit_unlearn.commands.parser import Parser, command_parser
+from lit_unlearn.commands.parser import Once, Parser, command_parser
 from lit_unlearn.training.recipes import find_recipe
 
 DESCRIPTION = "remove a concept from the embedded model, score and export it"
@@ -16,7 +16,7 @@ DESCRIPTION = "remove a concept from the embedded model, score and export it"
 def parser() -> Parser:
     """Options of ``demo``."""
     made = command_parser("demo", DESCRIPTION)
-    made.add_argument("--concept", default="dog", help="concept to remove; default: dog")
+    made.add_argument("--concept", action=Once, default="dog", help="concept to remove; default: dog")
     made.add_argument("--config", default="null_space.yaml", help="recipe; default: null_space.yaml")
     return made
 

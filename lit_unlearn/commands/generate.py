@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.system.errors import plain_warnings, user_errors
+from lit_unlearn.system.names import check_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,9 +54,8 @@ def run(options: argparse.Namespace) -> None:
 
     output = Path(options.output)
     with user_errors():
-        if output.suffix.lower() != ".png":
-            raise ValueError(f"output={output} must end in .png.")
-        if output.is_dir() or (output.exists() and not options.overwrite):
+        check_prompts(options.prompts)
+        if output.exists() and not options.overwrite:
             raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
         for field in ("num", "num_inference_steps", "scale", "batch_size"):
             value = getattr(options, field)

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from lit_unlearn.system.errors import UserError
+from lit_unlearn.system.errors import UserError, closest
+from lit_unlearn.system.names import check_output_name, check_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,7 +16,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a ``UserError``."""
-        raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}.")
+        known = ""
+        if message.startswith("unrecognized arguments: -"):
+            given = message.split()[2].partition("=")[0]
+            known = closest(given, [name for action in self._actions for name in action.option_strings])
+        raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}{known}.")
+
+
+class Once(argparse.Action):
+    """Keeps the value of an option that names one thing, and refuses a second one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Keep ``values``."""
+        given: set[str] = getattr(namespace, "given_once", set())
+        if self.dest in given:
+            parser.error(f"{option} is given twice and takes one value")
+        namespace.given_once = {*given, self.dest}
+        setattr(namespace, self.dest, values)
 
 
 class Listing(argparse.Action):
@@ -38,6 +57,25 @@ class Listing(argparse.Action):
 def command_parser(command: str, description: str, kind: type[Parser] = Parser) -> Parser:
     """An empty parser of ``lit-unlearn COMMAND``."""
     return kind(prog=f"lit-unlearn {command}", description=f"{description.capitalize()}.", allow_abbrev=False)
+
+
+def check_output(command: str, options: argparse.Namespace) -> None:
+    """Refuse an output that ``command`` cannot write, or that cannot be what its name says.
+
+    Raises:
+        ValueError: What is wrong with its name.
+    """
+    output = getattr(options, "output", None)
+    if output is None:
+        return
+    check_path("output", output)
+    suffixes: Sequence[str] = ()
+    if command == "generate":
+        suffixes = [".png"]
+    elif command == "export" and (options.delta or options.lora):
+        suffixes = [".safetensors"]
+    # An export of a folder says itself what stands in its way, which may be an earlier export.
+    check_output_name(output, suffixes, may_be_folder=command != "generate")
 
 
 def add_model_options(parser: Parser, default: str) -> None:

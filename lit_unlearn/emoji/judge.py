@@ -30,6 +30,9 @@ class JudgeTraining(L.LightningModule):
         lr: Peak learning rate of AdamW (one-cycle schedule).
     """
 
+    part = "judge"
+    """What of the model it trains."""
+
     def __init__(self, width: int = 32, lr: float = 2e-3) -> None:
         super().__init__()
         self.save_hyperparameters()

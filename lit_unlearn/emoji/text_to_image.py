@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, RESOLUTION, Drawing
+from lit_unlearn.emoji.parts import trained_part
 
 NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -71,10 +72,9 @@ class CaptionedLatents(Dataset[dict[str, Tensor]]):
 
 
 class LatentDrawings(L.LightningDataModule):
-    """Encodes drawings and captions once with the frozen parts of ``model`` and serves random pairs.
+    """Encodes drawings and captions once with the frozen parts of the module and serves random pairs.
 
     Args:
-        model: Folder that holds ``vae``, ``text_encoder`` and ``tokenizer``.
         batch_size: Pairs in a batch.
         steps_per_epoch: Batches in an epoch; a checkpoint and a sample grid come after each.
         drawings: Drawings kept for each of the 320 combinations of subject, style and scene.
@@ -86,7 +86,6 @@ class LatentDrawings(L.LightningDataModule):
 
     def __init__(
         self,
-        model: str = "checkpoints/emoji-sd",
         batch_size: int = 64,
         steps_per_epoch: int = 500,
         drawings: int = 64,
@@ -98,7 +97,7 @@ class LatentDrawings(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         self.sample_prompts = list(sample_prompts)
-        self.model, self.batch_size, self.steps_per_epoch = Path(model), batch_size, steps_per_epoch
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.drawings, self.captions = drawings, captions
         self.unconditional_share, self.seed = unconditional_share, seed
 
@@ -107,9 +106,14 @@ class LatentDrawings(L.LightningDataModule):
         """Encode everything; a few minutes on two cores."""
         if hasattr(self, "train"):
             return
-        vae = AutoencoderKL.from_pretrained(self.model / "vae").eval()
-        tokenizer = CLIPTokenizer.from_pretrained(self.model / "tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(self.model / "text_encoder").eval()
+        module = self.trainer and self.trainer.lightning_module
+        if not isinstance(module, TextToImageTraining):
+            raise ValueError(
+                f"LatentDrawings encodes with the parts of TextToImageTraining, not {type(module).__name__}."
+            )
+        vae = AutoencoderKL.from_pretrained(module.parts["vae"]).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(module.parts["tokenizer"])
+        text_encoder = CLIPTextModel.from_pretrained(module.parts["text_encoder"]).eval()
 
         def encode(prompts: list[str]) -> Tensor:
             ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -145,17 +149,24 @@ class TextToImageTraining(L.LightningModule):
     """Trains the UNet with the noise-prediction loss (Ho et al., 2020) and assembles the pipeline.
 
     Args:
-        model: Folder that holds ``vae``, ``text_encoder`` and ``tokenizer``; the sample grid needs them.
+        model: Folder of a pipeline or ``emoji-sd``: whose autoencoder, text encoder and tokenizer are used.
+        vae: Folder of a run that has trained the autoencoder; null takes that of ``model``.
+        text_encoder: Folder of a run that has trained text encoder and tokenizer; null takes those of ``model``.
         block_out_channels: Channels per resolution of the UNet, 12 by 12 first.
         attention: Which resolutions attend to the caption.
         num_heads: Attention heads.
         lr: Peak learning rate of AdamW, after a warm-up of 2 % and before a cosine decay to zero.
         guidance_scale: Strength of classifier-free guidance in the sample grid.
+
+    Raises:
+        ValueError: A run has not trained that part.
     """
 
     def __init__(
         self,
-        model: str = "checkpoints/emoji-sd",
+        model: str = "emoji-sd",
+        vae: str | None = None,
+        text_encoder: str | None = None,
         block_out_channels: tuple[int, ...] = (64, 128),
         attention: tuple[bool, ...] = (False, True),
         num_heads: int = 4,
@@ -164,9 +175,11 @@ class TextToImageTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model, self.lr, self.guidance_scale = Path(model), lr, guidance_scale
-        vae_config = AutoencoderKL.load_config(self.model / "vae")
-        text_config = CLIPTextConfig.from_pretrained(self.model / "text_encoder")
+        self.lr, self.guidance_scale = lr, guidance_scale
+        runs = {"vae": vae, "text_encoder": text_encoder, "tokenizer": text_encoder}
+        self.parts = {part: trained_part(part, run, model) for part, run in runs.items()}
+        vae_config = AutoencoderKL.load_config(self.parts["vae"])
+        text_config = CLIPTextConfig.from_pretrained(self.parts["text_encoder"])
         self.unet = UNet2DConditionModel(
             sample_size=RESOLUTION // 2 ** (len(vae_config["block_out_channels"]) - 1),
             in_channels=vae_config["latent_channels"],
@@ -216,9 +229,9 @@ class TextToImageTraining(L.LightningModule):
     def pipeline(self) -> StableDiffusionPipeline:
         """The pipeline around the UNet as it is now; nothing is copied."""
         return StableDiffusionPipeline(
-            vae=AutoencoderKL.from_pretrained(self.model / "vae"),
-            text_encoder=CLIPTextModel.from_pretrained(self.model / "text_encoder"),
-            tokenizer=CLIPTokenizer.from_pretrained(self.model / "tokenizer"),
+            vae=AutoencoderKL.from_pretrained(self.parts["vae"]),
+            text_encoder=CLIPTextModel.from_pretrained(self.parts["text_encoder"]),
+            tokenizer=CLIPTokenizer.from_pretrained(self.parts["tokenizer"]),
             unet=self.unet,
             scheduler=DPMSolverMultistepScheduler(**NOISE_SCHEDULE),
             safety_checker=None,

@@ -26,6 +26,9 @@ class VAETraining(L.LightningModule):
         lr: Peak learning rate of AdamW (one-cycle schedule).
     """
 
+    part = "vae"
+    """What of the model it trains."""
+
     def __init__(
         self,
         block_out_channels: tuple[int, ...] = (16, 32, 64),

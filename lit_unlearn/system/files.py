@@ -173,6 +173,11 @@ def replaced_entries(output: Path) -> Iterator[Path]:
         remove_if_possible(temporary)
 
 
+def copy_into(source: Path, folder: Path) -> None:
+    """Copy what is in the folder ``source`` into ``folder``, over what has the same name there."""
+    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)  # not the files' modes
+
+
 def _beside(output: Path, ending: str) -> Path:
     return output.with_name(f".{output.name}.{ending}")
 

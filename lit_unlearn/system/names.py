@@ -6,13 +6,31 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import PureWindowsPath
+from collections.abc import Collection, Sequence
+from pathlib import Path, PureWindowsPath
 
 LONGEST_LABEL, LONGEST_PATH = 100, 259
 """Most characters of a name that we make, and of a path on Windows, unless it is told to allow more."""
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", flags=re.IGNORECASE)
 """Names that stand for devices on Windows, whatever follows behind a dot."""
+
+
+TEXT_SUFFIXES = {".txt", ".csv", ".tsv", ".yaml", ".yml", ".json", ".jsonl", ".md"}
+FILE_SUFFIXES = TEXT_SUFFIXES | {
+    ".safetensors",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".pkl",
+    ".onnx",
+    ".npz",
+    ".npy",
+    ".gguf",
+}
+FILE_SUFFIXES |= {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html", ".htm"}
+FILE_SUFFIXES |= {".zip", ".tar", ".gz", ".tgz", ".7z", ".log", ".py", ".tex", ".xlsx", ".parquet"}
+"""Endings of names that say that it is a file."""
 
 
 def on_windows() -> bool:
@@ -69,6 +87,44 @@ def check_path(field: str, path: str | os.PathLike[str]) -> None:
     for part in given.parts[1:] if given.anchor else given.parts:
         if reason := why_not(part):
             raise ValueError(f"{field}={str(path)!r}: {part!r} {reason}, which Windows does not allow: rename it.")
+
+
+def check_output_name(path: str | os.PathLike[str], suffixes: Collection[str], may_be_folder: bool) -> None:
+    """Refuse an output that cannot be what its name says.
+
+    Args:
+        path: The output, as the user has named it.
+        suffixes: Those of the files that the command can write, such as ``.png``.
+        may_be_folder: Whether it can write a folder.
+
+    Raises:
+        ValueError: It is the name of another kind of file, or another kind of thing stands there.
+    """
+    given = Path(path)
+    suffix, kinds = given.suffix.lower(), " or ".join(sorted(suffixes))
+    if suffix in suffixes:
+        if given.is_dir():
+            raise ValueError(f"output={path} is a folder, but names a file: give another name.")
+    elif not may_be_folder:
+        raise ValueError(f"output={path} must end in {kinds}.")
+    elif suffix in FILE_SUFFIXES:
+        file = f", or a file that ends in {kinds}" if suffixes else ""
+        raise ValueError(f"output={path} names a {suffix} file, but what is written is a folder{file}: name that.")
+    elif given.is_file():
+        raise ValueError(f"output={path} is a file, but what is written is a folder: give another name.")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse a prompt that is a file of prompts.
+
+    Raises:
+        ValueError: Which one, and what to do.
+    """
+    for prompt in prompts:
+        if Path(prompt).suffix.lower() in TEXT_SUFFIXES and os.path.isfile(prompt):
+            raise ValueError(
+                f"The prompt {prompt!r} is a file, which is not read: give the prompts that are in it, each in quotes."
+            )
 
 
 def _hash(*labels: str) -> str:

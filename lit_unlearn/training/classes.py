@@ -6,13 +6,17 @@ import importlib
 import inspect
 
 import lightning as L
+import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.enums import StrEnum
 
 from lit_unlearn import callbacks, data, emoji, methods
 from lit_unlearn.core import refined_null_space as refined_null_space  # its solver is found by its name
 from lit_unlearn.core.solvers import Solver
 from lit_unlearn.system.classes import modules_of
+from lit_unlearn.system.errors import options
 from lit_unlearn.training.advice import keep_advice_quiet
 
 
@@ -20,6 +24,7 @@ def known_classes() -> dict[str, type]:
     """Classes that a recipe may name without their module, by name."""
     found: dict[str, type] = {}
     bases: list[type] = [L.LightningModule, L.LightningDataModule, Callback, Logger, Solver]
+    bases += [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
     while bases:
         cls = bases.pop()
         bases += cls.__subclasses__()
@@ -28,9 +33,21 @@ def known_classes() -> dict[str, type]:
     return found
 
 
+def known_keys() -> list[str]:
+    """Keys that our methods, data and solvers add to those of the trainer: ``model.eta``, ``data.steps``."""
+    kinds = {"model": L.LightningModule, "data": L.LightningDataModule, "edit": Solver}
+    found = set()
+    for cls in known_classes().values():
+        if cls.__module__.startswith(("lit_unlearn.methods.", "lit_unlearn.data.", "lit_unlearn.core.")):
+            found |= {f"{key}.{name}" for key, kind in kinds.items() if issubclass(cls, kind) for name in options(cls)}
+    return sorted(found)
+
+
 def prepare() -> None:
     """Keep Lightning's advice from the terminal and import what recipes may name; short names need that."""
     keep_advice_quiet()
+    # Defaults of Lightning's, such as that of its Timer, are members of an enumeration, which plain YAML cannot write.
+    yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, member: dumper.represent_str(member.value))
     for package in (methods, callbacks, data, emoji):
         modules_of(package)
 

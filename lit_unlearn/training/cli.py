@@ -11,18 +11,14 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.callbacks.evaluation import EvaluationReport
 from lit_unlearn.callbacks.memorisation import MemorisationReport
-from lit_unlearn.callbacks.numbers import CheckNumbers, NumericalError
-from lit_unlearn.callbacks.preemption import SaveOnSignal
+from lit_unlearn.callbacks.numbers import NumericalError
 from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.core.solvers import Solver
 from lit_unlearn.data.concepts import Concept, load_concept_set
@@ -32,14 +28,19 @@ from lit_unlearn.diffusion.load import BrokenWeightsError
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
-from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors
-from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
+from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
+from lit_unlearn.system.files import WRITING, naming, remove_if_possible
+from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
-from lit_unlearn.training.classes import class_of, known_classes, prepare
+from lit_unlearn.training.classes import class_of, known_classes, known_keys, prepare
+from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
+from lit_unlearn.training.options import check_options, given_options, ignored_by_a_checkpoint
 from lit_unlearn.training.recipes import check_method, utf8_recipes
+from lit_unlearn.training.run_config import SaveRunConfig
 from lit_unlearn.training.runs import (
     FINISHED,
+    STOPPED,
     Run,
     RunLogger,
     config_sha256,
@@ -61,30 +62,6 @@ FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_op
 FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
 
-LINKED = {
-    "--model.seed": "--seed_everything",
-    "--model.concept": "--concept",
-    "--data.concept": "--concept",
-    "--data.concept_set": "--model.init_args.concept_set",
-}
-"""Options that take their value from another one; jsonargparse would drop what is given for them."""
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration into the run's folder: ``config.yaml`` of a fit, ``config_test.yaml`` of a test."""
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != TrainerFn.FITTING:
-            self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it
-        super().setup(trainer, pl_module, stage)
-
-    @override
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own would leave half a file
-            file.write(self.parser.dump(self.config, skip_none=False).encode())
-
 
 class UnlearnCLI(LightningCLI):
     """Runs a recipe.
@@ -99,6 +76,7 @@ class UnlearnCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.run_folder: Path | None = None
         self.finished_before: Path | None = None
+        self.progress: Progress | None = None
         self.sha256 = ""
         parser_kwargs: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -148,9 +126,7 @@ class UnlearnCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        for given in (arg.partition("=")[0] for arg in args):
-            if source := LINKED.get(given.replace(".init_args.", ".")):
-                raise UserError(f"{given} is set by {source}: give that instead.")
+        self.given = given_options(args)
         try:
             with utf8_recipes():
                 self.config = parser.parse_args(args)
@@ -163,8 +139,8 @@ class UnlearnCLI(LightningCLI):
         check_paths(config)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
-        keys = [action.dest for action in self._parser(subcommand)._actions]
-        return parse_error(message, known_classes(), keys)
+        keys = [action.dest for action in self._parser(subcommand)._actions if not action.dest.endswith(".help")]
+        return parse_error(message, known_classes(), [*keys, *known_keys()])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -176,11 +152,16 @@ class UnlearnCLI(LightningCLI):
         config = self.config[subcommand]
         arguments = config.model.init_args
         kind = class_of(config.model.class_path)
+        check_options(subcommand, config, kind, self.given)
         if not issubclass(kind, DiffusionEditor):
-            if config.ckpt_path not in (None, "best", "last", "hpc"):
+            if config.ckpt_path == "last":
+                folder = Path(config.trainer.default_root_dir, self._run_name([]))
+                config.ckpt_path = str(newest_edit(folder, subcommand, []))
+            if config.ckpt_path not in (None, "best", "hpc"):
                 with user_errors():
                     load_checkpoint(config.ckpt_path)
                 super()._parse_ckpt_path()
+                self.progress = Progress.of(config.ckpt_path, []) if subcommand == "fit" else None
             return
         if subcommand == "fit":
             check_edit(kind, config.edit, config.trainer.callbacks)
@@ -207,10 +188,14 @@ class UnlearnCLI(LightningCLI):
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
             edit.check_base(BaseModel.find(arguments.model, arguments.revision))
-        if subcommand == "fit":
-            return  # resumed as the command line says; Lightning restores the state
+            if subcommand == "fit":  # as the command line says; Lightning restores the state
+                if self.run_folder is None:
+                    self.progress = Progress.of(config.ckpt_path, list(edit.weights))
+                return
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
         solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None
+        if ignored := ignored_by_a_checkpoint(config, self.given, kept, edit.edit):
+            warn(f"{edit.path} is {subcommand}ed as its fit has made it, whatever is asked: {', '.join(ignored)}.")
         made = {"model": {"class_path": config.model.class_path, "init_args": kept}, "edit": solver}
         try:
             self.config = self.parser.parse_object({subcommand: made}, self.config)
@@ -225,7 +210,7 @@ class UnlearnCLI(LightningCLI):
         earlier = newest_run(Path(config.trainer.default_root_dir, self._run_name(concepts)), self.sha256)
         if earlier is None or config.fresh:
             return
-        if read_run(earlier)["state"] == FINISHED:
+        if read_run(earlier)["state"] in (FINISHED, STOPPED):
             self.finished_before = earlier if config.once else None
             return
         self.run_folder = earlier
@@ -288,20 +273,17 @@ class UnlearnCLI(LightningCLI):
                 kwargs["logger"] = RunLogger(root, name=name, default_hp_metric=False)
             # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
             kwargs["default_root_dir"] = root / name
-        given = as_list(config["callbacks"])
-        if self.subcommand == "fit" and (solver := self._get(self.config_init, "edit")) is not None:
-            given.insert(0, ClosedFormEdit(solver))  # others look at the edited model
-            kwargs["callbacks"] = given
-        if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-            # At the end of an epoch, after the edit; validation comes before it.
-            last = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-            kwargs["callbacks"] = [*given, last]
+        kwargs["callbacks"] = callbacks_of(
+            str(self.subcommand), self.model, config["callbacks"], self._get(self.config_init, "edit")
+        )
         kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
-        kinds: dict[str, list[type[L.Callback]]] = {"fit": [SaveOnSignal, CheckNumbers], "test": [SaveOnSignal]}
-        needed = kinds.get(str(self.subcommand), [])
-        missing = [kind() for kind in needed if not any(isinstance(c, kind) for c in given)]
-        kwargs["callbacks"] = [*kwargs.get("callbacks", given), *missing]
-        return super().instantiate_trainer(**kwargs)
+        steps = steps_per_epoch(self._get(self.config, "data.init_args"))
+        if self.progress is not None and steps and not isinstance(self.model, OWN_LENGTH):
+            kwargs["callbacks"].append(GoOn(steps))
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, RuntimeError) as error:  # Lightning's own checks of what a recipe says
+            raise UserError(f"trainer: {essence(error)}") from error
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -316,7 +298,16 @@ class UnlearnCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; one that has nothing to edit leaves nothing behind."""
         if self.finished_before is not None:
-            print(f"{self.finished_before} is finished: nothing to do (--once).")
+            state = read_run(self.finished_before)
+            ended = f"ended {state['stopped']}" if "stopped" in state else "is finished"
+            print(f"{self.finished_before} {ended}: nothing to do (--once).")
+            return
+        if self.progress is not None and not self.progress.left(self.model, self.config["fit"]):
+            done = self.progress.nothing_left(self.model)
+            of = read_run(run_folder(self.progress.path) or Path()).get("config_sha256", self.sha256)
+            if of != self.sha256:  # it was asked for something
+                raise UserError(f"fit: {done}, or --fresh without --ckpt_path for a new fit.")
+            print(f"{done}.")
             return
         run = self._claim()
         if isinstance(self.model, DiffusionEditor):
@@ -333,8 +324,12 @@ class UnlearnCLI(LightningCLI):
             raise UserError(essence(error)) from error
         else:
             check_that_it_edits(self.trainer, self.model)
+            early = stopped_early(self.trainer, self.model)
+            if early is not None and self.trainer.is_global_zero:
+                folder = self.trainer.log_dir or self.trainer.default_root_dir
+                warn(f"{folder} is not finished: the fit ended {early}; {how_to_go_on(self.trainer, self.model)}.")
             if run is not None:
-                run.finish()
+                run.stop(early) if early is not None else run.finish()
         finally:
             if run is not None:
                 run.release()

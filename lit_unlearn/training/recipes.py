@@ -65,6 +65,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
     """Return the arguments with the recipes first, each ``--config`` with the path of its file.
 
     Options then win over recipes wherever they stand, and may set what only a recipe has, such as ``--edit.ridge``.
+    ``--concept`` given several times is a list of them all; of every other option the last one counts.
 
     Raises:
         UserError: A recipe is missing.
@@ -80,7 +81,32 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
             recipes += [arg, str(find_recipe(name))]
         else:
             options.append(arg)
-    return [*args[:1], *recipes, *options]
+    return [*args[:1], *recipes, *_joined_concepts(options)]
+
+
+def _joined_concepts(options: Sequence[str]) -> list[str]:
+    """``options`` with one ``--concept`` in place of several."""
+    import yaml
+
+    given: list[str] = []
+    others: list[str] = []
+    left = iter(options)
+    for arg in left:
+        if arg.startswith("--concept="):
+            given.append(arg.partition("=")[2])
+        elif arg == "--concept" and (value := next(left, None)) is not None:
+            given.append(value)
+        else:
+            others.append(arg)
+    if len(given) < 2:
+        return list(options)
+    lists = [yaml.safe_load(value) if value.startswith("[") else [value] for value in given]
+    names = [str(name) for names in lists for name in names]
+    return [
+        "--concept",
+        yaml.safe_dump(names, default_flow_style=True, width=10_000, allow_unicode=True).strip(),
+        *others,
+    ]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """One run, one folder: who writes into it, whether it was finished, and which one an interrupted command goes on with.
 
 ``RUN/run.json`` says of what configuration a fit is and whether it is finished. A fit that was killed leaves it at
-``running``: the same command then goes on there, from its last checkpoint. ``RUN/.lock`` is held while a fit writes.
+``running``: the same command then goes on there, from its last checkpoint. One that ended before its last step, as it
+was told to, is ``stopped``, and ``run.json`` says by what. ``RUN/.lock`` is held while a fit writes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
 from lit_unlearn.edits.checkpoint import newest_checkpoint, run_folder
-from lit_unlearn.system.errors import UserError
+from lit_unlearn.system.errors import UserError, warn
 from lit_unlearn.system.files import WriteError, naming, remove, remove_if_possible
 from lit_unlearn.system.json_files import write_json
 from lit_unlearn.system.names import LONGEST_LABEL, file_name, joint_name
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
-RUNNING, FINISHED = "running", "finished"
+RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
 
 DEFAULT_SET = "emoji20"
 """The concept set whose runs have the plain names of its concepts."""
@@ -112,8 +112,10 @@ def newest_edit(folder: Path, command: str, concepts: Sequence[str]) -> Path:
             f"{f' ({others[0]} is of another concept set)' if others else ''}: run `lit-unlearn fit` first, "
             "or give another run's file with --ckpt_path."
         )
-    if read_run(run := run_folder(path) or path).get("state") == RUNNING:
-        print(f"lit-unlearn: warning: {run} is not finished; its edit is that of the last checkpoint.", file=sys.stderr)
+    found = read_run(run := run_folder(path) or path)
+    if found.get("state") in (RUNNING, STOPPED):
+        ended = f": it ended {found['stopped']}" if "stopped" in found else ""
+        warn(f"{run} is not finished{ended}; its edit is that of the last checkpoint.")
     print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")
     return path
 
@@ -173,10 +175,14 @@ class Run:
         """Say that the fit came to its end."""
         self._write(FINISHED)
 
+    def stop(self, by: str) -> None:
+        """Say that the fit ended before its last step, and what ended it."""
+        self._write(STOPPED, stopped=by)
+
     def release(self) -> None:
         """Leave the folder."""
         self._lock.release(force=True)
 
-    def _write(self, state: str) -> None:
-        content = {"state": state, "config_sha256": self.sha256, "process": f"process {os.getpid()}"}
+    def _write(self, state: str, **more: str) -> None:
+        content = {"state": state, "config_sha256": self.sha256, "process": f"process {os.getpid()}", **more}
         write_json(self.folder / RUN_FILE, content)

@@ -75,11 +75,15 @@ def test_generate_warns_of_a_prompt_that_is_cut_off(workplace: Path, tiny_sd: Pa
         (["-o", "a.png", "--device", "abacus"], "device='abacus' cannot be used here"),
         (["-o", "a.png", "--ckpt_path", "nowhere"], "ckpt_path=nowhere does not exist"),
         (["-o", "a.png", "--model", "nowhere"], "model='nowhere' is no folder and no hub id"),
-        (["-o", "a.png", "--nmu", "2"], "generate: unrecognized arguments: --nmu 2"),
+        (["-o", "a.png", "--nmu", "2"], "generate: unrecognized arguments: --nmu 2 (closest: --num)."),
+        (["-o", "folder.png", "--overwrite"], "output=folder.png is a folder, but names a file"),
+        (["esd.csv", "-o", "a.png"], "The prompt 'esd.csv' is a file, which is not read: give the prompts"),
     ],
 )
 def test_bad_input_of_generate(refuses: Callable[..., str], args: list[str], message: str) -> None:
     Path("there.png").touch()
+    Path("folder.png").mkdir()
+    Path("esd.csv").touch()
     assert refuses("generate", "a dog", *args).startswith(message)
 
 
@@ -102,3 +106,22 @@ def test_the_demo_says_what_it_does_and_where_it_lies(
         assert f"{folder}/{name}" in text
         assert Path(folder, name).exists()
     assert not list(Path().glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["export", "--ckpt_path", "a", "-o", "model.safetensors"],
+            "output=model.safetensors names a .safetensors file",
+        ),
+        (["export", "--ckpt_path", "a", "--delta", "-o", "x.ckpt"], "output=x.ckpt names a .ckpt file, but"),
+        (["report", "logs", "-o", "report.html"], "output=report.html names a .html file, but"),
+        (["report", "logs", "-o", "plain"], "output=plain is a file, but what is written is a folder"),
+        (["attack", "--ckpt_path", "a", "-o", "attacks.json"], "output=attacks.json names a .json file, but"),
+        (["demo", "--concept", "dog", "--concept", "cat"], "demo: --concept is given twice and takes one value."),
+    ],
+)
+def test_what_no_command_can_write_is_refused(refuses: Callable[..., str], args: list[str], message: str) -> None:
+    Path("plain").touch()
+    assert refuses(*args).startswith(message)

@@ -55,7 +55,9 @@ NESTED = """Parser key "model":
             "model.rounds: int expected, got three.",
         ),
         (
-            NESTED.format(reason="Parser key \"rule\":\n  Expected a typing.Literal['max', 'mean']. Got value: men"),
+            NESTED.format(
+                reason="Parser key \"rule\":\n          Expected a typing.Literal['max', 'mean']. Got value: men"
+            ),
             "model.rule: one of ['max', 'mean'] expected, got men.",
         ),
         (
@@ -87,6 +89,51 @@ NESTED = """Parser key "model":
 )
 def test_a_parser_message_is_reduced_to_its_reason(message: str, sentence: str) -> None:
     assert parse_error(message, CLASSES, ["trainer.devices", "trainer.max_epochs"]) == sentence
+
+
+UNION = """Parser key "trainer.precision":
+  Does not validate against any of the Union subtypes
+  Subtypes: [typing.Literal[64, 32], typing.Literal['bf16'], <class 'NoneType'>]
+  Errors:
+    - Expected a <class 'int'>
+    - Expected a typing.Literal['bf16']
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: fp16"""
+IN_BRACES = """Parser key "edit":
+
+  - Expected a path but {class_path: Method, init_args: {runds: 1}} either not accessible or invalid
+  - Does not validate against any of the Union subtypes
+  Subtypes: [<class 'Solver'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'package.Method':
+        Option 'runds' is not accepted
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'Method', 'init_args': {'runds': 1}}"""
+CALLABLE = """Parser key "optimizer":
+          Type typing.Callable[[Iterable], Optimizer] expects a function or a callable class: Parser key "lr":
+
+            - Expected a path but high either not accessible or invalid
+            - Does not validate against any of the Union subtypes
+            Subtypes: [<class 'float'>, <class 'torch.Tensor'>]
+            Errors:
+              - Expected a <class 'float'>
+              - Expected a dot import path string: high
+            Given value type: <class 'str'>
+            Given value: high. Got value: Namespace(class_path='torch.optim.Adam', init_args=Namespace(lr='high'))"""
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (UNION, "trainer.precision: int or one of ['bf16'] expected, got fp16."),
+        (IN_BRACES, "edit: Method has no option 'runds' (closest: rounds)."),
+        (NESTED.format(reason=CALLABLE), "model.optimizer.lr: float expected, got high."),
+    ],
+)
+def test_the_deepest_reason_is_the_one_that_was_meant(message: str, sentence: str) -> None:
+    assert parse_error(message, CLASSES, []) == sentence
 
 
 def test_essence_is_one_line_of_the_innermost_message() -> None:

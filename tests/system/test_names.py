@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
 from lit_unlearn.system import names
 from lit_unlearn.system.errors import UserError
-from lit_unlearn.system.names import LONGEST_LABEL, check_path, file_name, joint_name, why_not
+from lit_unlearn.system.names import (
+    LONGEST_LABEL,
+    check_output_name,
+    check_path,
+    check_prompts,
+    file_name,
+    joint_name,
+    why_not,
+)
 from lit_unlearn.training.recipes import check_method
 
 ODD = [
@@ -101,3 +111,46 @@ def test_paths_that_windows_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "on_windows", lambda: True)
     for path in ("C:\\exports\\dog", "\\\\server\\share\\dog", "..\\dog", "./dog.safetensors", "."):
         check_path("output", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes", "may_be_folder", "message"),
+    [
+        (
+            "model.safetensors",
+            [],
+            True,
+            "output=model.safetensors names a .safetensors file, but what is written is a fol",
+        ),
+        ("a/edit.CKPT", [".safetensors"], True, "or a file that ends in .safetensors: name that"),
+        ("report.html", [], True, "names a .html file"),
+        ("dog.jpg", [".png"], False, "output=dog.jpg must end in .png"),
+        ("dog", [".png"], False, "output=dog must end in .png"),
+        ("folder.png", [".png"], False, "output=folder.png is a folder, but names a file"),
+        ("file", [], True, "output=file is a file, but what is written is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_what_its_name_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffixes: list[str], may_be_folder: bool, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    Path("file").touch()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_output_name(name, suffixes, may_be_folder)
+
+
+@pytest.mark.parametrize("name", ["out", "emoji-sd-1.5", "v1.4", "out.d", "delta.safetensors", "a.b/c", "."])
+def test_other_names_may_be_folders_or_files(name: str) -> None:
+    check_output_name(name, [".safetensors"], may_be_folder=True)
+
+
+def test_a_file_of_prompts_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("esd.csv", "prompts.TXT", "set.yaml"):
+        check_prompts([name])  # words, as long as there is no such file
+        Path(name).touch()
+        with pytest.raises(ValueError, match=f"The prompt '{name}' is a file, which is not read"):
+            check_prompts(["a dog", name])
+    Path("a dog").touch()
+    check_prompts(["a dog", "a photo of a.txt file" * 30])

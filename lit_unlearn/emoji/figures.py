@@ -1,0 +1,100 @@
+"""Figures of the embedded model: its judge, its autoencoder, and the pictures that it draws of every concept."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.prompts import PictureItem, Pictures
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.emoji.data import DrawingDataset
+from lit_unlearn.emoji.drawing import ATTRIBUTES
+from lit_unlearn.judges.base import judge_questions
+from lit_unlearn.judges.classifier import ClassifierJudge
+
+FRESH_SEED = 7_000_000
+"""Of the first picture; nothing else uses these seeds."""
+SHARE, DECIBELS, LEAST = 0.02, 1.0, 0.2
+"""How far a new model may stay behind: in the share of right answers, in PSNR, and in the share of its worst concept,
+of whose pictures there are few."""
+
+
+@torch.no_grad()
+def judge_accuracy(judge: ClassifierJudge, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy per head on ``images`` (B, 3, H, W) in [-1, 1] with the values ``labels`` (B, 3)."""
+    logits = judge.classifier(images)
+    return {
+        name: (logits[name].argmax(dim=-1) == labels[:, i]).float().mean().item() for i, name in enumerate(ATTRIBUTES)
+    }
+
+
+@torch.no_grad()
+def figures_of_parts(pipeline: StableDiffusion, judge: ClassifierJudge, drawings: int = 2560) -> dict[str, Any]:
+    """What the judge sees in held-out drawings and in their reconstructions, and the PSNR of these in dB."""
+    data = DrawingDataset(drawings, "validation", seed=1)
+    items = [data[i] for i in range(len(data))]
+    images, labels = torch.stack([i["images"] for i in items]), torch.stack([i["labels"] for i in items])
+    latents = torch.cat([pipeline.vae.encode(part).latent_dist.mode() for part in images.split(64)])
+    decoded = torch.cat([pipeline.vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
+    return {
+        "drawings": judge_accuracy(judge, images, labels),
+        "reconstructions": judge_accuracy(judge, decoded, labels),
+        # Pictures span [-1, 1], so the peak is 2.
+        "psnr_db": (10 * torch.log10(4 / (decoded - images).square().mean(dim=(1, 2, 3)))).mean().item(),
+    }
+
+
+def figures_of_pictures(
+    pipeline: StableDiffusion,
+    judge: ClassifierJudge,
+    num_inference_steps: int,
+    guidance_scale: float,
+    images_per_prompt: int = 4,
+) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+    """In how many pictures of the evaluation prompts of ``emoji20`` the judge sees the concept.
+
+    Returns:
+        The figures; and the first picture (3, H, W) of each prompt, by concept.
+    """
+    concepts = load_concept_set("emoji20")
+    pictures: list[PictureItem] = Pictures(concepts, images_per_prompt, FRESH_SEED).items
+    shown: dict[str, list[float]] = defaultdict(list)
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    names = list(concepts.concepts)
+    started = time.perf_counter()
+    for start in range(0, len(pictures), 40):
+        batch = pictures[start : start + 40]
+        prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
+        made = pipeline.draw(prompts, seeds, num_inference_steps, guidance_scale)
+        answers = judge_questions(judge, made, [item.question for item in batch])
+        for item, answer, picture in zip(batch, answers.tolist(), made, strict=True):
+            concept = names[item.concept_index]
+            kind = "direct" if item.prompt_index < concepts.counts.direct else "indirect"
+            shown[f"{concept}/{kind}"].append(float(answer >= 0.5))
+            if item.image_index == 0:
+                rows[concept].append(picture)
+    seconds = time.perf_counter() - started
+    share = {key: sum(values) / len(values) for key, values in shown.items()}
+    found: dict[str, Any] = {"per_concept": {n: {k: share[f"{n}/{k}"] for k in ("direct", "indirect")} for n in names}}
+    for kind in ("direct", "indirect"):
+        values = [share[f"{n}/{kind}"] for n in names]
+        found[kind] = {"mean": sum(values) / len(values), "least": min(values)}
+    return {**found, "seconds_per_20_pictures": 20 * seconds / len(pictures), "pictures": len(pictures)}, rows
+
+
+def worse(found: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
+    """Which of the figures ``found`` are behind the ``published`` ones by more than chance, each in words."""
+    behind = []
+    for what in ("drawings", "reconstructions", "direct", "indirect"):
+        for name, value in found.get(what, {}).items():
+            if value < published[what][name] - (LEAST if name == "least" else SHARE):
+                behind.append(f"{what} {name} {value:.1%} instead of {published[what][name]:.1%}")
+    if found.get("psnr_db", published["psnr_db"]) < published["psnr_db"] - DECIBELS:
+        behind.append(f"PSNR {found['psnr_db']:.1f} dB instead of {published['psnr_db']:.1f}")
+    return behind

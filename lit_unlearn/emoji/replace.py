@@ -1,0 +1,82 @@
+"""Puts what runs have trained into the folder of the embedded model, if it is as good as the published one.
+
+    python -m lit_unlearn.emoji.replace logs/emoji/text_to_image/version_0 logs/emoji/judge/version_0
+
+The new model is put together beside the old one: a copy of it, with the parts of the runs, in their order, in place of
+its own. It is measured in whole, for about three minutes on two cores, and takes the place of the old one in one step,
+or nothing does. The model card and the picture of samples stay; they are to be renewed by hand (docs/emoji_sd.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
+from lit_unlearn.emoji.figures import figures_of_parts, figures_of_pictures, worse
+from lit_unlearn.emoji.parts import FOLDER
+from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.system.errors import UserError, user_errors
+from lit_unlearn.system.files import copy_into, replaced_folder
+
+
+def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
+    """Put the parts that ``runs`` have trained into ``model``.
+
+    Args:
+        runs: Folders of runs of the recipes ``emoji/*.yaml``; of a part that several have, the last one counts.
+        model: Folder of the embedded model.
+        figures: The published figures, as ``benchmarks/emoji_sd.py`` writes them.
+
+    Raises:
+        ValueError: A run has trained nothing, or the new model is worse than the published one; nothing is changed.
+        WriteError: The folder cannot be written.
+    """
+    if not figures.is_file():
+        raise ValueError(f"figures={figures} does not exist: give the published ones with --figures.")
+    for run in runs:
+        if not any((run / FOLDER).glob("*/*.safetensors")):
+            raise ValueError(f"{run} has no {FOLDER} with weights: give the folder of a run that came to its end.")
+    published = json.loads(figures.read_text(encoding="utf-8"))
+    with replaced_folder(model) as folder:
+        copy_into(model, folder)
+        for run in runs:
+            copy_into(run / FOLDER, folder)
+        pipeline, judge = load_pipeline(str(folder)), ClassifierJudge(folder / "judge")
+        _refuse_worse(worse(figures_of_parts(pipeline, judge), published), model)
+        sampler = published["sampler"]
+        found, _ = figures_of_pictures(pipeline, judge, sampler["num_inference_steps"], sampler["guidance_scale"])
+        _refuse_worse(worse(found, published), model)
+
+
+def _refuse_worse(behind: Sequence[str], model: Path) -> None:
+    if behind:
+        raise ValueError(f"The new model is worse than the published one, so {model} stays: {', '.join(behind)}.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, logs/emoji/.../version_N")
+    parser.add_argument("--model", type=Path, help="folder of the embedded model; default: the one that is used")
+    parser.add_argument(
+        "--figures", type=Path, default=Path("docs/results/emoji_sd.json"), help="the published figures"
+    )
+    options = parser.parse_args(args)
+    try:
+        with user_errors():
+            model = options.model or Path(resolve_model(EMBEDDED))
+            replace_model(options.runs, model, options.figures)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{model} has the parts of {', '.join(map(str, options.runs))}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""How long a fit is: whether it came to its end, what stopped it before, and how a finished one goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from typing_extensions import override
+
+from lit_unlearn.methods.rename_tokens import RenameTokens
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.uce_debias import UCEDebias
+from lit_unlearn.system.errors import UserError
+
+OWN_LENGTH = (ClosedFormMethod, RenameTokens)
+"""Methods that say themselves how long a fit is."""
+
+
+def takes_one_step(method: type) -> bool:
+    """Whether an epoch of ``method`` is one step that trains nothing."""
+    if issubclass(method, ClosedFormMethod):
+        return method.training_step is ClosedFormMethod.training_step
+    return issubclass(method, RenameTokens)
+
+
+def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
+    """What ended a fit before its last step, as in ``after 2 of 4 steps, by trainer.max_steps=2``; None if nothing did.
+
+    Where ``max_epochs`` is not set, the fit is as long as ``max_steps`` says.
+    """
+    loop, steps, max_epochs = trainer.fit_loop, trainer.global_step, trainer.max_epochs or 0
+    epochs: Any = loop.epoch_progress.current
+    whole = epochs.processed >= max_epochs and loop.epoch_loop.batch_progress.is_last_batch
+    if max_epochs == -1:
+        whole = 0 <= trainer.max_steps <= steps
+    if whole or (trainer.should_stop and isinstance(module, UCEDebias)):  # which ends when it is near enough
+        return None
+    cause = f"trainer.max_steps={trainer.max_steps}"
+    if trainer.should_stop:
+        kinds = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        timer, early = kinds.get(Timer), kinds.get(EarlyStopping)
+        cause = "a callback that asked for it" if early is None else f"EarlyStopping on {early.monitor}"
+        if timer is not None and (timer.time_remaining() or 0) <= 0:
+            cause = "trainer.max_time, or a Timer"
+    of = f" of {max_epochs * _optimizer_steps(trainer.num_training_batches, trainer)}" if max_epochs > 0 else ""
+    return f"after {steps}{of} steps, by {cause}"
+
+
+def how_to_go_on(trainer: L.Trainer, module: L.LightningModule) -> str:
+    """What to do about a fit that was stopped early."""
+    if isinstance(module, OWN_LENGTH) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return "start a new one without that, since an edit is written whose steps are not all done"
+    return "with a longer one, or without it, --ckpt_path last goes on"
+
+
+def _optimizer_steps(batches: float, trainer: Any) -> int:
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the fit of a checkpoint has come.
+
+    Attributes:
+        path: The checkpoint.
+        names: The edited weights.
+        epochs: Epochs that have ended.
+        batches: Batches that it has seen, over all epochs.
+        steps: Optimizer steps that it has taken.
+        cut: Whether the end of its last epoch came before all its batches.
+        schedule: Steps of the schedule of the learning rate, if that has an end.
+    """
+
+    path: str | Path
+    names: list[str]
+    epochs: int
+    batches: int
+    steps: int
+    cut: bool
+    schedule: int | None
+
+    @classmethod
+    def of(cls, path: str | Path, names: list[str]) -> Progress:
+        """Read it from the checkpoint ``path`` of a fit that edits the weights ``names``.
+
+        Raises:
+            UserError: It is no checkpoint of a fit.
+        """
+        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")  # the weights stay on the disk
+        try:
+            loop = content["loops"]["fit_loop"]
+            epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+            schedules = [schedule.get("total_steps") for schedule in content.get("lr_schedulers", [])]
+            return cls(
+                path,
+                names,
+                epoch["processed"],
+                batch["total"]["processed"],
+                content["global_step"],
+                epoch["processed"] == epoch["started"] and not batch["is_last_batch"],
+                min((steps for steps in schedules if steps is not None), default=None),
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"ckpt_path={path} does not say how far its fit has come: start a new one.") from error
+
+    def left(self, module: L.LightningModule, config: Any) -> bool:
+        """Whether the fit of ``config`` has steps left.
+
+        Args:
+            module: The method, which need not be configured.
+            config: The configuration of ``fit``.
+
+        Raises:
+            UserError: It cannot go on there.
+        """
+        if isinstance(module, OWN_LENGTH):
+            if self.cut:
+                raise UserError(
+                    f"fit: {self.path} cannot go on: it ended in the middle of a layer, whose edit is written; start a "
+                    "new fit with --fresh and without --ckpt_path."
+                )
+            assert isinstance(module, DiffusionEditor)
+            module.edited_names = self.names  # as configure_model finds them
+            return self.epochs < (module.fit_plan.epochs or 1)
+        trainer, epoch = config.trainer, steps_per_epoch(config.data.init_args)
+        ends = [] if trainer.max_steps == -1 else [trainer.max_steps]
+        if trainer.max_epochs not in (None, -1) and epoch:
+            if self.batches >= trainer.max_epochs * epoch:
+                return False
+            ends.append(_optimizer_steps(epoch, trainer) * trainer.max_epochs)
+        if ends and self.steps >= min(ends):
+            return False
+        if self.schedule is not None and ends and min(ends) > self.schedule:
+            raise UserError(
+                f"fit: {self.path} cannot go on to step {min(ends)}: the schedule of its learning rate ends at step "
+                f"{self.schedule}; start a new fit of that length with --fresh and without --ckpt_path."
+            )
+        return True
+
+    def nothing_left(self, module: L.LightningModule) -> str:
+        """That nothing is left to do, and what makes the fit longer."""
+        longer = "raise data.steps, trainer.max_epochs or trainer.max_steps, whichever ends it, to go on"
+        if isinstance(module, OWN_LENGTH):
+            longer = "raise model.rounds to go on" if hasattr(module, "rounds") else "its length is its own"
+        return f"{self.path} is at its end after {self.steps} steps, so there is nothing more to do: {longer}"
+
+
+def steps_per_epoch(data: Mapping[str, Any]) -> int | None:
+    """Batches of an epoch, as the settings of our data modules say; None for others."""
+    return data.get("steps") or data.get("steps_per_epoch")
+
+
+class GoOn(L.Callback):
+    """Takes a checkpoint up where its steps are in epochs of another length.
+
+    Of a fit of one epoch of 100 steps, 200 to an epoch make the middle of the first; Lightning would begin the second,
+    or end. A checkpoint that lies where it would lie anyway is left as it is.
+
+    Args:
+        steps: Batches of an epoch.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        loop = checkpoint["loops"]["fit_loop"]
+        epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+        done = batch["total"]["processed"]
+        inside = batch["current"]["processed"] if epoch["started"] > epoch["processed"] else 0
+        if epoch["processed"] * self.steps + inside == done:
+            return
+        epochs, inside = divmod(done, self.steps)
+        if inside:  # as saved at the end of a batch
+            count = {"ready": epochs + 1, "started": epochs + 1, "processed": epochs, "completed": epochs}
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning adds it when it loads
+        else:  # as saved at the end of an epoch
+            count = {"ready": epochs, "started": epochs, "processed": epochs, "completed": epochs - 1}
+        loop["epoch_progress"] = {"total": dict(count), "current": dict(count)}
+        seen = dict.fromkeys(("ready", "started", "processed"), inside or self.steps)
+        batch["current"] = {**seen, "completed": seen["ready"] - bool(inside)}
+        batch["total"] = {**dict.fromkeys(seen, done), "completed": done - bool(inside)}
+        batch["is_last_batch"] = not inside

@@ -1,0 +1,28 @@
+"""The configuration of a command, in the folder of its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from lit_unlearn.system.files import atomic_write
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration into the run's folder: ``config.yaml`` of a fit, ``config_test.yaml`` of a test."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != TrainerFn.FITTING:
+            self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own would leave half a file
+            file.write(self.parser.dump(self.config, skip_none=False).encode())
