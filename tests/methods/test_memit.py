@@ -56,7 +56,7 @@ class Written(Solver):
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         (write,) = writes  # the next one is measured once this one is written
-        residual = write.values - write.keys @ write.weight.mT
+        residual = write.values.double() - write.keys.double() @ write.weight.mT
         self.asked.append((write.name, write.keys, residual, stream(self.module, 2)))
         return [Solved(torch.linalg.lstsq(write.keys, residual).solution.mT, {})]
 
