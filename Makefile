@@ -35,7 +35,7 @@ demo: $(STAMP) ## remove a concept from the embedded model and score it
 test test-slow test-devices test-lowest: export PYTHONWARNDEFAULTENCODING = 1
 
 # One process per core, each with one thread (tests/conftest.py). A process that has no tests left takes some from
-# another. Until then, tests of one file stay together and share their fixtures.
+# another. Until then, neighbouring tests stay together and share what they prepare.
 test: $(STAMP) ## run the quick tests
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
