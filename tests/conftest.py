@@ -32,6 +32,7 @@ from lit_unlearn.methods.value_refinement import ValueRefinement
 NOT_OURS = (
     # NumPy's of what diffusers' schedulers do with tensors
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning",
     # Lightning's, where we mean it: the pipeline stays in evaluation mode while it is edited
     "ignore:Found .* module.s. in eval mode at the start of training",
 )
@@ -181,7 +182,7 @@ PETS: dict[str, Any] = {
         "kind": "object",
         "target": "soccer ball",  # two tokens for one
         "anchor": "a toy",
-        "question": "Is there a dog?",
+        "question": "Is there a dog in this picture?",
         "direct": ["one dog"],
         "indirect": ["the pet that barks"],
         "edit_prompts": ["a dog", "the dog at sunset"],
@@ -191,7 +192,7 @@ PETS: dict[str, Any] = {
         "kind": "object",
         "target": "parrot",
         "anchor": "a bird",
-        "question": "Is there a cat?",
+        "question": "Is there a cat in this picture?",
         "direct": ["one cat"],
         "indirect": ["the pet that purrs"],
         "edit_prompts": ["a cat", "the cat in the rain"],

@@ -214,11 +214,17 @@ def moved(module: Module, judge: Callable[[], Any], factor: float = 3.0) -> Modu
 
 
 def score(
-    module: ConceptEditor, folder: Path, *callbacks: L.Callback, logger: Logger | bool = False, **data: object
+    module: ConceptEditor,
+    folder: Path,
+    *callbacks: L.Callback,
+    logger: Logger | bool = False,
+    precision: Any = "32-true",
+    **data: object,
 ) -> L.Trainer:
     """Test ``module`` on the CPU, with ``data`` for ``ConceptPrompts``; it writes into ``folder``, or the logger's."""
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         logger=logger,
         default_root_dir=folder,
         callbacks=list(callbacks),

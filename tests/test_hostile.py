@@ -204,7 +204,7 @@ def test_a_scheduler_is_a_scheduler(broken_model: Callable[..., Path]) -> None:
         )
 
     folder = broken_model(name_a_pipeline)
-    with pytest.raises(ValueError, match=r"names 'DiffusionPipeline' as its scheduler"):
+    with pytest.raises(ValueError, match=r"has the scheduler 'DiffusionPipeline', which is not for Stable"):
         load_pipeline(str(folder))
 
 

@@ -1,48 +1,86 @@
-"""The attacks by name."""
+"""From what a person calls an attack to the attack: one of ours by its name, any other by its import path."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
+from lit_unlearn import attacks
 from lit_unlearn.attacks.base import Attack
-from lit_unlearn.attacks.concept_inversion import ConceptInversion
-from lit_unlearn.attacks.prompt_search import PromptSearch
-from lit_unlearn.attacks.relearning import Relearning
-from lit_unlearn.attacks.ring_a_bell import RingABell
+from lit_unlearn.system.classes import CLASS_PATH, checked_arguments, declared_classes, import_class
+from lit_unlearn.system.errors import closest
 
-ATTACKS: dict[str, type[Attack]] = {
-    attack.name: attack for attack in (ConceptInversion, PromptSearch, RingABell, Relearning)
-}
+
+def shipped_attacks() -> dict[str, type[Attack]]:
+    """The attacks of this package by their names."""
+    return declared_classes(attacks, Attack, "name")  # type: ignore[type-abstract]
+
+
+def find_attack(attack: str) -> type[Attack]:
+    """The class that ``attack`` names.
+
+    Raises:
+        ValueError: There is no such attack.
+    """
+    shipped = shipped_attacks()
+    if attack in shipped:
+        return shipped[attack]
+    if not CLASS_PATH.fullmatch(attack):
+        others = f" (attacks: {', '.join(shipped)}, or the import path of a class)"
+        raise ValueError(f"attacks={attack!r} is no attack{closest(attack, shipped) or others}.")
+    found = import_class(attack, "attacks")
+    if not issubclass(found, Attack) or inspect.isabstract(found):
+        raise ValueError(f"attacks={attack!r} is no attack: it needs to be a subclass of Attack that has a search.")
+    name = getattr(found, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"attacks={attack!r} declares no name: give the class a name such as my_attack.")
+    if shipped.get(name, found) is not found:
+        raise ValueError(f"attacks={attack!r} is called {name}, as one of ours is: give the class a name of its own.")
+    return found
 
 
 def make_attacks(
-    names: Sequence[str] | None = None, steps: int | None = None, allow_names: bool = False
+    names: Sequence[str] | None = None,
+    steps: int | None = None,
+    allow_names: bool = False,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Attack]:
-    """Some attacks, with their default settings but for what is given here.
+    """Some attacks, with their default settings except for what is given here.
 
     Args:
-        names: Which ones; None for all.
+        names: Which ones, by their names or import paths; None for all of ours.
         steps: Steps of each; None for each one's own.
         allow_names: Let searched prompts hold the concept's own names.
+        settings: Fields of an attack, by its name; they come before ``steps`` and ``allow_names``.
 
     Raises:
-        ValueError: A name is unknown or given twice, or ``steps`` is less than 1.
+        ValueError: A name is unknown or given twice, a setting is wrong or has no attack, or ``steps`` is less than 1.
     """
-    names = list(ATTACKS) if names is None else list(names)
-    for name in names:
-        if name not in ATTACKS:
-            close = get_close_matches(name, ATTACKS, n=1, cutoff=0.5)
-            others = f"closest: {close[0]}" if close else f"attacks: {', '.join(ATTACKS)}"
-            raise ValueError(f"attacks={name!r} is no attack ({others}).")
-    if len(set(names)) < len(names):
-        raise ValueError(f"attacks={' '.join(names)} names one twice.")
+    classes = [find_attack(name) for name in (shipped_attacks() if names is None else names)]
+    chosen = {cls.name: cls for cls in classes}
+    if len(chosen) < len(classes):
+        raise ValueError(f"attacks={' '.join(names or ())} names one twice.")
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
+    for name in settings or {}:
+        if name not in chosen:
+            raise ValueError(
+                f"{name}.{next(iter((settings or {})[name]))} is given, and {name} is not among the attacks"
+                f"{closest(name, chosen)}: they are {', '.join(chosen)}."
+            )
     given: dict[str, Any] = {} if steps is None else {"steps": steps}
     if allow_names:
         given["exclude_names"] = False
-    known = {name: {field.name for field in fields(ATTACKS[name])} for name in names}
-    return [ATTACKS[name](**{k: v for k, v in given.items() if k in known[name]}) for name in names]
+        if chosen and not any(_has(cls, "exclude_names") for cls in classes):
+            raise ValueError(f"allow_names has no effect on {', '.join(chosen)}: no words are searched there.")
+    made = []
+    for name, cls in chosen.items():
+        own = checked_arguments(cls, (settings or {}).get(name, {}), name, name)
+        made.append(cls(**{**{key: value for key, value in given.items() if _has(cls, key)}, **own}))
+    return made
+
+
+def _has(cls: type[Attack], name: str) -> bool:
+    return any(field.name == name for field in fields(cls))

@@ -7,7 +7,7 @@ and its result is in ``attacks.json`` before the next one starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
@@ -26,8 +27,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit
 from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.judges.base import Judge
-from lit_unlearn.judges.classifier import ClassifierJudge
-from lit_unlearn.judges.load import load_judge
+from lit_unlearn.judges.load import check_stored, load_judge
 from lit_unlearn.reports.attack_results import FILE, AttackReport, AttackResult, make_result
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.files import atomic_write
@@ -48,6 +48,7 @@ def attack_run(
     steps: int | None = None,
     seed: int = 0,
     judge: str | None = None,
+    judge_options: Mapping[str, Any] | None = None,
     allow_names: bool = False,
     model: str | None = None,
     revision: str | None = None,
@@ -60,12 +61,13 @@ def attack_run(
 
     Args:
         ckpt_path: A run's checkpoint, or a delta.
-        attacks: Names of attacks, or attacks with settings of their own; None for all.
+        attacks: Names or import paths of attacks, or attacks with settings of their own; None for all of ours.
         concepts: Edited concepts to attack; None for all of them.
         num_pictures: Pictures that an attack is judged by.
         steps: Steps of each attack that is given by its name; None for its own.
         seed: Seed of pictures and searches.
-        judge: Name of the judge; None for the run's.
+        judge: Short name, classifier's folder, or import path of the judge; None for the run's, if that is one of ours.
+        judge_options: Its arguments; None for the run's if the judge is the run's, else for the defaults.
         allow_names: Let searched prompts hold the concept's own names.
         model: The base model; None for the one that was edited.
         revision: Of a hub id.
@@ -95,9 +97,14 @@ def attack_run(
     todo = _todo(report, path, chosen, targets, existing)
     if todo:
         found_device, base = find_device(device), chosen_base(model, revision, edit)
-        loaded_judge = _load_judge(edit, judge, concept_set, targets)
+        base.check_steps(int(edit.hyper_parameters.get("num_inference_steps", 15)), "num_inference_steps")
+        if base.reader is not None:
+            check_cuts(base.reader, concept_set, targets)
+        loaded_judge = _load_judge(edit, judge, judge_options, concept_set, [concept for _, concept in todo])
         pipeline, pretrained = load_with_pretrained(base, edit, found_device)
         vocabulary = _vocabulary(pipeline, edit, base)
+        if base.reader is None:
+            check_cuts(pipeline.reader, concept_set, targets)
         for module in pipeline.parts.values():
             if edit.dtype != torch.float32:  # searches and training need more than half precision
                 module.float()
@@ -194,17 +201,19 @@ def _chosen_attacks(attacks: Sequence[str | Attack] | None, steps: int | None, a
     return chosen
 
 
-def _load_judge(edit: Edit, name: str | None, concept_set: ConceptSet, concepts: Sequence[Concept]) -> Judge:
-    """The judge ``name``, or that of the run, which must know the questions of ``concepts``."""
-    arguments = edit.hyper_parameters
-    options = (arguments.get("judge_options") or {}) if name is None else {}
-    judge = load_judge(name or arguments.get("judge", "emoji"), options, concept_set)
-    for concept in concepts:
-        if isinstance(judge, ClassifierJudge) and concept.question not in judge.questions:
-            raise ValueError(
-                f"The judge {judge.name!r} cannot answer {concept.question!r}: its config.json lists the questions."
-            )
-    return judge
+def _load_judge(
+    edit: Edit,
+    judge: str | None,
+    options: Mapping[str, Any] | None,
+    concept_set: ConceptSet,
+    asked: Sequence[Concept],
+) -> Judge:
+    """The judge that is given, or that of the run, which must know the questions of the concepts ``asked``."""
+    if judge is None:
+        judge, stored = edit.hyper_parameters.get("judge", "emoji"), edit.hyper_parameters.get("judge_options") or {}
+        options = stored if options is None else options
+        check_stored(judge, options, edit.path)
+    return load_judge(judge, options or {}, concept_set, list(dict.fromkeys(asked)))
 
 
 def _edited_concepts(edit: Edit, names: Sequence[str] | None, concept_set: ConceptSet) -> list[Concept]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
@@ -22,7 +21,7 @@ from typing_extensions import override
 from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
 from lit_unlearn.data.prompts import PictureItem
-from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.evaluation.grids import before_after_grid, image_grid
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
@@ -48,7 +47,9 @@ TEST_SCORES = (
 class UneditedPictures(L.Callback):
     """Keeps the pictures of the unedited model on disk, so that comparing many edits makes them once.
 
-    They lie in ``folder`` under a key of everything that determines them: base weights, sampler, steps and guidance.
+    They lie in ``folder`` under a key of everything that determines them (``Drawing``: base weights, sampler, steps,
+    precision, device, versions of libraries, ...), each with that key and a hash of its pixels in it. A file that is
+    damaged, or of another key, is made anew.
 
     Args:
         folder: Where to keep them.
@@ -60,6 +61,7 @@ class UneditedPictures(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._key = None  # another model, or another precision
         if isinstance(pl_module, DiffusionEditor):
             pl_module.known_pictures = self.unedited_pictures
 
@@ -72,7 +74,7 @@ class UneditedPictures(L.Callback):
         """Pictures (B, 3, H, W), uint8, of ``batch``: read if they are there, else generated and kept."""
         if self._key is None:
             self._key = self._make_key(module)
-        paths = [self._path(item) for item in batch]
+        paths = [self._path(module, item) for item in batch]
         pictures = [self._read(path) for path in paths]
         missing = [place for place, picture in enumerate(pictures) if picture is None]
         if missing:
@@ -80,36 +82,41 @@ class UneditedPictures(L.Callback):
             with module.pretrained.restored():
                 made = module.generate([item.prompt for item in batch], [item.seed for item in batch])
             for place in missing:
-                save_png(paths[place], to_pil(made[place].float() / 255))
+                image = to_pil(made[place].float() / 255)
+                save_png(paths[place], image, {"key": self._note(paths[place]), "content": _content(image)})
                 pictures[place] = made[place]
         return torch.stack([picture for picture in pictures if picture is not None])
 
     def _make_key(self, module: ConceptEditor) -> str:
         with module.pretrained.restored():
-            weights = fingerprint(module.pipeline.named_parameters())
-        settings = {
-            "weights": weights,
-            **module.pipeline.settings(),
-            "num_inference_steps": module.num_inference_steps,
-            "guidance_scale": module.guidance_scale,
-        }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+            return Drawing.of(module.pipeline, module.num_inference_steps, module.guidance_scale).key
 
-    def _path(self, item: PictureItem) -> Path:
-        name = hashlib.sha256(f"{item.seed} {item.prompt}".encode()).hexdigest()[:24]
+    def _path(self, module: ConceptEditor, item: PictureItem) -> Path:
+        ids = module.pipeline.reader.ids([item.prompt, ""])  # the empty prompt is what guidance leads away from
+        name = hashlib.sha256(f"{item.seed} {item.prompt} {ids}".encode()).hexdigest()[:24]
         assert self._key is not None
-        return self.folder / self._key / f"{name}.png"
+        return self.folder / self._key[:16] / f"{name}.png"
 
-    @staticmethod
-    def _read(path: Path) -> Tensor | None:
+    def _note(self, path: Path) -> str:
+        return f"{self._key}/{path.stem}"
+
+    def _read(self, path: Path) -> Tensor | None:
         if not path.is_file():
             return None
         try:
-            with Image.open(path) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        except (UnidentifiedImageError, OSError):
-            rank_zero_info(f"{path} is no readable picture: it is made anew.")
+            with Image.open(path) as file:
+                image, notes = file.convert("RGB"), file.info
+            if (notes.get("key"), notes.get("content")) != (self._note(path), _content(image)):
+                raise ValueError("it holds another picture")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of damage
+            rank_zero_info(f"{path} is damaged ({error}): it is made anew.")
             return None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _content(image: Image.Image) -> str:
+    """Hash of a picture's size and pixels."""
+    return hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 class EvaluationReport(L.Callback):

@@ -10,8 +10,7 @@ from torch import Tensor
 from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.evaluation.judge_curve import Curve, JudgeCurves
-from lit_unlearn.judges.base import Judge, judge_questions
-from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.judges.base import Judge, is_quick, judge_questions
 
 
 def known_answers(
@@ -52,7 +51,7 @@ class JudgeCurve:
         edited: The edited concepts, whose questions are asked.
         images_per_prompt: Pictures of each prompt.
         negatives: Pictures of each other concept of the kind that the judge is asked about; None takes all of them if
-            the judge is a classifier, none at all if it is slow.
+            the judge is quick, as a classifier is, none at all if it is slow.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class JudgeCurve:
     ) -> None:
         self.judge, self.concepts, self.edited, self.negatives = judge, concepts, list(edited), negatives
         self.images_per_prompt = images_per_prompt
-        self.is_asked = negatives != 0 and (negatives is not None or isinstance(judge, ClassifierJudge))
+        self.is_asked = negatives != 0 and (negatives is not None or is_quick(judge))
         # A place for each evaluation prompt's pictures; counts are the same for all concepts.
         self.per_concept = (concepts.counts.direct + concepts.counts.indirect) * images_per_prompt
         self.metric = JudgeCurves([c.name for c in self.edited], self.per_concept * len(concepts.concepts))

@@ -3,32 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import re
+from typing import Any
 
-from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
+from lit_unlearn.commands.parser import Listing, Parser, add_model_options, command_parser
 from lit_unlearn.system.errors import user_errors
 
 DESCRIPTION = "try to bring the concept of a run back"
-ATTACK_NAMES = ("concept_inversion", "prompt_search", "ring_a_bell", "relearning")
+SETTING = re.compile(r"--([\w.]+)\.(\w+)(?:=(.*))?", flags=re.DOTALL)
+"""A field of an attack, ``--prompt_search.num_tokens 8``, or of the judge, ``--judge_options.batch_size 4``."""
+
+
+class AttackParser(Parser):
+    """Also takes what only attacks and judges know: their fields, as text in ``settings`` and ``judge_options``."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As its base; what is no field either is left over."""
+        options, rest = super().parse_known_args(*args, **kwargs)
+        options.settings, left = {}, []
+        words = iter(rest)
+        for word in words:
+            if found := SETTING.fullmatch(word):
+                name, field, value = found.groups()
+                if value is None and (value := next(words, None)) is None:
+                    self.error(f"{word} expects a value")
+                options.settings.setdefault(name, {})[field] = value
+            else:
+                left.append(word)
+        options.judge_options = options.settings.pop("judge_options", None)
+        return options, left
 
 
 def parser() -> Parser:
     """Options of ``attack``."""
-    made = command_parser("attack", DESCRIPTION)
+    made = command_parser("attack", DESCRIPTION, AttackParser)
     made.add_argument("--ckpt_path", required=True, help="a run's checkpoint, or a delta (then with --output)")
-    made.add_argument(
-        "--attacks", nargs="+", metavar="NAME", help=f"which ones; default: all, {', '.join(ATTACK_NAMES)}"
-    )
+    made.add_argument("--attacks", nargs="+", metavar="NAME", help="which ones, or import paths; default: all of ours")
+    what = "list the attacks and their fields, which are set as --prompt_search.num_tokens 8"
+    made.add_argument("--attacks.help", action=Listing, listing=list_attacks, help=what)
     made.add_argument("--concept", nargs="+", metavar="NAME", help="edited concepts to attack; default: all of them")
     made.add_argument("--num_pictures", type=int, default=10, help="pictures an attack is judged by; default: 10")
     made.add_argument("--steps", type=int, help="steps of each attack; default: each attack's own")
     made.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")
-    made.add_argument("--judge", help="emoji, llava, clip, nudenet, or a folder; default: the run's")
+    made.add_argument("--judge", help="a judge, a classifier's folder, or an import path; default: the run's")
+    what = "list the judges and their options, which are set as --judge_options.batch_size 4"
+    made.add_argument("--judge.help", action=Listing, listing=list_judges, help=what)
     made.add_argument("--allow_names", action="store_true", help="searched prompts may hold the concept's own names")
     add_model_options(made, "the one that was edited")
     made.add_argument("-o", "--output", metavar="DIR", help="folder to write into; default: the run's")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     made.add_argument("--overwrite", action="store_true", help="run attacks again that have results")
     return made
+
+
+def list_attacks() -> str:
+    """The attacks of this package and their fields."""
+    from lit_unlearn.attacks.catalog import shipped_attacks
+    from lit_unlearn.system.classes import describe
+
+    return describe(shipped_attacks())
+
+
+def list_judges() -> str:
+    """The judges of this package and their options."""
+    from lit_unlearn.judges.load import CONCEPTS, shipped_judges
+    from lit_unlearn.system.classes import describe
+
+    return describe(shipped_judges(), "judge_options", skip=[CONCEPTS])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,23 +81,24 @@ def run(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
+    from lit_unlearn.attacks.catalog import make_attacks
     from lit_unlearn.attacks.run import attack_run
     from lit_unlearn.reports.attack_results import attacks_table
     from lit_unlearn.system.devices import explaining_memory, find_device
 
     with user_errors():
         device = find_device(options.device)
+        attacks = make_attacks(options.attacks, options.steps, options.allow_names, options.settings)
     ways = ["attack on the processor (--device cpu)"] if device.type != "cpu" else []
     with user_errors(), explaining_memory("attack", device, ways):
         results = attack_run(
             options.ckpt_path,
-            options.attacks,
+            attacks,
             concepts=options.concept,
             num_pictures=options.num_pictures,
-            steps=options.steps,
             seed=options.seed,
             judge=options.judge,
-            allow_names=options.allow_names,
+            judge_options=options.judge_options,
             model=options.model,
             revision=options.revision,
             output=options.output,

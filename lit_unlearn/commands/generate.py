@@ -64,12 +64,13 @@ def run(options: argparse.Namespace) -> None:
         device = find_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path else None
         base = chosen_base(options.model, options.revision, edit)
+        hyper_parameters = edit.hyper_parameters if edit else {}
+        steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
+        base.check_steps(steps, "num_inference_steps")
     ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
     ways += ["draw on the processor (--device cpu)"] if device.type != "cpu" else []
     with user_errors(), explaining_memory("generate", device, ways):
         pipeline = load_edited(base, edit, device)
-    hyper_parameters = edit.hyper_parameters if edit else {}
-    steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = hyper_parameters.get("guidance_scale", 4.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from lit_unlearn.system.errors import UserError
 
@@ -16,9 +18,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}.")
 
 
-def command_parser(command: str, description: str) -> Parser:
+class Listing(argparse.Action):
+    """An option that prints what there is and ends the program.
+
+    Args:
+        listing: Makes the text; what takes seconds to import is imported there.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, listing: Callable[[], str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+        self.listing = listing
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        """Print it."""
+        parser._print_message(f"{self.listing()}\n", sys.stdout)  # as its help, which a reader may cut off
+        parser.exit()
+
+
+def command_parser(command: str, description: str, kind: type[Parser] = Parser) -> Parser:
     """An empty parser of ``lit-unlearn COMMAND``."""
-    return Parser(prog=f"lit-unlearn {command}", description=f"{description.capitalize()}.", allow_abbrev=False)
+    return kind(prog=f"lit-unlearn {command}", description=f"{description.capitalize()}.", allow_abbrev=False)
 
 
 def add_model_options(parser: Parser, default: str) -> None:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import check_folder, load_parts
+from lit_unlearn.diffusion.load import check_folder, load_parts, load_tokenizer, read_sampler
+from lit_unlearn.diffusion.noise import DDPM, Sampler
 from lit_unlearn.diffusion.parameters import Fingerprint, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.prompts import PromptReader
+from lit_unlearn.diffusion.samplers import check_steps
 from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.diffusion.stored import WholeModel
 
@@ -60,6 +63,27 @@ class BaseModel:
         pipeline = load_parts(self.place, dtype, self.revision, device)
         self.commit = pipeline.commit
         return pipeline
+
+    def check_steps(self, num_inference_steps: int, field: str, kind: Sampler = "model") -> None:
+        """Check that the sampler can take so many steps; that of a hub id is known only when it is loaded.
+
+        Args:
+            num_inference_steps: The steps.
+            field: The argument that they come from.
+            kind: The sampler, as of ``Pipeline.with_sampler``.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if isinstance(self.place, Path):
+            check_steps(
+                DDPM(read_sampler(self.place, self.name)).with_sampler(kind).scheduler, num_inference_steps, field
+            )
+
+    @cached_property
+    def reader(self) -> PromptReader | None:
+        """What the text encoders read of prompts; of a hub id that is known only when it is loaded."""
+        return PromptReader((load_tokenizer(self.place),)) if isinstance(self.place, Path) else None
 
     # --- weights, without a pipeline
 

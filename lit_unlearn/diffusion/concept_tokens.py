@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.alignment import positions_mask
+from lit_unlearn.diffusion.prompts import token_ids
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,7 +31,7 @@ def names_mask(tokenizer: CLIPTokenizer, input_ids: Tensor, names: Sequence[str]
     Returns:
         (B, L) bool, all false for a prompt without a name.
     """
-    phrases = [tokenizer(name, add_special_tokens=False).input_ids for name in names]
+    phrases = token_ids(tokenizer, names)
     content = positions_mask(input_ids, tokenizer.eos_token_id, "content").tolist()
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, ids in enumerate(input_ids.tolist()):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_unlearn.diffusion.prompts import token_ids
+
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
@@ -31,8 +33,8 @@ def whole_words(
         ValueError: None is left.
     """
     left_out = {*tokenizer.all_special_ids}
-    for phrase in phrases:
-        left_out |= set(tokenizer(phrase, add_special_tokens=False).input_ids)
+    for ids in token_ids(tokenizer, phrases):
+        left_out |= set(ids)
     words = {
         number: token.removesuffix("</w>")
         for token, number in tokenizer.get_vocab().items()
@@ -40,7 +42,7 @@ def whole_words(
     }
     found = []
     if words:
-        read = tokenizer(list(words.values()), add_special_tokens=False).input_ids
+        read = token_ids(tokenizer, list(words.values()))
         found = [number for number, ids in zip(words, read, strict=True) if ids == [number]]
     found = sorted(number for number in found if forbidden is None or not forbidden(words[number]))
     if not found:

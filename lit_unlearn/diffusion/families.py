@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import DDPM
 from lit_unlearn.diffusion.parameters import num_places
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, denoise, encode_pictures, initial_noise
+from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, denoise, encode_pictures
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ class StableDiffusion(Pipeline):
         return {
             "unet": _plain(self.unet.config),
             "text_encoder": {name: str(getattr(self.text_encoder.config, name)) for name in TEXT_SETTINGS},
+            "vae": _plain(self.vae.config),
             "scheduler": _plain(self.scheduler.config),
+            "latents": list(self.latent_shape),
         }
 
     def with_sampler(self, kind: Literal["model", "ddim"]) -> StableDiffusion:  # type: ignore[override]
@@ -112,14 +114,11 @@ class StableDiffusion(Pipeline):
         num_inference_steps: int,
         guidance_scale: float,
         stop: int | None = None,
+        generators: Sequence[Generator] = (),
     ) -> Iterator[DenoisingStep]:
         """See ``Pipeline.chain``."""
         states = [condition.states for condition in conditions]
-        return denoise(self.unet, self.scheduler, states, noise, num_inference_steps, guidance_scale, stop)
-
-    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """See ``Pipeline.initial_noise``."""
-        return initial_noise(self.unet, seeds)
+        return denoise(self.unet, self.scheduler, states, noise, num_inference_steps, guidance_scale, stop, generators)
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``."""

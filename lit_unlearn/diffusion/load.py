@@ -14,10 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.samplers import make_sampler
 from lit_unlearn.diffusion.source import resolve_model, weight_files
+from lit_unlearn.system.json_files import read_json
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+    from transformers import CLIPTokenizer
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 
@@ -55,6 +58,7 @@ def check_folder(path: Path, model: str) -> dict[str, list[str]]:
             f"model={model!r} has the text encoder {encoder!r}: only pipelines with a single CLIPTextModel "
             "(Stable Diffusion 1.x and 2.x) can be edited."
         )
+    read_sampler(path, model)
     names: dict[str, list[str]] = {}
     for part in ("text_encoder", "unet", "vae"):
         weights = weight_files(path, part)
@@ -68,6 +72,19 @@ def check_folder(path: Path, model: str) -> dict[str, list[str]]:
             except SafetensorError as error:
                 raise ValueError(f"model={model!r}: {file} is corrupt ({error}): copy it again.") from error
     return names
+
+
+def read_sampler(path: Path, model: str) -> SchedulerMixin:
+    """The sampler of the folder ``path`` that was given as ``model``.
+
+    Raises:
+        ValueError: It cannot be read, or used.
+    """
+    file = path / "scheduler" / "scheduler_config.json"
+    config = read_json(file, "a folder in the diffusers layout has it")
+    if not isinstance(config, dict):
+        raise ValueError(f"model={model!r}: {file} is not the configuration of a scheduler: copy it again.")
+    return make_sampler(config, model)
 
 
 def load_pipeline(
@@ -97,6 +114,13 @@ def load_pipeline(
     return load_parts(path, dtype, revision, device)
 
 
+def load_tokenizer(path: Path | str, options: dict[str, Any] | None = None) -> CLIPTokenizer:
+    """The tokenizer of a folder that was checked, or of a hub id."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **(options or {}))
+
+
 def load_parts(
     path: Path | str, dtype: torch.dtype, revision: str | None = None, device: torch.device | None = None
 ) -> StableDiffusion:
@@ -109,7 +133,7 @@ def load_parts(
 def _load(path: Path | str, dtype: torch.dtype, revision: str | None, device: torch.device) -> StableDiffusion:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import is_accelerate_available
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
     options: dict[str, Any] = {"revision": revision} if isinstance(path, str) else {}
     # Never the pickles that some models have beside them.
@@ -117,16 +141,18 @@ def _load(path: Path | str, dtype: torch.dtype, revision: str | None, device: to
     # What diffusers would fall back to anyhow, with a page of advice.
     models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
 
+    scheduler = _load_scheduler(path, options)  # first: one that cannot be used is refused before weights are read
+
     def load(kind: Any, part: str, options: dict[str, Any]) -> Any:
         return _load_part(kind, path, part, options).eval().requires_grad_(False).to(device)
 
     channels_last = {"memory_format": torch.channels_last}
     return StableDiffusion(
-        tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options),
+        tokenizer=load_tokenizer(path, options),
         text_encoder=load(CLIPTextModel, "text_encoder", weights),
         unet=load(UNet2DConditionModel, "unet", models).to(**channels_last),
         vae=load(AutoencoderKL, "vae", models).to(**channels_last),
-        scheduler=_load_scheduler(path, options),
+        scheduler=scheduler,
     )
 
 
@@ -145,11 +171,8 @@ def _load_part(kind: Any, path: Path | str, part: str, options: dict[str, Any]) 
 
 
 def _load_scheduler(path: Path | str, options: dict[str, Any]) -> SchedulerMixin:
-    import diffusers
+    if isinstance(path, Path):
+        return read_sampler(path, str(path))
+    from diffusers import DDPMScheduler
 
-    config = diffusers.DDPMScheduler.load_config(path, subfolder="scheduler", **options)
-    name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        raise ValueError(f"model={str(path)!r} names {name!r:.100} as its scheduler, which diffusers does not have.")
-    return kind.from_config(config)  # type: ignore[attr-defined]
+    return make_sampler(DDPMScheduler.load_config(path, subfolder="scheduler", **options), path)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.prompts import token_ids
 from lit_unlearn.diffusion.source import resolve_model, weight_files
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def tokenize_templates(tokenizer: CLIPTokenizer, templates: Sequence[str], count
     placeholder = next(number for number in range(len(tokenizer)) if number not in special)
     all_ids, all_slots = [], []
     for template in templates:
-        first, *rest = (
-            tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in template.split(PLACE)
-        )
+        first, *rest = token_ids(tokenizer, template.split(PLACE))
         ids, slots = list(first), [-1] * len(first)
         for text in rest:
             ids += [placeholder] * count + text
@@ -84,7 +83,7 @@ def initial_embeddings(
     if words is None:
         noise = torch.randn(count, table.shape[1], generator=generator, device=generator.device).to(table.device)
         return table.mean(0) + table.std(0) * noise
-    ids = tokenizer(words, add_special_tokens=False).input_ids
+    (ids,) = token_ids(tokenizer, [words])
     return table[[ids[place % len(ids)] for place in range(count)]].clone()
 
 

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from lit_unlearn.diffusion.samplers import set_steps
 from lit_unlearn.diffusion.sampling import add_noise, noise_levels, predicted_noise, training_target
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+
+Sampler = Literal["model", "ddim"]
+"""Whose sampler: the model's own, or DDIM."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,10 @@ class DDPM:
         return torch.randint(low, self.num_timesteps if high is None else high, (), generator=generator)
 
     def timesteps(self, num_inference_steps: int) -> Tensor:
-        """Timesteps (S,) of a chain; some samplers take one more than ``num_inference_steps``."""
-        sampler = self.scheduler.__class__.from_config(self.scheduler.config)
-        sampler.set_timesteps(num_inference_steps)
-        return sampler.timesteps
+        """Timesteps (S,) of a chain; some samplers take more than ``num_inference_steps``."""
+        return set_steps(self.scheduler, num_inference_steps).timesteps
 
-    def with_sampler(self, kind: Literal["model", "ddim"]) -> DDPM:
+    def with_sampler(self, kind: Sampler) -> DDPM:
         """The same process with the ``model``'s own sampler, or with DDIM as Stable Diffusion's first code has it."""
         if kind == "model":
             return self

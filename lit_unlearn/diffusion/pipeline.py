@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import DDPM
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.diffusion.sampling import DenoisingStep
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
+from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 
@@ -103,6 +103,7 @@ class Pipeline(ABC):
         num_inference_steps: int,
         guidance_scale: float,
         stop: int | None = None,
+        generators: Sequence[torch.Generator] = (),
     ) -> Iterator[DenoisingStep]:
         """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
 
@@ -113,11 +114,11 @@ class Pipeline(ABC):
             num_inference_steps: Steps of the sampler.
             guidance_scale: Strength of the guidance.
             stop: End at the step of this number, counted from 0, with what its denoiser would see.
-        """
+            generators: Of each picture, for samplers that draw noise in their steps; from ``start_chains``.
 
-    @abstractmethod
-    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
+        Raises:
+            ValueError: The sampler draws noise, and there are no generators.
+        """
 
     @abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -132,6 +133,14 @@ class Pipeline(ABC):
         """Write the pipeline as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
 
     # --- what follows from it
+
+    def start_chains(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
+        """Initial noise (B, C, H, W), float32 on the CPU, and generators of pictures; see ``sampling.start_chains``."""
+        return start_chains(self.latent_shape, seeds)
+
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
+        return self.start_chains(seeds)[0]
 
     @property
     def denoiser(self) -> nn.Module:
@@ -183,6 +192,11 @@ class Pipeline(ABC):
             raise ValueError(f"edited_parameters selects {name}, which is not the weight of a linear layer.")
         return layer
 
+    @property
+    def reader(self) -> PromptReader:
+        """What the text encoders read of prompts."""
+        return PromptReader(tuple(text.tokenizer for text in self.texts))
+
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """``prompts`` as each text encoder reads them; warns of those that are cut off."""
         return Tokens(tuple(text.tokenize(prompts) for text in self.texts))
@@ -228,6 +242,7 @@ class Pipeline(ABC):
         num_inference_steps: int,
         guidance_scale: float,
         unconditional: Condition | None = None,
+        generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
         """Latents (B, C, H, W) of prompts: where ``chain`` ends.
 
@@ -237,13 +252,14 @@ class Pipeline(ABC):
             num_inference_steps: Steps of the sampler.
             guidance_scale: 1 means no guidance, and half of the forwards.
             unconditional: Of the empty prompt, if it is known already.
+            generators: As of ``chain``.
         """
         conditions = [condition]
         if guidance_scale != 1:
             empty = self.encode([""]) if unconditional is None else unconditional
             conditions.insert(0, empty.expand(len(condition)))
         latents = noise
-        for step in self.chain(conditions, noise, num_inference_steps, guidance_scale):
+        for step in self.chain(conditions, noise, num_inference_steps, guidance_scale, generators=generators):
             latents = step.latents
         return latents
 
@@ -252,7 +268,8 @@ class Pipeline(ABC):
         self, condition: Condition, seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
     ) -> Tensor:
         """Latents (B, C, H, W) of the prompts of ``condition``, each from its own seed."""
-        return self.sample(condition, self.initial_noise(seeds), num_inference_steps, guidance_scale)
+        noise, generators = self.start_chains(seeds)
+        return self.sample(condition, noise, num_inference_steps, guidance_scale, generators=generators)
 
     @torch.no_grad()
     def draw(

@@ -10,15 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.seeds import seeded as seeded
+from lit_unlearn.diffusion.samplers import set_steps, step_options
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 
 
+def start_chains(shape: tuple[int, int, int], seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
+    """Where chains start, each from its own seed, as ``StableDiffusionPipeline`` starts them from such generators.
+
+    Args:
+        shape: Channels, height and width of the latents.
+        seeds: One for each picture.
+
+    Returns:
+        Standard normal noise (B, C, H, W), float32 on the CPU; and the generator of each picture, which has drawn that
+        and goes on to draw the noise of the sampler's steps.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Lightning changes the default type in some of its precisions.
+    noise = [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
+    return torch.stack(noise), generators
+
+
 def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, C, H, W), float32 on the CPU, drawn per picture from its own seed."""
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return start_chains((unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), seeds)[0]
 
 
 def noise_levels(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +98,7 @@ def denoise(
     num_inference_steps: int,
     guidance_scale: float,
     stop: int | None = None,
+    generators: Sequence[torch.Generator] = (),
 ) -> Iterator[DenoisingStep]:
     """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
 
@@ -93,12 +111,16 @@ def denoise(
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of the guidance.
         stop: End at the step of this number, counted from 0, with what its UNet would see, and without its forward.
+        generators: Of each picture, for the noise that some samplers draw in their steps; see ``start_chains``.
 
     Yields:
-        Every step; some schedulers take one more than ``num_inference_steps``.
+        Every step; some schedulers take more of them than ``num_inference_steps``.
+
+    Raises:
+        ValueError: The sampler draws noise, and there are no generators.
     """
-    scheduler = scheduler.__class__.from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps, device=unet.device)
+    scheduler = set_steps(scheduler, num_inference_steps, unet.device)
+    options = step_options(scheduler, generators)
     latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
     together = torch.cat(list(states))
     for number, timestep in enumerate(scheduler.timesteps):
@@ -110,7 +132,7 @@ def denoise(
         noise_pred = noise_preds[0]
         if len(states) > 1:
             noise_pred = noise_preds[0] + guidance_scale * (noise_preds[1] - noise_preds[0])
-        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+        latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
         yield DenoisingStep(model_input[: len(latents)], timestep, noise_preds, latents)
 
 

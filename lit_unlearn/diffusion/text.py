@@ -24,7 +24,7 @@ from lit_unlearn.diffusion.new_tokens import (
     tokenize_templates,
     vocabulary_norm,
 )
-from lit_unlearn.diffusion.prompts import encode, residual_stream, tokenize
+from lit_unlearn.diffusion.prompts import encode, residual_stream, token_ids, tokenize
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -92,7 +92,7 @@ class TextEncoder:
 
     def words(self, text: str) -> list[int]:
         """Numbers of the tokens of ``text``, without those that begin and end a prompt."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return token_ids(self.tokenizer, [text])[0]
 
     def names_of(self, tokens: Sequence[int]) -> list[str]:
         """The tokens themselves, as the vocabulary has them."""

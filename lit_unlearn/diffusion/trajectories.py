@@ -22,6 +22,7 @@ def sample_chains(
     noise: Tensor,
     num_inference_steps: int,
     guidance_scale: float,
+    generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
     """Chains of ``Pipeline.chain`` with all that the denoiser sees and puts out along them.
 
@@ -31,6 +32,7 @@ def sample_chains(
         noise: Where the chains start, (B, C, H, W).
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of the guidance.
+        generators: Of each chain, as of ``Pipeline.chain``.
 
     Returns:
         (B, S, 1 + K, C, H, W) in the denoiser's type, S as in ``DDPM.timesteps``: of every state x_t, scaled as the
@@ -38,7 +40,7 @@ def sample_chains(
     """
     steps = [
         torch.stack([part.to(pipeline.dtype) for part in (step.model_input, *step.noise_preds)], dim=1)
-        for step in pipeline.chain(conditions, noise, num_inference_steps, guidance_scale)
+        for step in pipeline.chain(conditions, noise, num_inference_steps, guidance_scale, generators=generators)
     ]
     return torch.stack(steps, dim=1)
 
@@ -51,13 +53,14 @@ def sample_state(
     num_inference_steps: int,
     guidance_scale: float,
     stop: int,
+    generators: Sequence[torch.Generator] = (),
 ) -> tuple[Tensor, Tensor]:
     """The state of number ``stop``, counted from 0, of chains like those of ``sample_chains``, at ``stop`` steps' cost.
 
     Returns:
         x_t (B, C, H, W), scaled as the denoiser sees it, and t, ().
     """
-    *_, step = pipeline.chain(conditions, noise, num_inference_steps, guidance_scale, stop)
+    *_, step = pipeline.chain(conditions, noise, num_inference_steps, guidance_scale, stop, generators)
     return step.model_input, step.timestep
 
 

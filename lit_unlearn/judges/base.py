@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from lit_unlearn.diffusion.source import resolve_model
+from lit_unlearn.system.errors import UserError
 
 
 @runtime_checkable
@@ -36,6 +41,93 @@ class Judge(Protocol):
         ...
 
 
+class JudgeError(UserError, ValueError):
+    """A judge that cannot be had, or that returned something else than probabilities.
+
+    Both may come up within a test: it is the user's mistake there, too.
+    """
+
+
+class UnknownQuestionError(JudgeError):
+    """Questions that a judge does not know.
+
+    Args:
+        judge: What the user calls the judge.
+        unknown: The questions, at least one.
+        known: Those that it knows.
+    """
+
+    def __init__(self, judge: str, unknown: Sequence[str], known: Collection[str]) -> None:
+        super().__init__(f"The judge {judge!r} cannot answer {unknown[0]!r}.")
+        self.unknown, self.known = list(unknown), list(known)
+
+
+class NamedJudge(ABC):
+    """Base of the judges that recipes call by a short name; one that is given by its import path may do without it.
+
+    ``judge_options`` are the arguments of the class. One that is called ``concepts`` is given the concept set.
+    """
+
+    short_name: ClassVar[str]
+    """What recipes call it."""
+    quick: ClassVar[bool] = False
+    """Whether it is so quick that its answers need no cache, and that it may be asked about many pictures more."""
+    name: str
+    """See ``Judge``."""
+
+    @classmethod  # noqa: B027 - there may be nothing to refuse
+    def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
+        """Refuse what this judge cannot do, before anything is loaded; questions come first, then packages.
+
+        Args:
+            options: The arguments that are given.
+            questions: All questions that will be asked.
+
+        Raises:
+            UnknownQuestionError: It does not know a question.
+            ValueError: An option is wrong, or a file or a package is missing.
+        """
+
+    @abstractmethod
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """See ``Judge``."""
+
+
+def is_quick(judge: Judge) -> bool:
+    """Whether ``judge`` is quick, as ``NamedJudge.quick`` says it; one that does not say is not."""
+    return getattr(judge, "quick", False)
+
+
+def check_installed(package: str, what: str, extra: str) -> None:
+    """Refuse if ``package`` is not installed.
+
+    Args:
+        package: What is imported.
+        what: What needs it, as the sentence begins.
+        extra: The extra of this project that brings it.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}: pip install 'lit-unlearn[{extra}]'.")
+
+
+def resolve_judge_model(model: str) -> str:
+    """The folder or hub id that a judge's option ``model`` stands for.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        return str(resolve_model(model))
+    except ValueError as error:
+        raise ValueError(
+            f"judge_options.model={model!r} is no folder and no hub id (owner/name): give the folder of a model that "
+            "transformers can read, or its hub id."
+        ) from error
+
+
 @torch.no_grad()
 def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batch_size: int = 32) -> Tensor:
     """Ask ``judge`` one question about each picture, in batches, and check what goes in and what comes out.
@@ -53,7 +145,8 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
         Probabilities of yes, (B,), float32 on the CPU; nan where there is no judgement.
 
     Raises:
-        ValueError: Shapes, lengths or ranges do not fit, or the judge returned something else than probabilities.
+        ValueError: Shapes, lengths or ranges do not fit.
+        JudgeError: The judge returned something else than probabilities.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -79,13 +172,14 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
     for start in range(0, len(shown), batch_size):
         batch = shown[start : start + batch_size]
         answer = judge(images[batch], [questions[index] for index in batch])
-        if answer.shape != (len(batch),):
-            raise ValueError(
-                f"The judge {judge.name!r} returned shape {tuple(answer.shape)} for {len(batch)} pictures; "
-                f"it must return one probability per picture, shape ({len(batch)},)."
+        if not isinstance(answer, Tensor) or answer.shape != (len(batch),):
+            found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise JudgeError(
+                f"The judge {judge.name!r} returned {found} for {len(batch)} pictures; it must "
+                f"return one probability per picture, a tensor of shape ({len(batch)},)."
             )
         answer = answer.float().cpu()
         if len(outside := answer[(answer < 0) | (answer > 1)]):
-            raise ValueError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is no probability.")
+            raise JudgeError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is no probability.")
         probability[batch] = answer
     return probability

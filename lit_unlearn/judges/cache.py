@@ -5,45 +5,59 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
+from lit_unlearn.diffusion.drawing import library_versions
+from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.judges.base import Judge
-from lit_unlearn.system.json_files import write_json
+from lit_unlearn.system.json_files import read_json, read_value, write_json
 
 
 class CachedJudge:
     """A judge that remembers: answers lie in ``folder``, one file per judge, by picture and question.
 
-    A picture is known by the hash of its 8-bit values. Answers of another judge, or of another version of this one (its
-    ``name`` says which), are in another file. A failure (nan) is not kept: the judge is asked again the next time.
+    A picture is known by the hash of its 8-bit values. Answers of another judge, of another ``version`` of this one, or
+    under other libraries, are in another file. A failure (nan) is not kept: the judge is asked again the next time.
+    A file that is damaged is said and begun anew.
 
     Args:
-        judge: Whom to ask.
+        judge: Whom to ask; its ``version``, if it has one, tells what its name does not.
         folder: Where answers are kept.
-        version: Of the judge's weights, if its name does not say.
-
-    Raises:
-        ValueError: The file is not readable as answers of this judge.
+        version: What else changes its answers, such as options and code of a class from elsewhere.
     """
 
     def __init__(self, judge: Judge, folder: str | Path, version: str = "") -> None:
         self.judge, self.name = judge, judge.name
-        key = hashlib.sha256(f"{judge.name} {version}".encode()).hexdigest()[:16]
-        self.path = Path(folder) / f"{key}.json"
+        if hasattr(judge, "features"):
+            self.features = judge.features
+        identity = {
+            "judge": judge.name,
+            "kind": f"{type(judge).__module__}.{type(judge).__qualname__}",
+            "version": f"{getattr(judge, 'version', '')} {version}",
+            "libraries": library_versions(),
+        }
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.path = Path(folder) / f"{self.key[:16]}.json"
         self.asked = 0
-        self.answers: dict[str, float] = {}
-        if self.path.is_file():
-            try:
-                content = json.loads(self.path.read_text(encoding="utf-8"))
-                if content["judge"] != judge.name:
-                    raise ValueError(f"it holds answers of {content['judge']!r}")
-                self.answers = {str(k): float(v) for k, v in content["answers"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path} holds no answers of {judge.name!r} ({error}): delete it.") from error
+        self.answers = self._read()
+
+    def _read(self) -> dict[str, float]:
+        if not self.path.is_file():
+            return {}
+        try:
+            content = read_json(self.path, "a cache of answers is made when a judge is asked")
+            answers = read_value(dict[str, float], content["answers"], "answers")
+            if content["key"] != self.key or content["sha256"] != _hash(answers):
+                raise ValueError(f"{self.path} holds other answers than those of {self.name!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            rank_zero_info(f"The answers in {self.path} are damaged ({error}): the judge is asked again.")
+            return {}
+        return answers
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each."""
@@ -57,8 +71,20 @@ class CachedJudge:
                 found[place] = answer
                 if not math.isnan(answer):
                     self.answers[keys[place]] = answer
-            write_json(self.path, {"judge": self.name, "answers": self.answers})
+            sha256 = _hash(self.answers)
+            write_json(self.path, {"judge": self.name, "key": self.key, "sha256": sha256, "answers": self.answers})
         return found
+
+
+def _hash(answers: Mapping[str, float]) -> str:
+    return hashlib.sha256(json.dumps(answers, sort_keys=True).encode()).hexdigest()
+
+
+def weights_version(model: nn.Module) -> str:
+    """What tells a model of transformers from others: its commit on the hub, or a hash of its weights; the device."""
+    commit = getattr(model.config, "_commit_hash", None)
+    version = commit or fingerprint(dict(model.named_parameters()))
+    return f"{version} {next(model.parameters()).device.type}"
 
 
 def picture_key(image: Tensor, question: str) -> str:

@@ -7,14 +7,18 @@ The judge of the embedded model is of this kind. What the heads are and which qu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from lit_unlearn.judges.base import NamedJudge, UnknownQuestionError
+from lit_unlearn.system.devices import find_device
 
 
 class AttributeClassifier(nn.Module):
@@ -57,18 +61,37 @@ class AttributeClassifier(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
 
-def check_judge(path: str | Path) -> None:
-    """Check that a folder holds a ``ClassifierJudge``, without loading it.
+class ClassifierConfig(NamedTuple):
+    """What ``config.json`` says: the classifier's name and shape, and the attribute and value of each question."""
+
+    name: str
+    width: int
+    attributes: dict[str, list[str]]
+    questions: dict[str, tuple[str, str]]
+
+
+def read_config(path: str | Path) -> ClassifierConfig:
+    """Read the ``config.json`` of a ``ClassifierJudge``'s folder; its weights are not read.
 
     Raises:
-        ValueError: A file is missing.
+        ValueError: A file is missing, or this one does not say what it should.
     """
     for name in ("config.json", "model.safetensors"):
         if not (Path(path) / name).is_file():
             raise ValueError(f"judge={str(path)!r} has no {name}: give a folder made by emoji/judge.yaml.")
+    try:
+        content = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        attributes = {str(name): [str(value) for value in values] for name, values in content["attributes"].items()}
+        questions = {key: (attribute, value) for key, (attribute, value) in content["questions"].items()}
+        for attribute, value in questions.values():
+            attributes[attribute].index(value)
+        return ClassifierConfig(str(content["name"]), int(content["width"]), attributes, questions)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"its config.json: {type(error).__name__}: {error}"
+        raise ValueError(f"judge={str(path)!r} cannot be read ({reason}): copy it again.") from error
 
 
-class ClassifierJudge:
+class ClassifierJudge(NamedJudge):
     """Answers questions with an ``AttributeClassifier``; see ``Judge``.
 
     Args:
@@ -80,29 +103,40 @@ class ClassifierJudge:
         ValueError: The folder lacks a file or one is corrupt; or (when called) a question is not in ``config.json``.
     """
 
+    quick: ClassVar[bool] = True
+
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        check_judge(path)
-        self.path = Path(path)
+        config = read_config(path)
+        self.path, self.name, self.questions = Path(path), config.name, config.questions
+        self.classifier = AttributeClassifier(config.attributes, config.width)
         try:
-            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            weights = load_file(self.path / "model.safetensors")
-        except (json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"judge={str(path)!r} cannot be read ({error}): copy it again.") from error
-        self.name = str(config["name"])
-        self.questions = {key: (attribute, value) for key, (attribute, value) in config["questions"].items()}
-        self.classifier = AttributeClassifier(config["attributes"], config["width"])
-        self.classifier.load_state_dict(weights)
+            self.classifier.load_state_dict(load_file(self.path / "model.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"judge={str(path)!r} cannot be read ({reason:.200}): copy it again.") from error
         self.classifier.eval().to(device)
         self.device = torch.device(device)
+
+    @classmethod
+    def folder(cls, options: Mapping[str, Any]) -> Path:
+        """Where the classifier lies that these arguments make."""
+        return Path(options["path"])
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
+        """See ``NamedJudge.check``; what it knows is in its ``config.json``."""
+        find_device(str(options.get("device", "cpu")))
+        folder = cls.folder(options)
+        known = read_config(folder).questions
+        if unknown := [question for question in dict.fromkeys(questions) if question not in known]:
+            raise UnknownQuestionError(str(folder), unknown, known)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each."""
         unknown = sorted(set(questions) - set(self.questions))
         if unknown:
-            raise ValueError(
-                f"The judge {self.name!r} cannot answer {unknown[0]!r}: its config.json lists the questions."
-            )
+            raise UnknownQuestionError(self.name, unknown, self.questions)
         probabilities = {
             attribute: logits.float().softmax(dim=-1).cpu()
             for attribute, logits in self.classifier(images.to(self.device) * 2 - 1).items()

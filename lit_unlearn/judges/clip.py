@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
+from lit_unlearn.judges.base import NamedJudge, UnknownQuestionError, resolve_judge_model
+from lit_unlearn.judges.cache import weights_version
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.pixels import to_pil
 
@@ -22,7 +24,7 @@ TEMPLATES = {
 NOTHING = "a picture"
 
 
-class ClipJudge:
+class ClipJudge(NamedJudge):
     """Answers with the softmax of CLIP's similarities over the concepts of a kind; see ``Judge``.
 
     The probability of yes is that of the asked concept among all of its kind and "a picture", which stands for none of
@@ -33,16 +35,23 @@ class ClipJudge:
         model: Hub id or folder.
         revision: Branch, tag or commit, if ``model`` is a hub id.
         batch_size: Pictures that it sees at once.
+
+    Raises:
+        ValueError: ``model`` or ``batch_size`` is wrong.
     """
+
+    short_name: ClassVar[str] = "clip"
 
     def __init__(
         self, concepts: ConceptSet, model: str = MODEL, revision: str | None = None, batch_size: int = 32
     ) -> None:
+        self.check({"model": model, "batch_size": batch_size}, ())
         from transformers import CLIPModel, CLIPProcessor
 
+        place = resolve_judge_model(model)
         options: dict[str, Any] = {"revision": revision} if revision else {}
-        self.processor = CLIPProcessor.from_pretrained(model, **options)
-        self.model = CLIPModel.from_pretrained(model, use_safetensors=True, **options).eval()
+        self.processor = CLIPProcessor.from_pretrained(place, **options)
+        self.model = CLIPModel.from_pretrained(place, use_safetensors=True, **options).eval()
         self.model.to(find_device())
         self.name = f"clip {model}{f'@{revision}' if revision else ''} {concepts.name}"
         self.batch_size = batch_size
@@ -53,6 +62,18 @@ class ClipJudge:
             # pooler_output is the projected embedding (transformers 5).
             self.text_embeddings = normalised(self.model.get_text_features(**inputs).pooler_output)
 
+    @property
+    def version(self) -> str:
+        """What its answers depend on and its name does not say."""
+        return f"{weights_version(self.model)} {self.choices}"
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
+        """See ``NamedJudge.check``; it knows every question of the set that it is made for."""
+        resolve_judge_model(options.get("model", MODEL))
+        if options.get("batch_size", 1) < 1:
+            raise ValueError(f"judge_options.batch_size={options['batch_size']} must be at least 1.")
+
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each.
@@ -61,7 +82,7 @@ class ClipJudge:
             ValueError: A question is none of the concept set's.
         """
         if unknown := sorted(set(questions) - set(self.choices)):
-            raise ValueError(f"The judge {self.name!r} cannot answer {unknown[0]!r}: it is no question of its set.")
+            raise UnknownQuestionError(self.name, unknown, self.choices)
         answers = []
         for start in range(0, len(questions), self.batch_size):
             part = slice(start, start + self.batch_size)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lit_unlearn.judges.base import NamedJudge, check_installed, resolve_judge_model
+from lit_unlearn.judges.cache import weights_version
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.pixels import to_pil
 
@@ -20,7 +22,7 @@ TEMPLATE = "USER: <image>\n{question} Answer with yes or no. ASSISTANT:"
 """The model's own form of a conversation (its model card), with the question of the concept set in it."""
 
 
-class LlavaJudge:
+class LlavaJudge(NamedJudge):
     """Answers questions with LLaVA-1.5, by logits and not by what it goes on to say; see ``Judge``.
 
     The probability of yes is ``p(yes) / (p(yes) + p(no))`` of the first token of its answer, each summed over the
@@ -39,6 +41,8 @@ class LlavaJudge:
         ValueError: A value is wrong, or a package is missing; found before the model is loaded.
     """
 
+    short_name: ClassVar[str] = "llava"
+
     def __init__(
         self,
         model: str = MODEL,
@@ -49,11 +53,13 @@ class LlavaJudge:
         batch_size: int = 8,
         min_answer: float = 0.1,
     ) -> None:
-        check_llava(dtype, device_map, load_in_4bit, batch_size, min_answer)
+        given = {"model": model, "dtype": dtype, "device_map": device_map, "load_in_4bit": load_in_4bit}
+        self.check({**given, "batch_size": batch_size, "min_answer": min_answer}, ())
         from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+        place = resolve_judge_model(model)
         options: dict[str, Any] = {"revision": revision} if revision else {}
-        self.processor = LlavaProcessor.from_pretrained(model, **options)
+        self.processor = LlavaProcessor.from_pretrained(place, **options)
         self.processor.tokenizer.padding_side = "left"  # the answer comes after the last token of every prompt
         if load_in_4bit:
             from transformers import BitsAndBytesConfig
@@ -62,14 +68,38 @@ class LlavaJudge:
         if device_map:
             options["device_map"] = device_map
         options["use_safetensors"] = True
-        self.model = LlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype), **options)
+        self.model = LlavaForConditionalGeneration.from_pretrained(place, dtype=getattr(torch, dtype), **options)
         self.model.eval()
         if not device_map and not load_in_4bit:
             self.model.to(find_device())  # type: ignore[arg-type]
         self.batch_size, self.min_answer = batch_size, min_answer
         self.name = f"llava {model}{f'@{revision}' if revision else ''} {'4bit' if load_in_4bit else dtype}"
+        if min_answer != 0.1:  # verdicts differ
+            self.name += f" min_answer={min_answer:g}"
         self.yes = answer_tokens(self.processor.tokenizer, "yes")
         self.no = answer_tokens(self.processor.tokenizer, "no")
+
+    @property
+    def version(self) -> str:
+        """What its answers depend on and its name does not say."""
+        return f"{weights_version(self.model)} {self.min_answer}"
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
+        """See ``NamedJudge.check``; it can be asked anything."""
+        defaults = {name: argument.default for name, argument in inspect.signature(LlavaJudge).parameters.items()}
+        given = {**defaults, **options}
+        resolve_judge_model(given["model"])
+        if given["dtype"] not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"judge_options.dtype={given['dtype']!r} is unknown: choose float16, bfloat16 or float32.")
+        if given["batch_size"] < 1:
+            raise ValueError(f"judge_options.batch_size={given['batch_size']} must be at least 1.")
+        if not 0 <= given["min_answer"] < 1:
+            raise ValueError(f"judge_options.min_answer={given['min_answer']} must lie in [0, 1).")
+        if given["device_map"]:
+            check_installed("accelerate", "judge_options.device_map", "llava")
+        if given["load_in_4bit"]:
+            check_installed("bitsandbytes", "judge_options.load_in_4bit", "llava")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
@@ -105,21 +135,3 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     if not found:
         raise ValueError(f"judge: the tokenizer has no token for {word!r} alone: this model cannot be asked yes or no.")
     return sorted(found)
-
-
-def check_llava(dtype: str, device_map: str | None, load_in_4bit: bool, batch_size: int, min_answer: float) -> None:
-    """Check arguments and packages of ``LlavaJudge`` without loading anything.
-
-    Raises:
-        ValueError: A value is wrong or a package is missing.
-    """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"judge_options.dtype={dtype!r} is unknown: choose float16, bfloat16 or float32.")
-    if batch_size < 1:
-        raise ValueError(f"judge_options.batch_size={batch_size} must be at least 1.")
-    if not 0 <= min_answer < 1:
-        raise ValueError(f"judge_options.min_answer={min_answer} must lie in [0, 1).")
-    if device_map and importlib.util.find_spec("accelerate") is None:
-        raise ValueError("judge_options.device_map needs accelerate: pip install 'lit-unlearn[llava]'.")
-    if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("judge_options.load_in_4bit needs bitsandbytes: pip install 'lit-unlearn[llava]'.")

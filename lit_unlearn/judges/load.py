@@ -1,72 +1,203 @@
-"""From the name of a judge to the judge."""
+"""From what a recipe calls a judge to the judge: a short name, the folder of a classifier, or a class by its path."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lit_unlearn.data.concepts import ConceptSet
-from lit_unlearn.diffusion.source import resolve_model
-from lit_unlearn.judges.base import Judge
-from lit_unlearn.judges.classifier import ClassifierJudge, check_judge
-from lit_unlearn.judges.clip import ClipJudge
-from lit_unlearn.judges.llava import LlavaJudge, check_llava
-from lit_unlearn.judges.nudenet import QUESTION, NudeNetJudge, check_nudenet
+from lit_unlearn import judges
+from lit_unlearn.data.concepts import Concept, ConceptSet
+from lit_unlearn.judges.base import Judge, JudgeError, NamedJudge, UnknownQuestionError, is_quick
+from lit_unlearn.judges.cache import CachedJudge
+from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.system.classes import CLASS_PATH, checked_arguments, class_path, declared_classes, import_class
+from lit_unlearn.system.errors import closest
 
-EMBEDDED = "emoji"
-KINDS: dict[str, Callable[..., Judge]] = {"llava": LlavaJudge, "clip": ClipJudge, "nudenet": NudeNetJudge}
+CONCEPTS = "concepts"
+"""The argument of a judge's class that is given the concept set."""
 
 
-def check_judge_name(name: str, options: Mapping[str, Any], concepts: ConceptSet) -> None:
-    """Check a judge's name, its options and what it needs, without loading it.
+def shipped_judges() -> dict[str, type[NamedJudge]]:
+    """The judges of this package by their short names."""
+    return declared_classes(judges, NamedJudge, "short_name")  # type: ignore[type-abstract]
+
+
+def find_judge(judge: str, field: str = "judge") -> tuple[type, dict[str, Any]]:
+    """The class that ``judge`` names, and the arguments that it has of that name alone.
+
+    Raises:
+        ValueError: There is no such judge.
+    """
+    shipped = shipped_judges()
+    if judge in shipped:
+        return shipped[judge], {}
+    if os.path.isdir(folder := os.path.expanduser(judge)):
+        return ClassifierJudge, {"path": Path(folder)}
+    if not CLASS_PATH.fullmatch(judge):
+        others = f": take {', '.join(shipped)}, the folder of a classifier, or the import path of a class"
+        raise ValueError(f"{field}={judge!r} is no judge and no folder{closest(judge, shipped) or others}.")
+    found = import_class(judge, field)
+    if not _is_judge(found):
+        raise ValueError(f"{field}={judge!r} is no judge: it needs a __call__(images, questions), and a name.")
+    return found, {}
+
+
+def check_judge_name(
+    judge: str,
+    options: Mapping[str, Any],
+    concepts: ConceptSet | None,
+    asked: Sequence[Concept] | None = None,
+    field: str = "judge",
+) -> type:
+    """Check a judge, its options and what it needs, and that it knows all questions, without loading it.
 
     Args:
-        name: ``emoji``, ``llava``, ``clip``, ``nudenet``, or the folder of a ``ClassifierJudge``.
+        judge: Short name of one of ours, folder of a ``ClassifierJudge``, or import path of a class.
         options: Arguments of the judge.
-        concepts: The concept set whose questions it will be asked.
+        concepts: The concept set; None if no question will be asked.
+        asked: Concepts that it will be asked about; None for all of the set.
+        field: What the user gave the judge for, as messages begin.
+
+    Returns:
+        Its class.
 
     Raises:
         ValueError: What is wrong, and what to do.
     """
-    if name not in KINDS:
-        if options:
-            raise ValueError(f"judge_options are for {', '.join(KINDS)}; judge={name!r} has none.")
-        if name == EMBEDDED:  # looked for only when pictures are judged: a fit does without it
-            return
-        if not Path(name).is_dir() and (close := get_close_matches(name, [*KINDS, EMBEDDED], n=1)):
-            raise ValueError(f"judge={name!r} is no judge and no folder (closest: {close[0]}).")
-        return check_judge(name)
-    known = [p for p in inspect.signature(KINDS[name]).parameters if p != "concepts"]
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"judge_options.{unknown[0]} is unknown to {name}: it has {', '.join(known) or 'none'}.")
-    if name == "llava":
-        given = {"dtype": "float16", "device_map": None, "load_in_4bit": False, "batch_size": 8, "min_answer": 0.1}
-        check_llava(**{key: options.get(key, default) for key, default in given.items()})  # type: ignore[arg-type]
-    if name == "nudenet":
-        check_nudenet()
-        for concept in concepts.concepts.values():
-            if concept.question != QUESTION:
-                raise ValueError(
-                    f"judge='nudenet' answers only {QUESTION!r}, but {concept.name} of {concepts.name} asks "
-                    f"{concept.question!r}: take another judge, or a concept set about nudity."
-                )
+    _arguments(judge, options, concepts, asked, field)
+    return find_judge(judge, field)[0]
 
 
-def load_judge(name: str, options: Mapping[str, Any], concepts: ConceptSet) -> Judge:
-    """Load the judge ``name``; arguments as for ``check_judge_name``.
+def load_judge(
+    judge: str,
+    options: Mapping[str, Any],
+    concepts: ConceptSet | None,
+    asked: Sequence[Concept] | None = None,
+    field: str = "judge",
+) -> Judge:
+    """Load a judge; arguments as for ``check_judge_name``.
 
     Raises:
-        ValueError: As ``check_judge_name``; or the embedded judge is missing.
+        JudgeError: As ``check_judge_name``; or it cannot be loaded.
     """
-    check_judge_name(name, options, concepts)
-    if name == "clip":
-        return ClipJudge(concepts, **options)
-    return KINDS[name](**options) if name in KINDS else ClassifierJudge(judge_folder(name))
+    found = find_judge(judge, field)[0]
+    try:
+        made = found(**_arguments(judge, options, concepts, asked, field))
+    except JudgeError:
+        raise
+    except ImportError as error:
+        raise JudgeError(f"{field}={judge!r} cannot be loaded ({error}): install what it needs.") from error
+    except ValueError as error:
+        raise JudgeError(str(error)) from error
+    if not isinstance(made, Judge) or not isinstance(made.name, str) or not made.name:
+        raise JudgeError(f"{field}={judge!r} has no name: set self.name to a text that names it and its version.")
+    return made
 
 
-def judge_folder(judge: str) -> Path:
-    """Folder of the ``ClassifierJudge`` that ``judge`` names: ``emoji`` is the one beside the embedded model."""
-    return Path(resolve_model("emoji-sd")) / "judge" if judge == EMBEDDED else Path(judge)
+def load_cached_judge(
+    judge: str, options: Mapping[str, Any], concepts: ConceptSet | None, folder: Path | None
+) -> Judge:
+    """As ``load_judge``; answers of a judge that is not quick are kept in ``folder``, if there is one.
+
+    Raises:
+        JudgeError: As ``load_judge``.
+    """
+    made = load_judge(judge, options, concepts)
+    return made if folder is None or is_quick(made) else CachedJudge(made, folder, cache_version(judge, options))
+
+
+def cache_version(judge: str, options: Mapping[str, Any]) -> str:
+    """What changes the answers of a judge though its name may not say it: options and code of a class that is not ours.
+
+    The names of our own say it all.
+    """
+    found, _ = find_judge(judge)
+    if found.__module__.startswith(f"{judges.__name__}."):
+        return ""
+    file = getattr(sys.modules[found.__module__], "__file__", None)
+    code = Path(file).read_bytes() if file else b""
+    given = json.dumps(dict(options), sort_keys=True, default=str)
+    return f"{class_path(found)} {given} {hashlib.sha256(code).hexdigest()}"
+
+
+def check_stored(judge: object, options: object, file: Path) -> None:
+    """Refuse a judge that a checkpoint names if loading it would run code that is not ours.
+
+    Raises:
+        ValueError: It would, or is nothing that names a judge.
+    """
+    if not isinstance(judge, str) or not isinstance(options, dict):
+        raise ValueError(f"ckpt_path={file} names no judge: give one with --judge.")
+    classes: list[type] = [ClassifierJudge, *shipped_judges().values()]
+    ours = {*shipped_judges(), *map(class_path, classes)}
+    if CLASS_PATH.fullmatch(judge) and judge not in ours and not os.path.isdir(judge):
+        raise ValueError(
+            f"ckpt_path={file} names the judge {judge!r}, whose code is not part of lit-unlearn: "
+            f"pass --judge {judge} if you trust it, or another judge."
+        )
+
+
+def _is_judge(cls: type) -> bool:
+    """Whether ``cls`` can be called with arguments that are known, to make something that can be called."""
+    try:
+        inspect.signature(cls)
+    except ValueError:  # of a class in C
+        return False
+    return not inspect.isabstract(cls) and any("__call__" in vars(base) for base in cls.__mro__)
+
+
+def _arguments(
+    judge: str, options: Mapping[str, Any], concepts: ConceptSet | None, asked: Sequence[Concept] | None, field: str
+) -> dict[str, Any]:
+    """The arguments that the class is to be called with, all that can be checked beforehand checked."""
+    found, own = find_judge(judge, field)
+    taken = {CONCEPTS} & set(inspect.signature(found).parameters)
+    given = {**own, **checked_arguments(found, options, f"{field}_options", judge, {*own, *taken})}
+    if taken and concepts is None:
+        raise ValueError(f"{field}={judge!r} needs a concept set, and here is none.")
+    if asked is None:
+        asked = list(concepts.concepts.values()) if concepts is not None else []
+    if isinstance(inspect.getattr_static(found, "check", None), classmethod):
+        try:
+            found.check(given, [concept.question for concept in asked])  # type: ignore[attr-defined]
+        except UnknownQuestionError as error:
+            raise JudgeError(_unanswered(judge, error, asked, concepts, field)) from error
+        except ValueError as error:  # a class does not know which judge it is
+            raise JudgeError(re.sub(r"\bjudge(?=_options\.|=)", field, str(error))) from error
+    return {**given, **dict.fromkeys(taken, concepts)}
+
+
+def _unanswered(
+    judge: str, error: UnknownQuestionError, asked: Sequence[Concept], concepts: ConceptSet | None, field: str
+) -> str:
+    """The sentence for questions that a judge does not know, with the judges that know them."""
+    names = {concept.question: concept.name for concept in asked}
+    unknown = [question for question in error.unknown if question in names]
+    if not unknown:
+        return str(error)
+    first, more = unknown[0], len(unknown) - 1
+    known = f" (it answers only {next(iter(error.known))!r})" if len(error.known) == 1 else ""
+    if near := get_close_matches(first, error.known, n=1, cutoff=0.94):  # the same in other words
+        known = f" (closest: {near[0]!r})"
+    others = []
+    for name, cls in shipped_judges().items():
+        try:
+            cls.check({}, list(names))
+        except UnknownQuestionError:
+            continue
+        except ValueError:  # it lacks a package, which it will say
+            pass
+        others.append(name)
+    return (
+        f"{field}={judge!r} cannot answer {first!r}{known}, which {names[first]} of "
+        f"{concepts.name if concepts else 'the set'} asks{f', nor {more} other questions of it' if more else ''}: "
+        f"take {field}={' or '.join(others)}, or a classifier or class of your own that knows them."
+    )

@@ -108,6 +108,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             )
         self.objective, self.reference, self.images = objective, reference, images
         self.anchor_inference_steps = anchor_inference_steps or self.num_inference_steps
+        self.base.check_steps(self.anchor_inference_steps, "model.anchor_inference_steps")
         self.anchor_guidance_scale = self.guidance_scale if anchor_guidance_scale is None else anchor_guidance_scale
         self.anchor_folder, self.anchor_batch_size = anchor_folder, anchor_batch_size
         self.prior_weight, self.augmentation = prior_weight, augmentation

@@ -100,6 +100,7 @@ class ESD(GradientEditor, ConceptEditor):
         for field, value in {"num_chain_steps": num_chain_steps, "chains": chains, "passes": passes}.items():
             if value < 1:
                 raise ValueError(f"model.{field}={value} must be at least 1.")
+        self.base.check_steps(num_chain_steps, "model.num_chain_steps", chain_sampler)
         if states_from == "edited" and states_per_chain == "all":
             raise ValueError(
                 "model.states_from='edited' takes each state from the weights of the moment, so that none can be kept: "
@@ -199,9 +200,9 @@ class ESD(GradientEditor, ConceptEditor):
         def make(numbers: list[int]) -> Tensor:
             prompts = torch.tensor([self.prompt_of(refresh, number) for number in numbers], device=self.device)
             seeds = [seeded("chain", self.seed, refresh, number).initial_seed() for number in numbers]
-            noise = self.sampler.initial_noise(seeds)
+            noise, generators = self.sampler.start_chains(seeds)
             conditions = self.conditions(prompts)
-            return sample_chains(self.sampler, conditions, noise, self.num_chain_steps, self.start_guidance)
+            return sample_chains(self.sampler, conditions, noise, self.num_chain_steps, self.start_guidance, generators)
 
         with self.pretrained.restored():
             self.kept = self.processes.made_once(self.chains, make)
@@ -218,9 +219,9 @@ class ESD(GradientEditor, ConceptEditor):
                 stop = int(torch.randint(len(self.timesteps), (), generator=generator))
                 seed = int(torch.randint(2**31, (), generator=generator))
                 guided = self.conditions(prompt[None])[:2]
-                noise = self.sampler.initial_noise([seed])
+                noise, generators = self.sampler.start_chains([seed])
                 chain = (noise, self.num_chain_steps, self.start_guidance)
-                found.append(sample_state(self.sampler, guided, *chain, stop))
+                found.append(sample_state(self.sampler, guided, *chain, stop, generators))
         torch.clear_autocast_cache()  # of weights that were cast without a gradient
         model_input = torch.cat([state for state, _ in found])
         timesteps = torch.stack([timestep for _, timestep in found])

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -27,9 +29,15 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show warnings of the block without file and line, each once."""
+    """Show our own warnings of the block without file and line; those of libraries stay as they are."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *args, **kwargs: f"lit-unlearn: warning: {message}\n"
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> str:
+        if Path(__file__).parents[1] in Path(filename).absolute().parents:
+            return f"lit-unlearn: warning: {message}\n"
+        return before(message, category, filename, *args, **kwargs)
+
+    warnings.formatwarning = show
     try:
         yield
     finally:

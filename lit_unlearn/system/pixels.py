@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from lit_unlearn.system.files import atomic_write
@@ -49,11 +50,19 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy())
 
 
-def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
+def save_png(path: str | os.PathLike[str], image: Image.Image, notes: Mapping[str, str] | None = None) -> None:
     """Write a PNG in one step; a picture that was there survives a failure.
+
+    Args:
+        path: The file.
+        image: The picture.
+        notes: Texts to be kept in the file, by keyword.
 
     Raises:
         OSError: The file cannot be written; the message names it.
     """
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in (notes or {}).items():
+        info.add_text(keyword, text)
     with atomic_write(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=info)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lit_unlearn import callbacks, data, emoji, methods
 from lit_unlearn.core import refined_null_space as refined_null_space  # its solver is found by its name
 from lit_unlearn.core.solvers import Solver
+from lit_unlearn.system.classes import modules_of
 from lit_unlearn.training.advice import keep_advice_quiet
 
 
@@ -32,8 +32,7 @@ def prepare() -> None:
     """Keep Lightning's advice from the terminal and import what recipes may name; short names need that."""
     keep_advice_quiet()
     for package in (methods, callbacks, data, emoji):
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        modules_of(package)
 
 
 def class_of(class_path: str) -> type:

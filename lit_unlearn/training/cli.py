@@ -32,7 +32,7 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
-from lit_unlearn.system.errors import UserError, essence, parse_error, user_errors
+from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
 from lit_unlearn.system.names import check_path, joint_name
 from lit_unlearn.training.checks import check_edit, check_that_it_edits
@@ -47,7 +47,8 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 5,
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
-FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "judge", "copy_quantile"}
+FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "copy_quantile"}
+FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache"}
 FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
 """Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
 
@@ -391,7 +392,8 @@ def run(args: Sequence[str]) -> UnlearnCLI:
     """
     prepare()
     try:
-        return UnlearnCLI(args)
+        with plain_warnings():
+            return UnlearnCLI(args)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on

@@ -1,24 +1,21 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_unlearn.attacks.catalog import ATTACKS, make_attacks
+from lit_unlearn.attacks.catalog import find_attack, make_attacks, shipped_attacks
 from lit_unlearn.attacks.prompt_search import PromptSearch
 from lit_unlearn.attacks.relearning import Relearning
-from lit_unlearn.commands.attack import ATTACK_NAMES
-
-
-def test_the_help_names_all_attacks() -> None:
-    assert tuple(ATTACKS) == ATTACK_NAMES
 
 
 def test_settings_that_are_given_go_where_they_belong() -> None:
     attacks = make_attacks(["relearning", "prompt_search"], steps=7, allow_names=True)
     assert attacks == [Relearning(steps=7), PromptSearch(steps=7, exclude_names=False)]
-    assert [attack.name for attack in make_attacks()] == list(ATTACKS)
+    assert [attack.name for attack in make_attacks()] == list(shipped_attacks())
     for attack in make_attacks():
         json.dumps(attack.settings(), allow_nan=False)
 
@@ -28,6 +25,7 @@ def test_settings_that_are_given_go_where_they_belong() -> None:
     [
         ({"names": ["prompt_serch"]}, r"attacks='prompt_serch' is no attack \(closest: prompt_search\)"),
         ({"names": ["zzz"]}, r"attacks='zzz' is no attack \(attacks: concept_inversion, prompt_search"),
+        ({"names": ["relearning"], "allow_names": True}, "allow_names has no effect on relearning: no words are"),
         ({"names": ["relearning"] * 2}, "attacks=relearning relearning names one twice"),
         ({"steps": 0}, "steps=0 must be at least 1"),
     ],
@@ -35,6 +33,92 @@ def test_settings_that_are_given_go_where_they_belong() -> None:
 def test_bad_names_and_steps(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_attacks(**arguments)
+
+
+MINE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lit_unlearn.attacks.base import Attack, Found
+from lit_unlearn.attacks.relearning import Relearning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Attack):
+    name: ClassVar[str] = "prefix"
+    words: str = "not"
+    shares: tuple[float, float] = (0.0, 1.0)
+
+    def search(self, model):
+        return Found(self.words, model.draw)
+
+
+class Namesake(Relearning):
+    pass
+
+
+class Slashed(Prefix):
+    name = "../prefix"
+
+
+class Nameless(Attack):
+    def search(self, model):
+        return Found("", model.draw)
+
+
+class Unfinished(Attack):
+    name = "unfinished"
+
+
+class Other:
+    name = "other"
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module ``my_attacks`` of somebody else's."""
+    (tmp_path / "my_attacks.py").write_text(MINE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_attacks", raising=False)
+
+
+def test_somebody_s_own_attack_needs_no_change_of_ours(mine: None) -> None:
+    settings = {"prefix": {"words": "never", "shares": "[0.5, 1]", "steps": "4"}, "relearning": {"threshold": 0.25}}
+    own, relearning = make_attacks(["my_attacks.Prefix", "relearning"], steps=7, settings=settings)
+    assert own.settings() == {"steps": 4, "words": "never", "shares": (0.5, 1.0)}
+    assert relearning == Relearning(steps=7, threshold=0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("my_attacks.Perfix", {}, r"attacks='my_attacks.Perfix': my_attacks has no class Perfix \(closest: Prefix\)"),
+        ("none_such.Attack", {}, "attacks='none_such.Attack' cannot be imported: there is no none_such; install it"),
+        ("my_attacks.Other", {}, "attacks='my_attacks.Other' is no attack: it needs to be a subclass of Attack"),
+        ("my_attacks.Unfinished", {}, "attacks='my_attacks.Unfinished' is no attack: .* that has a search"),
+        ("my_attacks.Namesake", {}, "attacks='my_attacks.Namesake' is called relearning, as one of ours is"),
+        ("my_attacks.Nameless", {}, "attacks='my_attacks.Nameless' declares no name"),
+        ("my_attacks.Slashed", {}, "attacks='my_attacks.Slashed' declares no name"),
+        (
+            "my_attacks.Prefix",
+            {"prefix": {"word": "x"}},
+            "prefix.word is unknown to prefix: it has steps, words, shares",
+        ),
+        ("my_attacks.Prefix", {"prefix": {"shares": "1"}}, "prefix.shares: .*tuple.* expected, got 1"),
+        ("my_attacks.Prefix", {"prefix": {"steps": "0"}}, "prefix.steps=0 must be at least 1"),
+        (
+            "my_attacks.Prefix",
+            {"perfix": {"steps": 1}},
+            r"perfix.steps is given, and perfix is not .* \(closest: prefix\)",
+        ),
+    ],
+)
+def test_own_attacks_and_settings_that_cannot_be_had(
+    name: str, settings: dict[str, Any], message: str, mine: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_attacks([name], settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +133,4 @@ def test_bad_names_and_steps(arguments: dict[str, Any], message: str) -> None:
 )
 def test_bad_settings(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ATTACKS[name](**settings)
+        find_attack(name)(**settings)

@@ -12,8 +12,7 @@ from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.relearning import Relearning, trained
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.parameters import PretrainedValues
-from lit_unlearn.judges.classifier import ClassifierJudge
-from lit_unlearn.judges.load import judge_folder
+from lit_unlearn.judges.emoji import EmojiJudge
 
 Attacked = Callable[..., AttackedModel]
 
@@ -90,7 +89,7 @@ def test_an_edit_that_is_none_is_back_at_once() -> None:
         components,
         PretrainedValues({name: components.named_parameters()[name]}),
         load_concept_set("emoji20").get("apple"),
-        ClassifierJudge(judge_folder("emoji")),
+        EmojiJudge(),
         num_inference_steps=6,
         guidance_scale=4.0,
         num_pictures=4,

@@ -240,7 +240,7 @@ def test_an_edit_of_an_edited_model_keeps_what_the_first_wrote(
             "kind": "object",
             "target": target,
             "anchor": "a toy",
-            "question": f"Is there a {name}?",
+            "question": f"Is there {'an' if name == 'owl' else 'a'} {name} in this picture?",
             "direct": [f"one {name}"],
             "indirect": [f"number {number}"],
             "edit_prompts": [f"a {name}"],

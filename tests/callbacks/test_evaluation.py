@@ -23,6 +23,7 @@ from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.files import WriteError
+from lit_unlearn.system.pixels import save_png
 
 
 class RednessJudge:
@@ -140,14 +141,24 @@ def test_pictures_that_cannot_be_kept_are_named(edited: ValueRefinement, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
-def test_a_damaged_cached_picture_is_made_anew(edited: ValueRefinement, tmp_path: Path) -> None:
-    cache = tmp_path / "unedited"
+def test_damaged_cached_pictures_are_said_and_made_anew(
+    edited: ValueRefinement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, said = tmp_path / "unedited", []  # type: tuple[Path, list[str]]
     score(edited, tmp_path / "first", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
-    damaged = sorted(cache.rglob("*.png"))[0]
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[: len(whole) // 2])
+    files = sorted(cache.rglob("*.png"))
+    contents = [path.read_bytes() for path in files]
+    damaged, stranger, foreign, changed = files
+    damaged.write_bytes(contents[0][: len(contents[0]) // 2])
+    save_png(stranger, Image.new("RGB", (8, 8)))  # a good picture, but nobody says what of
+    foreign.write_bytes(contents[1])  # a picture of the cache under another's name
+    place = contents[3].index(b"IDAT") + 20
+    changed.write_bytes(contents[3][:place] + bytes([contents[3][place] ^ 255]) + contents[3][place + 1 :])
+    monkeypatch.setattr("lit_unlearn.callbacks.evaluation.rank_zero_info", said.append)
     score(edited, tmp_path / "second", UneditedPictures(str(cache)), EvaluationReport(), images_per_prompt=1)
-    assert damaged.read_bytes() == whole
+    assert [path.read_bytes() for path in files] == contents
+    for path in files:
+        assert sum(f"{path} is damaged (" in line and line.endswith("it is made anew.") for line in said) == 1
     results = [Scores.load(tmp_path / name / "scores.json") for name in ("first", "second")]
     assert results[0].before == results[1].before
 
@@ -162,6 +173,22 @@ def test_cache_tells_weights_and_settings_apart(refinement: Callable[..., ValueR
         module.vae.decoder.conv_out.bias.add_(1e-3)
     keys.add(UneditedPictures(str(tmp_path))._make_key(module))
     assert len(keys) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_a_test_in_half_of_the_precision_reads_its_own_pictures(edited: ValueRefinement, tmp_path: Path) -> None:
+    cache = UneditedPictures(str(tmp_path / "unedited"))
+    found = []
+    for precision in ("32-true", "bf16-mixed", "32-true", "bf16-mixed"):
+        before = edited.forwards.count
+        score(edited, tmp_path / str(len(found)), cache, images_per_prompt=1, precision=precision)
+        found.append(edited.forwards.count - before)
+    assert found == [found[0], found[0], found[0] / 2, found[0] / 2]
+    folders = list((tmp_path / "unedited").iterdir())
+    assert len(folders) == 2
+    pictures = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert pictures[0].keys() == pictures[1].keys()
+    assert pictures[0] != pictures[1]
 
 
 def test_cache_key_is_of_the_unedited_weights(edited: ValueRefinement, tmp_path: Path) -> None:

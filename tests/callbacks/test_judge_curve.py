@@ -61,7 +61,7 @@ def test_a_slow_judge_is_asked_only_if_wanted(pets: str) -> None:
         judge = Reddish()
         curve = JudgeCurve(judge, concepts, [concepts.get("dog")], 1, negatives)
         curve.update(pictures, items)
-        assert judge.questions == ["Is there a dog?"] * questions
+        assert judge.questions == ["Is there a dog in this picture?"] * questions
         assert (curve.compute() == {}) == (questions == 0)
     fast = ClassifierJudge.__new__(ClassifierJudge)
     assert JudgeCurve(fast, concepts, [concepts.get("dog")], 1).is_asked

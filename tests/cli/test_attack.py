@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         (["--device", "abacus"], "device='abacus' cannot be used here"),
         (["--output", "logs/null_space/dog/version_0/config.yaml"], "output=logs/null_space/dog/version_0/config.yaml"),
         (["--attcks", "all"], "attack: unrecognized arguments: --attcks all"),
+        (["--judge", "gpt"], "judge='gpt' is no judge and no folder: take clip, emoji, llava, nudenet, the folder"),
+        (["--judge", "nudenet"], "judge='nudenet' cannot answer 'Is there a dog in this picture?' (it answers only"),
+        (["--judge", "none_such.Judge"], "judge='none_such.Judge' cannot be imported: there is no none_such"),
+        (["--judge", "emoji", "--judge_options.batch_size", "2"], "judge_options.batch_size is unknown to emoji"),
+        (["--judge", "clip", "--judge_options.batch_size=many"], "judge_options.batch_size: int expected, got many."),
+        (["--attacks", "none_such.Attack"], "attacks='none_such.Attack' cannot be imported: there is no none_such"),
+        (
+            ["--attacks", "relearning", "--relearning.step", "2"],
+            "relearning.step is unknown to relearning: it has steps",
+        ),
+        (["--attacks", "relearning", "--ring_a_bell.steps=2"], "ring_a_bell.steps is given, and ring_a_bell is not"),
+        (["--attacks", "relearning", "--relearning.steps"], "attack: --relearning.steps expects a value."),
+        (["--relearning.threshold=2"], "relearning.threshold=2.0 must lie above 0 and not above 1."),
+        (["--attacks", "relearning", "--allow_names"], "allow_names has no effect on relearning"),
     ],
 )
 def test_bad_input(run_folder: Path, refuses: Callable[..., str], args: list[str], message: str) -> None:
@@ -142,3 +157,84 @@ def test_a_judge_without_the_question(run_folder: Path, judge: str, refuses: Cal
     (Path(judge) / "config.json").write_text(json.dumps(config), encoding="utf-8")
     message = refuses("attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--judge", judge)
     assert "cannot answer 'Is there a dog in this picture?'" in message
+
+
+MINE = """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from lit_unlearn.attacks.base import Attack, Found
+
+Path("imported").touch()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(Attack):
+    name: ClassVar[str] = "repeat"
+    learns_from_pictures: ClassVar[bool] = False
+    word: str = "very"
+    times: int = 1
+
+    def search(self, model):
+        prefix = " ".join([self.word] * self.times)
+        return Found(prefix, lambda prompts, seeds: model.draw([f"{prefix} {prompt}" for prompt in prompts], seeds))
+
+
+class Always:
+    def __init__(self, answer: float = 1.0):
+        self.name, self.answer = f"always {answer}", answer
+
+    def __call__(self, images, questions):
+        return torch.full((len(images),), self.answer)
+"""
+
+
+@pytest.fixture
+def mine(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the user's, ``my_things``, that leaves a trace when it is imported."""
+    (workplace / "my_things.py").write_text(MINE, encoding="utf-8")
+    monkeypatch.syspath_prepend(workplace)
+    monkeypatch.delitem(sys.modules, "my_things", raising=False)
+
+
+def test_own_attacks_and_judges_by_import_path(run_folder: Path, mine: None) -> None:
+    args = ["attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--num_pictures", "2"]
+    args += ["--attacks", "my_things.Repeat", "ring_a_bell", "--repeat.times", "3", "--repeat.word=so"]
+    args += ["--ring_a_bell.steps", "1", "--ring_a_bell.num_tokens", "2"]
+    assert cli.main([*args, "--judge", "my_things.Always", "--judge_options.answer", "0.75"]) == 0
+    own, ring = AttackReport.load(run_folder / "attacks.json").attacks
+    assert (own.attack, own.found, own.shown) == ("repeat", "so so so", 1.0)
+    assert (own.settings["word"], own.settings["times"], own.settings["judge"]) == ("so", 3, "always 0.75")
+    assert (ring.settings["steps"], ring.settings["num_tokens"]) == (1, 2)
+    assert (run_folder / "attacks/dog_repeat.png").is_file()
+
+
+def test_a_checkpoint_s_own_judge_is_not_imported_unasked(
+    run_folder: Path, mine: None, refuses: Callable[..., str]
+) -> None:
+    ckpt_path = run_folder / "checkpoints/last.ckpt"
+    checkpoint = torch.load(ckpt_path, weights_only=True)
+    checkpoint["hyper_parameters"] |= {"judge": "my_things.Always", "judge_options": {"answer": 1.0}}
+    torch.save(checkpoint, ckpt_path)
+    message = refuses("attack", "--ckpt_path", str(ckpt_path), "--attacks", "ring_a_bell", *SMALL)
+    assert "names the judge 'my_things.Always', whose code is not part of lit-unlearn: pass --judge my_th" in message
+    assert not Path("imported").exists()
+    # Named by the user it is, as far as to find out that it has no such option.
+    args = ["--judge", "my_things.Always", "--judge_options.question", "1"]
+    assert cli.main(["attack", "--ckpt_path", str(ckpt_path), *args, *SMALL]) == 2
+    assert Path("imported").exists()
+
+
+def test_what_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["attack", "--attacks.help"]) == 0
+    listed = capsys.readouterr().out
+    for word in ("ring_a_bell: A prompt of other words", "--ring_a_bell.strength", "--relearning.threshold", "0.5)"):
+        assert word in listed
+    assert cli.main(["attack", "--judge.help"]) == 0
+    listed = capsys.readouterr().out
+    for word in ("emoji: ", "llava: Answers questions with LLaVA-1.5", "--judge_options.min_answer", "nudenet: "):
+        assert word in listed
+    assert "concepts" not in listed.replace("the concepts of a kind", "")

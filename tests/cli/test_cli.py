@@ -21,7 +21,11 @@ from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["--help"], ["--version"], ["generate", "--help"], ["export", "--help"], ["demo", "--help"], ["fti"]]
+    "args",
+    [
+        *([], ["--help"], ["--version"], ["fti"]),
+        *(["generate", "--help"], ["export", "--help"], ["attack", "--help"], ["demo", "--help"]),
+    ],
 )
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = f"import sys; from lit_unlearn.cli import main; main({args!r}); print(*sys.modules, file=sys.stderr)"

@@ -18,7 +18,7 @@ from lit_unlearn import cli
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.sampling import initial_noise
-from lit_unlearn.methods.shared import base
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""
@@ -30,7 +30,7 @@ def test_an_exported_pipeline_is_the_edited_model(run_folder: Path, tiny_sd: Pat
     pipeline = DiffusionPipeline.from_pretrained("out")
     state = torch.load(ckpt_path, weights_only=True)
     expected = dict(load_pipeline(str(tiny_sd)).named_parameters())
-    names = state[base.CHECKPOINT_KEY]["edited_names"]
+    names = state[CHECKPOINT_KEY]["edited_names"]
     for part in ("text_encoder", "unet", "vae"):
         for name, value in getattr(pipeline, part).named_parameters():
             full = f"{part}.{name}"

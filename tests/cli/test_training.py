@@ -15,7 +15,7 @@ from lit_unlearn import cli
 from lit_unlearn.data import concepts
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods.shared import base
+from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 from lit_unlearn.system import strict_yaml
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training import cli as training
@@ -32,7 +32,7 @@ def test_a_fit_leaves_everything_in_its_version_folder(finished: Path) -> None:
 
 def test_the_checkpoint_holds_the_edit(finished: Path, tiny_sd: Path) -> None:
     state = torch.load(finished / "logs/null_space/dog/version_0/checkpoints/last.ckpt", weights_only=True)
-    names = state[base.CHECKPOINT_KEY]["edited_names"]
+    names = state[CHECKPOINT_KEY]["edited_names"]
     before = load_pipeline(str(tiny_sd)).named_parameters()
     for name in names:
         # The edit comes after the validation of its epoch; a checkpoint made there would lack it.

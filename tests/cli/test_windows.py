@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lit_unlearn import cli
-from lit_unlearn.methods.shared import base
+from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system import files
 from lit_unlearn.system.files import WriteError, atomic_write, os_error, remove, replaced_folder
 from lit_unlearn.training.runs import read_run
@@ -293,7 +293,7 @@ def test_a_fit_goes_on_and_one_that_edits_nothing_leaves_nothing(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(base.DiffusionEditor, "on_fit_end", kill)
+        patch.setattr(DiffusionEditor, "on_fit_end", kill)
         with pytest.raises(Killed):
             run("fit", "--config", recipe)
     assert read_run(RUN)["state"] == "running"

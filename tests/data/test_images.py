@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.data.images import CaptionItem, KeepForgetImages, load_image, read_folder
 
 Folder = Callable[..., Path]
@@ -56,7 +57,7 @@ def data(folder: Folder) -> Callable[..., KeepForgetImages]:
             world_size=world_size,
             current_epoch=epoch,
             state=SimpleNamespace(fn=""),
-            lightning_module=SimpleNamespace(**module),
+            lightning_module=SimpleNamespace(fit_plan=FitPlan(**module)),
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         )
         return made

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
+from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem, Pictures, RankSampler, edited_concepts
 
 
@@ -34,7 +35,7 @@ def trainer(rank: int = 0, world_size: int = 1, steps_done: int = 0, doing: str 
         global_rank=rank,
         world_size=world_size,
         state=SimpleNamespace(fn=doing),
-        lightning_module=SimpleNamespace(**module),
+        lightning_module=SimpleNamespace(fit_plan=FitPlan(**module)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
 
@@ -235,3 +236,11 @@ def test_edited_concepts_are_checked(emoji20: ConceptSet) -> None:
 def test_an_unknown_concept_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         ConceptPrompts("dog", str(tmp_path / "none.yaml"))
+
+
+def test_the_method_says_how_long_an_epoch_is() -> None:
+    data = prompts(batch_size=4, steps=5)
+    data.trainer = trainer(steps=1)
+    assert len(train_batches(data)) == 1
+    data.trainer = trainer()
+    assert len(train_batches(data)) == 5

@@ -27,8 +27,8 @@ from devices.runs import (
 )
 from devices.workers import Answer, Workers
 from helpers import load_once
+from lit_unlearn.attacks.catalog import shipped_attacks
 from lit_unlearn.cli import TOLD_TO_STOP
-from lit_unlearn.commands.attack import ATTACK_NAMES
 
 slow = (pytest.mark.slow, pytest.mark.exhaustive)
 OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
@@ -105,7 +105,7 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
         ["export", *edit, "--delta", "-o", "delta"],
     ]
     if name in ATTACKED:
-        attacks = ATTACK_NAMES if name == ATTACKED[0] else ATTACK_NAMES[:1]
+        attacks = list(shipped_attacks())[: None if name == ATTACKED[0] else 1]
         commands.append(["attack", *edit, "--attacks", *attacks, "--steps", 1, "--num_pictures", 2])
     return commands
 

@@ -13,8 +13,7 @@ from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
-from lit_unlearn.judges.classifier import ClassifierJudge
-from lit_unlearn.judges.load import judge_folder
+from lit_unlearn.judges.emoji import EmojiJudge
 from lit_unlearn.methods.rename_tokens import RenameTokens
 
 Fit = Callable[..., L.Trainer]
@@ -77,7 +76,7 @@ def test_direct_prompts_are_deceived_and_indirect_ones_and_attacks_are_not(tmp_p
     trainer.save_checkpoint(path)
 
     components, pretrained = load_with_pretrained(BaseModel.find("emoji-sd"), read_edit(path))
-    judge, dog = ClassifierJudge(judge_folder("emoji")), load_concept_set("emoji20").get("dog")
+    judge, dog = EmojiJudge(), load_concept_set("emoji20").get("dog")
 
     def forgotten(prompts: tuple[str, ...]) -> float:
         pictures = components.draw(prompts, range(len(prompts)), 8, 4.0)

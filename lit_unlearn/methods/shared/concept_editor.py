@@ -10,13 +10,13 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.data.prompts import PictureItem, edited_concepts
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
-from lit_unlearn.judges.cache import CachedJudge
-from lit_unlearn.judges.classifier import ClassifierJudge
-from lit_unlearn.judges.load import check_judge_name, load_judge
+from lit_unlearn.judges.load import check_judge_name, load_cached_judge
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.system.errors import user_errors
 
 
 class ConceptEditor(DiffusionEditor):
@@ -25,9 +25,11 @@ class ConceptEditor(DiffusionEditor):
     Args:
         concept: Name or names of the concepts to edit; set with ``--concept``.
         concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
-        judge: ``emoji`` (beside the embedded model), ``llava``, ``clip``, ``nudenet``, or a folder with a classifier.
-        judge_options: Arguments of ``llava``, ``clip`` or ``nudenet``, such as ``{batch_size: 4}``.
+        judge: Short name of a judge (``emoji`` lies beside the embedded model), the folder of a classifier, or the
+            import path of a class.
+        judge_options: Arguments of the judge's class, such as ``{batch_size: 4}``.
         second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
+        second_judge_options: Arguments of its class.
         judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
         **kwargs: See ``DiffusionEditor``.
 
@@ -42,19 +44,35 @@ class ConceptEditor(DiffusionEditor):
         judge: str = "emoji",
         judge_options: dict[str, Any] | None = None,
         second_judge: str | None = None,
+        second_judge_options: dict[str, Any] | None = None,
         judge_cache: str | None = "logs/judged",
         **kwargs: object,
     ) -> None:
         self.concepts = load_concept_set(concept_set)
         self.edited = edited_concepts(concept, self.concepts)
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
-        self.second_judge_path = second_judge
+        self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
         check_judge_name(judge, self.judge_options, self.concepts)
         if second_judge is not None:
-            if second_judge == judge:
+            if (second_judge, self.second_judge_options) == (judge, self.judge_options):
                 raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
-            check_judge_name(second_judge, {}, self.concepts)
+            check_judge_name(second_judge, self.second_judge_options, self.concepts, field="second_judge")
+        elif second_judge_options:
+            raise ValueError("model.second_judge_options are of no judge: name one with model.second_judge.")
         super().__init__(**kwargs)  # type: ignore[arg-type]
+        if self.base.reader is not None:
+            check_cuts(self.base.reader, self.concepts, self.edited)
+
+    def configure_model(self) -> None:
+        """As ``DiffusionEditor``; the prompts meet the tokens of a model from the hub only here.
+
+        Raises:
+            UserError: A prompt is cut so that it means nothing.
+        """
+        super().configure_model()
+        if self.base.reader is None:
+            with user_errors():
+                check_cuts(self.pipeline.reader, self.concepts, self.edited)
 
     @property
     def edited_labels(self) -> list[str]:
@@ -76,16 +94,16 @@ class ConceptEditor(DiffusionEditor):
         return self._judge(self.judge_path, self.judge_options)
 
     def _judge(self, name: str, options: dict[str, Any]) -> Judge:
-        judge = load_judge(name, options, self.concepts)
-        slow = not isinstance(judge, ClassifierJudge) and self.judge_cache is not None
         # One file per process, since several write at the same time.
-        folder = Path(self.judge_cache or "") / f"rank_{self.global_rank}"
-        return CachedJudge(judge, folder) if slow else judge
+        folder = None if self.judge_cache is None else Path(self.judge_cache) / f"rank_{self.global_rank}"
+        return load_cached_judge(name, options, self.concepts, folder)
 
     def on_test_start(self) -> None:
         """Make judge and metrics."""
         self.judge = self.load_judge()
-        self.second_judge = self._judge(self.second_judge_path, {}) if self.second_judge_path else None
+        self.second_judge = None
+        if self.second_judge_path is not None:
+            self.second_judge = self._judge(self.second_judge_path, self.second_judge_options)
         self.kappa = BinaryCohenKappa().to(self.device)
         images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)

@@ -75,6 +75,7 @@ class DiffusionEditor(L.LightningModule):
         self.base = BaseModel.find(model, revision)
         if self.base.names:
             self.select(self.base.names)
+        self.base.check_steps(num_inference_steps, "model.num_inference_steps")
         self.forwards = ForwardCount()
         # A callback that knows pictures of the unedited model says so here, for as long as its trainer runs.
         self.known_pictures: Callable[[Any, Any], Tensor] | None = None

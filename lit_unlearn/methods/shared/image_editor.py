@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lit_unlearn.data.images import CaptionedImage, CaptionItem, KeepForgetImages, load_image
 from lit_unlearn.evaluation.memorisation import CopyCount, CopyDetector, Space, pixel_features
-from lit_unlearn.judges.classifier import ClassifierJudge, check_judge
-from lit_unlearn.judges.load import judge_folder
+from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 
 PICTURE_BATCH = 32
@@ -22,8 +21,8 @@ class ImageEditor(DiffusionEditor):
     """Base of the methods that unlearn pictures: which ones (``KeepForgetImages``), and the test that looks for copies.
 
     Args:
-        judge: ``emoji`` (beside the embedded model) or a folder with a judge, in whose features copies are looked for;
-            null looks in pixels only.
+        judge: The judge in whose features copies are looked for: ``emoji`` (beside the embedded model), the folder of a
+            classifier, or the import path of a class with ``features``; null looks in pixels only.
         copy_quantile: A generated picture counts as a copy if it is nearer to a picture to forget than all but this
             share of the held-out pictures.
         **kwargs: See ``DiffusionEditor``.
@@ -35,8 +34,11 @@ class ImageEditor(DiffusionEditor):
     def __init__(self, judge: str | None = "emoji", copy_quantile: float = 0.01, **kwargs: object) -> None:
         if not 0 < copy_quantile < 1:
             raise ValueError(f"model.copy_quantile={copy_quantile} must lie between 0 and 1, e.g. 0.01.")
-        if judge not in (None, "emoji"):
-            check_judge(judge)
+        if judge is not None and not hasattr(check_judge_name(judge, {}, None), "features"):
+            raise ValueError(
+                f"model.judge={judge!r} has no features in which copies could be looked for: take emoji, the folder of "
+                "a classifier, or null for pixels alone."
+            )
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.judge_path, self.copy_quantile = judge, copy_quantile
 
@@ -89,8 +91,8 @@ class ImageEditor(DiffusionEditor):
         """Where distances between pictures are measured: pixels and, with a judge, its features."""
         spaces: dict[str, Space] = {"pixels": pixel_features}
         if self.judge_path is not None:
-            self.judge = ClassifierJudge(judge_folder(self.judge_path))
-            spaces["features"] = self.judge.features
+            self.judge = load_judge(self.judge_path, {}, None)
+            spaces["features"] = self.judge.features  # type: ignore[attr-defined]
         return spaces
 
     def reconstructions(self, images: Sequence[CaptionedImage]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.files import atomic_write
@@ -154,7 +156,7 @@ class LatentCache:
 class PretrainedSampler:
     """Draws latents of prompts with the pretrained weights of a method's model, once, through a ``LatentCache``.
 
-    To be made and used when the trainer runs, on all processes.
+    To be made and used in one place, when the trainer runs, on all processes.
 
     Args:
         module: The method; its edited weights may have moved already.
@@ -175,22 +177,13 @@ class PretrainedSampler:
         self.module = module
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.folder, self.batch_size = folder, batch_size
-        pipeline = module.pipeline
-        parameters = pipeline.named_parameters()
         with module.pretrained.restored():
-            weights = fingerprint({name: p for name, p in parameters.items() if not name.startswith("vae.")})
-        self.settings = {
-            "weights": weights,
-            "dtype": str(pipeline.dtype),
-            **pipeline.settings(),
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-        }
+            self.drawing = Drawing.of(module.pipeline, num_inference_steps, guidance_scale, decoded=False)
 
     def cache(self, prompts: Sequence[str], seeds: Sequence[int]) -> LatentCache:
         """The cache of the latents of ``prompts``, each from the noise of its own seed."""
         settings = {
-            **self.settings,
+            **asdict(self.drawing),
             "prompts": list(prompts),
             "seeds": list(seeds),
             # Tokenizers may differ, for the empty prompt as well.

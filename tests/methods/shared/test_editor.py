@@ -200,7 +200,7 @@ def test_the_scores_are_the_judges_verdicts(
     for name, metric in (("before", module.before), ("after", module.after)):
         pictures = torch.cat([outputs[name] for _, outputs in keep.seen]).float() / 255
         seen = pictures.mean(dim=(1, 2, 3)) > judge.threshold
-        dog = torch.tensor([item.question == "Is there a dog?" for item in items])
+        dog = torch.tensor([item.question == "Is there a dog in this picture?" for item in items])
         scores = metric.compute()
         expected = (1 - float(seen[dog].float().mean()), float(seen[~dog].float().mean()))
         assert (float(scores["forget"]), float(scores["retain"])) == expected

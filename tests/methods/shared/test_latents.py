@@ -303,6 +303,17 @@ def test_the_key_has_all_of_the_model_that_draws(module: ConceptAblation, tmp_pa
     assert len(set(keys)) == len(changes) + 1
 
 
+def test_the_key_has_what_surrounds_the_drawing(
+    module: ConceptAblation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [keyed(module, tmp_path)]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(keyed(module, tmp_path))
+    monkeypatch.setattr("diffusers.__version__", "0.0.1")
+    keys.append(keyed(module, tmp_path))
+    assert len(set(keys)) == 3
+
+
 def test_the_key_has_nothing_else(module: ConceptAblation, tmp_path: Path) -> None:
     before = keyed(module, tmp_path)
     add_one(module, "vae.decoder.conv_out.bias")

@@ -1,0 +1,52 @@
+"""Prompts that a text encoder does not read to their end: those that then mean nothing are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lit_unlearn.data.concepts import Concept, ConceptSet
+from lit_unlearn.diffusion.prompts import PromptReader
+
+
+def check_cuts(reader: PromptReader, concepts: ConceptSet, edited: Sequence[Concept]) -> None:
+    """Check what is left of a set's prompts where they are cut; warn of those that are.
+
+    Args:
+        reader: What the model's text encoders read.
+        concepts: The set.
+        edited: Those of its concepts that are edited.
+
+    Raises:
+        ValueError: An edit prompt of an edited concept is read as its target prompt, or its concept's name lies behind
+            the cut; or that of a direct prompt does, which then measures nothing.
+    """
+    for concept in edited:
+        _check_pairs(reader, concepts, concept)
+    for concept in concepts.concepts.values():
+        for prompt, read in zip(concept.direct, reader.texts(concept.direct), strict=True):
+            if not concept.find_name(read):
+                raise _error(concepts, concept, "direct", prompt, "so that it measures nothing")
+        others = concept.edit_prompts if concept not in edited else (*concept.edit_prompts, *concept.target_prompts)
+        reader.warn_of_cuts([*concept.prompts, *concept.adversarial, *others])
+
+
+def _check_pairs(reader: PromptReader, concepts: ConceptSet, concept: Concept) -> None:
+    prompts, targets = concept.edit_prompts, concept.target_prompts
+    for prompt, read in zip(prompts, reader.texts(prompts), strict=True):
+        if concept.find_name(prompt) and not concept.find_name(read):
+            raise _error(concepts, concept, "edit_prompts", prompt, "so that it edits something else")
+    pairs = zip(prompts, targets, reader.ids(prompts), reader.ids(targets), strict=True)
+    for prompt, target, ids, target_ids in pairs:
+        if ids == target_ids:
+            raise ValueError(
+                f"{concepts.path}: {concept.name}: edit_prompts: the model's text encoder reads {prompt!r} and its "
+                f"target prompt {target!r} as the same {len(ids[0])} tokens, so that they edit nothing: shorten or "
+                "reword them."
+            )
+
+
+def _error(concepts: ConceptSet, concept: Concept, field: str, prompt: str, why: str) -> ValueError:
+    return ValueError(
+        f"{concepts.path}: {concept.name}: {field}: the name of the concept in {prompt!r} lies behind what the model's "
+        f"text encoder reads of it, {why}: shorten the prompt."
+    )

@@ -1,0 +1,80 @@
+"""What determines drawn pictures beside their prompts and seeds: the keys of caches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import lit_unlearn
+from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn: all that changes a bit of them, except how many are drawn at once.
+
+    Attributes:
+        weights: Hash of names, types and values of the weights.
+        settings: ``Pipeline.settings``: configurations of the parts.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Strength of classifier-free guidance.
+        device: Type of device, such as ``cuda``.
+        default_dtype: PyTorch's type of new tensors, which Lightning changes in some of its precisions.
+        autocast: Type that autocast computes in, as it is in the place where this is made; None without it.
+        matmul: How precisely products in float32 are computed, such as ``highest``, or ``high`` (TF32).
+        versions: Of the libraries that draw.
+    """
+
+    weights: str
+    settings: Mapping[str, Any]
+    num_inference_steps: int
+    guidance_scale: float
+    device: str
+    default_dtype: str
+    autocast: str | None
+    matmul: str
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, num_inference_steps: int, guidance_scale: float, decoded: bool = True) -> Drawing:
+        """How ``pipeline`` draws here and now.
+
+        Args:
+            pipeline: With the weights that it draws with.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Strength of classifier-free guidance.
+            decoded: Whether pictures are drawn; for latents, the autoencoder's weights do not matter.
+        """
+        parameters = pipeline.named_parameters()
+        device = pipeline.device.type
+        return cls(
+            fingerprint({name: p for name, p in parameters.items() if decoded or not name.startswith("vae.")}),
+            pipeline.settings(),
+            num_inference_steps,
+            guidance_scale,
+            device,
+            str(torch.get_default_dtype()),
+            str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
+            torch.get_float32_matmul_precision(),
+            library_versions(),
+        )
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes pictures; ours too, since what we tell the others to compute may change."""
+    import diffusers
+    import transformers
+
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "lit_unlearn": lit_unlearn}
+    return {name: str(module.__version__) for name, module in modules.items()}
