@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from lit_unlearn.commands.parser import Listing, Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import user_errors
+from lit_unlearn.system.errors import plain_warnings, user_errors
 
 DESCRIPTION = "try to bring the concept of a run back"
 SETTING = re.compile(r"--([\w.]+)\.(\w+)(?:=(.*))?", flags=re.DOTALL)
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         device = find_device(options.device)
         attacks = make_attacks(options.attacks, options.steps, options.allow_names, options.settings)
     ways = ["attack on the processor (--device cpu)"] if device.type != "cpu" else []
-    with user_errors(), explaining_memory("attack", device, ways):
+    with user_errors(), plain_warnings(), explaining_memory("attack", device, ways):
         results = attack_run(
             options.ckpt_path,
             attacks,

@@ -67,7 +67,7 @@ def make_sampler(config: Mapping[str, Any], model: str) -> SchedulerMixin:
             why = "is not in diffusers"
         raise ValueError(
             f"model={model!r} has the scheduler {name!r:.100}, which {why}: name another in "
-            f"scheduler/scheduler_config.json ({', '.join(SAMPLERS)})."
+            "scheduler/scheduler_config.json, such as DPMSolverMultistepScheduler."
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
