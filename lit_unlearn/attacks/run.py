@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import make_attacks
-from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.data.concepts import Concept, ConceptSet, available_concept_sets, concept_set_of, load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
@@ -90,7 +90,7 @@ def attack_run(
     if seed < 0:
         raise ValueError(f"seed={seed} must be zero or larger.")
     edit = read_edit(ckpt_path)
-    concept_set = load_concept_set(edit.hyper_parameters.get("concept_set", "emoji20"))
+    concept_set = _concept_set(edit)
     targets = _edited_concepts(edit, concepts, concept_set)
     folder = _output_folder(edit, output)
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)
@@ -199,6 +199,20 @@ def _chosen_attacks(attacks: Sequence[str | Attack] | None, steps: int | None, a
     if not chosen or len({attack.name for attack in chosen}) < len(chosen):
         raise ValueError(f"attacks={[attack.name for attack in chosen]}: give at least one, and none twice.")
     return chosen
+
+
+def _concept_set(edit: Edit) -> ConceptSet:
+    """The set of the run; of a delta of somebody else's set, which does not say where that lies, what it kept of it.
+
+    Raises:
+        ValueError: The set of that name has another content now.
+    """
+    name = edit.hyper_parameters.get("concept_set", "emoji20")
+    if edit.concept_set is not None and name not in available_concept_sets() and not Path(name).exists():
+        return concept_set_of(edit.concept_set, edit.path)
+    concept_set = load_concept_set(name)
+    edit.check_set(concept_set)
+    return concept_set
 
 
 def _load_judge(

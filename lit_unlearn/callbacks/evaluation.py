@@ -38,6 +38,7 @@ TEST_SCORES = (
     "forget_direct",
     "forget_indirect",
     "forget_adversarial",
+    "forget_crosswise",
     "adjacent",
     "err",
 )

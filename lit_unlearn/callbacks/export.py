@@ -6,6 +6,8 @@ from pathlib import Path
 
 import lightning as L
 
+from lit_unlearn.edits.export import make_public
+from lit_unlearn.edits.public import Places
 from lit_unlearn.system.files import replaced_entries
 
 
@@ -25,3 +27,4 @@ class SavePretrained(L.Callback):
             pl_module.eval()
             with replaced_entries(self.output) as folder:
                 pl_module.save_pretrained(folder)  # type: ignore[operator]
+                make_public(folder, Places({}))

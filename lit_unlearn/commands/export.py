@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import user_errors
+from lit_unlearn.system.errors import plain_warnings, user_errors
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +28,9 @@ def parser() -> Parser:
     )
     made.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
     made.add_argument(
-        "--names", choices=("2022",), help="older tools want these: text_model. before the text encoder's weights"
+        "--names",
+        choices=("2022",),
+        help="of a folder's weights, which older tools want: text_model. before the text encoder's",
     )
     add_model_options(made, "the one that was edited")
     made.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -44,31 +47,37 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from lit_unlearn.edits.checkpoint import chosen_base, read_edit
-    from lit_unlearn.edits.export import check_output, export_delta, export_lora, export_pipeline, provenance
-    from lit_unlearn.edits.lora import FILE_NAME, parse_rank
+    from lit_unlearn.edits.export import export_delta, export_lora, export_pipeline, left_out, output_path, provenance
+    from lit_unlearn.edits.lora import FILE_NAME, notable_loss, parse_rank
 
-    output = Path(options.output)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    old_names = options.names == "2022"
-    with user_errors():
+    kept = report = None
+    with user_errors(), plain_warnings():
         rank = parse_rank(options.lora) if options.lora else None
-        if options.delta and (options.lora or old_names):
-            raise ValueError("--delta cannot be combined with --lora or --names: a delta has lit-unlearn's own names.")
-        if (options.delta or options.lora) and output.suffix != ".safetensors":
-            if output.is_symlink():
-                check_output(output, options.overwrite)
-            output = output / ("delta.safetensors" if options.delta else FILE_NAME)
-        check_output(output, options.overwrite)
+        if options.names and (options.lora or options.delta):
+            raise ValueError(
+                "--names is for folders: LoRA weights have the names of kohya's scripts, which old and new tools read, "
+                "and a delta has lit-unlearn's own."
+            )
+        if options.delta and options.lora:
+            raise ValueError("--delta cannot be combined with --lora: the one is exact, the other of low rank.")
+        file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
+        output = output_path(Path(options.output), file_name, options.overwrite)
         edit = read_edit(options.ckpt_path)
         base = chosen_base(options.model, options.revision, edit)
         if options.delta:
             export_delta(edit, provenance(edit, base), output, dtype)
         elif options.lora:
-            report = export_lora(edit, provenance(edit, base), base, output, rank, dtype, old_names)
+            report = export_lora(edit, provenance(edit, base), base, output, rank, dtype)
+            if loss := notable_loss(report):
+                warnings.warn(loss, stacklevel=1)
         else:
-            export_pipeline(edit, base, output, dtype, old_names)
+            kept = export_pipeline(edit, base, output, dtype, options.names == "2022")
     print(f"{output}: {base.name} without {', '.join(edit.concepts) or 'what it has unlearned'}")
-    if options.lora:
+    if kept is not None:
+        for line in left_out(kept.left_out):
+            print(f"not taken over from the base: {line}")
+    if report is not None:
         print(f"rank {report['rank']}; part of each layer's change that is missing:")
         for name, residual in report["residual"].items():
             print(f"  {name:60} {residual:.2e}")

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_unlearn.data.checks import check_concept_set, concept_error
+from lit_unlearn.data.names import Span, find_names, longer_names, name_key, replace_spans
 from lit_unlearn.system.strict_yaml import load_yaml
 
 KINDS = ("object", "action", "style", "scene")
@@ -46,7 +49,7 @@ class Concept:
     Attributes:
         name: Name of the concept, unique in its set.
         kind: ``object``, ``action``, ``style`` or ``scene``.
-        names: Words or phrases that name the concept, matched as whole words whatever their case.
+        names: Words or phrases that name the concept, found as ``lit_unlearn.data.names`` reads them.
         target: What the concept becomes: the name of another concept, or free text.
         anchor: Prompt of the broader or neighbouring concept that concept ablation maps it to.
         question: Question to a judge; "yes" says that the picture shows the concept.
@@ -56,6 +59,7 @@ class Concept:
         target_prompts: E*, ``edit_prompts`` with the concept replaced by its target, in the same order.
         adjacent: Names of the set's concepts that are nearest in meaning, the first to suffer from a careless edit.
         adversarial: Evaluation prompts that look like gibberish.
+        longer_names: Names of other concepts of its set that one of its own is a part of; the set finds them.
     """
 
     name: str
@@ -70,25 +74,38 @@ class Concept:
     target_prompts: tuple[str, ...]
     adjacent: tuple[str, ...] = ()
     adversarial: tuple[str, ...] = ()
+    longer_names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """Evaluation prompts of the paper's protocol: the direct ones, then the indirect ones."""
         return self.direct + self.indirect
 
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        phrases = (r"[\s_-]+".join(re.escape(word) for word in name.split()) for name in self.names)
-        return re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", re.IGNORECASE)
+    def occurrences(self, text: str) -> list[Span]:
+        """Where ``text`` names the concept, from left to right: of each place the first character and the one behind.
+
+        See ``lit_unlearn.data.names`` for how names are read. What belongs to a longer name of another concept of the
+        set does not count.
+        """
+        found = find_names(text, self.names)
+        others = find_names(text, self.longer_names) if found else []
+        return [
+            own
+            for own in found
+            if not any(other != own and other[0] <= own[0] and own[1] <= other[1] for other in others)
+        ]
 
     def find_name(self, text: str) -> str | None:
         """Return the first whole word or phrase of ``text`` that names the concept, as it is written there, or None."""
-        match = self._pattern.search(text)
-        return match.group() if match else None
+        return next((text[start:end] for start, end in self.occurrences(text)), None)
 
     def replace_names(self, text: str, replacement: str) -> str:
         """Return ``text`` with ``replacement`` in place of every word or phrase that names the concept."""
-        return self._pattern.sub(lambda match: replacement, text)
+        return replace_spans(text, self.occurrences(text), replacement)
+
+    def content(self) -> dict[str, Any]:
+        """What the file says of the concept, and its name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.compare}
 
 
 @dataclass(frozen=True)
@@ -107,10 +124,15 @@ class ConceptSet:
     path: Path
     counts: PromptCounts = field(default_factory=PromptCounts)
 
+    def __post_init__(self) -> None:
+        longer = longer_names({name: concept.names for name, concept in self.concepts.items()})
+        found = {name: replace(concept, longer_names=longer[name]) for name, concept in self.concepts.items()}
+        object.__setattr__(self, "concepts", found)
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the concepts as canonical JSON, in order: the same for a moved, reformatted or commented file."""
-        content = [asdict(concept) for concept in self.concepts.values()]
+        content = [concept.content() for concept in self.concepts.values()]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -118,9 +140,32 @@ class ConceptSet:
         """The set as a YAML file of it would hold it: read again, it is equal to this one."""
         concepts = {}
         for concept in self.concepts.values():
-            own = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(concept).items() if k != "name"}
+            own = {k: list(v) if isinstance(v, tuple) else v for k, v in concept.content().items() if k != "name"}
             concepts[concept.name] = {k: v for k, v in own.items() if v != []}
         return {"name": self.name, "prompts_per_concept": asdict(self.counts), "concepts": concepts}
+
+    def check_same(self, file: str, sha256: str, name: object) -> None:
+        """Refuse a file that was made with another concept set.
+
+        Args:
+            file: The file, as the sentence begins.
+            sha256: Of the set that it was made with.
+            name: Of that set, if the file says it.
+
+        Raises:
+            ValueError: The set is another, or has other content now.
+        """
+        if sha256 == self.sha256:
+            return
+        if name in (None, self.name):
+            raise ValueError(
+                f"{file} was made with other content of the concept set {self.name!r} than {self.path} has now: "
+                "restore that, or fit again."
+            )
+        raise ValueError(
+            f"{file} was made with the concept set {name!r:.60}, not with {self.name!r} ({self.path}): give that "
+            "one as model.init_args.concept_set, or fit again."
+        )
 
     def get(self, name: str) -> Concept:
         """Return the concept called ``name``; case, spaces, ``_`` and ``-`` do not matter (``Soccer_Ball``).
@@ -149,14 +194,30 @@ class ConceptSet:
             ValueError: The set lacks an edited concept.
         """
         concepts = [self.get(name) for name in ([edited] if isinstance(edited, str) else edited)]
-        edited_names = {concept.name for concept in concepts}
-        return [
-            prompt
-            for concept in self.concepts.values()
-            if concept.name not in edited_names
-            for prompt in concept.edit_prompts
-            if not any(other.find_name(prompt) for other in concepts)
-        ]
+        return self._retained(concepts, lambda concept: concept.edit_prompts, "edit prompts")
+
+    def retain_names(self, edited: Sequence[str]) -> list[str]:
+        """Return the names of all other concepts that name no edited one, in the order of the file.
+
+        Args:
+            edited: Names of the edited concepts.
+
+        Raises:
+            ValueError: The set lacks an edited concept.
+        """
+        return self._retained([self.get(name) for name in edited], lambda concept: concept.names, "names")
+
+    def _retained(self, edited: Sequence[Concept], texts: Callable[[Concept], Sequence[str]], what: str) -> list[str]:
+        """Texts of the other concepts that name none of ``edited``; warns of a concept that has none left."""
+        others = [concept for concept in self.concepts.values() if concept not in edited]
+        kept = {c.name: [t for t in texts(c) if not any(own.find_name(t) for own in edited)] for c in others}
+        if lost := [name for name, own in kept.items() if not own]:
+            rank_zero_warn(
+                f"Nothing retains {', '.join(lost)}: all {what} of {'each' if len(lost) > 1 else 'it'} name an edited "
+                f"concept ({', '.join(concept.name for concept in edited)}), so reword some in the concept set "
+                f"{self.name!r}, or expect the edit to take it along."
+            )
+        return [text for own in kept.values() for text in own]
 
     def adjacent(self, edited: Sequence[str]) -> list[str]:
         """Return the concepts that are adjacent to one of ``edited`` and not edited themselves, in the set's order.
@@ -168,86 +229,6 @@ class ConceptSet:
         near = {name_key(name) for concept in concepts for name in concept.adjacent}
         near -= {name_key(concept.name) for concept in concepts}
         return [name for name in self.concepts if name_key(name) in near]
-
-    def validate(self) -> None:
-        """Check everything that an edit and its evaluation rely on.
-
-        Raises:
-            ValueError: What is wrong first, with file, concept and field.
-        """
-        keys: dict[str, str] = {}
-        for name in self.concepts:
-            if (other := keys.setdefault(name_key(name), name)) != name:
-                raise ValueError(f"{self.path}: the concepts {other!r} and {name!r} have the same name; rename one.")
-        for concept in self.concepts.values():
-            self._validate_concept(concept)
-        self._validate_unique()
-
-    def _validate_concept(self, concept: Concept) -> None:
-        def fail(field_name: str, problem: str) -> ValueError:
-            return _error(self.path, concept.name, field_name, problem)
-
-        if concept.kind not in KINDS:
-            raise fail("kind", f"{concept.kind!r} is not one of {', '.join(KINDS)}")
-        if not concept.names:
-            raise fail("names", "is empty; list at least one word or phrase that names the concept")
-        if name_key(concept.target) in {name_key(name) for name in (concept.name, *concept.names)}:
-            raise fail("target", f"{concept.target!r} is the concept itself; choose another concept to edit it into")
-        if name := concept.find_name(concept.anchor):
-            raise fail("anchor", f"{concept.anchor!r} names the concept ({name!r}); choose an anchor that does not")
-        if len(concept.edit_prompts) != len(concept.target_prompts):
-            raise fail(
-                "target_prompts",
-                f"{len(concept.edit_prompts)} edit prompts but {len(concept.target_prompts)} target prompts; "
-                "each edit prompt needs its target prompt at the same place",
-            )
-        counts = self.counts
-        for field_name, expected in (
-            ("direct", counts.direct),
-            ("indirect", counts.indirect),
-            ("edit_prompts", counts.edit),
-        ):
-            if (found := len(getattr(concept, field_name))) != expected:
-                raise fail(field_name, f"{found} prompts where {expected} are due (prompts_per_concept)")
-        for prompt in concept.direct:
-            if not concept.find_name(prompt):
-                raise fail("direct", f"{prompt!r} contains none of the concept's names ({', '.join(concept.names)})")
-        for field_name in ("indirect", "target_prompts"):
-            for prompt in getattr(concept, field_name):
-                if name := concept.find_name(prompt):
-                    raise fail(field_name, f"{prompt!r} names the concept ({name!r}); reword it")
-        for prompt, target_prompt in zip(concept.edit_prompts, concept.target_prompts, strict=True):
-            if _prompt_key(prompt) == _prompt_key(target_prompt):
-                raise fail("target_prompts", f"{target_prompt!r} equals its edit prompt, so that it would edit nothing")
-        for name in concept.adjacent:
-            if name not in self.concepts:
-                close = get_close_matches(name, self.concepts)
-                remedy = f"closest names: {', '.join(close)}" if close else "name concepts of this set"
-                raise fail("adjacent", f"{name!r} is not in the set; {remedy}")
-            if name == concept.name:
-                raise fail("adjacent", f"{name!r} is the concept itself; name other concepts of the set")
-
-    def _validate_unique(self) -> None:
-        """Every direct, indirect, adversarial and edit prompt occurs once in the whole set.
-
-        Target prompts may repeat: several concepts may share a target, whose own prompts they then use.
-        """
-        places: dict[str, tuple[str, str]] = {}
-        for concept in self.concepts.values():
-            for field_name in ("direct", "indirect", "adversarial", "edit_prompts"):
-                for prompt in getattr(concept, field_name):
-                    if (key := _prompt_key(prompt)) not in places:
-                        places[key] = (concept.name, field_name)
-                        continue
-                    other_concept, other_field = places[key]
-                    where = f"in {other_field!r} of {other_concept!r}"
-                    if field_name == "edit_prompts" and other_field != "edit_prompts":
-                        reason = f"is an evaluation prompt, {where}; an edit must not see what it is judged on"
-                    elif other_field == "edit_prompts" and field_name != "edit_prompts":
-                        reason = f"is an edit prompt, {where}; an edit must not see what it is judged on"
-                    else:
-                        reason = f"is a duplicate: it occurs {where} already"
-                    raise _error(self.path, concept.name, field_name, f"{prompt!r} {reason}")
 
 
 def load_concept_set(name_or_path: str | Path) -> ConceptSet:
@@ -271,6 +252,10 @@ def load_concept_set(name_or_path: str | Path) -> ConceptSet:
         path = Path(str(source))
         content = source.read_bytes()
     else:
+        if path.suffix.lower() in (".csv", ".tsv"):
+            raise ValueError(
+                f"The concept set {path} is a table, but a set is a YAML file: {_example()} is one to copy from."
+            )
         try:
             with path.open("rb") as file:
                 content = file.read(MAX_BYTES + 1)
@@ -284,28 +269,25 @@ def load_concept_set(name_or_path: str | Path) -> ConceptSet:
 @lru_cache(maxsize=8)
 def _read(content: bytes, path: Path) -> ConceptSet:
     """Parse and check a file's content; a command asks for the same one several times."""
-    concept_set = _parse(load_yaml(content, path), path)
-    concept_set.validate()
+    return concept_set_of(load_yaml(content, path), path)
+
+
+def concept_set_of(content: object, path: Path) -> ConceptSet:
+    """The set that a file holds at ``path``, or that ``ConceptSet.content`` has written; as ``load_concept_set``."""
+    concept_set = _parse(content, path)
+    check_concept_set(concept_set)
     return concept_set
+
+
+def _example() -> str:
+    """Path of a concept set to copy from."""
+    return str(files(__package__) / "concept_sets" / "emoji20.yaml")
 
 
 def available_concept_sets() -> list[str]:
     """Return the names of the concept sets that ship with the package."""
     entries = (files(__package__) / "concept_sets").iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
-
-
-def name_key(name: str) -> str:
-    """Return ``name`` as it is compared: without case, spaces, ``_`` and ``-``."""
-    return re.sub(r"[\s_-]+", "", name.casefold())
-
-
-def _prompt_key(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
-
-
-def _error(path: Path, concept: str, field_name: str, problem: str) -> ValueError:
-    return ValueError(f"{path}: concept {concept!r}, field {field_name!r}: {problem}.")
 
 
 def _parse(data: object, path: Path) -> ConceptSet:
@@ -348,30 +330,36 @@ def _parse_concept(name: object, entry: object, path: Path) -> Concept:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a mapping of fields, not {entry!r:.60}.")
     optional = ("names", "adjacent", "adversarial")
-    known = [item.name for item in fields(Concept) if item.name != "name"]
+    known = [item.name for item in fields(Concept) if item.compare and item.name != "name"]
     _check_keys(entry, known=known, required=[key for key in known if key not in optional], where=where)
     values: dict[str, Any] = {}
     for key in known:
         value = entry.get(key, [name] if key == "names" else [])
         if key in ("kind", "target", "anchor", "question"):
             values[key] = _text(value, path, name, key, "must be text")
+            if key == "kind" and value not in KINDS:
+                raise concept_error(path, name, key, f"{value!r} is not one of {', '.join(KINDS)}")
             continue
         if not isinstance(value, list):
-            raise _error(path, name, key, f"must be a list, not {value!r:.60}")
+            raise concept_error(path, name, key, f"must be a list, not {value!r:.60}")
         items = enumerate(value, start=1)
         if key == "names" and len(value) > MAX_NAMES:
-            raise _error(path, name, key, f"lists {len(value)} names, more than {MAX_NAMES}")
+            raise concept_error(path, name, key, f"lists {len(value)} names, more than {MAX_NAMES}")
         values[key] = tuple(_text(item, path, name, key, f"item {number} must be text") for number, item in items)
     return Concept(name=name, **values)
 
 
 def _text(value: object, path: Path, concept: str, field_name: str, rule: str) -> str:
     if not isinstance(value, str):
-        raise _error(path, concept, field_name, f"{rule}, not {value!r:.60}; put it in quotes")
+        raise concept_error(path, concept, field_name, f"{rule}, not {value!r:.60}; put it in quotes")
     if not value.strip():
-        raise _error(path, concept, field_name, f"{rule}, but is empty")
+        nothing = (
+            "; name what to edit into here, and to edit into nothing set model.init_args.towards to empty (UCE, SPEED)"
+        )
+        remedy = nothing if field_name == "target" else ""
+        raise concept_error(path, concept, field_name, f"{rule}, but is empty{remedy}")
     if len(value) > MAX_TEXT:
-        raise _error(path, concept, field_name, f"{rule} of at most {MAX_TEXT} characters, not {len(value)}")
+        raise concept_error(path, concept, field_name, f"{rule} of at most {MAX_TEXT} characters, not {len(value)}")
     return value
 
 

@@ -6,6 +6,7 @@ global batch in the order that a single process would have used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
 from lit_unlearn.data.fit_plan import fit_plan_of
+from lit_unlearn.data.names import name_key
+
+MAX_PAIRS = 12
+"""Most pairs of concepts that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,42 @@ def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Conc
         ValueError: A name is unknown or given twice, or there is none.
     """
     names = [concept] if isinstance(concept, str) else list(concept)
-    edited = [concepts.get(name) for name in names]
+    try:
+        edited = [concepts.get(name) for name in names]
+    except ValueError as error:
+        if not (several := [name for text in names for name in re.split(r"[,;\uff0c\u3001]", text) if name.strip()])[
+            1:
+        ]:
+            raise
+        option = f"--concept '[{', '.join(name.strip() for name in several)}]'"
+        raise ValueError(f"{str(error).removesuffix('.')}; several concepts are written {option}.") from error
     if not edited:
         raise ValueError("concept=[] edits nothing: name at least one concept.")
     if len({item.name for item in edited}) < len(edited):
         raise ValueError(f"concept={names} names a concept twice.")
     return edited
+
+
+def warn_of_edited_targets(targets: Sequence[tuple[Concept, Sequence[str]]]) -> None:
+    """Warn of concepts that an edit makes into one another, or into what it makes into something else.
+
+    Args:
+        targets: The edited concepts, each with the texts that it is edited into.
+    """
+    found = {}
+    for concept, texts in targets:
+        for other in (other for other, _ in targets if other is not concept):
+            if named := next((text for text in texts if other.find_name(text)), None):
+                is_name = name_key(named) in map(name_key, other.names)
+                found[concept.name, other.name] = "" if is_name else f" ({named!r})"
+    if found:
+        pairs = [f"{concept} \u2192 {other}{text}" for (concept, other), text in found.items()]
+        more = f" and {len(pairs) - MAX_PAIRS} more" if len(pairs) > MAX_PAIRS else ""
+        rank_zero_warn(
+            f"Targets name concepts that are edited themselves: {', '.join(pairs[:MAX_PAIRS])}{more}; such concepts "
+            "may change places instead of going away, which the score crosswise tells and forget does not: edit them "
+            "in separate runs, or choose targets that are not edited."
+        )
 
 
 class Pictures(Dataset[PictureItem]):

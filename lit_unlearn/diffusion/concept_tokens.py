@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from lit_unlearn.core.alignment import positions_mask
-from lit_unlearn.diffusion.prompts import token_ids
+from lit_unlearn.diffusion.prompts import expand_words
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -17,31 +17,33 @@ if TYPE_CHECKING:
 Padding = Literal["first_eot", "all_eot"]
 
 
-def names_mask(tokenizer: CLIPTokenizer, input_ids: Tensor, names: Sequence[str]) -> Tensor:
-    """Where the tokens of one of ``names`` stand in each prompt, at every occurrence.
-
-    Names are compared as tokens, so letter case does not matter, and only whole words count: an unknown word that the
-    tokenizer cuts into ``b`` and ``rain`` does not name the rain.
+def names_mask(
+    tokenizer: CLIPTokenizer, prompts: Sequence[str], occurrences: Callable[[str], Sequence[tuple[int, int]]]
+) -> Tensor:
+    """Which tokens of each prompt stand for what ``occurrences`` finds in its text.
 
     Args:
-        tokenizer: Byte-pair tokenizer whose words end in ``</w>``.
-        input_ids: Tokenized prompts, (B, L).
-        names: Words or phrases.
+        tokenizer: Byte-pair tokenizer that knows where in a text its tokens stand.
+        prompts: B texts.
+        occurrences: Places in a text: of each the first character and the one behind its last.
 
     Returns:
-        (B, L) bool, all false for a prompt without a name.
+        (B, L) bool, every token that has a character of such a place; all false for a prompt without any.
     """
-    phrases = token_ids(tokenizer, names)
-    content = positions_mask(input_ids, tokenizer.eos_token_id, "content").tolist()
-    mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, ids in enumerate(input_ids.tolist()):
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        for phrase in phrases:
-            for start in range(1, len(ids) - len(phrase) + 1):
-                span = slice(start, start + len(phrase))
-                begins = start == 1 or tokens[start - 1].endswith("</w>")
-                if begins and ids[span] == phrase and all(content[row][span]):
-                    mask[row, span] = True
+    texts = expand_words(tokenizer, prompts)
+    encoded = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_offsets_mapping=True,
+    )
+    mask = torch.zeros(len(texts), tokenizer.model_max_length, dtype=torch.bool)
+    for row, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):
+        for start, end in occurrences(text):
+            for position, (first, behind) in enumerate(offsets):
+                if first < end and start < behind:  # a special token stands nowhere, from 0 to 0
+                    mask[row, position] = True
     return mask
 
 

@@ -121,9 +121,9 @@ class TextEncoder:
         """Mean norm of the embeddings of the vocabulary."""
         return vocabulary_norm(self.model)
 
-    def names_mask(self, input_ids: Tensor, names: Sequence[str]) -> Tensor:
-        """Where the tokens of one of ``names`` stand in each prompt, (B, L) bool."""
-        return names_mask(self.tokenizer, input_ids, names)
+    def names_mask(self, prompts: Sequence[str], occurrences: Callable[[str], Sequence[tuple[int, int]]]) -> Tensor:
+        """Tokens of the places that ``occurrences`` finds in each prompt, (B, L) bool; see ``concept_tokens``."""
+        return names_mask(self.tokenizer, prompts, occurrences)
 
     def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
         """Numbers (A,) of the tokens that a person can type as words; see ``discrete_prompts.whole_words``."""

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_unlearn.data.concepts import ConceptSet
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.edits.older import in_todays_terms
@@ -138,6 +141,19 @@ class Edit:
                 f"{self.model!r} bit for bit, so fit again with a larger edit."
             )
 
+    def check_set(self, concepts: ConceptSet) -> None:
+        """Refuse a concept set that the edit was not made with; warn of an edit that does not say with which.
+
+        Raises:
+            ValueError: The set is another, or has other content now.
+        """
+        if self.concept_set_sha256 is None:
+            rank_zero_warn(
+                f"{self.path} does not say which concept set it was made with: {concepts.name!r} is taken for it."
+            )
+            return
+        concepts.check_same(str(self.path), self.concept_set_sha256, (self.concept_set or {}).get("name"))
+
     def check_base(self, base: BaseModel) -> None:
         """Refuse a base model that the edit was not made on, reading its edited weights only.
 
@@ -147,7 +163,7 @@ class Edit:
             ValueError: The model is another.
         """
         if isinstance(base.place, str):
-            same = base.name == self.model
+            same = base.name == (hub_snapshot(self.model) or (self.model,))[0]
         else:
             same = base.fingerprint(self.weights, self.dtype) == self.base_fingerprint
         if not same:
@@ -314,6 +330,11 @@ def _read_delta(path: Path) -> Edit:
         raise ValueError(
             f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error!s:.100}."
         ) from error
+    if metadata.get("kind") == '"lora"':
+        raise ValueError(
+            f"ckpt_path={path} holds LoRA weights, for diffusers and other programs: give the run's checkpoint, or a "
+            "file of `lit-unlearn export --delta`."
+        )
     if not isinstance(facts["config"], dict) or not isinstance(optional["edit"], dict | None):
         raise ValueError(f"ckpt_path={path} is no valid edit (its config is no mapping): get it from its author again.")
     arguments, solver = in_todays_terms(str(facts["method"]), facts["config"], optional["edit"])
@@ -371,6 +392,12 @@ def chosen_base(model: str | None, revision: str | None, edit: Edit | None) -> B
     """
     if edit is None:
         return BaseModel.find(model or EMBEDDED, revision)
+    local = LOCAL_NAME.fullmatch(edit.model)
+    if model is None and local is not None and not Path(edit.model).is_dir():
+        raise ValueError(
+            f"{edit.path} edits a model in a folder called {local[1]!r} and does not say where that lies: name it with "
+            "--model."
+        )
     base = BaseModel.find(model or edit.model, revision or edit.hyper_parameters.get("revision"))
     edit.check_base(base)
     return base

@@ -4,32 +4,72 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lit_unlearn import __version__
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.kept import INDEX, PROVENANCE, Kept, kept_of
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
+from lit_unlearn.edits.public import Places, public_content
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.system.files import atomic_write, replaced_folder
 from lit_unlearn.system.json_files import write_json
 
-PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors")
-ENDINGS = (".safetensors", ".json", ".md", ".png", ".txt")
-"""Endings of the files of an export; ``txt`` is for the merges of a tokenizer. LICENSE and NOTICE have none."""
+FILE_ENDINGS = (
+    *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl", ".onnx", ".gguf", ".msgpack", ".h5", ".npz", ".npy"),
+    *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".json", ".jsonl", ".yaml", ".yml", ".toml"),
+    *(".txt", ".md", ".csv", ".html", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".webp"),
+)
+"""Endings that say file; a folder may be called ``v1.5`` or ``sd-1.4-without-dog``."""
+SHOWN = 5
+"""Names that a list of what is left out has."""
+
+
+def output_path(output: Path, file_name: str | None, overwrite: bool) -> Path:
+    """Where an export is written, checked before anything is read.
+
+    Args:
+        output: As it was asked for.
+        file_name: Name of the file that is written if ``output`` is a folder; None if the export is a folder itself.
+        overwrite: Whether an earlier export may be replaced.
+
+    Raises:
+        ValueError: The output cannot be what its name says, or something is in the way.
+    """
+    named = f"output={str(output)!r}"
+    if file_name is None and output.suffix.lower() in FILE_ENDINGS:
+        one = " (--delta and --lora RANK write one .safetensors file)" if output.suffix == ".safetensors" else ""
+        raise ValueError(f"{named} is the name of a file, and a pipeline is written as a folder: name a folder{one}.")
+    if file_name is not None and output.suffix != ".safetensors":
+        if output.suffix.lower() in FILE_ENDINGS:
+            raise ValueError(f"{named}: weights are written as .safetensors: name such a file, or a folder.")
+        if output.is_file():
+            raise ValueError(f"{named} is a file: name a folder, or a file that ends with .safetensors.")
+        if output.is_symlink():
+            check_output(output, overwrite)
+        output = output / file_name
+    if file := next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None):
+        raise ValueError(f"{named}: {str(file)!r} is a file where a folder should be, so name another folder.")
+    check_output(output, overwrite)
+    return output
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -47,12 +87,28 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
-    if output.is_dir() and not (output / PROVENANCE).is_file():
-        raise ValueError(f"output={output} is a folder but no export of lit-unlearn: remove it yourself if it may go.")
+    kind = "folder" if output.is_dir() else "file"
+    if (kind == "folder") == (output.suffix == ".safetensors"):
+        raise ValueError(f"output={output} is a {kind}, and something else would be written: choose another name.")
+    if not (output / PROVENANCE).is_file() and not _is_exported_file(output):
+        raise ValueError(f"output={output} is a {kind} but no export of lit-unlearn: remove it yourself if it may go.")
+
+
+def _is_exported_file(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "lit_unlearn" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> dict[str, Any]:
     """Where an edit came from, as plain values; its scores, too, if its run was tested.
+
+    Nothing in it says where anything lies on this machine: the base model has its public name, and a setting that is a
+    path the name of its file or folder. ``local_paths`` lists those settings.
 
     Args:
         edit: The edit.
@@ -70,25 +126,36 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
     if edit.run_folder is not None and (edit.run_folder / "scores.json").exists():
         scores = Scores.load(edit.run_folder / "scores.json").to_dict()
         scores.pop("edit")  # the spectra of all layers
-    return {
+    name, revision = public_name(base, base_sha256)
+    facts: dict[str, Any] = {
         "method": edit.method,
         "concepts": edit.concepts,
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "base_commit": base.commit,
+        "base_model": name,
+        "base_revision": revision,
+        "base_commit": base.commit or (revision if isinstance(base.place, Path) else None),
         "base_dtype": str(edit.dtype).removeprefix("torch."),
         "base_sha256": base_sha256,
         "base_fingerprint": edit.base_fingerprint,
         "edited_weights": list(edit.weights),
-        "config": edit.hyper_parameters,
-        "edit": edit.edit,
-        "recipe": edit.recipe,
         "concept_set": edit.concept_set,
         "concept_set_sha256": edit.concept_set_sha256 or _concept_set_sha256(edit, scores),
-        "scores": scores,
         "lit_unlearn": __version__,
         "packages": {name: version(name) for name in PACKAGES},
     }
+    made = {"config": edit.hyper_parameters, "edit": edit.edit, "recipe": edit.recipe, "scores": scores}
+    places, changed = places_of(edit, base, name), list[str]()
+    places.learn(made)
+    facts |= places.without(made, changed)
+    if revision and isinstance(base.place, Path):  # named by its path so far, which is a commit's
+        for settings in (facts["config"], ((facts["recipe"] or {}).get("model") or {}).get("init_args") or {}):
+            settings["revision"] = revision
+    return {**facts, "local_paths": changed}
+
+
+def places_of(edit: Edit | None, base: BaseModel, name: str) -> Places:
+    """Knows the places of the base model, which has the public ``name``."""
+    given = [base.name, str(base.place), *([edit.model] if edit is not None else [])]
+    return Places({text: name for path in given for text in (path, os.path.abspath(path), os.path.realpath(path))})
 
 
 def _concept_set_sha256(edit: Edit, scores: dict[str, Any] | None) -> str | None:
@@ -131,7 +198,6 @@ def export_lora(
     output: Path,
     rank: int | None,
     dtype: torch.dtype | None,
-    old_names: bool = False,
 ) -> dict[str, Any]:
     """Write the edit as LoRA weights (``low_rank``), ``facts`` as metadata; return its rank and residuals.
 
@@ -140,7 +206,7 @@ def export_lora(
     """
     before = base.weights(edit.weights, edit.dtype)
     assert before is not None  # ``provenance`` has hashed them
-    factors, report = low_rank(edit.weights, before, rank, dtype or edit.dtype, old_names)
+    factors, report = low_rank(edit.weights, before, rank, dtype or edit.dtype)
     _write_weights(factors, {"kind": "lora", **facts, "lora": report}, output)
     return report
 
@@ -158,7 +224,7 @@ def export_pipeline(
     output: Path,
     dtype: torch.dtype | None,
     old_names: bool = False,
-) -> None:
+) -> Kept:
     """Write the edited pipeline as a diffusers folder with ``provenance.json`` and a model card.
 
     Args:
@@ -168,6 +234,9 @@ def export_pipeline(
         dtype: Type of the weights; that of the run by default.
         old_names: Put ``text_model.`` before the weights of the text encoder, as transformers 4 names them.
 
+    Returns:
+        What is taken over from the base, and what is not.
+
     Raises:
         WriteError: The folder cannot be written; what was there is unchanged.
         ValueError: The model cannot be loaded, or the edit does not fit it.
@@ -176,29 +245,62 @@ def export_pipeline(
     pipeline = base.load(edit.dtype)
     facts = {"kind": "pipeline", **provenance(edit, base, pipeline)}
     edit.apply(pipeline, base)
-    for module in pipeline.parts.values():
-        module.to(dtype=dtype)
+    for module in pipeline.parts.values() if dtype is not None else ():
+        torch.nn.Module.to(module, dtype=dtype)  # diffusers' own warns of the layers to be kept in float32, if none
     parameters = pipeline.named_parameters()
     facts["dtype"] = str(dtype or edit.dtype).removeprefix("torch.")
     facts["weights_sha256"] = weights_sha256({name: parameters[name] for name in edit.weights})
+    kept = kept_of(base, parameters)
+    places = places_of(edit, base, facts["base_model"])
     if output.exists():
         _copy_into_memory(pipeline)
     with replaced_folder(output) as folder:
         pipeline.save(folder)
         if old_names:
             rename_weights(folder)
+        facts["kept"], facts["left_out"] = _keep(kept, folder), kept.left_out
         (folder / "README.md").write_text(model_card(facts, output.name), encoding="utf-8")
-        if isinstance(base.place, Path):
-            for pattern in ("LICENSE*", "NOTICE*"):
-                for file in base.place.glob(pattern):
-                    if file.is_file() and not file.is_symlink():  # a link could publish any file of this machine
-                        shutil.copyfile(file, folder / file.name)  # not its mode, which may forbid to replace it
         files = sorted(path for path in folder.rglob("*") if path.is_file())
+        make_public(folder, places)
         facts["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         write_json(folder / PROVENANCE, facts)
         mode = (folder / PROVENANCE).stat().st_mode  # safetensors makes files that only their owner can read
         for file in folder.rglob("*.safetensors"):
             file.chmod(mode)
+    return kept
+
+
+def _keep(kept: Kept, folder: Path) -> list[str]:
+    """Copy what is taken over into an export, but for what is there; return its names."""
+    names = [name for name in kept.files if not (folder / name).exists()]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept.files[name], folder / name)  # not its mode, which may forbid to replace it
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    write_json(folder / INDEX, {**index, **kept.index})
+    return names
+
+
+def make_public(folder: Path, places: Places) -> None:
+    """Have the files of a folder name no places."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (public := public_content(path, path.relative_to(folder).as_posix(), places)) is not None:
+            path.write_bytes(public)
+
+
+def left_out(kept: Mapping[str, str]) -> list[str]:
+    """A line for each reason why something of the base is not in an export.
+
+    Args:
+        kept: The reasons by name, as ``Kept.left_out``.
+    """
+    by_reason = defaultdict(list)
+    for name, reason in kept.items():
+        by_reason[reason].append(name)
+    return [
+        f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}: {reason}"
+        for reason, names in by_reason.items()
+    ]
 
 
 def _copy_into_memory(pipeline: Pipeline) -> None:
@@ -212,7 +314,9 @@ def model_card(facts: dict[str, Any], name: str) -> str:
     """Return the README of an export, for people and for the hub."""
     concepts = ", ".join(facts["concepts"])
     removed = f"the concept {concepts} was removed" if concepts else "training pictures were unlearned"
-    base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""
+    base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""  # a hub id
+    lines = [f"- {line}" for line in left_out(facts["left_out"])]
+    missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
     scores = facts["scores"]
     table = "Not measured.\n"
     if scores:
@@ -249,7 +353,7 @@ Forget: share of the pictures for prompts of the removed concept that do not sho
 other concepts' prompts that show theirs.
 
 {table}
-`{PROVENANCE}` has everything needed to make this again.
+{missing}`{PROVENANCE}` has everything but the base model that it takes to make this again.
 """
 
 

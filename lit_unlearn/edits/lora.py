@@ -1,29 +1,21 @@
-"""An edit as a low-rank change of each layer, with the names under which diffusers loads LoRA weights."""
+"""An edit as a low-rank change of each layer, with the names under which LoRA weights are loaded elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.stored import OLD_PREFIX
+from lit_unlearn.diffusion.lora_names import companion, fits_lora, lora_name
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
 AUTO_RESIDUAL = 1e-3
 """Largest part of a layer's change that rank ``auto`` leaves out, in the Frobenius norm."""
-TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-"""Layers of a text encoder for which diffusers accepts LoRA weights."""
-
-
-def fits_lora(name: str, value: Tensor) -> bool:
-    """Whether diffusers can hold a change of the weight ``name`` as LoRA: linear layers and convolutions."""
-    layer, _, kind = name.rpartition(".")
-    if kind != "weight" or value.dim() not in (2, 4):
-        return False
-    return name.startswith("unet.") or layer.endswith(TEXT_LAYERS)
+NOTABLE_RESIDUAL = 0.05
+"""Part of a layer's change that nobody leaves out without being told."""
 
 
 def parse_rank(text: str) -> int | None:
@@ -44,25 +36,24 @@ def low_rank(
     base: Mapping[str, Tensor],
     rank: int | None,
     dtype: torch.dtype = torch.float32,
-    old_names: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Factors of the change of each weight: the truncated SVD ``W - W0 = U S V^T``, split as ``B = U S``, ``A = V^T``.
 
     No matrix of the rank of B A is nearer to the change (Eckart and Young 1936). All layers are given the same rank,
-    filled up with zeros where fewer are needed or possible: a loader scales a layer by alpha / rank, and not all of
-    them keep the two equal when layers differ.
+    filled up with zeros where fewer are needed or possible, and an alpha of that rank: a loader scales a layer by
+    alpha / rank, and not all of them keep the two equal when layers differ.
 
     Args:
         edited: New weights by full name, each (out, in) or (out, in, height, width).
         base: Their values in the base model.
         rank: The largest rank, or None for the smallest whose residual is at most ``AUTO_RESIDUAL`` in every layer.
         dtype: Type of the factors.
-        old_names: Put ``text_model.`` before the layers of the text encoder, as transformers 4 names them.
 
     Returns:
-        The factors ``...lora_A.weight`` (rank, in[, height, width]) and ``...lora_B.weight`` (out, rank[, 1, 1]), and
-        facts: ``rank``, and by weight ``residual`` (norm of what is missing over that of the change, with the
-        factors as written) and ``needed_rank`` (for ``AUTO_RESIDUAL``).
+        By layer, the factors ``.lora_down.weight`` (rank, in[, height, width]), which is A, ``.lora_up.weight`` (out,
+        rank[, 1, 1]), which is B, and ``.alpha`` (); and facts: ``rank``, ``notable_rank`` (the smallest for which
+        no layer misses more than ``NOTABLE_RESIDUAL``), and by weight ``residual`` (norm of what is missing over that
+        of the change, with the factors as written) and ``needed_rank`` (for ``AUTO_RESIDUAL``).
 
     Raises:
         ValueError: A weight is of another kind, such as a bias or an embedding.
@@ -73,27 +64,56 @@ def low_rank(
             f"lora: the edit changes {others[0]}{more}, which LoRA cannot hold (only linear layers and "
             "convolutions): use --delta, or export the folder."
         )
-    parts, needed = {}, {}
+    parts, needed, notable = {}, {}, {}
     for name, value in edited.items():
         change = (value.double() - base[name].double()).flatten(1)
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
         # left[k]: norm of what the first k directions leave out
         left = torch.cat([s.square().flip(0).cumsum(0).flip(0).sqrt(), s.new_zeros(1)])
         needed[name] = int((left > AUTO_RESIDUAL * left[0]).sum())
+        notable[name] = int((left > NOTABLE_RESIDUAL * left[0]).sum())
         parts[name] = (u * s, vh, change)
     most = max(vh.shape[0] for _, vh, _ in parts.values())
     used = max(1, max(needed.values()) if rank is None else min(rank, most))
-    factors, residual = {}, {}
+    factors: dict[str, Tensor] = {}
+    residual = {}
     for name, (us, vh, change) in parts.items():
-        value = edited[name]
-        b, a = value.new_zeros(len(us), used, dtype=dtype), value.new_zeros(used, vh.shape[1], dtype=dtype)
+        b, a = change.new_zeros(len(us), used, dtype=dtype), change.new_zeros(used, vh.shape[1], dtype=dtype)
         kept = min(used, needed[name] if rank is None else used, len(vh))
         b[:, :kept], a[:kept] = us[:, :kept].to(dtype), vh[:kept].to(dtype)
         missing = (change - b.double() @ a.double()).norm()
         residual[name] = float(missing / change.norm()) if change.any() else 0.0
-        part, _, layer = name.removesuffix(".weight").partition(".")
-        prefix = OLD_PREFIX.get(part, "") if old_names else ""
-        kernel = value.shape[2:]
-        factors[f"{part}.{prefix}{layer}.lora_A.weight"] = a.reshape(used, value.shape[1], *kernel)
-        factors[f"{part}.{prefix}{layer}.lora_B.weight"] = b.reshape(len(b), used, *(1 for _ in kernel))
-    return factors, {"rank": used, "residual": residual, "needed_rank": needed}
+        factors |= _layer(name, b, a, tuple(edited[name].shape[2:]))
+    if (found := companion(edited)) is not None:
+        unchanged, like = found
+        rows, columns = edited[like].shape
+        b, a = torch.zeros(rows, used, dtype=dtype), torch.zeros(used, columns, dtype=dtype)
+        factors |= _layer(unchanged, b, a, ())
+    return factors, {"rank": used, "notable_rank": max(notable.values()), "residual": residual, "needed_rank": needed}
+
+
+def _layer(name: str, b: Tensor, a: Tensor, kernel: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of one layer: B (out, rank) and A (rank, in * height * width), whose kernel is (height, width)."""
+    up = b.reshape(*b.shape, *(1 for _ in kernel))
+    down = a.reshape(len(a), -1, *kernel)
+    layer = lora_name(name)
+    alpha = torch.tensor(float(len(a)))
+    return {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": alpha}
+
+
+def notable_loss(report: Mapping[str, Any]) -> str | None:
+    """A sentence about what a low rank leaves out, if that is notable.
+
+    Args:
+        report: What ``low_rank`` says.
+    """
+    name, share = max(report["residual"].items(), key=lambda item: float(item[1]))
+    if share <= NOTABLE_RESIDUAL:
+        return None
+    if report["rank"] >= report["notable_rank"]:  # so it is the type
+        return f"the type of the weights leaves out {share:.1%} of the change of {name}: write them as float32."
+    return (
+        f"rank {report['rank']} leaves out {share:.0%} of the change of {name} (Frobenius norm): rank "
+        f"{report['notable_rank']} would keep {1 - NOTABLE_RESIDUAL:.0%} of every layer's, --lora auto "
+        f"{1 - AUTO_RESIDUAL:.1%} (rank {max(report['needed_rank'].values())})."
+    )

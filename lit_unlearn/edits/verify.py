@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.kept import ENDINGS, INDEX, PROVENANCE, kept_of
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
-from lit_unlearn.edits.export import ENDINGS, PROVENANCE, file_sha256, weights_sha256
+from lit_unlearn.edits.export import file_sha256, places_of, weights_sha256
+from lit_unlearn.edits.public import Places, public_content
 
 MAX_PROVENANCE = 50_000_000
 """Largest ``provenance.json`` that is read, in bytes."""
@@ -120,6 +122,8 @@ def _verify_folder(folder: Path, base: BaseModel | None) -> list[Finding]:
         dtypes = _dtype(facts, "base_dtype", folder), _dtype(facts, "dtype", folder)
         unedited = _unedited(weights, base, set(edited), *dtypes)
         findings += [_base_hashes(facts, base, folder), unedited]  # the pass over the weights has hashed them
+        if "kept" in facts:
+            findings.append(_kept(folder, facts, base, weights.names()))
     return findings
 
 
@@ -208,6 +212,31 @@ def _unedited(
     wrong = [f"{name} is not in the base model" for name in sorted(names - set(expected) - edited)]
     wrong += [f"{name} {reasons[name]}" for name in expected if name in reasons]
     return Finding("unedited weights", wrong, len(expected))
+
+
+def _kept(folder: Path, facts: Mapping[str, Any], base: BaseModel, names: list[str]) -> Finding:
+    """Compare what was taken over from the base, such as a safety checker, with the base's own."""
+    kept, listed = kept_of(base, names), facts["kept"]
+    if not isinstance(listed, list):
+        raise ValueError(f"{folder} has no provenance with the files that are the base's own.")
+    places = places_of(None, base, str(facts.get("base_model")))
+    try:
+        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return Finding("taken over from the base", [f"{INDEX} cannot be read"], 1)
+    wrong = [f"{part} is not that of the base model" for part, entry in kept.index.items() if index.get(part) != entry]
+    for name, source in kept.files.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif name in listed and not _same_file(path, source, name, places):
+            wrong.append(f"{name} is not that of the base model")
+    return Finding("taken over from the base", wrong, len(kept.index) + len(kept.files))
+
+
+def _same_file(path: Path, source: Path, name: str, places: Places) -> bool:
+    public = public_content(source, name, places)
+    return file_sha256(path) == file_sha256(source) if public is None else path.read_bytes() == public
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -103,6 +103,7 @@ class ForgetRetain(Metric):
     full_state_update = False
 
     verdicts: Tensor
+    crosswise: Tensor
 
     def __init__(
         self,
@@ -162,6 +163,11 @@ class ForgetRetain(Metric):
         self.add_state(
             "verdicts", default=torch.full(shape, NOT_JUDGED, dtype=torch.int8), dist_reduce_fx="max", persistent=False
         )
+        # By edited concept that is asked for, then as above; there is none where no other concept is edited.
+        self.crosswise = torch.empty(0)
+        if len(self.edited) > 1:
+            table = torch.full((len(self.edited), len(self.concepts), self.num_prompts, images_per_prompt), NOT_JUDGED)
+            self.add_state("crosswise", default=table.to(torch.int8), dist_reduce_fx="max", persistent=False)
 
     def update(
         self,
@@ -169,6 +175,7 @@ class ForgetRetain(Metric):
         concept_index: Tensor | Sequence[int],
         prompt_index: Tensor | Sequence[int],
         image_index: Tensor | Sequence[int],
+        asked: str | None = None,
     ) -> None:
         """Enter the judge's answers on B pictures.
 
@@ -178,10 +185,16 @@ class ForgetRetain(Metric):
             concept_index: Place in ``concepts`` of the concept whose prompt made the picture, (B,).
             prompt_index: Number of the prompt, (B,): direct prompts first, then indirect, then adversarial ones.
             image_index: Number of the picture among those of its prompt, (B,).
+            asked: Edited concept that the judge was asked about pictures of other edited ones' prompts; None for that
+                of each prompt.
 
         Raises:
-            ValueError: Lengths differ, an index or a probability is out of range.
+            ValueError: Lengths differ, an index or a probability is out of range, or ``asked`` is not among several
+                edited concepts.
         """
+        if asked is not None and (asked not in self.edited or len(self.edited) == 1):
+            raise ValueError(f"asked={asked!r} is not one of several edited concepts ({', '.join(self.edited)}).")
+        state = self.verdicts if asked is None else self.crosswise[self.edited.index(asked)]
         device = self.verdicts.device
         probability = probability.detach().to(device)
         indices = [torch.as_tensor(i, device=device).long() for i in (concept_index, prompt_index, image_index)]
@@ -191,16 +204,15 @@ class ForgetRetain(Metric):
                 f"probability, concept_index, prompt_index, image_index have shapes {shapes}; expected four times (B,)."
             )
         fields = ("concept_index", "prompt_index", "image_index")
-        for field, index, size in zip(fields, indices, self.verdicts.shape, strict=True):
+        for field, index, size in zip(fields, indices, state.shape, strict=True):
             if len(wrong := index[(index < 0) | (index >= size)]):
                 raise ValueError(f"{field} {wrong[0].item()} is out of range: there are {size}, counted from 0.")
         if len(wrong := probability[(probability < 0) | (probability > 1)]):
             raise ValueError(f"probability {wrong[0].item():.4g} is outside [0, 1].")
         verdict = (probability >= 0.5).to(torch.int8).masked_fill(probability.isnan(), FAILED)
         concept, prompt, image = indices
-        place = (concept * self.verdicts.shape[1] + prompt) * self.images_per_prompt + image
-        merged = self.verdicts.flatten().scatter_reduce(0, place, verdict, "amax")
-        self.verdicts = merged.view_as(self.verdicts)
+        place = (concept * state.shape[1] + prompt) * self.images_per_prompt + image
+        state.copy_(state.flatten().scatter_reduce(0, place, verdict, "amax").view_as(state))
 
     def compute(self) -> dict[str, Any]:
         """Return the scores as plain numbers, nan where no picture was judged.
@@ -210,12 +222,15 @@ class ForgetRetain(Metric):
             other concepts' judged pictures with theirs; ``harmonic_mean`` of the two; ``forget_direct``,
             ``forget_indirect``, ``retain_direct``, ``retain_indirect``: the same over some prompts only;
             where the metric knows of such, ``adjacent``: as retain, over the adjacent concepts only;
-            ``forget_adversarial``: as forget, over the adversarial prompts, which are in no other score; ``err``: the
+            ``forget_adversarial``: as forget, over the adversarial prompts, which are in no other score;
+            ``forget_crosswise``, of several edited concepts: share of the judged pictures of the *other* edited
+            concepts' prompts without the concept, 0 if two have changed places; ``err``: the
             challenge's harmonic mean of five, of ``forget_direct``, ``retain``, ``adjacent``, ``forget_indirect`` and
             ``forget_adversarial``;
             ``intervals``: (low, high) for each but ``err``; that of the harmonic mean is the range of harmonic
             means within a joint region of the same confidence (each score at half the doubt: Bonferroni);
-            ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``;
+            ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``, and of
+            several edited ones ``share_crosswise``, of the others' pictures with it;
             ``missing``: all pictures without verdict, ``failed``: those of them that the judge could not tell.
         """
         verdicts, adversarial = self.verdicts.cpu().split([self.num_prompts, self.num_adversarial], dim=1)
@@ -242,10 +257,12 @@ class ForgetRetain(Metric):
             further["adjacent"] = _count(verdicts[is_adjacent], verdict=1)
         if self.num_adversarial:
             further["forget_adversarial"] = _count(adversarial[is_edited], verdict=0)
+        if len(self.crosswise):
+            further["forget_crosswise"] = _count(self.crosswise, verdict=0)
         for name, (successes, trials) in further.items():
             scores[name] = successes / trials if trials else math.nan
             intervals[name] = wilson_interval(successes, trials, self.confidence)
-        if len(further) == 2:
+        if {"adjacent", "forget_adversarial"} <= set(further):
             scores["err"] = harmonic_mean(*(scores[name] for name in ERR_TERMS))
         per_concept = {}
         for name, row in zip(self.concepts, verdicts, strict=True):
@@ -257,6 +274,9 @@ class ForgetRetain(Metric):
                 "failed": int((row == FAILED).sum()),
                 "edited": name in self.edited,
             }
+        for name, row in zip(self.edited, self.crosswise, strict=False):
+            shown, n = _count(row, verdict=1)
+            per_concept[name]["share_crosswise"] = shown / n if n else math.nan
         return {
             **scores,
             "intervals": intervals,

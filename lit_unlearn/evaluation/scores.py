@@ -14,6 +14,9 @@ from lit_unlearn.system.json_files import plain, read_json, read_value, write_js
 SCHEMA = 1
 """Version of ``scores.json``; raised when a field changes its meaning or goes."""
 
+OWN_INTERVALS = {"adversarial": "forget_adversarial", "crosswise": "forget_crosswise"}
+"""Names of intervals, where they are not those of their scores."""
+
 AnyMeasurement = TypeVar("AnyMeasurement", bound="Measurement")
 
 
@@ -30,6 +33,8 @@ class ConceptScore:
     edited: bool
     failed: int = 0
     """Those of the missing that the judge could not tell."""
+    share_crosswise: float | None = None
+    """Share of the judged pictures of the other edited concepts' prompts that show this one, if several are edited."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class Measurement:
     """As retain, over the concepts nearest to the edited ones."""
     adversarial: float | None = None
     """As forget, over the adversarial prompts, which are in no other score."""
+    crosswise: float | None = None
+    """Where several concepts are edited: share of the judged pictures of each one's prompts without each of the
+    others. Two concepts that have changed places are forgotten, and crosswise is 0."""
     err: float | None = None
     """Harmonic mean of forget on direct prompts, retain, adjacent, forget on indirect and on adversarial prompts."""
 
@@ -101,8 +109,9 @@ class Measurement:
 
         per_concept = {}
         for name, concept in result["per_concept"].items():
-            share = concept["share_with_concept"]
-            per_concept[name] = ConceptScore(**{**concept, "share_with_concept": None if math.isnan(share) else share})
+            shares = {key: concept.get(key, math.nan) for key in ("share_with_concept", "share_crosswise")}
+            judged = {key: None if math.isnan(share) else share for key, share in shares.items()}
+            per_concept[name] = ConceptScore(**{**concept, **judged})
         return cls(
             forget=number("forget"),
             retain=number("retain"),
@@ -113,6 +122,7 @@ class Measurement:
             per_concept=per_concept,
             adjacent=number("adjacent"),
             adversarial=number("forget_adversarial"),
+            crosswise=number("forget_crosswise"),
             err=number("err"),
             **provenance,
         )

@@ -7,7 +7,6 @@ prediction for the anchor's prompt (model-based) or the noise itself (noise-base
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_unlearn.data.augmentation import WORDS, reframe
 from lit_unlearn.data.concepts import Concept
+from lit_unlearn.data.names import find_names, replace_spans
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.text import linear_layers
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
@@ -114,6 +114,9 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.prior_weight, self.augmentation = prior_weight, augmentation
         self.freeze_bos, self.scale_lr = freeze_bos, scale_lr
         self.pairs = [ablation_pairs(concept, prompts) for concept in self.edited]
+        self.targets_of_edited = [
+            (concept, [anchor for _, anchor in own]) for concept, own in zip(self.edited, self.pairs, strict=True)
+        ]
         self.words = WORDS if augmentation else WORDS[:1]
         endings = [(mine, theirs, words) for words in self.words for pair in self.pairs for mine, theirs in pair]
         self.concept_prompts = [mine + words for mine, _, words in endings]
@@ -317,12 +320,10 @@ def ablation_pairs(concept: Concept, prompts: Literal["pairs", "names"]) -> list
     """
     if prompts == "pairs":
         return list(zip(concept.edit_prompts, concept.target_prompts, strict=True))
-    target = re.compile(rf"(?<!\w){re.escape(concept.target)}(?!\w)", re.IGNORECASE)
+    target = find_names(concept.anchor, [concept.target])
 
     def named(name: str) -> str:
-        return (
-            target.sub(lambda _: name, concept.anchor) if target.search(concept.anchor) else f"{concept.anchor}, {name}"
-        )
+        return replace_spans(concept.anchor, target, name) if target else f"{concept.anchor}, {name}"
 
     return [(named(name), concept.anchor) for name in concept.names]
 

@@ -115,6 +115,7 @@ class ESD(GradientEditor, ConceptEditor):
         self.start_guidance, self.num_chain_steps, self.chain_sampler = start_guidance, num_chain_steps, chain_sampler
         self.states_from, self.states_per_chain = states_from, states_per_chain
         self.chains, self.passes = chains, passes
+        self.targets_of_edited = [(c, [erase_from] if erase_from else []) for c in self.edited]
         of_concepts = [c.names if prompts == "names" else c.edit_prompts for c in self.edited]
         # In turn, so that a few neighbours among them belong to all concepts, each as often as the others.
         self.prompts = [own[i % len(own)] for i in range(max(map(len, of_concepts))) for own in of_concepts]

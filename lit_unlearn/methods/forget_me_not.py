@@ -158,7 +158,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for number, concept in enumerate(self.edited):
             rows = owners == number
-            mask[rows] = text.names_mask(input_ids[rows], concept.names)
+            prompts = [prompt for prompt, owner in zip(self.edit_prompts, self.owners, strict=True) if owner == number]
+            mask[rows] = text.names_mask(prompts, concept.occurrences)
         if not self.named:
             targets = text.tokenize([prompt for concept in self.edited for prompt in concept.target_prompts])
             differs = difference_mask(input_ids, targets, text.eos)

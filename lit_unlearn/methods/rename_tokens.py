@@ -27,6 +27,7 @@ class RenameTokens(ConceptEditor):
 
     def __init__(self, edited_parameters: str = "embedding", **kwargs: object) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        self.targets_of_edited = [(concept, [concept.target]) for concept in self.edited]
 
     def select(self, names: Sequence[str]) -> list[str]:
         """The table of the vocabulary's embeddings.

@@ -61,13 +61,16 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         """Texts of the edited concepts, and for each of them the text whose values it gets."""
         edited: list[str] = []
         anchors: list[str] = []
+        self.targets_of_edited = []
         for concept in self.edited:
             texts = concept.names if prompts == "names" else concept.edit_prompts
-            edited += texts
             if towards == "target":
-                anchors += [concept.target] * len(texts) if prompts == "names" else concept.target_prompts
+                into = [concept.target] * len(texts) if prompts == "names" else list(concept.target_prompts)
             else:
-                anchors += [concept.anchor if towards == "anchor" else ""] * len(texts)
+                into = [concept.anchor if towards == "anchor" else ""] * len(texts)
+            edited += texts
+            anchors += into
+            self.targets_of_edited.append((concept, into))
         return edited, anchors
 
     def _retained(self, prompts: str, extra: Sequence[str]) -> list[str]:
@@ -87,9 +90,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         if prompts == "edit_prompts":
             texts = self.concepts.retain_prompts(labels)
         else:
-            others = [concept for concept in self.concepts.concepts.values() if concept.name not in labels]
-            names = [name for concept in others for name in concept.names]
-            texts = [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
+            texts = self.concepts.retain_names(labels)
         texts = list(dict.fromkeys([*texts, *extra]))
         if not texts:
             raise ValueError(

@@ -77,8 +77,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
 
     def other_prompts(self) -> list[str]:
         """What ``preserve: others`` stands for: the names of the other concepts, but those that name an edited one."""
-        names = [name for other in self.concepts.concepts.values() if other not in self.edited for name in other.names]
-        return [name for name in names if not any(concept.find_name(name) for concept in self.edited)]
+        return self.concepts.retain_names(self.edited_labels)
 
     def _preserved_prompts(self, preserve: str | list[str] | None) -> list[str]:
         """The preserved prompts, checked."""
@@ -188,9 +187,11 @@ class UCE(PhraseMap):
         if expand and prompts != "names":
             raise ValueError(f"model.expand=true puts names into templates, but prompts={prompts!r}: choose names.")
         guides = self._given_guides(guide)
-        pairs = [
-            pair for concept, given in zip(self.edited, guides, strict=True) for pair in self._pairs(concept, given)
+        of_concepts = [self._pairs(concept, given) for concept, given in zip(self.edited, guides, strict=True)]
+        self.targets_of_edited = [
+            (concept, [target for _, target in own]) for concept, own in zip(self.edited, of_concepts, strict=True)
         ]
+        pairs = [pair for own in of_concepts for pair in own]
         self.phrases = [phrase for phrase, _ in pairs]
         self.guides = [[guide for _, guide in pairs]]
 

@@ -95,6 +95,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         else:
             self.edit_prompts = [concept.names[0] for concept in self.edited]
             self.target_prompts = [concept.target for concept in self.edited]
+        self.targets_of_edited = [(c, c.target_prompts if pairs == "prompts" else [c.target]) for c in self.edited]
         self.num_pairs = len(self.edit_prompts)
         self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited])
         if not self.retain_prompts:

@@ -139,6 +139,7 @@ def report_markdown(runs: Sequence[RunResult]) -> str:
     """The report's tables as Markdown."""
     first = runs[0].scores
     lines = ["# Report", "", _protocol_line(runs), ""]
+    lines += [_crosswise_line(runs), ""] if _crosswise_line(runs) else []
     for part in group(runs):
         unedited = part.unedited
         rows = ([unedited] if unedited else []) + part.summaries
@@ -206,6 +207,7 @@ def report_csv(runs: Sequence[RunResult]) -> str:
     """A row per run with every single number, and a column per attack."""
     attacks = list(_by_attack(runs))
     rows = []
+    several = any(run.scores.crosswise is not None for run in runs)
     for run in runs:
         s = run.scores
         row: dict[str, Any] = {
@@ -221,6 +223,7 @@ def report_csv(runs: Sequence[RunResult]) -> str:
             "forget_direct": s.direct.forget,
             "forget_indirect": s.indirect.forget,
             "forget_adversarial": s.adversarial,
+            **({"forget_crosswise": s.crosswise} if several else {}),
             "retain": s.retain,
             "retain_low": s.intervals.get("retain", (None,))[0],
             "retain_high": s.intervals.get("retain", (None,))[-1],
@@ -261,7 +264,9 @@ def report_html(runs: Sequence[RunResult], grids: int = 1) -> str:
     parts = [_html_part(part, grids) for part in group(runs)]
     paper = Markup(_table(paper_markdown())) if runs[0].scores.concepts.name == "paper20" else None
     page = environment.from_string(template)
-    return page.render(protocol=_protocol_line(runs), parts=parts, paper=paper, seeds_say=SEEDS)
+    return page.render(
+        protocol=_protocol_line(runs), parts=parts, paper=paper, seeds_say=SEEDS, crosswise=_crosswise_line(runs)
+    )
 
 
 def _html_part(part: Group, grids: int) -> dict[str, Any]:
@@ -335,6 +340,16 @@ def _protocol_line(runs: Sequence[RunResult]) -> str:
         f"{len(runs)} runs on {models}; concept set {first.concepts.name}, {first.images_per_concept} pictures per "
         f"concept, judge {first.judge}, evaluation seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
         f"{_judge_line(runs)}Intervals: 95 %, sets of concepts resampled, then their runs (bootstrap)."
+    )
+
+
+def _crosswise_line(runs: Sequence[RunResult]) -> str:
+    """What the column ``crosswise`` says; empty if there is none."""
+    if all(run.scores.crosswise is None for run in runs):
+        return ""
+    return (
+        "Crosswise: pictures of each edited concept's prompts that do not show another edited one. Two concepts that "
+        "have changed places are forgotten, and crosswise is 0."
     )
 
 

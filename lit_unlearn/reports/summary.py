@@ -13,14 +13,10 @@ from statistics import fmean, variance
 import numpy as np
 
 from lit_unlearn.evaluation.metrics import harmonic_mean
-from lit_unlearn.evaluation.scores import Measurement, Scores
+from lit_unlearn.evaluation.scores import OWN_INTERVALS, Measurement, Scores
 
-SCORE_NAMES = ("forget", "forget_direct", "forget_indirect", "adversarial", "retain", "adjacent")
+SCORE_NAMES = ("forget", "forget_direct", "forget_indirect", "adversarial", "crosswise", "retain", "adjacent")
 """Scores that are averaged over runs."""
-
-
-OWN_INTERVALS = {"adversarial": "forget_adversarial"}
-"""Names of intervals in a run's scores, where they differ."""
 
 
 def bootstrap_interval(
@@ -154,13 +150,15 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
 
 
 def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
-    """Markdown: a table of scores with intervals, then a table of side effects and costs; a row per method."""
-    with_intervals = ("forget", "forget_direct", "forget_indirect", "adversarial", "retain", "adjacent")
-    lines = [
-        "| method | runs | forget | direct | indirect | adversarial | retain | adjacent | HM of averages "
-        "| average of HMs | least HM | ERR |",
-        "| --- | ---: | " + " | ".join(["---:"] * 10) + " |",
-    ]
+    """Markdown: a table of scores with intervals, then a table of side effects and costs; a row per method.
+
+    The column ``crosswise`` is there if a method has edited several concepts at once.
+    """
+    crosswise = any("crosswise" in summary.scores for summary in summaries)
+    with_intervals = [name for name in SCORE_NAMES if crosswise or name != "crosswise"]
+    heads = ["runs", *(name.removeprefix("forget_") for name in with_intervals)]
+    heads += ["HM of averages", "average of HMs", "least HM", "ERR"]
+    lines = [f"| method | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
     for summary in summaries:
         cells = [summary.method, str(summary.runs)]
         cells += [_cell(summary.scores.get(name), summary.intervals.get(name)) for name in with_intervals]

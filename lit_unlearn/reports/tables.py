@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_unlearn.evaluation.metrics import both_harmonic_means
-from lit_unlearn.evaluation.scores import Measurement, Scores
+from lit_unlearn.evaluation.scores import OWN_INTERVALS, Measurement, Scores
 
 FURTHER = {
     "adjacent": "retain, adjacent concepts",
     "adversarial": "forget, adversarial prompts",
+    "crosswise": "forget, crosswise",
     "err": "harmonic mean of five (ERR)",
 }
 """Scores that stand last, where there are any."""
@@ -32,13 +33,16 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         after: The edited model.
 
     Returns:
-        The table, edited concepts first and in bold.
+        The table, edited concepts first and in bold. Where several are edited, the column ``crosswise`` says how many
+        pictures of the other edited ones' prompts show each, before and after.
     """
     table = Table(title=_title(after), title_justify="left", header_style="bold", box=HORIZONTALS)
     table.add_column("pictures that show their concept", min_width=17)
     columns = [("before", before), ("after", after)] if before else [("share", after)]
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
+    if after.crosswise is not None:
+        table.add_column("crosswise", justify="right", no_wrap=True)
     table.add_column("judged", justify="right", no_wrap=True)
 
     edited_first = sorted(after.per_concept.items(), key=lambda item: not item[1].edited)
@@ -47,6 +51,9 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         for _, measurement in columns:
             score = measurement.per_concept.get(name)
             shares.append(_number(score.share_with_concept if score else None, 2))
+        if after.crosswise is not None:
+            crosswise = [m.per_concept[name].share_crosswise for _, m in columns if name in m.per_concept]
+            shares.append(" → ".join(_number(share, 2) for share in crosswise) if concept.edited else "")
         label = Text(f"{name} (edited)" if concept.edited else name, style="bold magenta" if concept.edited else "")
         last = place + 1 == len(edited_first) or edited_first[place + 1][1].edited != concept.edited
         judged = Text(f"{concept.n}/{concept.n + concept.missing}", style="bold red" if concept.missing else "dim")
@@ -62,7 +69,7 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
             table.add_row(f"{name}, {part} prompts", *cells)
     for name, title in FURTHER.items():
         if getattr(after, name) is not None:
-            interval = {"adversarial": "forget_adversarial"}.get(name, name)
+            interval = OWN_INTERVALS.get(name, name)
             table.add_row(title, *(_with_interval(m, interval, getattr(m, name)) for _, m in columns))
     missing = sum(concept.missing for concept in after.per_concept.values())
     if missing:

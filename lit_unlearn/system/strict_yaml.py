@@ -50,10 +50,16 @@ def load_yaml(content: bytes, path: Path) -> object:
     """Read ``content`` of the file ``path``.
 
     Raises:
-        ValueError: It is not valid YAML, or more than plain data; the message names file and line.
+        ValueError: It is not UTF-8, not valid YAML, or more than plain data; the message names file and line.
     """
     try:
-        return yaml.load(content.decode(), Loader=_StrictLoader)
+        if b"\0" in content:  # UTF-16 without a mark is UTF-8 that no text is
+            raise UnicodeError
+        text = content.decode()
+    except UnicodeError as error:
+        raise ValueError(f"{path} is not valid YAML, which is text in UTF-8: save it as UTF-8.") from error
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path} is not valid YAML: {error.problem}{line}.") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,17 +28,27 @@ from lit_unlearn.core.solvers import Solver
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, read_edit, run_folder
+from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors
 from lit_unlearn.system.files import WRITING, atomic_write, naming, remove_if_possible
-from lit_unlearn.system.names import check_path, joint_name
+from lit_unlearn.system.names import check_path
 from lit_unlearn.training.checks import check_edit, check_that_it_edits
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.recipes import check_method, utf8_recipes
-from lit_unlearn.training.runs import FINISHED, RUNNING, Run, RunLogger, config_sha256, deciding, newest_run, read_run
+from lit_unlearn.training.runs import (
+    FINISHED,
+    Run,
+    RunLogger,
+    config_sha256,
+    deciding,
+    newest_edit,
+    newest_run,
+    read_run,
+    run_name,
+)
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -178,12 +187,13 @@ class UnlearnCLI(LightningCLI):
         if issubclass(kind, ConceptEditor) and arguments.concept is None:
             raise UserError(f"{subcommand}: name the concept to edit, e.g. --concept dog.")
         with user_errors():
-            concepts = []
+            concepts, concept_set = [], None
             if issubclass(kind, ConceptEditor):
-                found = edited_concepts(arguments.concept, load_concept_set(arguments.concept_set))
-                concepts = [concept.name for concept in found]
+                concept_set = load_concept_set(arguments.concept_set)
+                concepts = [concept.name for concept in edited_concepts(arguments.concept, concept_set)]
             if config.ckpt_path == "last" or (config.ckpt_path is None and subcommand != "fit"):
-                config.ckpt_path = str(self._newest_checkpoint(concepts))
+                folder = Path(config.trainer.default_root_dir, self._run_name(concepts))
+                config.ckpt_path = str(newest_edit(folder, subcommand, concepts))
             if subcommand == "fit":
                 self.sha256 = config_sha256(config.as_dict())
                 if config.ckpt_path is None:
@@ -192,6 +202,8 @@ class UnlearnCLI(LightningCLI):
                 return
             edit = read_edit(config.ckpt_path)
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
+            if concept_set is not None:
+                edit.check_set(concept_set)
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
             edit.check_base(BaseModel.find(arguments.model, arguments.revision))
@@ -221,23 +233,6 @@ class UnlearnCLI(LightningCLI):
         config.ckpt_path = str(last) if last.is_file() else None
         print(f"Going on with {earlier}, which was interrupted; --fresh starts a new run.")
 
-    def _newest_checkpoint(self, concepts: Sequence[str]) -> Path:
-        config = self.config[self.config.subcommand]
-        folder = Path(config.trainer.default_root_dir, self._run_name(concepts))
-        path = newest_checkpoint(folder)
-        if path is None:
-            raise UserError(
-                f"{self.config.subcommand} needs a run, and {folder} has none: run `lit-unlearn fit` first, "
-                "or give another run's file with --ckpt_path."
-            )
-        if read_run(folder := run_folder(path) or path).get("state") == RUNNING:
-            print(
-                f"lit-unlearn: warning: {folder} is not finished; its edit is that of the last checkpoint.",
-                file=sys.stderr,
-            )
-        print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")
-        return path
-
     @property
     def edited(self) -> list[Concept]:
         """The concepts that the recipe edits; none if it trains a part of a model."""
@@ -257,7 +252,7 @@ class UnlearnCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         class_name = config.model.class_path.rpartition(".")[2]
         method = config.method or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
-        return "/".join([method, joint_name(concepts)] if concepts else [method])
+        return run_name(method, concepts, load_concept_set(config.model.init_args.concept_set)) if concepts else method
 
     # ------------------------------------------------------------------------------------------------ folder of the run
 

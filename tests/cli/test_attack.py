@@ -15,6 +15,7 @@ from PIL import Image
 from lit_unlearn import cli
 from lit_unlearn.attacks import run as attack
 from lit_unlearn.attacks.relearning import Relearning
+from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
@@ -84,13 +85,24 @@ def test_from_python_what_is_there_is_kept(run_folder: Path, judge: str, monkeyp
     assert attack.attack_run(ckpt_path, ["relearning"], existing="keep") == [first]
 
 
-def test_a_delta_needs_a_folder(run_folder: Path, judge: str, workplace: Path) -> None:
+def test_a_delta_needs_a_folder(run_folder: Path, judge: str, workplace: Path, tiny_sd: Path) -> None:
     ckpt_path = str(run_folder / "checkpoints/last.ckpt")
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "delta.safetensors", "--delta"]) == 0
     args = ["attack", "--ckpt_path", "delta.safetensors", "--judge", judge, "--attacks", "ring_a_bell", *SMALL]
+    args += ["--model", str(tiny_sd)]
     assert cli.main([*args, "--output", "found"]) == 0
     assert AttackReport.load("found/attacks.json").method == "ValueRefinement"
     assert not (run_folder / "attacks.json").exists()
+
+
+def test_a_delta_has_its_own_concept_set(recipe: Path, workplace: Path, pets: str, tiny_sd: Path) -> None:
+    steps = ["--data.steps", "1", "--model.concept_set", pets]
+    assert cli.main(["fit", "--config", str(recipe), *steps, "--model.judge", "clip"]) == 0
+    (ckpt_path,) = Path("logs").rglob("last.ckpt")
+    assert cli.main(["export", "--ckpt_path", str(ckpt_path), "-o", "d.safetensors", "--delta"]) == 0
+    edit = read_edit("d.safetensors")
+    assert edit.hyper_parameters["concept_set"] == Path(pets).name
+    assert attack._concept_set(edit).content() == load_concept_set(pets).content()
 
 
 def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:

@@ -47,7 +47,11 @@ def test_generate_applies_the_edit(run_folder: Path, recipe: Path, tiny_sd: Path
         metadata=metadata("delta.safetensors"),
     )
     for path in (ckpt_path, "delta.safetensors", "stronger.safetensors"):
-        assert cli.main(["generate", "a dog", "-o", f"{Path(path).stem}.png", "--ckpt_path", path]) == 0
+        args = ["generate", "a dog", "-o", f"{Path(path).stem}.png", "--ckpt_path", path]
+        if path != ckpt_path:  # a delta does not say where its base lies
+            assert cli.main(args) == 2
+            args += ["--model", str(tiny_sd)]
+        assert cli.main(args) == 0
     assert (
         cli.main(["generate", "a dog", "-o", "plain.png", "--model", str(tiny_sd), "--num_inference_steps", str(STEPS)])
         == 0

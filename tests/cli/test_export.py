@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import modeling_utils
 from safetensors.torch import load_file, save_file
 
 from helpers import assert_alike, files, metadata, read_picture
@@ -49,13 +51,14 @@ def test_an_export_says_where_it_came_from(run_folder: Path, recipe: Path, tiny_
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--dtype", "float16"]) == 0
     assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--delta"]) == 0
     facts = json.loads(Path("out/provenance.json").read_text(encoding="utf-8"))
-    assert (facts["base_model"], facts["concepts"], facts["method"]) == (str(tiny_sd), ["dog"], "ValueRefinement")
+    assert (facts["concepts"], facts["method"]) == (["dog"], "ValueRefinement")
+    assert re.fullmatch(f"{tiny_sd.name}@[0-9a-f]{{12}}", facts["base_model"])
     assert facts["config"]["rounds"] == 1
     assert facts["scores"]["forget"] == json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["forget"]
     of_delta = {
         name: json.loads(value) for name, value in metadata("out/delta.safetensors").items() if name != "format"
     }
-    own = {"kind", "weights_sha256", "files", "dtype"}  # of what lies in the one and in the other
+    own = {"kind", "weights_sha256", "files", "dtype", "kept", "left_out"}  # of what lies in the one and in the other
     assert {k: v for k, v in of_delta.items() if k not in own} == {k: v for k, v in facts.items() if k not in own}
     assert f"| forget | {facts['scores']['before']['forget']:.3f} |" in Path("out/README.md").read_text(
         encoding="utf-8"
@@ -64,6 +67,22 @@ def test_an_export_says_where_it_came_from(run_folder: Path, recipe: Path, tiny_
         torch.float16
     }
     assert set(load_file("out/delta.safetensors")) == set(facts["edited_weights"])
+
+
+def test_casting_makes_diffusers_say_nothing(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It speaks of modules to be kept in float32 whenever a model is cast, and lists none."""
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda message, *args: said.append(message))
+    ckpt_path = str(run_folder / "checkpoints/last.ckpt")
+    assert cli.main(["export", "--ckpt_path", ckpt_path, "--output", "out", "--dtype", "bfloat16"]) == 0
+    assert said == []
+
+
+def test_a_low_rank_warns(run_folder: Path) -> None:
+    command = ["export", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--output", "out", "--lora"]
+    with pytest.warns(UserWarning, match=r"rank 1 leaves out \d\d% of the change of .* --lora auto 99.9%"):
+        assert cli.main([*command, "1"]) == 0
+    assert cli.main([*command, "auto", "--overwrite"]) == 0  # warnings are errors here
 
 
 def test_an_export_replaces_only_exports(

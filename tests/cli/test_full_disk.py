@@ -213,10 +213,11 @@ def test_a_file_where_a_folder_should_be(
 ) -> None:
     Path("file").write_text("mine", encoding="utf-8")
     before, ckpt_path = files(workplace), run_folder / "checkpoints/last.ckpt"
+    for form in ([], ["--delta"], ["--lora", "1"]):
+        message = fails("export", "--ckpt_path", ckpt_path, "--output", "file/out", *form)
+        assert message == "output='file/out': 'file' is a file where a folder should be, so name another folder."
     commands = [
         ["fit", "--config", recipe, "--trainer.default_root_dir", "file/logs"],
-        ["export", "--ckpt_path", ckpt_path, "--output", "file/out"],
-        ["export", "--ckpt_path", ckpt_path, "--output", "file/out", "--delta"],
         ["generate", "a dog", "--ckpt_path", ckpt_path, "--output", "file/dog.png"],
     ]
     for command in commands:

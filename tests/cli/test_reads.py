@@ -103,7 +103,7 @@ ATTACK = ["attack", "--attacks", "concept_inversion", "--steps", "1", "--num_pic
         (["export", "--ckpt_path", CHECKPOINT, "--output", "out"], CHECKED, 1),
         (["export", "--ckpt_path", DELTA, "--output", "out", "--delta"], ONCE, 1),
         (["export", "--ckpt_path", CHECKPOINT, "--output", "out", "--delta"], ONCE, 1),
-        (["export", "--ckpt_path", CHECKPOINT, "--output", "out", "--lora", "2"], ONCE, 1),
+        (["export", "--ckpt_path", CHECKPOINT, "--output", "out", "--lora", "auto"], ONCE, 1),
         ([*GENERATE, "--ckpt_path", DELTA], CHECKED, 1),
         ([*GENERATE, "--ckpt_path", CHECKPOINT], CHECKED, 0),
         ([*ATTACK, "--ckpt_path", DELTA], CHECKED, 1),
@@ -111,11 +111,17 @@ ATTACK = ["attack", "--attacks", "concept_inversion", "--steps", "1", "--num_pic
     ids=lambda value: " ".join(value[:5]) if isinstance(value, list) else "",
 )
 def test_every_weight_is_read_and_hashed_once(
-    reads: Callable[..., Any], judge: str, args: list[str], expected: dict[str, set[int]], hashes: int
+    reads: Callable[..., Any],
+    judge: str,
+    tiny_sd: Path,
+    args: list[str],
+    expected: dict[str, set[int]],
+    hashes: int,
 ) -> None:
     assert cli.main(["export", "--ckpt_path", CHECKPOINT, "--output", DELTA, "--delta"]) == 0
     judged = ["--judge", judge] if args[0] == "attack" else []
-    assert reads(*args, *judged) == (expected, hashes)
+    model = ["--model", str(tiny_sd)] if DELTA in args else []  # a delta does not say where its base lies
+    assert reads(*args, *judged, *model) == (expected, hashes)
 
 
 @pytest.mark.parametrize("kind", ["folder", "delta"])

@@ -20,12 +20,17 @@ OPTIONS = ["--seed_everything", "3", "--edit.threshold", "0.2", "--data.steps", 
 OPTIONS += ["--trainer.accumulate_grad_batches", "2", "--model.positions", "content", "--model.rounds", "2"]
 
 
-def remake(facts: dict[str, Any], folder: Path) -> Path:
-    """Fit again by what ``facts`` say alone, in ``folder``, and return the checkpoint."""
+def remake(facts: dict[str, Any], folder: Path, places: dict[str, str]) -> Path:
+    """Fit again by what ``facts`` say alone, in ``folder``, and return the checkpoint.
+
+    ``places`` says where this machine has what the facts have a name of only, by argument of the method.
+    """
+    given = [f"recipe.model.init_args.{name}" for name in places]
+    assert [name for name in facts["local_paths"] if name.startswith("recipe.")] == given
     folder.mkdir()
     (folder / "set.yaml").write_text(yaml.safe_dump(facts["concept_set"], sort_keys=False), encoding="utf-8")
     recipe = facts["recipe"]
-    recipe["model"]["init_args"]["concept_set"] = str(folder / "set.yaml")
+    recipe["model"]["init_args"] |= {**places, "concept_set": str(folder / "set.yaml")}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     root = folder / "logs"
     where = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar"]
@@ -47,7 +52,9 @@ def test_provenance_is_all_that_a_run_needs(recipe: Path, workplace: Path, form:
         assert cli.main(["export", "--ckpt_path", checkpoint, "-o", "out", "--delta"]) == 0
         with safe_open("out/delta.safetensors", framework="pt") as file:
             facts = {name: json.loads(text) for name, text in file.metadata().items() if name != "format"}
-    remade = read_edit(remake(facts, Path("again"))).weights
+    init_args = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]
+    places = {name: init_args[name] for name in ("judge", "model")}
+    remade = read_edit(remake(facts, Path("again"), places)).weights
     assert weights_sha256(remade) == weights_sha256(read_edit(checkpoint).weights)
     assert weights_sha256(remade) != weights_sha256(read_edit(plain).weights)
 

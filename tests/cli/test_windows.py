@@ -268,12 +268,12 @@ def test_an_export_replaces_what_it_was_made_from(windows: None, recipe: Path, w
     assert run("export", "--ckpt_path", ckpt_path, "-o", "part", "--delta") == 0
     before = load_file("part/delta.safetensors")
     before = {name: value.clone() for name, value in before.items()}
-    delta = ["--ckpt_path", "part/delta.safetensors", "-o", "part", "--delta", "--overwrite"]
+    model = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["model"]
+    delta = ["--ckpt_path", "part/delta.safetensors", "--model", model, "-o", "part", "--delta", "--overwrite"]
     assert run("export", *delta, "--dtype", "bfloat16") == 0
     assert {value.dtype for value in load_file("part/delta.safetensors").values()} == {torch.bfloat16}
 
     # The base of the edit is an earlier export: one may edit again and again, into the same folder.
-    model = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["model"]
     shutil.copytree(model, "base")
     Path("base/provenance.json").touch()
     assert run("export", "--ckpt_path", ckpt_path, "--model", "base", "-o", "base", "--overwrite") == 0

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -222,6 +225,102 @@ def test_set_of_ones_own_may_declare_other_counts_and_leave_out_optional_fields(
     assert pickle.loads(pickle.dumps(pets)) == pets
 
 
+def pets_with(**fields: dict[str, Any]) -> dict[str, Any]:
+    """The valid set with other fields of its concepts, or with further concepts."""
+    content = copy.deepcopy(VALID)
+    for name, changes in fields.items():
+        entry = content["concepts"].setdefault(name, copy.deepcopy(VALID["concepts"]["cat"]))
+        entry |= changes
+    return content
+
+
+SNACK = {
+    "names": ["hot dog"],
+    "target": "burger",
+    "anchor": "a snack",
+    "direct": ["a hot-dog", "the Hot Dog"],
+    "indirect": ["a sausage in a bun"],
+    "edit_prompts": ["one hot_dog", "a hot dog beside a dog"],
+    "target_prompts": ["one burger", "a burger beside a pet"],
+}
+
+
+def test_a_name_within_a_longer_name_of_another_concept_does_not_count(tmp_path: Path) -> None:
+    content = pets_with(**{"snack": SNACK})
+    content["concepts"]["guide dog"]["edit_prompts"] = ["the guide dog", "an animal that fetches a hot dog"]
+    content["concepts"]["guide dog"]["indirect"] = ["a pet that barks at a hot dog"]
+    pets = load_concept_set(write(tmp_path, content))
+    dog, snack = pets.get("guide dog"), pets.get("snack")
+    assert [dog.find_name(text) for text in ("a hot dog", "a hot dog and a dog", "chili hot-dog's")] == [
+        None,
+        "dog",
+        None,
+    ]
+    assert dog.replace_names("a hot dog and a dog", "cat") == "a hot dog and a cat"
+    assert pets.retain_prompts(["guide dog"]) == ["this cat", "one hot_dog"]
+    assert pets.retain_prompts(["snack"]) == ["the guide dog", "this cat", "a Cat beside a Guide-Dog"]
+    assert pets.retain_names(["guide dog"]) == ["cat", "hot dog"]
+    assert snack.find_name("a dog") is None
+    # What the file says, its hash and copies know nothing of that.
+    assert "longer_names" not in pets.content()["concepts"]["guide dog"]
+    assert pickle.loads(pickle.dumps(pets)) == pets and dog == replace(dog, longer_names=())
+
+
+def test_a_concept_that_loses_all_that_retains_it_is_named_once(tmp_path: Path) -> None:
+    snack = {**SNACK, "edit_prompts": ["a dog with a hot dog", "a hot dog beside a dog"]}
+    pets = load_concept_set(write(tmp_path, pets_with(**{"snack": snack, "cat": {"names": ["cat"]}})))
+    with pytest.warns(
+        UserWarning, match="Nothing retains snack: all edit prompts of it name an edited concept"
+    ) as said:
+        assert pets.retain_prompts(["guide dog"]) == ["this cat"]
+    assert len(said) == 1 and "(guide dog)" in str(said[0].message)
+    same = load_concept_set(write(tmp_path, pets_with(cat={"names": ["DOG"], "direct": ["a dog.", "the dog"]})))
+    with pytest.warns(UserWarning, match="Nothing retains cat: all names of it name an edited concept"):
+        assert same.retain_names(["guide dog"]) == []
+
+
+def test_names_with_hyphens_and_in_scripts_without_spaces_leak_as_others_do(tmp_path: Path) -> None:
+    first = {"names": ["first-last"], "direct": ["by First Last", "by first\u2011last"]}
+    load_concept_set(write(tmp_path, pets_with(cat=first)))
+    with pytest.raises(ValueError, match="'indirect': 'as First  Last did' names the concept"):
+        load_concept_set(write(tmp_path, pets_with(cat={**first, "indirect": ["as First  Last did"]})))
+    chinese = {"names": ["狗"], "direct": ["我有一只狗。", "一只黑狗"], "edit_prompts": ["小狗", "大狗"]}
+    load_concept_set(write(tmp_path, pets_with(cat=chinese)))
+    with pytest.raises(ValueError, match="'indirect': '这是狗的家' names the concept"):
+        load_concept_set(write(tmp_path, pets_with(cat={**chinese, "indirect": ["这是狗的家"]})))
+
+
+def test_prompts_that_read_alike_are_the_same_prompt(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'A GUIDE-DOG' is an evaluation prompt"):
+        load_concept_set(write(tmp_path, pets_with(**{"guide dog": {"edit_prompts": ["A GUIDE-DOG", "it fetches"]}})))
+    with pytest.raises(ValueError, match="'this-cat' equals its edit prompt"):
+        named = {"names": ["lion"], "direct": ["a lion", "the lion"], "target_prompts": ["this-cat", "a parrot"]}
+        load_concept_set(write(tmp_path, pets_with(cat=named)))
+    with pytest.raises(ValueError, match=r"'names': '\\u200b-' has nothing that can be read"):
+        load_concept_set(write(tmp_path, pets_with(cat={"names": ["cat", "\u200b-"]})))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "utf-16-le", "utf-32-be"])
+def test_a_set_in_another_encoding_is_refused_with_the_remedy(encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, VALID)
+    text = yaml.safe_dump(pets_with(cat={"anchor": "a caf\u00e9"}), allow_unicode=True)
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=r"pets\.yaml is not valid YAML, which is text in UTF-8: save it as UTF-8\."):
+        load_concept_set(path)
+
+
+@pytest.mark.parametrize("name", ["i2p.csv", "I2P.TSV"])
+def test_a_table_is_no_concept_set(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("prompt,evaluation_seed\na dog,1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is a table, but a set is a YAML file: .*emoji20\.yaml is one to copy from"):
+        load_concept_set(tmp_path / name)
+
+
+def test_an_empty_target_says_how_to_edit_into_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'target': must be text, but is empty; .*towards to empty"):
+        load_concept_set(write(tmp_path, pets_with(cat={"target": " "})))
+
+
 def test_hash_follows_the_content_and_nothing_else(tmp_path: Path) -> None:
     text = yaml.safe_dump(VALID, sort_keys=False)
     original = load_concept_set(write(tmp_path, text)).sha256
@@ -330,8 +429,18 @@ def test_file_that_is_missing_binary_or_too_large_is_refused(tmp_path: Path, mon
         load_concept_set(tmp_path)
     path = tmp_path / "picture.yaml"
     path.write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(ValueError, match=r"picture\.yaml is not valid YAML"):
+    with pytest.raises(ValueError, match=r"picture\.yaml is not valid YAML.*save it as UTF-8"):
         load_concept_set(path)
     monkeypatch.setattr(concepts, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match=r"pets\.yaml is larger than 100 bytes"):
         load_concept_set(write(tmp_path, VALID))
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256"),
+    [("emoji20", "35968f6d5bdd94cf"), ("paper20", "5c23cac94629b55f")],
+)
+def test_the_shipped_sets_retain_what_they_always_did(name: str, sha256: str) -> None:
+    shipped = load_concept_set(name)
+    retained = [shipped.retain_prompts([edited]) for edited in shipped.concepts]
+    assert hashlib.sha256(json.dumps(retained).encode()).hexdigest()[:16] == sha256

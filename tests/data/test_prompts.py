@@ -222,6 +222,16 @@ def test_counts_must_be_positive(field: str, value: int) -> None:
         ConceptPrompts("dog", **{field: value})
 
 
+@pytest.mark.parametrize("text", ["dog,cat", "dog, cat", "dog;cat", "dog\uff0ccat"])
+def test_several_concepts_in_one_text_are_refused_with_how_a_list_is_written(text: str, emoji20: ConceptSet) -> None:
+    with pytest.raises(
+        ValueError, match=r"closest names: .*; several concepts are written --concept '\[dog, cat\]'\.$"
+    ):
+        edited_concepts(text, emoji20)
+    with pytest.raises(ValueError, match=r"has no concept 'dgo'; closest names: dog, owl\.$|closest names: dog\.$"):
+        edited_concepts("dgo", emoji20)
+
+
 def test_edited_concepts_are_checked(emoji20: ConceptSet) -> None:
     assert [concept.name for concept in edited_concepts("dog", emoji20)] == ["dog"]
     assert [concept.name for concept in edited_concepts(["owl", "dog"], emoji20)] == ["owl", "dog"]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from lit_unlearn.data.concepts import available_concept_sets, load_concept_set
+from lit_unlearn.data.names import find_names
 from lit_unlearn.diffusion.concept_tokens import difference_mask, eot_mask, names_mask
 from lit_unlearn.diffusion.prompts import tokenize
 
@@ -31,19 +33,59 @@ def marked(tokenizer: CLIPTokenizer, ids: Tensor, mask: Tensor) -> list[list[str
 
 def test_names_are_marked_wherever_they_stand(tokenizer: CLIPTokenizer) -> None:
     names = ["soccer ball", "soccer", "football"]
-    prompts = ["a soccer ball and a Soccer Ball", "soccer in the rain", "a ball", "the ball, a soccer- ball"]
-    ids = tokenize(tokenizer, prompts)
-    mask = names_mask(tokenizer, ids, names)
-    assert marked(tokenizer, ids, mask) == [["soccer</w>", "ball</w>"] * 2, ["soccer</w>"], [], ["soccer</w>"]]
+    prompts = ["a soccer ball and a Soccer Ball", "soccer in the rain", "a ball", "the ball, a soccer-ball"]
+    mask = names_mask(tokenizer, prompts, lambda prompt: find_names(prompt, names))
+    expected = [["soccer</w>", "ball</w>"] * 2, ["soccer</w>"], [], ["soccer</w>", "-</w>", "ball</w>"]]
+    assert marked(tokenizer, tokenize(tokenizer, prompts), mask) == expected
     # A name of several tokens counts as a whole only: "ball" alone is no part of it.
-    assert mask.nonzero().tolist() == [[0, 2], [0, 3], [0, 6], [0, 7], [1, 1], [3, 5]]
+    assert mask.nonzero().tolist() == [[0, 2], [0, 3], [0, 6], [0, 7], [1, 1], [3, 5], [3, 6], [3, 7]]
 
 
 def test_a_name_within_a_word_does_not_count(tokenizer: CLIPTokenizer) -> None:
-    ids = tokenize(tokenizer, ["a brain", "a rain"])
+    prompts = ["a brain", "a rain"]
     # The tokenizer knows no brain and writes it with the token of the rain.
+    ids = tokenize(tokenizer, prompts)
     assert tokenizer.convert_ids_to_tokens(ids[0].tolist())[1:4] == ["a</w>", "b", "rain</w>"]
-    assert names_mask(tokenizer, ids, ["rain"]).sum(-1).tolist() == [0, 1]
+    assert names_mask(tokenizer, prompts, lambda prompt: find_names(prompt, ["rain"])).sum(-1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a \u202asoccer\u200b ball\u202c", "soccer ball"),  # characters that nobody sees
+        ("a \uff53\uff4f\uff43\uff43\uff45\uff52_BALL", "soccer ball"),  # full width
+        ("a jalapen\u0303o", "jalapeño"),
+        ("我有一只狗", "狗"),
+    ],
+)
+def test_tokens_of_a_name_are_those_of_its_letters_however_it_is_written(
+    tokenizer: CLIPTokenizer, prompt: str, name: str
+) -> None:
+    (place,) = find_names(prompt, [name])
+    mask = names_mask(tokenizer, [prompt], lambda text: find_names(text, [name]))[0]
+    offsets = tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+    read = "".join(prompt[first:end] for (first, end), marked in zip(offsets, mask, strict=False) if marked)
+    assert mask.any() and not mask[0] and set(prompt[slice(*place)]) <= {*read, " ", "\u0303"}
+
+
+def test_the_shipped_names_are_marked_token_by_token(tokenizer: CLIPTokenizer) -> None:
+    for name in available_concept_sets():
+        for concept in load_concept_set(name).concepts.values():
+            # The prompts of paper20 are too long for this tokenizer; what is left does.
+            ids = tokenizer(
+                list(concept.edit_prompts), padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            mask = names_mask(tokenizer, concept.edit_prompts, concept.occurrences)
+            phrases = [tokenizer(phrase, add_special_tokens=False).input_ids for phrase in concept.names]
+            for prompt, row, marks in zip(concept.edit_prompts, ids.tolist(), mask, strict=True):
+                expected = torch.zeros_like(marks)
+                words = tokenizer.convert_ids_to_tokens(row)
+                for phrase in phrases:
+                    for start in range(1, len(row) - len(phrase)):
+                        whole = start == 1 or words[start - 1].endswith("</w>")
+                        if whole and row[start : start + len(phrase)] == phrase:
+                            expected[start : start + len(phrase)] = True
+                assert torch.equal(marks, expected), prompt
 
 
 def test_prompts_differ_from_their_targets_between_shared_ends(tokenizer: CLIPTokenizer) -> None:

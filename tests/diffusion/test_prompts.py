@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
 from helpers import load_copy
+from lit_unlearn.data.names import find_names
 from lit_unlearn.diffusion import prompts as module
 from lit_unlearn.diffusion.discrete_prompts import whole_words
 from lit_unlearn.diffusion.families import StableDiffusion
@@ -142,8 +143,8 @@ def test_a_word_of_several_vectors_is_all_of_them(with_words: StableDiffusion) -
     parts = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2"]
     assert names(tokenizer, ["a <cat-toy>", "<owl>"]) == [["a</w>", *parts], ["<owl>"]]
     assert with_words.text.words("<cat-toy>") == tokenizer.convert_tokens_to_ids(parts)
-    ids = with_words.text.tokenize(["a dog", "a <cat-toy> at sunset"])
-    assert with_words.text.names_mask(ids, ["<cat-toy>"]).nonzero().tolist() == [[1, 2], [1, 3], [1, 4]]
+    found = with_words.text.names_mask(["a dog", "a <cat-toy> at sunset"], lambda text: find_names(text, ["<cat-toy>"]))
+    assert found.nonzero().tolist() == [[1, 2], [1, 3], [1, 4]]
     templates, slots = with_words.text.tokenize_templates(["a {} <cat-toy>"], 2)
     assert templates[0, 4:7].tolist() == tokenizer.convert_tokens_to_ids(parts)
     assert (slots[0] >= 0).sum() == 2

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.edits.lora import AUTO_RESIDUAL, fits_lora, low_rank, parse_rank
+from lit_unlearn.diffusion.lora_names import fits_lora, lora_name
+from lit_unlearn.edits.lora import AUTO_RESIDUAL, low_rank, notable_loss, parse_rank
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 TEXT = "text_encoder.encoder.layers.1.mlp.fc2.weight"
@@ -32,8 +33,8 @@ def changed(base: dict[str, Tensor], ranks: dict[str, int]) -> dict[str, Tensor]
 
 
 def product(factors: dict[str, Tensor], name: str) -> Tensor:
-    layer = name.removesuffix(".weight")
-    a, b = (factors[f"{layer}.lora_{letter}.weight"] for letter in "AB")
+    a, b = (factors[f"{lora_name(name)}.lora_{side}.weight"] for side in ("down", "up"))
+    assert factors[f"{lora_name(name)}.alpha"] == len(a)  # so that a loader scales by one
     return (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
 
 
@@ -47,11 +48,11 @@ def test_base_plus_b_a_is_the_edit(base: dict[str, Tensor]) -> None:
         assert torch.allclose(base[name] + product(factors, name), value, atol=1e-4)
         assert report["residual"][name] < 1e-6
     # One rank for all: loaders that take alpha from the first layer then scale every layer by one.
-    assert {value.shape[0] for name, value in factors.items() if "lora_A" in name} == {3}
+    assert {value.shape[0] for name, value in factors.items() if "lora_down" in name} == {3}
     rows, columns = base[CONVOLUTION].shape[:2]
-    layer = CONVOLUTION.removesuffix(".weight")
-    assert factors[f"{layer}.lora_A.weight"].shape == (3, columns, 3, 3)
-    assert factors[f"{layer}.lora_B.weight"].shape == (rows, 3, 1, 1)
+    layer = lora_name(CONVOLUTION)
+    assert factors[f"{layer}.lora_down.weight"].shape == (3, columns, 3, 3)
+    assert factors[f"{layer}.lora_up.weight"].shape == (rows, 3, 1, 1)
 
 
 def test_a_smaller_rank_leaves_out_what_eckart_and_young_say(base: dict[str, Tensor]) -> None:
@@ -77,17 +78,43 @@ def test_a_rank_beyond_the_layers_is_cut_and_half_precision_is_counted(base: dic
     edited = changed(base, {LINEAR: 2})
     factors, report = low_rank(edited, base, 10_000, torch.float16)
     assert report["rank"] == min(base[LINEAR].shape)
-    assert {value.dtype for value in factors.values()} == {torch.float16}
+    assert {value.dtype for name, value in factors.items() if "alpha" not in name} == {torch.float16}
     assert 1e-6 < report["residual"][LINEAR] < 1e-2
 
 
-def test_names_are_those_of_diffusers(base: dict[str, Tensor]) -> None:
-    edited = changed(base, {LINEAR: 1, TEXT: 1})
-    new, _ = low_rank(edited, base, 1)
-    old, _ = low_rank(edited, base, 1, old_names=True)
-    assert "text_encoder.encoder.layers.1.mlp.fc2.lora_A.weight" in new
-    assert "text_encoder.text_model.encoder.layers.1.mlp.fc2.lora_A.weight" in old
-    assert {name for name in new if name.startswith("unet")} == {name for name in old if name.startswith("unet")}
+def test_names_are_those_of_kohya(base: dict[str, Tensor]) -> None:
+    factors, _ = low_rank(changed(base, {LINEAR: 1, TEXT: 1}), base, 1)
+    layers = (
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_te_text_model_encoder_layers_1_mlp_fc2",
+    )
+    ends = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(factors) == {f"{layer}.{end}" for layer in layers for end in ends}
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "k_proj", "v_proj"])
+def test_text_attention_has_the_layer_by_which_diffusers_knows_it(components: StableDiffusion, layer: str) -> None:
+    parameters = components.named_parameters()
+    name = f"text_encoder.encoder.layers.1.self_attn.{layer}.weight"
+    output = "text_encoder.encoder.layers.1.self_attn.out_proj.weight"
+    base = {part: parameters[part].detach() for part in (name, output)}
+    factors, _ = low_rank(changed(base, {name: 1}), base, 1)
+    assert product(factors, output).shape == base[output].shape
+    assert not product(factors, output).any()
+    both, _ = low_rank(changed(base, {name: 1, output: 1}), base, 1)
+    assert product(both, output).any()
+
+
+def test_a_notable_loss_is_said_with_the_rank_that_has_none(base: dict[str, Tensor]) -> None:
+    edited = changed(base, {LINEAR: 1, TEXT: 6})
+    _, report = low_rank(edited, base, 2)
+    sentence = notable_loss(report)
+    assert sentence is not None
+    assert f"leaves out {report['residual'][TEXT]:.0%} of the change of {TEXT}" in sentence
+    assert f"rank {report['notable_rank']} would keep 95%" in sentence and "--lora auto 99.9% (rank 6)" in sentence
+    assert max(low_rank(edited, base, report["notable_rank"])[1]["residual"].values()) <= 0.05
+    assert max(low_rank(edited, base, report["notable_rank"] - 1)[1]["residual"].values()) > 0.05
+    assert notable_loss(low_rank(edited, base, None)[1]) is None
 
 
 @pytest.mark.parametrize("name", ["unet.conv_in.bias", "text_encoder.embeddings.token_embedding.weight"])
@@ -101,7 +128,7 @@ def test_what_lora_cannot_hold_is_refused_by_name(components: StableDiffusion, n
 def test_an_unchanged_layer_has_no_residual(base: dict[str, Tensor]) -> None:
     factors, report = low_rank({LINEAR: base[LINEAR]}, base, None)
     assert (report["rank"], report["residual"]) == (1, {LINEAR: 0.0})
-    assert not any(value.any() for value in factors.values())
+    assert not any(value.any() for name, value in factors.items() if "alpha" not in name)
 
 
 def test_ranks() -> None:

@@ -175,6 +175,24 @@ def test_provenance_that_cannot_be_read(folder: Path, content: bytes, capsys: py
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"3", b"[" * 100_000, b"\xff"])
+def test_an_index_that_cannot_be_read(folder: Path, tiny_sd: Path, content: bytes | None) -> None:
+    path = folder / "model_index.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    changed = "model_index.json is missing" if content is None else "model_index.json has changed"
+    assert wrong(folder, tiny_sd) == [changed, "model_index.json cannot be read"]
+
+
+def test_what_was_kept_must_be_a_list(folder: Path, tiny_sd: Path) -> None:
+    facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    (folder / "provenance.json").write_text(json.dumps({**facts, "kept": 5}), encoding="utf-8")
+    with pytest.raises(ValueError, match="has no provenance with the files that are the base's own"):
+        wrong(folder, tiny_sd)
+    del facts["kept"]  # of an earlier version
+    (folder / "provenance.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert wrong(folder, tiny_sd) == []
+
+
 def test_what_is_no_export(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no export of lit-unlearn"):
         verify_export(tiny_sd)
@@ -192,5 +210,8 @@ def test_names_of_2022_are_the_same_export(
     assert wrong(tmp_path / "old", tiny_sd) == []
     loaded = load_pipeline(str(tmp_path / "old")).named_parameters()
     assert all(torch.equal(value, loaded[f"text_encoder.{name}"]) for name, value in new.items())
-    assert cli.main([*command, "--delta"]) == 2
-    assert "--delta cannot be combined with --lora or --names" in capsys.readouterr().err
+    for form in (["--delta"], ["--lora", "auto"]):
+        assert cli.main([*command, *form]) == 2
+        assert "--names is for folders" in capsys.readouterr().err
+    assert cli.main([*command[:-2], "--delta", "--lora", "auto"]) == 2
+    assert "--delta cannot be combined with --lora" in capsys.readouterr().err

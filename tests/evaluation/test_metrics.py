@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torchmetrics
 
 from lit_unlearn.evaluation.metrics import (
     FAILED,
@@ -66,6 +67,54 @@ def brute_force(answers: dict[Slot, float], edited: list[str]) -> dict[str, floa
         result["retain" + suffix] = share([yes for name, yes in judged if name not in edited])
     result["harmonic_mean"] = 2 / (1 / result["forget"] + 1 / result["retain"])
     return result
+
+
+# crosswise
+
+
+def test_concepts_that_have_changed_places_are_forgotten_and_seen_crosswise() -> None:
+    edited = CONCEPTS[:2]
+    metric = new_metric(edited)
+    answers = {slot: 0.0 if slot[0] < 2 else 1.0 for slot in random_answers()}
+    without = enter(new_metric(edited), list(answers.items())).compute()
+    enter(metric, list(answers.items()))
+    slots = [slot for slot in answers if slot[0] < 2]
+    for number, name in enumerate(edited):
+        of_other = [slot for slot in slots if slot[0] != number]
+        shown = [0.0 if name == edited[1] and slot[1] == 0 else 1.0 for slot in of_other]  # the second less often
+        concept, prompt, image = zip(*of_other, strict=True)
+        metric.update(torch.tensor([*shown[:-1], NAN]), concept, prompt, image, name)
+    scores = metric.compute()
+    per_concept = NUM_PROMPTS * IMAGES_PER_PROMPT
+    first, second = per_concept - 1, per_concept - 1 - IMAGES_PER_PROMPT
+    absent = IMAGES_PER_PROMPT
+    assert scores["forget_crosswise"] == absent / (2 * per_concept - 2)
+    assert scores["intervals"]["forget_crosswise"] == wilson_interval(absent, 2 * per_concept - 2)
+    shares = [scores["per_concept"][name].get("share_crosswise") for name in CONCEPTS[:3]]
+    assert shares == [first / first, second / first, None]
+    # No other score knows of it.
+    assert math.isnan(without["forget_crosswise"])
+    for name in ("forget", "retain", "harmonic_mean", "forget_direct", "missing", "failed"):
+        assert scores[name] == without[name]
+    assert scores["forget"] == 1
+
+
+def test_replicas_share_what_they_saw_crosswise() -> None:
+    first, second = new_metric(CONCEPTS[:2]), new_metric(CONCEPTS[:2])
+    first.update(torch.tensor([1.0]), [1], [0], [0], CONCEPTS[0])
+    second.update(torch.tensor([0.0]), [1], [1], [0], CONCEPTS[0])
+    merged = torch.maximum(first.crosswise, second.crosswise)
+    assert (merged >= 0).sum() == 2 and merged[0, 1, 0, 0] == 1 and merged[0, 1, 1, 0] == 0
+    assert first._reductions["crosswise"] is torchmetrics.utilities.dim_zero_max
+    first.reset()
+    assert (first.crosswise < 0).all()
+
+
+def test_crosswise_is_for_several_edited_concepts() -> None:
+    assert "forget_crosswise" not in enter(new_metric(), list(random_answers().items())).compute()
+    for edited, asked in (([CONCEPTS[0]], CONCEPTS[0]), (CONCEPTS[:2], CONCEPTS[2])):
+        with pytest.raises(ValueError, match=f"asked='{asked}' is not one of several edited concepts"):
+            new_metric(edited).update(torch.tensor([1.0]), [1], [0], [0], asked)
 
 
 # harmonic means

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -347,3 +348,45 @@ def test_wrong_arguments_are_refused_before_anything_loads(
     monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=problem):
         build(**arguments)
+
+
+# --- samplers that draw noise
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_chains_of_a_sampler_that_draws_noise_have_their_own(
+    policy: str, build: Build, fit: Fit, broken_model: Callable[..., Path]
+) -> None:
+    def draw_noise(folder: Path) -> None:
+        path = folder / "scheduler/scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "_class_name": "EulerAncestralDiscreteScheduler"}), encoding="utf-8")
+
+    model, state, found = str(broken_model(draw_noise)), torch.get_rng_state(), []
+    for _ in range(2):
+        module = started(build(model=model, num_chain_steps=4, **POLICIES[policy]), fit)
+        torch.manual_seed(len(found))  # of the process: it must not matter
+        found.append(record_states(module))
+        for number in range(3):
+            module.training_step(torch.tensor([0]), number)
+    torch.set_rng_state(state)
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first.model_input, second.model_input)
+    assert not torch.equal(found[0][0].model_input, found[0][1].model_input)
+
+
+@pytest.mark.parametrize(("field", "kind"), [("num_chain_steps", "LCM"), ("num_inference_steps", "PNDM")])
+def test_steps_that_the_sampler_cannot_take_are_refused_before_it_is_loaded(
+    field: str, kind: str, build: Build, broken_model: Callable[..., Path]
+) -> None:
+    def change(folder: Path) -> None:
+        path = folder / "scheduler/scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "_class_name": f"{kind}Scheduler"}), encoding="utf-8")
+
+    model, bad = str(broken_model(change)), {"LCM": 51, "PNDM": 3}[kind]
+    with pytest.raises(ValueError, match=rf"^model\.{field}={bad} cannot be used with the model's {kind}Scheduler"):
+        build(model=model, **{"num_chain_steps": 20, field: bad})
+    build(model=model, **{"num_chain_steps": 20, "num_inference_steps": 20, field: 20})
+    if field == "num_chain_steps":
+        build(model=model, chain_sampler="ddim", num_chain_steps=bad)

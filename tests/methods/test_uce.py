@@ -84,10 +84,10 @@ def test_what_is_preserved(arguments: dict[str, Any], preserved: list[str], uce:
 
 def test_others_never_name_an_edited_concept(uce: Build, pets: str, tmp_path: Path) -> None:
     content = yaml.safe_load(Path(pets).read_text(encoding="utf-8"))
-    content["concepts"]["cat"]["names"] = ["cat", "dog hater"]
+    content["concepts"]["cat"]["names"] = ["cat", "dog hater", "Dog"]
     path = tmp_path / "pets.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    assert uce(concept_set=str(path)).preserved == ["cat"]
+    assert uce(concept_set=str(path)).preserved == ["cat", "dog hater"]  # which is no dog
     prompts = uce(concept="pixel art", concept_set="emoji20", prompts="edit_prompts").preserved
     assert prompts == load_concept_set("emoji20").retain_prompts(["pixel art"])
 

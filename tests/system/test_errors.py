@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import errno
 import threading
+import warnings
+from pathlib import Path
 
 import pytest
 
-from lit_unlearn.system.errors import UserError, closest, essence, parse_error, plain_threads, user_errors
+from lit_unlearn.system import errors
+from lit_unlearn.system.errors import (
+    UserError,
+    closest,
+    essence,
+    parse_error,
+    plain_threads,
+    plain_warnings,
+    user_errors,
+)
 
 
 class Base:
@@ -110,6 +121,17 @@ def test_a_thread_that_cannot_write_is_a_line(capsys: pytest.CaptureFixture[str]
         assert threading.excepthook is outer
     assert capsys.readouterr().err == "lit-unlearn: warning: curves are not complete: No space left on device.\n"
     assert seen == [OSError, ValueError]
+
+
+def test_our_warnings_are_plain_and_those_of_libraries_are_not() -> None:
+    ours, theirs = errors.__file__, str(Path(warnings.__file__))
+    before = warnings.formatwarning
+    with plain_warnings():
+        shown = warnings.formatwarning("It is so.", UserWarning, ours, 3)
+        foreign = warnings.formatwarning("It is so.", UserWarning, theirs, 3)
+    assert shown == "lit-unlearn: warning: It is so.\n"
+    assert foreign == before("It is so.", UserWarning, theirs, 3) != shown
+    assert warnings.formatwarning is before
 
 
 def test_closest() -> None:

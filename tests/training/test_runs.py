@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lit_unlearn.data.concepts import ConceptSet, load_concept_set
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.files import WriteError
-from lit_unlearn.training.runs import FINISHED, RUNNING, Run, config_sha256, newest_run, read_run
+from lit_unlearn.system.names import LONGEST_LABEL
+from lit_unlearn.training.runs import FINISHED, RUNNING, Run, config_sha256, newest_edit, newest_run, read_run, run_name
 
 CONFIG = {
     "model": {"class_path": "ESD", "init_args": {"eta": 1.0}},
@@ -106,3 +110,43 @@ def test_the_newest_run_of_a_configuration(tmp_path: Path) -> None:
     assert newest_run(tmp_path, "b") == tmp_path / "version_10"
     assert newest_run(tmp_path, "c") is None
     assert newest_run(tmp_path / "none", "a") is None
+
+
+def changed_set(folder: Path, name: str, anchor: str) -> ConceptSet:
+    content = load_concept_set("emoji20").content() | {"name": name}
+    content["concepts"]["owl"]["anchor"] = anchor
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return load_concept_set(path)
+
+
+def test_two_concept_sets_never_share_a_folder(tmp_path: Path) -> None:
+    shipped = load_concept_set("emoji20")
+    anchor = shipped.concepts["owl"].anchor
+    assert run_name("uce", ["dog", "soccer ball"], shipped) == "uce/dog+soccer_ball"
+    assert run_name("uce", ["dog"], changed_set(tmp_path, "emoji20", anchor)) == "uce/dog"  # a copy
+    sets = [
+        changed_set(tmp_path, *of)
+        for of in (("emoji20", "a bird."), ("mine", anchor), ("mine", "a bird."), ("a/b", anchor), ("x" * 200, anchor))
+    ]
+    labels = [run_name("uce", ["dog"], one) for one in [shipped, load_concept_set("paper20"), *sets]]
+    assert len(set(labels)) == len(labels)
+    assert all(re.fullmatch(r"uce/dog@[\w.-]+-[0-9a-f]{8}", label) for label in labels[1:])
+    assert labels[3].startswith("uce/dog@mine-")
+    # Many concepts: in full as far as there is room, and told apart by all of them.
+    many = list(load_concept_set("paper20").concepts)
+    first, second = (
+        run_name("uce", names, load_concept_set("paper20")) for names in (many[:-1], many[:-2] + many[-1:])
+    )
+    assert first != second and len(first) <= len("uce/") + LONGEST_LABEL
+
+
+def test_an_edit_of_another_set_beside_is_named_where_there_is_none(tmp_path: Path) -> None:
+    last = tmp_path / "uce" / "dog@pets-12345678" / "version_0" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"test needs a run, and \S*uce/dog has none: run"):
+        newest_edit(tmp_path / "uce" / "dog", "test", ["dog"])
+    last.touch()
+    with pytest.raises(UserError, match=r"dog has none \(\S*uce/dog@pets-12345678 is of another concept set\)"):
+        newest_edit(tmp_path / "uce" / "dog", "test", ["dog"])
+    assert newest_edit(last.parents[2], "test", ["dog"]) == last

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryCohenKappa
 
-from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
-from lit_unlearn.data.prompts import PictureItem, edited_concepts
+from lit_unlearn.data.prompts import PictureItem, edited_concepts, warn_of_edited_targets
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.load import check_judge_name, load_cached_judge
@@ -36,6 +38,9 @@ class ConceptEditor(DiffusionEditor):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    targets_of_edited: Sequence[tuple[Concept, Sequence[str]]] = ()
+    """The edited concepts, each with the texts that a fit edits it into; empty for methods that have no such texts."""
 
     def __init__(
         self,
@@ -79,6 +84,11 @@ class ConceptEditor(DiffusionEditor):
         """Names of the edited concepts."""
         return [concept.name for concept in self.edited]
 
+    def setup(self, stage: str) -> None:
+        """Before anything is loaded, say which concepts are edited into others that are edited too."""
+        if stage == TrainerFn.FITTING:
+            warn_of_edited_targets(self.targets_of_edited)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keep the concept set, as it was read."""
         super().on_save_checkpoint(checkpoint)
@@ -86,6 +96,17 @@ class ConceptEditor(DiffusionEditor):
             "concept_set_sha256": self.concepts.sha256,
             "concept_set": self.concepts.content(),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also refuse a checkpoint of another concept set.
+
+        Raises:
+            ValueError: What differs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        ours = checkpoint[CHECKPOINT_KEY]
+        if (sha256 := ours.get("concept_set_sha256")) is not None:
+            self.concepts.check_same("The checkpoint", sha256, (ours.get("concept_set") or {}).get("name"))
 
     # --- test
 
@@ -149,6 +170,27 @@ class ConceptEditor(DiffusionEditor):
             [item.concept_index for item in batch],
             [item.prompt_index for item in batch],
             [item.image_index for item in batch],
+        )
+        for concept in self.edited if len(self.edited) > 1 else ():
+            self.score_crosswise(metric, pictures, batch, concept)
+
+    def score_crosswise(self, metric: Metric, pictures: Tensor, batch: list[PictureItem], asked: Concept) -> None:
+        """Ask whether ``pictures`` (B, 3, H, W), uint8, of the other edited concepts' prompts show ``asked``."""
+        concepts = list(self.concepts.concepts.values())
+        rows = [
+            row
+            for row, item in enumerate(batch)
+            if (own := concepts[item.concept_index]) in self.edited
+            and own.name != asked.name
+            and item.prompt_index < len(own.prompts)
+        ]
+        items = [batch[row] for row in rows]
+        metric.update(
+            judge_questions(self.judge, pictures[rows].float() / 255, [asked.question] * len(rows)),
+            [item.concept_index for item in items],
+            [item.prompt_index for item in items],
+            [item.image_index for item in items],
+            asked.name,
         )
 
     def on_validation_start(self) -> None:

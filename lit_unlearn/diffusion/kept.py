@@ -1,0 +1,196 @@
+"""What a base model has besides what is loaded of it: a safety checker, licences, embeddings, and other files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.load import PARTS
+from lit_unlearn.diffusion.public_name import hub_snapshot
+from lit_unlearn.diffusion.source import weight_files
+from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, parameter_name
+
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that a pipeline may have and no edit touches."""
+LIBRARIES = ("transformers", "diffusers", "stable_diffusion")
+"""Where the classes of parts may come from; anything else is code beside the model."""
+RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+"""Classes that transformers no longer has, by the name that they had."""
+ENDINGS = (".safetensors", ".json", ".md", ".png", ".txt")
+"""Endings of files that hold no code; ``txt`` is for the merges of a tokenizer."""
+LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+"""Beginnings of the names of files that may have no ending."""
+ORIGINAL = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
+"""Beginnings of the names of the weights in a single file of the original code."""
+INDEX, PROVENANCE = "model_index.json", "provenance.json"
+FROM_HUB = ("*.json", "*.txt", "*.md", "*.png", *(f"{name}*" for name in LEGAL))
+"""Files that are fetched from the hub, with the weights of ``OPTIONAL_PARTS``."""
+
+UNSAFE = "it may hold code: only .safetensors, .json, .md, .png and .txt are copied, and licences"
+CORRUPT = "it is corrupt"
+UNEDITED = "it has weights by the names of the model's, which the edit does not reach"
+
+
+@dataclass
+class Kept:
+    """What an export takes over from its base.
+
+    Attributes:
+        files: Files of the base by the names that they have in the export.
+        left_out: Why a file or a part is not taken over, by its name in the base.
+        index: Entries of ``model_index.json``.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+
+
+def kept_of(base: BaseModel, weights: Collection[str]) -> Kept:
+    """What an export of an edit of ``base`` takes over; hidden files, the README and what is loaded aside.
+
+    Args:
+        base: The model.
+        weights: Full names of all its weights.
+
+    Raises:
+        ValueError: The base's ``model_index.json`` cannot be read.
+    """
+    folder = base.place if isinstance(base.place, Path) else _fetch(base)
+    kept = Kept()
+    if not isinstance(base.place, Path):
+        kept.left_out["other files"] = (
+            f"of a model from the hub, only {', '.join(FROM_HUB)} and optional parts are copied"
+        )
+    if folder is None:
+        kept.left_out = {"all other files": "they are not in the hub's cache, and the hub cannot be reached"}
+        kept.index["requires_safety_checker"] = False
+        return kept
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    parts = {name for name, entry in index.items() if isinstance(entry, list) and None not in entry} - set(PARTS)
+    for part in sorted(parts):
+        if reason := _keep_part(folder, part, index[part], kept):
+            kept.left_out[part] = reason
+    kept.index["requires_safety_checker"] = (
+        "safety_checker" not in kept.left_out and index.get("requires_safety_checker", True) is not False
+    )
+    names = frozenset(weights)
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name.partition("/")[0] not in parts and name != INDEX:
+            _keep_file(folder, path, names, kept)
+    return kept
+
+
+def _fetch(base: BaseModel) -> Path | None:
+    """The folder of a model from the hub with the files that an export takes over; None if the hub is out of reach."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*FROM_HUB, *(f"{part}/*.safetensors" for part in OPTIONAL_PARTS)]
+    try:
+        return Path(snapshot_download(str(base.place), revision=base.commit or base.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files of a model, in order; without hidden ones, such as those of git."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and (path.is_symlink() or path.is_file()):
+            yield path
+
+
+def _keep_part(folder: Path, part: str, entry: list[Any], kept: Kept) -> str | None:
+    """Take over an optional part, or say why not."""
+    if part not in OPTIONAL_PARTS:
+        return "it is not a part of the pipeline that is written"
+    if len(entry) != 2 or entry[0] not in LIBRARIES or not isinstance(entry[1], str):
+        return f"its class is code of its own ({entry!r:.100})"
+    files = list(_files(folder / part))
+    if not files:
+        return f"{INDEX} names it, but there are no files of it"
+    loaded = weight_files(folder, part)
+    variant = [path for path in loaded if len(path.suffixes) > 1]
+    if not loaded and (folder / part / "config.json").exists():
+        return "it has no weights as safetensors"
+    if any(_stored(path) is None for path in loaded):
+        return CORRUPT
+    if len(variant) > 1:
+        return "its weights are a variant in several files"
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if path in variant:
+            kept.files[f"{part}/{path.name.partition('.')[0]}.safetensors"] = path
+        elif path.suffix == ".safetensors" and path not in loaded:
+            kept.left_out[name] = "another variant of the same weights is copied"
+        elif reason := _unsafe(folder, path):
+            kept.left_out[name] = reason
+        else:
+            kept.files[name] = path
+    if not any(name.startswith(f"{part}/") for name in kept.files):
+        return "none of its files can be copied"
+    kept.index[part] = [entry[0], RENAMED.get(entry[1], entry[1])]
+    return None
+
+
+def _keep_file(folder: Path, path: Path, names: frozenset[str], kept: Kept) -> None:
+    """Take over a file that belongs to none of the optional parts, or say why not; what is loaded is neither."""
+    name = path.relative_to(folder).as_posix()
+    part = name.partition("/")[0]
+    export = next((parent for parent in path.parents if parent != folder and (parent / INDEX).is_file()), None)
+    loaded = part in WEIGHTED_PARTS and (path in weight_files(folder, part) or ".safetensors.index" in path.name)
+    if loaded or name.upper() == "README.MD":
+        return
+    if export is not None and export.is_relative_to(folder):
+        kept.left_out[export.relative_to(folder).as_posix()] = "it is a model of its own"
+    elif name == PROVENANCE:
+        kept.left_out[name] = "it is of the edit that made the base"
+    elif reason := _unsafe(folder, path) or _reaches_back(path, part, names):
+        kept.left_out[name] = reason
+    else:
+        kept.files[name] = path
+
+
+def _unsafe(folder: Path, path: Path) -> str | None:
+    """Why a file is not to be copied, whatever it is for."""
+    target = Path(os.path.realpath(path))
+    inside = [Path(os.path.realpath(folder))]
+    if hub_snapshot(folder):
+        inside.append(inside[0].parents[1])  # the hub's cache links to its blobs
+    if not any(target.is_relative_to(place) for place in inside) or not target.is_file():
+        return "it is a link that leads out of the model"
+    legal = path.suffix == "" and path.name.upper().startswith(LEGAL)
+    return None if legal or path.suffix in ENDINGS else UNSAFE
+
+
+def _stored(path: Path) -> list[str] | None:
+    """Names of the weights in a file of safetensors, or None if it is corrupt."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError:
+        return None
+
+
+def _reaches_back(path: Path, part: str, names: frozenset[str]) -> str | None:
+    """Why a file of weights must stay behind: it is corrupt, or has some of the model's by one of their names."""
+    if path.suffix != ".safetensors":
+        return None
+    if part in WEIGHTED_PARTS:
+        return UNEDITED
+    stored = _stored(path)
+    if stored is None:
+        return CORRUPT
+    for name in stored:
+        if name.startswith(ORIGINAL) or any(f"{part}.{parameter_name(part, name)}" in names for part in WEIGHTED_PARTS):
+            return UNEDITED
+    return None

@@ -1,0 +1,44 @@
+"""What a model is called where others read it: by its hub id and commit, or by its folder's name and a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
+
+SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?$")
+"""End of a path in the hub's cache: the id, with ``--`` for ``/``, and the commit."""
+LOCAL_NAME = re.compile(r"(.+)@[0-9a-f]{12}")
+"""What ``public_name`` makes of a folder."""
+
+
+def hub_snapshot(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The hub id and the commit of a folder in the hub's cache, or None if it lies elsewhere; nothing need exist."""
+    for path in (os.fspath(folder), os.path.abspath(folder), os.path.realpath(folder)):
+        if found := SNAPSHOT.search(path):
+            return found[1].replace("--", "/"), found[2]
+    return None
+
+
+def public_name(base: BaseModel, sha256: Mapping[str, str]) -> tuple[str, str | None]:
+    """The name of a base model for those who do not have its maker's disk, and its revision on the hub.
+
+    Args:
+        base: The model.
+        sha256: Hashes of its parts, as ``BaseModel.sha256``.
+    """
+    if isinstance(base.place, str):
+        return base.place, base.revision
+    if found := hub_snapshot(base.place):
+        return found
+    place = Path(os.path.abspath(base.place))
+    if place == Path(os.path.abspath(resolve_model(f"checkpoints/{EMBEDDED}"))):
+        return EMBEDDED, None
+    digest = hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()
+    return f"{place.name or 'model'}@{digest[:12]}", None
