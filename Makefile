@@ -1,9 +1,9 @@
-# Every target sets up .venv by itself: once, and again when pyproject.toml or constraints.txt change.
+# Every target sets up .venv first: once, and again when pyproject.toml or constraints.txt change.
 #
 #   make demo CONCEPT=cat               another concept
 #   make install PYTHON=python3.12      another interpreter
 #   make test PYTHON=python3.13 VENV=.venv-3.13    another interpreter in an environment of its own
-#   make install EXTRAS=                only what running needs, no development tools
+#   make install EXTRAS=                only what is needed for running, no development tools
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,24 +30,25 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## remove a concept from the embedded model and score it
 	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)"
 
-# Text that is opened without an encoding is read in another one on Windows; Python then warns, which fails a test.
+# A file that is opened without an encoding is read in another one on Windows. With this variable Python warns of that,
+# and a warning fails a test.
 test test-slow test-devices test-lowest: export PYTHONWARNDEFAULTENCODING = 1
 
-# One process for each core, which keeps to one thread (tests/conftest.py). A process that has no tests left takes some
-# of another's; until then neighbours stay together and share what they prepare.
+# One process per core, each with one thread (tests/conftest.py). A process that has no tests left takes some from
+# another. Until then, neighbouring tests stay together and share what they prepare.
 test: $(STAMP) ## run the quick tests
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
-test-devices: $(STAMP) ## run every recipe on pretended devices, which takes ten minutes
+test-devices: $(STAMP) ## run every recipe on pretended devices (ten minutes)
 	$(BIN)/python -m pytest tests/devices -m exhaustive -n auto --dist worksteal
 
 test-lowest: $(LOWEST)/.installed ## run the quick tests with the oldest packages that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -m "not slow" -n auto --dist worksteal
 
-# torch is from PyPI and brings CUDA, 6 GB in all. For the processor alone, where PyTorch's index can be reached:
+# torch comes from PyPI with CUDA, 6 GB in all. If you need only the processor and PyTorch's index can be reached:
 # UV_TORCH_BACKEND=cpu make test-lowest.
 $(LOWEST)/.installed: $(STAMP)
 	$(BIN)/uv venv --clear --python $(BIN)/python $(LOWEST)
@@ -62,6 +63,6 @@ lint: $(STAMP) ## check style and types
 hooks: $(STAMP) ## check every commit before it is made
 	$(BIN)/pre-commit install
 
-clean: ## remove what builds and tests leave; environments, logs and checkpoints stay
+clean: ## remove files left by builds and tests; environments, logs and checkpoints stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
