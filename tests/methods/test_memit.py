@@ -56,9 +56,10 @@ class Written(Solver):
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         (write,) = writes  # the next one is measured once this one is written
-        residual = write.values.double() - write.keys.double() @ write.weight.mT
-        self.asked.append((write.name, write.keys, residual, stream(self.module, 2)))
-        return [Solved(torch.linalg.lstsq(write.keys, residual).solution.mT, {})]
+        keys = write.keys.double()
+        residual = write.values.double() - keys @ write.weight.mT
+        self.asked.append((write.name, keys, residual, stream(self.module, 2)))
+        return [Solved(torch.linalg.lstsq(keys, residual).solution.mT, {})]
 
 
 @torch.no_grad()
@@ -339,10 +340,11 @@ def test_a_recipe_fits(
     path, concept = ("emoji-sd", "dog") if embedded else (str(request.getfixturevalue(model)), "[dog, rain]")
     args = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--model.init_args.model", path, "--concept", concept]
     args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
-    args += [*QUIET, "--data.init_args.steps", "2", "--model.init_args.num_inference_steps", "1"]
+    descends = recipe == "memit_descent"
+    args += [*QUIET, *(["--data.init_args.steps", "2"] if descends else []), "--model.num_inference_steps", "1"]
     cli = training.run(["fit", *args])
     assert isinstance(cli.model, MEMIT)
-    assert cli.trainer.global_step == 2
+    assert cli.trainer.global_step == (2 if descends else 1)
     assert cli.model.report["weight_change_ratio"] > 0
     (saved,) = tmp_path.glob(f"logs/{recipe}/dog*/version_0/checkpoints/last.ckpt")
     kept = torch.load(saved, weights_only=True)["state_dict"]
