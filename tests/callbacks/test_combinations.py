@@ -170,7 +170,7 @@ def test_a_solver_that_retains_needs_something_to_retain(solver: Solver, method:
 
 def test_speeds_solver_needs_speed(method: Build, fit: Fit) -> None:
     module = method(UCE)
-    with pytest.raises(NumericalError, match="which only SPEED gives: take edit: NullSpace or RidgeMap"):
+    with pytest.raises(NumericalError, match="which only SPEED provides: choose edit: NullSpace or RidgeMap"):
         fit(module, ClosedFormEdit(RefinedNullSpace()))
     assert module.pretrained.change_ratio() == 0
 

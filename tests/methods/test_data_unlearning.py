@@ -202,8 +202,8 @@ def test_a_checkpoint_belongs_to_its_pictures(
         ({"max_grad_norm": 0.0}, r"model\.max_grad_norm=0\.0 must be positive"),
         ({"copy_quantile": 0.0}, r"model\.copy_quantile=0\.0 must lie between 0 and 1"),
         ({"judge": "nowhere"}, r"judge='nowhere' has no config\.json"),
-        ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: data is unlearned in the UNet"),
-        ({"edited_parameters": "decoder"}, r"selects vae\..*: data is unlearned in the UNet"),
+        ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: this method edits only the UNet"),
+        ({"edited_parameters": "decoder"}, r"selects vae\..*: this method edits only the UNet"),
     ],
 )
 def test_wrong_values(unlearner: Build, arguments: dict[str, Any], message: str) -> None:
