@@ -76,5 +76,5 @@ class RenameTokens(ConceptEditor):
         return table.sum() * 0
 
     def on_train_epoch_end(self) -> None:
-        """Report how far the weights have moved, before the checkpoint that holds the report."""
+        """Report how much the weights have changed, before the checkpoint that contains the report."""
         self.report["weight_change_ratio"] = self.pretrained.change_ratio()

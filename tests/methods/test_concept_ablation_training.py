@@ -84,7 +84,7 @@ def test_concepts_that_are_each_others_anchors_need_a_frozen_reference(
 def test_an_embedding_without_own_words_is_refused(ablation: Ablation) -> None:
     module = ablation(edited_parameters="embedding")
     module.pairs[0].append(("a dog", "a toy dog"))
-    with pytest.raises(ValueError, match="'embedding' leaves no row to train, since the anchor of 'dog' has all tokens"):
+    with pytest.raises(ValueError, match="'embedding' leaves no row to train, since the anchor of 'dog' has"):
         module.configure_model()
 
 

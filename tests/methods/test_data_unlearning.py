@@ -220,5 +220,5 @@ def test_a_loss_scaler_is_refused(unlearner: Build, fit_images: Fit) -> None:
 
 
 def test_prompts_are_no_pictures(unlearner: Build, pets: str, trainer_with: Callable[..., L.Trainer]) -> None:
-    with pytest.raises(ValueError, match=r"NaiveDeletion unlearns the pictures of KeepForgetImages.*ConceptPrompts"):
+    with pytest.raises(ValueError, match=r"NaiveDeletion needs the pictures of KeepForgetImages.*ConceptPrompts"):
         trainer_with(max_epochs=1, limit_val_batches=0).fit(unlearner(NaiveDeletion), ConceptPrompts("dog", pets))

@@ -285,7 +285,7 @@ def test_learned_tokens_stand_for_the_concept(build: Build, fit: Fit, tiny_sd: P
 @pytest.mark.parametrize(
     ("tokens", "arguments", "problem"),
     [
-        ({"concept": "cat"}, {}, "was learned for cat, but concept=dog: learn tokens for the concept and edit it alone"),
+        ({"concept": "cat"}, {}, "was learned for cat, but concept=dog: learn tokens for the concept and edit it"),
         ({}, {"concept": ["dog", "cat"]}, "was learned for dog, but concept=dog, cat: learn"),
         ({}, {"model": "tiny_sd2"}, "was learned for another text encoder than that of model='.*tiny-sd2'"),
         ({"width": 8}, {}, "was learned for another text encoder"),

@@ -151,7 +151,7 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
     ("arguments", "message"),
     [
         ({"preserve": ["a cat", "the Dog barks"]}, r"model.preserve has 'the Dog barks', .*edited concept 'dog'"),
-        ({"preserve": "cats"}, "model.preserve='cats' is no list"),
+        ({"preserve": "cats"}, "model.preserve='cats' is not a list"),
         ({"concept": ["dog", "cat"]}, "model.preserve='others' finds no prompt besides dog, cat in pets"),
         ({"towards": "prompt"}, "model.guide=null does not fit towards='prompt'"),
         ({"guide": "a toy"}, "model.guide='a toy' needs towards='prompt', not 'target'"),

@@ -1,4 +1,4 @@
-"""What the methods share that edit concepts: which ones, their judge, and the test by pictures of all concepts."""
+"""Base of the methods that edit concepts: their concepts, their judge, and the test with pictures of all concepts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 
 
 class ConceptEditor(DiffusionEditor):
-    """Base of the methods that edit concepts: which ones, and the test by pictures of all concepts of a set.
+    """Base of the methods that edit concepts: their concepts, and the test with pictures of all concepts of a set.
 
     Args:
         concept: Name or names of the concepts to edit; set with ``--concept``.
         concept_set: Name of a shipped concept set or path of a YAML file; the same as the data's.
         judge: ``emoji`` (beside the embedded model), ``llava``, ``clip``, ``nudenet``, or a folder with a classifier.
         judge_options: Arguments of ``llava``, ``clip`` or ``nudenet``, such as ``{batch_size: 4}``.
-        second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
-        judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
+        second_judge: Another judge of the same pictures, to measure how often both give the same answer; null for none.
+        judge_cache: Folder that keeps the answers of slow judges (all except classifiers); null keeps none.
         **kwargs: See ``DiffusionEditor``.
 
     Raises:
@@ -52,7 +52,7 @@ class ConceptEditor(DiffusionEditor):
         check_judge_name(judge, self.judge_options, self.concepts)
         if second_judge is not None:
             if second_judge == judge:
-                raise ValueError(f"model.second_judge={second_judge!r} is the judge itself: name another, or null.")
+                raise ValueError(f"model.second_judge={second_judge!r} is the same as judge: name another, or null.")
             check_judge_name(second_judge, {}, self.concepts)
         super().__init__(**kwargs)  # type: ignore[arg-type]
 
@@ -62,7 +62,7 @@ class ConceptEditor(DiffusionEditor):
         return [concept.name for concept in self.edited]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also keep the concept set, as it was read."""
+        """Also store the concept set, as it was read."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY] |= {
             "concept_set_sha256": self.concepts.sha256,
@@ -72,7 +72,7 @@ class ConceptEditor(DiffusionEditor):
     # --- test
 
     def load_judge(self) -> Judge:
-        """The judge that ``judge`` names."""
+        """Load the judge given as ``judge``."""
         return self._judge(self.judge_path, self.judge_options)
 
     def _judge(self, name: str, options: dict[str, Any]) -> Judge:
@@ -92,7 +92,7 @@ class ConceptEditor(DiffusionEditor):
 
     def metric(self, images_per_prompt: int) -> ForgetRetain:
         """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
-        # Where the weights are: processes on GPUs exchange nothing else.
+        # On the device of the weights, since processes on GPUs can only exchange tensors there.
         counts = self.concepts.counts
         names = self.edited_labels
         return ForgetRetain(

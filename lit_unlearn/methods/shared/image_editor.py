@@ -1,4 +1,4 @@
-"""What the methods share that unlearn pictures: their data, and the test that looks for copies."""
+"""Base of the methods that unlearn pictures: their data, and the test that looks for copies."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lit_unlearn.judges.load import judge_folder
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 
 PICTURE_BATCH = 32
-"""Pictures that the autoencoder sees at once."""
+"""Number of pictures that the autoencoder encodes or decodes at once."""
 
 
 class ImageEditor(DiffusionEditor):
-    """Base of the methods that unlearn pictures: which ones (``KeepForgetImages``), and the test that looks for copies.
+    """Base of the methods that unlearn pictures (``KeepForgetImages``), with the test that looks for copies.
 
     Args:
-        judge: ``emoji`` (beside the embedded model) or a folder with a judge, in whose features copies are looked for;
-            null looks in pixels only.
-        copy_quantile: A generated picture counts as a copy if it is nearer to a picture to forget than all but this
-            share of the held-out pictures.
+        judge: ``emoji`` (beside the embedded model) or a folder with a judge, whose features are compared to find
+            copies; null compares only pixels.
+        copy_quantile: Share of the held-out pictures that would count as copies. It sets the distance to a picture to
+            forget below which a generated picture counts as a copy.
         **kwargs: See ``DiffusionEditor``.
 
     Raises:
@@ -45,12 +45,13 @@ class ImageEditor(DiffusionEditor):
         """The run's data.
 
         Raises:
-            ValueError: It is of another kind.
+            ValueError: The run has another kind of data.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, KeepForgetImages):
             raise ValueError(
-                f"{type(self).__name__} unlearns the pictures of KeepForgetImages, but data is {type(data).__name__}."
+                f"{type(self).__name__} needs the pictures of KeepForgetImages, but data is {type(data).__name__}: "
+                "set data to KeepForgetImages."
             )
         return data
 
@@ -64,7 +65,7 @@ class ImageEditor(DiffusionEditor):
     # --- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which pictures are unlearned."""
+        """Also store which pictures are unlearned."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["images"] = self.images.identity
 
@@ -72,7 +73,7 @@ class ImageEditor(DiffusionEditor):
         """Refuse a checkpoint of other pictures.
 
         Raises:
-            ValueError: What differs.
+            ValueError: The pictures do not match; the message says which.
         """
         super().on_load_checkpoint(checkpoint)
         ours = self.images.identity
@@ -86,7 +87,7 @@ class ImageEditor(DiffusionEditor):
     # --- test
 
     def spaces(self) -> dict[str, Space]:
-        """Where distances between pictures are measured: pixels and, with a judge, its features."""
+        """Spaces in which distances between pictures are measured: pixels and, with a judge, its features."""
         spaces: dict[str, Space] = {"pixels": pixel_features}
         if self.judge_path is not None:
             self.judge = ClassifierJudge(judge_folder(self.judge_path))
@@ -94,11 +95,11 @@ class ImageEditor(DiffusionEditor):
         return spaces
 
     def reconstructions(self, images: Sequence[CaptionedImage]) -> Tensor:
-        """What the autoencoder makes of ``images``, (n, 3, H, W) in [0, 1]: what the model would draw of each."""
+        """``images`` after the autoencoder, (n, 3, H, W) in [0, 1]: as the model would draw exact copies of them."""
         return torch.cat([self.pipeline.decode(part) for part in self.encode_images(images).split(PICTURE_BATCH)])
 
     def on_test_start(self) -> None:
-        """Learn what a copy is."""
+        """Find the distances below which a picture counts as a copy."""
         keep = self.reconstructions(self.images.keep)
         has_held_out = self.images.held_out is not self.images.keep
         self.detector = CopyDetector(
@@ -116,7 +117,7 @@ class ImageEditor(DiffusionEditor):
         return CopyCount(list(self.detector.spaces), [i.kind for i in items], len(self.images.forget)).to(self.device)
 
     def on_validation_start(self) -> None:
-        """As before a test."""
+        """As ``on_test_start``."""
         self.on_test_start()
 
     def on_validation_epoch_end(self) -> None:
@@ -131,7 +132,7 @@ class ImageEditor(DiffusionEditor):
 
         Returns:
             ``before`` and ``after``: pictures (B, 3, H, W), uint8; ``nearest_before`` and ``nearest_after``: number of
-            the picture to forget that each is nearest to, (B,).
+            the picture to forget that is nearest to each, (B,).
         """
         prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
         after, before = self.generate(prompts, seeds), self.unedited_pictures(batch)

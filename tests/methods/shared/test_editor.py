@@ -318,9 +318,9 @@ def test_a_checkpoint_of_its_own_is_taken(editor: Editor, trainer_with: TrainerW
     [
         ({"concept": "cat"}, "The checkpoint edits dog, but concept is cat: pass --concept dog"),
         ({"concept": ["dog", "cat"]}, "but concept is dog, cat"),
-        ({"edited_parameters": "selfattn"}, "its edited weights do not fit"),
+        ({"edited_parameters": "selfattn"}, "other edited weights: give the recipe of its own fit"),
         ({"model": "tiny_sd2"}, "The checkpoint was made from another base model"),
-        ({"dtype": "bfloat16"}, "its edited weights do not fit"),
+        ({"dtype": "bfloat16"}, "other edited weights: give the recipe of its own fit"),
     ],
 )
 def test_a_checkpoint_of_another_edit_is_refused(
