@@ -122,7 +122,7 @@ def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer
         def configure_model(self) -> None:
             pytest.fail("loaded")
 
-    problem = "ClosedFormEdit writes what a method has found in closed form, but the module is Plain"
+    problem = "ClosedFormEdit writes the weights of closed-form methods, but the module is Plain"
     with pytest.raises(ValueError, match=problem):
         trainer_with(edit, max_epochs=1).fit(Plain(), torch.utils.data.DataLoader([1]))
 
