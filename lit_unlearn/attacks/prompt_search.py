@@ -20,7 +20,7 @@ SCORED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSearch(Attack):
-    """Finds one prefix for all prompts of the concept, with which the edited model denoises the concept's pictures best.
+    """Finds one prefix for all prompts of the concept, with which the edited model best denoises its pictures.
 
     The search uses edit prompts and the unedited model's pictures of them. It does not use the direct prompts, on which
     the prefix is judged.

@@ -1,4 +1,4 @@
-"""From exceptions to one sentence for the person at the terminal."""
+"""Turns exceptions into one sentence for the user at the terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, in one sentence; found before any work is done."""
+    """A mistake of the user, as one sentence; found before any work is done."""
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ``ValueError`` of the block into a ``UserError``: around checks, never around training."""
+    """Turn a ``ValueError`` in the block into a ``UserError``; for checks only, never for training."""
     try:
         yield
     except ValueError as error:
@@ -27,7 +27,7 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show warnings of the block without file and line, each once."""
+    """Show each warning in the block once, without file and line."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *args, **kwargs: f"lit-unlearn: warning: {message}\n"
     try:
@@ -38,7 +38,7 @@ def plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def plain_threads() -> Iterator[None]:
-    """Say in a line that a thread of the block could not write; TensorBoard writes its curves in one."""
+    """Report in one line if a thread could not write; TensorBoard writes its curves in a thread."""
     from lit_unlearn.system.files import WRITING
 
     before = threading.excepthook
@@ -57,7 +57,7 @@ def plain_threads() -> Iterator[None]:
 
 
 def essence(error: BaseException) -> str:
-    """Return the message of ``error`` in one line, without what jsonargparse wraps around that of an ``__init__``."""
+    """Return the message of ``error`` in one line, without the text that jsonargparse adds around it."""
     message = str(error)
     if message.startswith("Does not validate against any"):
         cause = error.__cause__
@@ -69,7 +69,7 @@ def essence(error: BaseException) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (closest: name)"``, or nothing if no known name is near."""
+    """Return ``" (closest: name)"``, or an empty text if no known name is similar."""
     matches = get_close_matches(name, list(known), n=1)
     return f" (closest: {matches[0]})" if matches else ""
 
@@ -78,9 +78,9 @@ def parse_error(message: str, classes: Mapping[str, type], keys: Iterable[str]) 
     """Reduce a message of jsonargparse to its essential line.
 
     Args:
-        message: Its message: a tree of keys, classes and types that were tried. The first leaf is the reason.
+        message: The message, a tree of keys, classes and types that were tried. The first leaf is the reason.
         classes: Classes that a recipe may name, by name, for suggestions.
-        keys: Keys that the parser knows, for suggestions.
+        keys: All keys of the parser, for suggestions.
 
     Returns:
         A sentence such as ``model: ValueRefinement has no option 'runds' (closest: rounds).``
@@ -103,7 +103,7 @@ def parse_error(message: str, classes: Mapping[str, type], keys: Iterable[str]) 
 
 
 def _reason(reason: str, owner: str, given: str | None, classes: Mapping[str, type], keys: Iterable[str]) -> str:
-    """Say a leaf of jsonargparse's message in the words of a recipe."""
+    """Rephrase a leaf of jsonargparse's message in the terms of a recipe."""
     if found := re.search(r"expects a function or a callable class: (.+?)(?:\. Got value: .*)?$", reason):
         reason, owner = found[1], ""
     no_class = r"Expected a dot import path string: (.+)|Expected a path but (.+) either not accessible or invalid.*"
@@ -131,6 +131,6 @@ def _reason(reason: str, owner: str, given: str | None, classes: Mapping[str, ty
 
 
 def _options(cls: type) -> list[str]:
-    """Names of the arguments of a class, those that it passes on to its bases included."""
+    """Names of the arguments of a class, including those that it passes on to its bases."""
     inits = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
     return [name for init in inits for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]

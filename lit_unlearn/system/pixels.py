@@ -13,7 +13,7 @@ from lit_unlearn.system.files import atomic_write
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return pictures in [0, 1] as bytes, rounded to the nearest; beyond the range they are cut, nan becomes black.
+    """Return pictures in [0, 1] as bytes, rounded to the nearest; values outside are clamped, nan becomes black.
 
     Args:
         images: Any shape, float.
@@ -34,7 +34,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
         (3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: An array of another shape or type.
+        ValueError: The array has another shape or type.
     """
     pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
@@ -50,7 +50,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
-    """Write a PNG in one step; a picture that was there survives a failure.
+    """Write a PNG in one step; if that fails, an existing picture is unchanged.
 
     Raises:
         OSError: The file cannot be written; the message names it.

@@ -79,7 +79,7 @@ def edit(module: ConceptEditor) -> None:
         ({"model": "nowhere"}, "model='nowhere' is no folder and no hub id"),
         ({"concept_set": "nowhere"}, "There is no concept set 'nowhere'"),
         ({"edited_parameters": "xatn"}, "edited_parameters='xatn' selects no parameter"),
-        ({"edited_parameters": "("}, "is no regular expression"),
+        ({"edited_parameters": "("}, "is not a regular expression"),
         ({"num_inference_steps": 0}, r"model\.num_inference_steps=0 must be at least 1"),
         ({"dtype": "float8"}, r"model\.dtype='float8' is unknown: choose float32, bfloat16 or float16"),
     ],
