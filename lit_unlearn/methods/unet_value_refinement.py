@@ -76,7 +76,7 @@ class UNetValueRefinement(ValueRefinement):
     # --- set-up
 
     def gather(self) -> None:
-        """Compute what the unedited model must provide; its weights are restored while this runs."""
+        """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
@@ -113,7 +113,7 @@ class UNetValueRefinement(ValueRefinement):
         return self.align(self.goal.states.float())
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
+        """Predictions of the UNet for the edit prompts with V1, and of the unedited UNet for the target prompts."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
@@ -257,7 +257,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
             return self.keys_at(name, self.goal)
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
+        """Predictions of the UNet for the edit prompts with V1, and of the unedited UNet for the target prompts."""
         items = batch % self.num_pairs
         condition = self.edit_condition[items % len(self.edit_condition)]
         with replace_output(state.layer, values, state.mask[items]):

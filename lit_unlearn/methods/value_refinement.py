@@ -170,7 +170,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return self.optimizer([self.values])
 
     def on_fit_start(self) -> None:
-        """Compute what the frozen model must provide."""
+        """Compute everything that needs the frozen model."""
         super().on_fit_start()
         text, eos = self.pipeline.text, self.pipeline.text.eos
         self.edit_ids = text.tokenize(self.edit_prompts)
@@ -189,7 +189,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return len(self.edited_names)
 
     def gather(self) -> None:
-        """Compute what the unedited model must provide; its weights are restored while this runs."""
+        """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.gather_moments()
         self.goal = self.pipeline.encode_many(Tokens((self.target_ids,)))
         if self.start == "residual":
