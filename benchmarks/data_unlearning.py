@@ -2,9 +2,9 @@
 
     python benchmarks/data_unlearning.py --output docs/results/data_unlearning.md
 
-Makes the model that has memorised them first, if it is not there. One folder per method, ``ROOT/<method>/version_0``,
-as ``lit-unlearn fit`` and ``test`` make it; one with its ``memorisation.json`` is skipped and one that was cut short is
-made anew: an interrupted bench goes on where it stopped. Further options go to every fit and test.
+First makes the model that has memorised them, if it is missing. Each method has a folder, ``ROOT/<method>/version_0``,
+as ``lit-unlearn fit`` and ``test`` make it. A folder with ``memorisation.json`` is skipped and an incomplete one is
+made again, so an interrupted bench continues where it stopped. Further options are passed to every fit and test.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from quiet import QUIET, output_to
 RECIPES = ("siss.yaml", "two_pass.yaml", "bernoulli.yaml", "erase_diff.yaml", "neg_grad.yaml", "naive_deletion.yaml")
 MEMORISE = "emoji/memorise.yaml"
 SHOWN = 6
-"""Pictures of each method in the figure."""
+"""Number of pictures of each method in the figure."""
 
 
 def quietly(log: Path, *commands: list[str]) -> None:
-    """Run commands of the trainer, one thread, with what they print in ``log``."""
+    """Run commands of the trainer with one thread, and write their output to ``log``."""
     import torch
 
     torch.set_num_threads(1)
@@ -39,12 +39,12 @@ def quietly(log: Path, *commands: list[str]) -> None:
 
 
 def make_model(model: Path, log: Path, steps: int | None) -> None:
-    """Train the model that has memorised the drawings; goes on with a training that was cut short."""
+    """Train the model that memorises the drawings; an interrupted training is continued."""
     from lit_unlearn.training.recipes import find_recipe
 
     command = ["fit", "--config", str(find_recipe(MEMORISE)), *QUIET]
     command += ["--data.init_args.output", str(model / "images")]
-    command += ["--trainer.callbacks.init_args.output", str(model)]  # of the last callback, SavePretrained
+    command += ["--trainer.callbacks.init_args.output", str(model)]  # option of the last callback, SavePretrained
     command += [] if steps is None else ["--trainer.max_steps", str(steps)]
     quietly(log, command)
 
@@ -70,7 +70,7 @@ def run_cell(cell: tuple[str, str, str, tuple[str, ...]]) -> str:
 
 
 def share(result: dict[str, Any], kind: str, space: str) -> str:
-    """Share of copies and its interval, as a cell of a table."""
+    """Share of copies and its interval, as a table cell."""
     if kind not in result:
         return ""
     low, high = result[kind][space]["interval"]
@@ -91,7 +91,7 @@ def row(name: str, result: dict[str, Any], cost: dict[str, Any] | None, edit: di
 
 
 def summary(root: Path, recipes: list[str], figure: str, command: str) -> str:
-    """Markdown: a row per method."""
+    """Return Markdown with a row per method."""
     methods = [recipe.removesuffix(".yaml") for recipe in recipes]
     found = {}
     for method in methods:
@@ -135,7 +135,7 @@ def summary(root: Path, recipes: list[str], figure: str, command: str) -> str:
 
 
 def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None:
-    """A column per caption to forget: the drawing, then one picture of each method with the same seed."""
+    """Draw a column per caption to forget: the drawing, then one picture of each method with the same seed."""
     import torch
 
     from lit_unlearn.data.images import load_image, read_folder
@@ -161,7 +161,7 @@ def draw_figure(root: Path, recipes: list[str], model: Path, path: Path) -> None
 
 
 def main() -> None:
-    """Run what is missing, then write the table and the figure."""
+    """Run the missing methods, then write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="logs/bench/data_unlearning")
     parser.add_argument("--model", default="checkpoints/emoji-sd-memorised", help="folder of the memorised model")
@@ -169,13 +169,13 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", default=None, help="Markdown to write; the figure goes beside it, as .png")
-    parser.add_argument("--summary_only", action="store_true", help="run nothing, only write what is there")
+    parser.add_argument("--summary_only", action="store_true", help="do not run anything, only write existing results")
     arguments, extra = parser.parse_known_args()
 
     root, model = Path(arguments.root), Path(arguments.model)
     root.mkdir(parents=True, exist_ok=True)
     if not arguments.summary_only:
-        # Fresh processes, since torch's threads do not survive a fork.
+        # New processes, since torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         if not (model / "model_index.json").exists():
             print(f"Making {model} ...", flush=True)

@@ -4,24 +4,25 @@ r"""Edits and scores concepts of emoji20 with every method: the tables of docs/r
         --training_seeds 0 1 2 --evaluation_seeds 0 1000 2000 --data.init_args.images_per_prompt 1 \
         --output docs/results/emoji20.md
 
-takes about an hour and a half on two cores (its cells' seconds, halved). Without ``--concepts`` it goes on to the other
-sixteen concepts alone.
+takes about an hour and a half on two cores (half of the sum of the cells' seconds). Without ``--concepts`` it also runs
+the other sixteen concepts, each alone.
 
-Three protocols, one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``fit`` and ``test`` make it:
+There are three protocols, with one folder per cell, ``ROOT/<method>/<concepts>/version_0``, as ``fit`` and ``test``
+make it:
 
     single   every concept of the set alone
-    five     two sets of five concepts of all kinds, each edited at once
-    ten      ten concepts at once
+    five     two sets of five concepts of all kinds, each set edited at once
+    ten      ten concepts edited at once
 
-``--training_seeds`` makes every edit anew with other seeds, below ``ROOT/training_<seed>``; methods that draw nothing
-at random are left out there. ``--evaluation_seeds`` draws other pictures of the edits of the first training seed, below
-``ROOT/evaluation_<seed>``. The first of either is that of the cells in ``ROOT`` itself. Both are for the protocols of
-``--repeat``.
+``--training_seeds`` repeats every edit with other seeds, below ``ROOT/training_<seed>``, except for methods without
+random numbers. ``--evaluation_seeds`` draws other pictures of the edits with the first training seed, below
+``ROOT/evaluation_<seed>``. The first seed of each list is used for the cells in ``ROOT`` itself. Both options apply to
+the protocols of ``--repeat``.
 
-A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where
-it stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. With
-``--attacks`` each cell of one concept and the first seeds is then attacked; attacks that its ``attacks.json`` has are
-skipped. What follows the options is passed on to ``fit`` and ``test``.
+A cell with ``scores.json`` is skipped and an incomplete one is made again, so an interrupted bench continues where it
+stopped. Cells are made concept by concept, so that an unfinished bench compares methods on the same concepts. With
+``--attacks`` each cell with one concept and the first seeds is then attacked; attacks that are already in its
+``attacks.json`` are skipped. Further arguments are passed on to ``fit`` and ``test``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ RECIPES = (
     "forget_me_not.yaml",
 )
 SINGLE = (
-    # Kinds take turns, so that a bench that ends early is still about all of them.
+    # Kinds take turns, so that a bench that is stopped early still covers all of them.
     "dog", "rain", "sketch", "walking", "castle", "sunset", "pixel art", "surfing", "apple", "aurora", "cartoon",
     "dancing", "owl", "neon", "glossy", "sleeping", "soccer ball", "daisy", "cat", "lemon",
 )  # fmt: skip
@@ -67,10 +68,10 @@ FIVE = (
     ("apple", "owl", "cartoon", "sunset", "surfing"),
 )
 SETTINGS = {
-    # Some of the ten are each other's anchors, which the recipe refuses to train on the model that it changes.
+    # Some of the ten are each other's anchors, so the recipe refuses the live model as their reference.
     ("concept_ablation.yaml", 10): ("--model.init_args.reference", "frozen"),
 }
-"""Recipe and number of concepts -> options that it needs there."""
+"""Recipe and number of concepts -> options that the recipe needs with so many."""
 TEN = (("dog", "castle", "apple", "owl", "sketch", "cartoon", "rain", "sunset", "walking", "surfing"),)
 PROTOCOLS: dict[str, tuple[tuple[str, ...], ...]] = {
     "single": tuple((concept,) for concept in SINGLE),
@@ -81,7 +82,7 @@ PROTOCOLS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on some concepts with two seeds; ``attacks`` is None for none, empty for all."""
+    """A method on some concepts with two seeds; ``attacks`` is None for no attack, empty for all attacks."""
 
     recipe: str
     concepts: tuple[str, ...]
@@ -89,17 +90,17 @@ class Cell:
     training_seed: int = 0
     evaluation_seed: int = 0
     edit_of: Path | None = None
-    """Root of the cell whose edit is tested with other pictures; None to make an edit."""
+    """Root of the cell whose edit is tested with other pictures; None to make a new edit."""
     attacks: tuple[str, ...] | None = None
 
     @property
     def folder(self) -> Path:
-        """Of the method and the concepts; its runs are below it."""
+        """Folder of the method and the concepts; the runs are below it."""
         return self._folder(self.root)
 
     @property
     def scores(self) -> Path:
-        """Where the scores of the cell are."""
+        """File with the scores of the cell."""
         return self.folder / "version_0" / "scores.json"
 
     def _folder(self, root: Path) -> Path:
@@ -128,7 +129,7 @@ class Cell:
 
 
 def has_seed(recipe: str) -> bool:
-    """Whether the recipe's method draws anything at random."""
+    """Whether the recipe's method uses random numbers."""
     import inspect
 
     import yaml
@@ -143,7 +144,7 @@ def has_seed(recipe: str) -> bool:
 
 
 def make_cells(arguments: argparse.Namespace) -> list[Cell]:
-    """All cells, the first seeds of all concepts first."""
+    """Return all cells, beginning with the first seeds of all concepts."""
     root, first = Path(arguments.root), (arguments.training_seeds[0], arguments.evaluation_seeds[0])
     attacks = None if arguments.attacks is None else tuple(arguments.attacks)
 
@@ -171,7 +172,7 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
 
 
 def run_cell(cell: Cell, extra: Sequence[str]) -> str:
-    """Fit, test and perhaps attack one method on some concepts, one thread; return a line to print."""
+    """Fit, test and, if wanted, attack one method on some concepts, with one thread; return a line to print."""
     import torch
 
     torch.set_num_threads(1)
@@ -197,7 +198,7 @@ def run_cell(cell: Cell, extra: Sequence[str]) -> str:
 
 
 def forget_peak_memory() -> None:
-    """Let the kernel count this process's peak memory anew: a cell should not inherit that of the one before."""
+    """Reset the kernel's peak memory of this process, so that it does not include the cell before."""
     gc.collect()
     counter = Path("/proc/self/clear_refs")
     if counter.exists():
@@ -205,15 +206,15 @@ def forget_peak_memory() -> None:
 
 
 def run_cell_or_say(cell: Cell, extra: Sequence[str]) -> str:
-    """As ``run_cell``, but a cell that fails is a line, and the bench goes on; its folder has no scores."""
+    """As ``run_cell``, but return a line if the cell fails, so that the bench continues; its folder has no scores."""
     try:
         return run_cell(cell, extra)
-    except Exception as error:  # the bench reports any failure of a method and tries the next
+    except Exception as error:  # any failure of a method is reported, and the bench continues
         return f"FAILED {cell.folder}: {type(error).__name__}: {error}"
 
 
 def summary(cells: Sequence[Cell], command: str) -> str:
-    """Markdown: the report's tables of the cells that are done."""
+    """Return Markdown with the report's tables of the finished cells."""
     folders = [cell.scores.parent for cell in cells if cell.scores.exists()]
     if not folders:
         return "No cell is done.\n"
@@ -239,21 +240,21 @@ def main() -> None:
     parser.add_argument("--root", default="logs/bench/emoji20")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
-    parser.add_argument("--concepts", nargs="+", default=None, help="only these, of the protocol `single`")
+    parser.add_argument("--concepts", nargs="+", default=None, help="only these, for the protocol `single`")
     parser.add_argument("--attacks", nargs="*", metavar="NAME", help="attack single concepts: by these, or by all")
-    parser.add_argument("--repeat", nargs="+", default=["five"], choices=list(PROTOCOLS), help="with all seeds")
+    parser.add_argument("--repeat", nargs="+", default=["five"], choices=list(PROTOCOLS), help="run with all seeds")
     parser.add_argument("--training_seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--evaluation_seeds", nargs="+", type=int, default=[0], help="some 1000 apart: one per prompt")
+    parser.add_argument("--evaluation_seeds", nargs="+", type=int, default=[0], help="about 1000 apart: one per prompt")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", default=None, help="Markdown file to write")
-    parser.add_argument("--summary_only", action="store_true", help="run nothing, only write the tables")
+    parser.add_argument("--summary_only", action="store_true", help="do not run anything, only write the tables")
     arguments, extra = parser.parse_known_args()
 
     root = Path(arguments.root)
     root.mkdir(parents=True, exist_ok=True)
     cells = make_cells(arguments)
     if not arguments.summary_only:
-        # Fresh processes, since torch's threads do not survive a fork; a few cells each, so that memory is given back.
+        # New processes, since torch's threads do not survive a fork; a few cells each, so that memory is freed.
         context = multiprocessing.get_context("spawn")
         with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
             for line in pool.imap_unordered(partial(run_cell_or_say, extra=extra), cells):

@@ -1,8 +1,8 @@
-"""Measures the embedded model: judge on drawings and on reconstructions, generated pictures per concept, speed.
+"""Measures the embedded model: its judge on drawings and reconstructions, generated pictures per concept, and speed.
 
     python benchmarks/emoji_sd.py --output docs/results/emoji_sd.json --samples checkpoints/emoji-sd/samples.png
 
-Generated pictures use seeds that nothing else uses. About three minutes on two cores.
+Generated pictures use seeds that are not used elsewhere. It takes about three minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Compares ESD that uses every state of a chain with ESD that uses one: the table of docs/results/esd_cost.md.
+"""Compares ESD with every state of a chain to ESD with one state: the table of docs/results/esd_cost.md.
 
     python benchmarks/esd_cost.py --processes 2 --output docs/results/esd_cost.md
 
-Both take as many optimizer steps, on the same concepts and seeds; other options go to ``lit-unlearn fit`` and ``test``.
-One folder per cell, ``ROOT/<states>/seed_<n>/esd/<concept>/version_0``. A cell with its ``scores.json`` and
-``esd_cost.json`` is skipped and one that was cut short is made anew: an interrupted bench goes on where it stopped.
+Both take the same number of optimizer steps, on the same concepts and seeds; other options are passed to ``lit-unlearn
+fit`` and ``test``. Each cell has one folder, ``ROOT/<states>/seed_<n>/esd/<concept>/version_0``. A cell with
+``scores.json`` and ``esd_cost.json`` is skipped and an incomplete one is made again, so an interrupted bench continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from quiet import QUIET, output_to
 
 POLICIES = ("all", "one")
 HELD_OUT_CHAINS = 30
-"""Chains of the frozen model, none of them seen in training, on whose states the loss is measured."""
+"""Number of chains of the frozen model for measuring the loss on their states; training does not use these chains."""
 
 
 def held_out_loss(module: Any) -> tuple[float, float]:
     """Mean squared error against the target on fixed states, of the pretrained and of the edited weights.
 
-    The states depend on the concept, the model and the sampling of the recipe, not on how or with which seed it trains.
+    The states depend on the concept, the model and the sampling of the recipe, not on the training or its seed.
     """
     import torch
 
@@ -56,7 +57,7 @@ def held_out_loss(module: Any) -> tuple[float, float]:
 
 
 def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
-    """Fit and test one policy on one concept with one seed, one thread; return a line to print."""
+    """Fit and test one policy on one concept with one seed and one thread; return a line to print."""
     policy, concept, seed, recipe, root, extra = cell
     import torch
 
@@ -98,7 +99,7 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
 
 
 def read_cell(folder: Path) -> dict[str, float]:
-    """The numbers of a cell's folder."""
+    """Read the numbers in a cell's folder."""
     from lit_unlearn.evaluation.scores import Scores
 
     scores, cost = (
@@ -133,7 +134,7 @@ COLUMNS = {
 
 
 def summary(root: Path, concepts: list[str], seeds: list[int], command: str) -> str:
-    """Markdown: means of both policies and their differences in pairs, then every cell."""
+    """Return Markdown with means of both policies and their paired differences, then every cell."""
     from lit_unlearn.training.cli import run_label
 
     cells: dict[tuple[str, int, str], dict[str, float]] = {}
@@ -189,9 +190,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", default=None, help="Markdown file to write, e.g. docs/results/esd_cost.md")
-    parser.add_argument(
-        "--summary_only", action="store_true", help="run nothing, only write the table of what is there"
-    )
+    parser.add_argument("--summary_only", action="store_true", help="do not run anything, only write existing results")
     arguments, extra = parser.parse_known_args()
     root = Path(arguments.root)
     cells = [
@@ -201,7 +200,7 @@ def main() -> None:
         for policy in POLICIES
     ]
     if not arguments.summary_only:
-        # Fresh processes, since torch's threads do not survive a fork; a few cells each, so that memory is given back.
+        # New processes, since torch's threads do not survive a fork; a few cells each, so that memory is freed.
         context = multiprocessing.get_context("spawn")
         with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
             for line in pool.imap_unordered(run_cell, cells):

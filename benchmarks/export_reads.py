@@ -1,10 +1,10 @@
-"""What exports, a picture and a check of an export cost in reading: seconds, reads of each weight, bytes hashed.
+"""Measures the cost of exports, of a picture and of a check of an export: seconds, reads of each weight, bytes hashed.
 
     python benchmarks/export_reads.py --width 128
 
 Builds a pipeline with the architecture of Stable Diffusion and random weights in ``--folder`` (about 600 MB in float32
 at width 128; 320 is that of Stable Diffusion 1.4), and an edit of its cross-attention, as a checkpoint and as a delta.
-Then it runs the commands in this process and prints a table. Reads are counted where safetensors gives out a tensor, so
+Then it runs the commands in this process and prints a table. A read is counted when safetensors returns a tensor, so
 loading a pipeline counts as a read of every weight. Only hashes of weights are counted, not those of written files.
 To measure another version of the package, put its folder into ``PYTHONPATH``.
 """
@@ -28,7 +28,7 @@ LIBRARIES = ("lit_unlearn", "safetensors", "transformers", "diffusers")
 
 
 def build(folder: Path, width: int) -> None:
-    """Write the pipeline and the checkpoint of an edit, unless they are there."""
+    """Write the pipeline and the checkpoint of an edit, unless they exist."""
     import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -81,7 +81,7 @@ def build(folder: Path, width: int) -> None:
 
 
 class CountingReader:
-    """``safe_open`` that counts the tensors that it gives out, by file and name."""
+    """``safe_open`` that counts the tensors that it returns, by file and name."""
 
     reads: ClassVar[Counter[tuple[str, str]]] = Counter()
     original = safetensors.safe_open
@@ -117,7 +117,7 @@ class CountingReader:
 
 
 class CountingHash:
-    """SHA-256 that counts the bytes that it is given."""
+    """SHA-256 that counts its input bytes."""
 
     size = 0
 
@@ -127,17 +127,17 @@ class CountingHash:
         self.digest = hashlib.sha256()
 
     def update(self, data: Any) -> None:
-        """Enter bytes."""
+        """Add bytes."""
         CountingHash.size += memoryview(data).nbytes
         self.digest.update(data)
 
     def hexdigest(self) -> str:
-        """The hash of what was entered so far."""
+        """The hash of all bytes added so far."""
         return self.digest.hexdigest()
 
 
 def count() -> None:
-    """Count from now on."""
+    """Start counting."""
     import transformers.modeling_utils  # noqa: F401 - to be counted, they must be there
 
     from lit_unlearn.diffusion import new_tokens, parameters, stored  # noqa: F401 - as before
@@ -152,9 +152,9 @@ def count() -> None:
 def main() -> None:
     """Build what is missing, run the commands and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="logs/bench/export_reads", help="where the pipeline and the exports lie")
+    parser.add_argument("--folder", default="logs/bench/export_reads", help="folder of the pipeline and the exports")
     parser.add_argument("--width", type=int, default=128, help="channels of the UNet's first block; default: 128")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each command; the quickest one counts")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each command; the fastest one counts")
     arguments = parser.parse_args()
 
     import lit_unlearn

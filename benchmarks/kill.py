@@ -1,11 +1,11 @@
-"""Kills a fit, its test and its export at random moments, starts them again, and compares with a run left alone.
+"""Kills a fit, its test and its export at random moments, starts them again, and compares to an uninterrupted run.
 
     python benchmarks/kill.py --kills 30 --output docs/results/kill.md
 
-Every try: the three commands are started in a new folder, killed (SIGKILL, the whole process group) after a random
-delay within the time that they take, and started again, the same commands. A kill is survived if the weights are equal
-to the last bit, the scores equal but for the clock, and the exported files equal. Tries take turns between a closed
-form, with its descent of V1, and a method that steps along gradients, with its cache of anchor pictures.
+In every try the three commands are started in a new folder, killed (SIGKILL, the whole process group) after a random
+delay within their run time, and started again. A kill is survived if the weights are equal to the last bit, the scores
+are equal except for times, and the exported files are equal. Tries alternate between a closed form, which trains V1,
+and a gradient method, which has a cache of anchor pictures.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ RECIPES = {
     "null_space": "--model.init_args.rounds 1 --model.init_args.last_layer 2",
     "concept_ablation": "--model.init_args.images 12 --trainer.max_epochs 3",
 }
-"""Recipe -> options that keep it short."""
+"""Recipe -> options that make it short."""
 
 
 def run_of(recipe: str) -> Path:
-    """Where the commands put the run."""
+    """Folder in which the commands put the run."""
     return Path("logs", recipe, "dog", "version_0")
 
 
 def script(recipe: str) -> str:
-    """The three commands, as a person would put them into a script that may be started again."""
+    """The three commands, as in a user's script that may be started again."""
     program = f"{sys.executable} -m lit_unlearn"
     options = f"--config {recipe}.yaml --concept dog {RECIPES[recipe]} {QUICK}"
     return "\n".join(
@@ -54,9 +54,9 @@ def script(recipe: str) -> str:
 
 
 def run(recipe: str, folder: Path, kill_after: float | None = None, once: Path | None = None) -> tuple[float, bool]:
-    """Run the script in ``folder``; return how long it took and whether it came to its end.
+    """Run the script in ``folder``; return how many seconds it took and whether it finished.
 
-    It is killed ``kill_after`` seconds after its start, or after the file ``once`` is there.
+    It is killed ``kill_after`` seconds after its start, or after the file ``once`` appears.
     """
     started = time.perf_counter()
     with (folder / "output.log").open("a", encoding="utf-8") as log:
@@ -79,26 +79,26 @@ def run(recipe: str, folder: Path, kill_after: float | None = None, once: Path |
 
 
 def outcome(recipe: str, folder: Path) -> dict[str, str]:
-    """Hashes of what must be equal: edited weights, scores without the clock, exported files."""
+    """Hashes that must be equal: of edited weights, scores without times, and exported files."""
     from lit_unlearn.diffusion.parameters import fingerprint
     from lit_unlearn.edits.checkpoint import read_edit
 
     run_folder = folder / run_of(recipe)
     scores = json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))
     scores.pop("cost")
-    scores["edit"].get("anchors", {}).pop("made", None)  # a cost too: fewer, if a killed run has cached some
+    scores["edit"].get("anchors", {}).pop("made", None)  # also a cost, lower if a killed run has cached some
     found = {
         "weights": fingerprint(read_edit(run_folder / "checkpoints" / "last.ckpt").weights),
         "scores": hashlib.sha256(json.dumps(scores, sort_keys=True).encode()).hexdigest(),
     }
     for path in sorted((folder / "export").rglob("*")):
-        if path.is_file() and path.name not in ("provenance.json", "README.md"):  # these name the clock
+        if path.is_file() and path.name not in ("provenance.json", "README.md"):  # these contain times
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
 def where(recipe: str, folder: Path) -> str:
-    """How far a killed run had come."""
+    """Stage at which a run was killed."""
     if (folder / "export").exists():
         return "after the export"
     run_folder = folder / run_of(recipe)
@@ -151,7 +151,7 @@ def main() -> None:
         _, ended = run(recipe, folder, rng.uniform(0, duration[recipe]), once)
         stage = where(recipe, folder)
         if ended or (arguments.within == "fit" and not stage.startswith("in the fit")):
-            continue  # it was faster than the kill: no try
+            continue  # the run ended before the kill, so it does not count
         number += 1
         _, ended = run(recipe, folder)
         survived = ended and outcome(recipe, folder) == expected[recipe]

@@ -3,8 +3,8 @@
     python benchmarks/null_space_encoders.py --concepts dog rain --output docs/results/null_space_encoders
 
 Makes OUTPUT.md and OUTPUT.png: the spectra of the retained keys side by side, the null space at each recipe's
-threshold, and forget and retain after 1, 2, 5, ... rounds. Each number of rounds goes on from the checkpoint of the one
-before. A cell with its ``scores.json`` is skipped and one that was cut short is made anew: an interrupted run goes on
+threshold, and forget and retain after 1, 2, 5, ... rounds. Each number of rounds continues from the checkpoint of the
+one before. A cell with ``scores.json`` is skipped and an incomplete one is made again, so an interrupted run continues
 where it stopped.
 """
 
@@ -38,21 +38,21 @@ SETTINGS: dict[str, tuple[str, str, list[str]]] = {
     "ffn": ("UNet FFN", "null_space_unet_ffn.yaml", []),
     "ffn_from_output": ("UNet FFN, V1 from W K1", "null_space_unet_ffn.yaml", [*FROM_OUTPUT, *ADAM]),
 }
-"""By name: what the tables call it, its recipe, and what differs from that. ``W K1`` is where the paper starts V1."""
+"""Name -> name in the tables, recipe, and changes to the recipe. The paper starts V1 at ``W K1``."""
 
 SPECTRA = ("text", "kv", "ffn")
-"""Settings whose spectra are shown; where V1 starts does not matter to these."""
+"""Settings whose spectra are shown; the spectra do not depend on the start of V1."""
 
 
 def cell_folder(root: Path, setting: str, concept: str, rounds: int) -> Path:
-    """Folder that ``fit`` and ``test`` fill."""
+    """Folder that ``fit`` and ``test`` write to."""
     from lit_unlearn.training.cli import run_label
 
     return root / f"rounds_{rounds}" / setting / run_label([concept])
 
 
 def run_chain(chain: tuple[str, str, list[int], str, list[str]]) -> str:
-    """Fit and test one setting on one concept for every number of rounds, one thread; return lines to print."""
+    """Fit and test one setting on one concept for every number of rounds, with one thread; return lines to print."""
     setting, concept, all_rounds, root_name, extra = chain
     import torch
 
@@ -74,7 +74,7 @@ def run_chain(chain: tuple[str, str, list[int], str, list[str]]) -> str:
             start: list[str] = []
             if before is not None:
                 folder.mkdir(parents=True)
-                # Beside the run's folder, not in that of the earlier run, where a resumed fit would go on.
+                # Next to the run's folder; a resumed fit would otherwise continue in the folder of the earlier run.
                 start = ["--ckpt_path", str(shutil.copy(before, folder / "start.ckpt"))]
             with output_to(root / f"{setting}_{concept.replace(' ', '_')}.log"):
                 run(["fit", *common, *start])
@@ -88,7 +88,7 @@ def run_chain(chain: tuple[str, str, list[int], str, list[str]]) -> str:
 
 
 def read_cells(root: Path, settings: list[str], concepts: list[str], all_rounds: list[int]) -> dict[Any, Any]:
-    """Scores that are there, by setting, concept and rounds."""
+    """Read the existing scores, by setting, concept and rounds."""
     from lit_unlearn.evaluation.scores import Scores
 
     cells = {}
@@ -102,14 +102,14 @@ def read_cells(root: Path, settings: list[str], concepts: list[str], all_rounds:
 
 
 def threshold_of(setting: str) -> float:
-    """Threshold of the setting's recipe, in parts of the mean eigenvalue."""
+    """Threshold of the setting's recipe, as a fraction of the mean eigenvalue."""
     import yaml
 
     from lit_unlearn.training.recipes import find_recipe
 
     edit = yaml.safe_load(find_recipe(SETTINGS[setting][1]).read_text(encoding="utf-8"))["edit"]["init_args"]
     if edit["rule"] != "mean":
-        raise ValueError(f"{SETTINGS[setting][1]} has rule={edit['rule']!r}: the figure shows parts of the mean.")
+        raise ValueError(f"{SETTINGS[setting][1]} has rule={edit['rule']!r}, but the figure needs rule='mean'.")
     return float(edit["threshold"])
 
 
@@ -169,7 +169,7 @@ def report(cells: dict[Any, Any], settings: list[str], all_rounds: list[int], co
 
 
 def main() -> None:
-    """Run the cells that are missing, then write table and figure."""
+    """Run the missing cells, then write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="logs/bench/null_space_encoders")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--images_per_prompt", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", default=None, help="path without its ending, e.g. docs/results/null_space_encoders")
-    parser.add_argument("--summary_only", action="store_true", help="run nothing, only write what is there")
+    parser.add_argument("--summary_only", action="store_true", help="do not run anything, only write existing results")
     arguments, extra = parser.parse_known_args()
     root = Path(arguments.root)
     root.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def main() -> None:
     extra += ["--data.init_args.images_per_prompt", str(arguments.images_per_prompt)]
     chains = [(s, concept, rounds, str(root), extra) for concept in arguments.concepts for s in arguments.settings]
     if not arguments.summary_only:
-        # Fresh processes, since torch's threads do not survive a fork; one for each chain: memory is given back.
+        # New processes, since torch's threads do not survive a fork; one for each chain, so that memory is freed.
         with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
             for line in pool.imap_unordered(run_chain, chains):
                 print(line, flush=True)

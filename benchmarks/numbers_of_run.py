@@ -1,4 +1,4 @@
-"""What ``same_numbers.py`` compares: hashes and scores of the files that runs have left, and where two runs differ."""
+"""Collects what ``same_numbers.py`` compares, hashes and scores of the files of runs, and finds differences of runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 CLOCKS = ("seconds", "memory")
-"""Fields of scores whose name has one of these are left out."""
+"""Fields of scores whose name contains one of these are left out."""
 COUNTS = ("cost", "made", "forward_equivalents")
-"""Fields that say how much work was done, which is more in a run that was interrupted."""
+"""Fields for the amount of work, which is larger in an interrupted run."""
 SOURCE = re.compile(rb'\n *"_name_or_path": [^\n]*')
-"""What diffusers says in a config.json of where a model was loaded from: the path of the checkout."""
+"""Key in which diffusers writes the path that a model was loaded from into config.json: it depends on the checkout."""
 SHOWN = 12
-"""Differing values of each kind that are printed of a run."""
+"""Number of differing values that are printed for each kind and run."""
 
 Results = dict[str, dict[str, Any]]
-"""Kind (weights, scores, ...) -> what exactly -> hash or value."""
+"""Kind (weights, scores, ...) -> item -> hash or value."""
 
 
 def checkpoint(folder: Path) -> Path | None:
@@ -30,12 +30,12 @@ def checkpoint(folder: Path) -> Path | None:
 
 
 def sha256(*parts: bytes) -> str:
-    """The first 16 digits."""
+    """The first 16 digits of the SHA-256 of ``parts``."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def tensor_hash(tensor: Any) -> str:
-    """Of its type, shape and bytes."""
+    """Hash of the tensor's type, shape and bytes."""
     import torch
 
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -43,7 +43,7 @@ def tensor_hash(tensor: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Of what a file means: the tensors, the pixels, or its bytes."""
+    """Hash of the file's content: its tensors, its pixels, or its bytes."""
     from PIL import Image
     from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def file_hash(path: Path) -> str:
 
 
 def leaves(content: Any, leave_out: Sequence[str], name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and text in a JSON file with its place, except in fields named like one of ``leave_out``."""
+    """Every number and text of a JSON file with its place, except in fields whose name contains a ``leave_out``."""
     if isinstance(content, dict | list) and content:
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             if not any(word in str(key) for word in leave_out):
@@ -67,7 +67,7 @@ def leaves(content: Any, leave_out: Sequence[str], name: str = "") -> Iterator[t
 
 
 def collect(folder: Path, leave_out: Sequence[str]) -> Results:
-    """Everything below ``folder`` that must stay."""
+    """Collect everything below ``folder`` that must not change."""
     import torch
 
     result: Results = {kind: {} for kind in ("weights", "scores", "pictures", "exports")}
@@ -91,7 +91,7 @@ def collect(folder: Path, leave_out: Sequence[str]) -> Results:
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What differs, or is in one of both only."""
+    """Items that differ or exist only in one of the two."""
     return [name for name in dict.fromkeys([*before, *after]) if before.get(name, ...) != after.get(name, ...)]
 
 
@@ -101,7 +101,7 @@ def total(values: dict[str, Any]) -> str:
 
 
 def report(before: dict[str, Results], after: dict[str, Results], failed: dict[str, str]) -> bool:
-    """Print a table of runs, then what differs; return whether all is equal."""
+    """Print a table of runs, then the differences; return whether everything is equal."""
     kinds = list(dict.fromkeys(kind for results in [*before.values(), *after.values()] for kind in results))
     print(f"\n| run | {' | '.join(kinds)} |\n| --- |{' --- |' * len(kinds)}")
     details, equal = [], not failed

@@ -1,4 +1,4 @@
-"""Running the trainer's commands in a bench: no bars, and all that they print in a file."""
+"""Runs the trainer's commands in a bench without progress bars, with all output in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summa
 
 @contextmanager
 def output_to(log: Path) -> Iterator[None]:
-    """Append what the block prints, and what libraries in C do, to ``log``."""
+    """Append the output of the block, also of C libraries, to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
     try:

@@ -1,21 +1,22 @@
-"""Shows that a refactor keeps every number: runs each recipe in small, before and after, and compares to the last bit.
+"""Shows that a refactor keeps every number: runs small versions of all recipes before and after, and compares them.
 
     python benchmarks/same_numbers.py write before.json      # before the first move
     python benchmarks/same_numbers.py compare before.json    # after the last one; exit code 1 if anything differs
 
-takes about ten minutes on a core of its own. Both take ``--only PATTERN`` for some of the runs, and ``--tree PATH`` for
-the sources of another checkout (``git worktree add --detach PATH COMMIT``): this file may be newer than what it
-measures. ``write`` goes on where it was interrupted. ``compare before.json after.json`` runs nothing.
+takes about ten minutes on one free core. Both take ``--only PATTERN`` for some of the runs, and ``--tree PATH`` for the
+sources of another checkout (``git worktree add --detach PATH COMMIT``), since this file may be newer than the sources
+that it measures. ``write`` continues where it was interrupted. ``compare before.json after.json`` runs no recipe.
 
 Recipes are read from ``configs``, so a new one is run as well; overlays, which need another model, are left out. Every
-edit is fitted on emoji-sd with few steps, tested, predicted, drawn from and exported in all forms. Pictures to unlearn
-are smooth noise, beside a copy of emoji-sd that has memorised nothing. Some recipes are run again with two concepts
-(tested in full), attacked, in two processes, and interrupted: there the numbers must also equal those of a run left
-alone. Everything goes through the command line and is read from files, since the inside is what a refactor moves.
+edit is fitted on emoji-sd with few steps, tested, used to predict and generate, and exported in all forms. Pictures to
+unlearn are smooth noise, with a copy of emoji-sd that has not memorised anything. Some recipes are run again: with two
+concepts (tested in full), attacked, in two processes, and interrupted. The numbers of interrupted runs must also equal
+those of uninterrupted ones. Everything is run on the command line and read from files, since a refactor changes the
+inside.
 
-Compared are the SHA-256 of every weight in the checkpoint, of exported files (tensors, not metadata) and of the pixels
-of pictures, every field of the scores except clocks and memory, and exit codes. Other versions, or another processor,
-change the last bits: both are in the file, and ``compare`` says where they differ.
+It compares the SHA-256 of every weight in the checkpoint, of exported files (tensors, not metadata) and of the pixels
+of pictures, every field of the scores except times and memory, and exit codes. The last bits depend on the versions of
+packages and on the processor: both are in the file, and ``compare`` prints any difference.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ SMALL = {
     "num_images": 4, "images_per_phrase": 4, "num_validation": 64, "drawings": 1, "captions": 1, "same_caption": 1,
     "others": 6, "held_out": 2,
 }  # fmt: skip
-"""Largest value of every number in a recipe that has one of these names, wherever it stands."""
+"""Largest value of every number in a recipe with one of these names, at any place."""
 TWO_CONCEPTS = ("uce.yaml", "esd.yaml")
 TWO_PROCESSES = ("null_space.yaml", "esd.yaml", "uce.yaml")
 ATTACKED = ("null_space.yaml", "esd.yaml")
@@ -57,8 +58,8 @@ INTERRUPTED = {
     "null_space.yaml": (signal.SIGKILL, ["--data.init_args.steps=3"]),
     "esd.yaml": (signal.SIGUSR1, ["--trainer.max_epochs=4", "--data.init_args.steps=10"]),
 }
-"""Recipe -> the signal that ends it after its first checkpoint, and options that give it time for that. SIGUSR1 makes
-it save in the middle of an epoch."""
+"""Recipe -> the signal that ends it after its first checkpoint, and options that make it run long enough. With SIGUSR1
+it saves in the middle of an epoch."""
 SAVED = 75
 """Exit code of a fit that has saved and stopped."""
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "safetensors", "numpy", "pillow")
@@ -74,21 +75,21 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As in the tables."""
+        """Name in the tables."""
         return f"{self.recipe}, {self.how}" if self.how else self.recipe
 
     @property
     def trains(self) -> bool:
-        """Whether it trains a part of emoji-sd, instead of an edit."""
+        """Whether it trains a part of emoji-sd instead of editing it."""
         return self.recipe.startswith("emoji/")
 
     @property
     def unlearns_pictures(self) -> bool:
-        """Whether it unlearns pictures, instead of a concept."""
+        """Whether it unlearns pictures instead of a concept."""
         return {"keep", "forget"} <= self.content["data"].get("init_args", {}).keys()
 
     def options(self) -> list[str]:
-        """Of ``fit``, ``test`` and ``predict``."""
+        """Options of ``fit``, ``test`` and ``predict``."""
         found = ["--config", self.recipe, *QUIET]
         sections = {"trainer": self.content["trainer"]}
         for part in ("model", "data"):
@@ -102,7 +103,7 @@ class Job:
         return found
 
     def commands(self) -> list[list[str]]:
-        """All commands of a run, those that need the checkpoint with ``{checkpoint}`` in its place."""
+        """All commands of a run, with ``{checkpoint}`` in place of the checkpoint's path."""
         options = self.options()
         if self.trains:
             return [["fit", *options]]
@@ -150,7 +151,7 @@ def read_jobs(configs: Path) -> list[Job]:
 def prepare(job: Job, tree: Path, folder: Path) -> None:
     """Make the folder that a job runs in."""
     folder.mkdir(parents=True)
-    if job.trains:  # it reads other parts of the model, and writes its own over them
+    if job.trains:  # it reads other parts of the model, and overwrites its own
         shutil.copytree(tree / "checkpoints/emoji-sd", folder / "checkpoints/emoji-sd")
     if job.unlearns_pictures:
         memorised = folder / "checkpoints/emoji-sd-memorised"
@@ -159,7 +160,7 @@ def prepare(job: Job, tree: Path, folder: Path) -> None:
 
 
 def write_pictures(folder: Path) -> None:
-    """Smooth noise to keep, forget and hold out, with captions: what ``emoji/memorise.yaml`` writes in earnest."""
+    """Write smooth noise to keep, forget and hold out, with captions, instead of the drawings of ``memorise.yaml``."""
     import numpy as np
     from PIL import Image
 
@@ -181,14 +182,14 @@ def write_pictures(folder: Path) -> None:
 
 
 def start(folder: Path, function: Callable[[], Any]) -> Any:
-    """Run ``function`` in ``folder``, in a copy of this process: imports take longer than most runs."""
+    """Run ``function`` in ``folder``, in a fork of this process, since imports take longer than most runs."""
 
     def work() -> None:
         os.chdir(folder)
         with output_to(folder / "output.log"):
             try:
                 function()
-            except Exception:  # of whatever kind: the log says which, and the job has failed
+            except Exception:  # any error: the log shows it, and the job has failed
                 traceback.print_exc()
                 sys.exit(3)
 
@@ -198,7 +199,7 @@ def start(folder: Path, function: Callable[[], Any]) -> Any:
 
 
 def wait(process: Any, folder: Path, expected: int = 0) -> None:
-    """Wait for the end, which must be that with exit code ``expected``."""
+    """Wait for the end of ``process``, which must have the exit code ``expected``."""
     process.join()
     if process.exitcode != expected:
         raise RuntimeError(f"exit code {process.exitcode} instead of {expected}: {folder / 'output.log'}")
@@ -234,7 +235,7 @@ def run_whole(commands: Sequence[Sequence[str]], leave_out: Sequence[str] = CLOC
 
 
 def run_job(job: Job, tree: Path, folder: Path) -> Results:
-    """Run all that belongs to a job below ``folder``."""
+    """Run everything that belongs to a job, below ``folder``."""
     commands = job.commands()
     if job.how == "two processes":
         prepare(job, tree, folder)
@@ -273,7 +274,7 @@ def run_job(job: Job, tree: Path, folder: Path) -> Results:
 
 
 def about(tree: Path) -> dict[str, str]:
-    """What the numbers depend on."""
+    """Versions and hardware that the numbers depend on."""
     import torch
 
     def git(*args: str) -> str:
@@ -297,7 +298,7 @@ def about(tree: Path) -> dict[str, str]:
 def run_jobs(
     jobs: Sequence[Job], tree: Path, root: Path, done: dict[str, Results], keep: Callable[[], None]
 ) -> dict[str, str]:
-    """Run the jobs that ``done`` lacks, and add to it; return the sentence of each that failed."""
+    """Run the jobs that are missing in ``done`` and add them; return an error message for each that failed."""
     failed = {}
     for number, job in enumerate(jobs, 1):
         if job.name in done:
@@ -321,13 +322,13 @@ def run_jobs(
 
 
 def main() -> None:
-    """Write or compare."""
+    """Write the numbers, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["write", "compare"])
     parser.add_argument("file", type=Path, help="JSON file with the numbers before")
-    parser.add_argument("after", type=Path, nargs="?", help="compare: another such file, instead of running anything")
+    parser.add_argument("after", type=Path, nargs="?", help="compare: a second such file, instead of new runs")
     parser.add_argument(
-        "--only", default="*", metavar="PATTERN", help="runs whose name has this, e.g. 'uce' or 'two *'"
+        "--only", default="*", metavar="PATTERN", help="only runs with matching names, e.g. 'uce' or 'two *'"
     )
     parser.add_argument("--tree", type=Path, default=Path(__file__).parents[1], help="checkout; default: this one")
     arguments = parser.parse_args()

@@ -1,13 +1,13 @@
-"""How much faster two processes are than one, at the same global batch: fit and test under DDP, a thread each.
+"""Measures how much faster two processes are than one, with the same global batch: fit and test, DDP, one thread each.
 
     python benchmarks/scaling.py --output docs/results/scaling.md
 
-The clock starts when Lightning has set up processes and model, and stops at the end of the last step or edit: what a
-long run spends its time on. Each process is bound to a core of its own, as job schedulers do. Efficiency is the time of
-one process over the processes' number times theirs. Machines change their pace from minute to minute and share caches
-and memory among cores, so three things run in turn and are compared with each other only: one process, several, and as
-many copies of the first as there are processes, side by side, that know nothing of each other. The slowest copy says
-what the machine itself takes away. Passes through the UNet, which no clock disturbs, are counted beside.
+The clock starts when Lightning has set up processes and model, and stops at the end of the last step or edit, since a
+long run spends its time there. Each process is bound to its own core, as job schedulers do. Efficiency is the time of
+one process divided by the number of processes times their time. The speed of machines changes from minute to minute,
+and cores share caches and memory. So three cases run in turn and are only compared to each other: one process, several
+processes, and the same number of independent copies of the single process side by side. The slowest copy shows how much
+the machine itself slows down. Passes through the UNet, which do not depend on the speed, are counted too.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ import torch
 from quiet import QUIET
 
 STEPS = {"null_space": [], "esd": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"]}
-"""Recipe -> options that keep a fit short."""
+"""Recipe -> options that make a fit short."""
 CASES = [
     ("null_space", "fit", 64),
     ("null_space", "fit", 16),
     ("esd", "fit", 32),
     ("null_space", "test", 15),
 ]
-"""Recipe, command and global batch of a fit (a test has batches of pictures of its own)."""
+"""Recipe, command and global batch of a fit (a test has its own batches of pictures)."""
 
 
 class Clock(L.Callback):
-    """Writes the seconds of fit and test into a file; first among callbacks, so that the others' work is within.
+    """Writes the seconds of fit and test to a file; it must be the first callback, to include the work of the others.
 
     Args:
         path: File to write.
-        core: Core that the first process is bound to; the others take the next ones.
+        core: Core of the first process; the others use the next cores.
     """
 
     def __init__(self, path: str, core: int = 0) -> None:
@@ -93,7 +93,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
-    """What the clock of a run says.
+    """Wait for a run and return the numbers of its clock.
 
     Raises:
         RuntimeError: The run failed; the log says why.
@@ -133,7 +133,7 @@ def main() -> None:
             one = finish(start(*what, 1, folder / "copy_0"), folder / "copy_0")
             more = finish(start(*what, several, folder / "several"), folder / "several")
             copies = [folder / f"copy_{core}" for core in range(several)]
-            if command == "test":  # of the same run
+            if command == "test":  # it tests the same run
                 for copy in copies[1:]:
                     shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(copies[0], copy)

@@ -1,11 +1,11 @@
-"""Memory and time of edits at the size of Stable Diffusion 1.4, on whatever machine this is.
+"""Measures memory and time of edits at the size of Stable Diffusion 1.4, on this machine.
 
     python benchmarks/sd14_footprint.py --dtype bfloat16 --output docs/results/sd14_footprint.md
 
-Builds a pipeline of exactly that architecture (512 × 512 pixels) with random weights, in ``--folder``, then runs the
-commands that a user runs, each in a process of its own, with few steps: what an edit needs does not depend on what the
-weights are, nor on how many steps there are. Prints parameters, then seconds, peak resident memory and UNet forwards of
-each phase; one that was measured in the folder before is not run again. The tokenizer is the embedded model's, at a
+Builds a pipeline of exactly that architecture (512 × 512 pixels) with random weights, in ``--folder``, then runs a
+user's commands, each in its own process, with few steps: the memory and the time of a step do not depend on the values
+of the weights or the number of steps. Prints parameters, then seconds, peak resident memory and UNet forwards of each
+phase; a phase that was measured in the folder before is not run again. The tokenizer is the embedded model's, with a
 length of 77.
 """
 
@@ -48,7 +48,7 @@ class Phase:
 
 
 def build(folder: Path, dtype: str) -> dict[str, int]:
-    """Write the pipeline unless it is there; return the number of parameters of each part."""
+    """Write the pipeline unless it exists; return the number of parameters of each part."""
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -92,7 +92,7 @@ def build(folder: Path, dtype: str) -> dict[str, int]:
 
 
 def concept_set(path: Path) -> Path:
-    """Two concepts of emoji20 with a direct and an indirect prompt each: a test of four pictures."""
+    """Write two concepts of emoji20 with a direct and an indirect prompt each, for a test of four pictures."""
     from lit_unlearn.data.concepts import load_concept_set
 
     content = yaml.safe_load(Path(load_concept_set("emoji20").path).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def concept_set(path: Path) -> Path:
 
 
 def phases() -> list[Phase]:
-    """Three edits, and a test of one of them: what a test needs does not depend on the method."""
+    """Three edits, and a test of one of them, since the cost of a test does not depend on the method."""
     null_space = (
         *("--model.init_args.first_layer", "1", "--model.init_args.last_layer", "2", "--model.init_args.rounds", "1"),
         *("--data.init_args.steps", "2", "--data.init_args.batch_size", "1"),
@@ -133,7 +133,7 @@ def measure(arguments: list[str], log: Path) -> tuple[float, float]:
     """Run the command; return seconds and peak resident memory in GB.
 
     Raises:
-        RuntimeError: It failed; the log says why.
+        RuntimeError: The command failed; the log says why.
     """
     started = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:

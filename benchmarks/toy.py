@@ -1,10 +1,10 @@
-"""The toy of the paper's Appendix A.2: what is left of a mixture of normals when one component is unlearned.
+"""The toy example of the paper's Appendix A.2: a mixture of normals after one component is unlearned.
 
     p(x) = sum_j alpha_j N(x; mu_j, 1), and component c is the concept.
 
-Three densities without the concept are compared: the ideal one (Eq. 8), the one that ESD's objective implies
-(Prop. 2), and what a sampler draws that is guided away from the concept. ``python benchmarks/toy.py FILE``
-draws the figure of ``docs/toy.md`` and prints its table. All is one-dimensional and in float64.
+It compares three densities without the concept: the ideal one (Eq. 8), the one that ESD's objective implies (Prop. 2),
+and the density of samples that are guided away from the concept. ``python benchmarks/toy.py FILE`` draws the figure of
+``docs/toy.md`` and prints its table. Everything is one-dimensional and in float64.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor
 from lit_unlearn.system.files import atomic_write
 
 MARGIN = 10.0
-"""How far beyond the outermost means densities are integrated: a unit normal has less than 1e-22 beyond that."""
+"""Distance beyond the outermost means up to which densities are integrated: a unit normal has a tail below 1e-22 there.
+"""
 STEP = 0.01
-"""Spacing of the integration grid: for unit normals the trapezoidal rule is exact to rounding there."""
+"""Spacing of the integration grid, at which the trapezoidal rule is exact up to rounding for unit normals."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Mixture:
     """A mixture of unit normals.
 
     Attributes:
-        weights: alpha, positive, of sum 1.
-        means: mu, as many.
+        weights: alpha, positive, with the sum 1.
+        means: mu, one for each weight.
 
     Raises:
-        ValueError: The weights are no shares, or there are not as many means.
+        ValueError: The weights are not positive with the sum 1, or there are not as many means.
     """
 
     weights: tuple[float, ...]
@@ -52,8 +53,8 @@ class Mixture:
     def log_joint(self, x: Tensor, signal: float = 1.0) -> Tensor:
         """``log(alpha_j N(x; signal mu_j, 1))``, (n, components), of ``x`` (n,).
 
-        Under a diffusion model's noise, ``x_t = signal x_0 + (1 - signal^2)^(1/2) noise``, unit normals stay unit
-        normals and their means shrink.
+        With a diffusion model's noise, ``x_t = signal x_0 + (1 - signal^2)^(1/2) noise``, unit normals stay unit
+        normals and their means are scaled by ``signal``.
         """
         weights, means = (torch.tensor(values, dtype=torch.float64) for values in (self.weights, self.means))
         distance = x.double().unsqueeze(-1) - signal * means
@@ -73,20 +74,20 @@ class Mixture:
         return self.log_joint(x, signal).softmax(-1)
 
     def without(self, concept: int) -> Mixture:
-        """The ideal (Eq. 8): the other components, in the proportions that they had.
+        """The ideal (Eq. 8): the other components, in the same proportions.
 
         Raises:
-            ValueError: There is no such component, or no other.
+            ValueError: There is no such component, or it is the only one.
         """
         self.check(concept)
         kept = [j for j in range(len(self.weights)) if j != concept]
         if not kept:
-            raise ValueError("The concept is the only component: nothing is left without it.")
+            raise ValueError("The concept is the only component: give a mixture of at least two.")
         total = math.fsum(self.weights[j] for j in kept)
         return Mixture(tuple(self.weights[j] / total for j in kept), tuple(self.means[j] for j in kept))
 
     def check(self, concept: int) -> None:
-        """Raise ``ValueError`` unless ``concept`` counts a component, from 0."""
+        """Raise ``ValueError`` unless ``concept`` is the number of a component, counted from 0."""
         if not 0 <= concept < len(self.weights):
             raise ValueError(f"concept={concept} must lie in [0, {len(self.weights) - 1}]: it counts the components.")
 
@@ -94,7 +95,7 @@ class Mixture:
 EXAMPLE = Mixture((0.4, 0.3, 0.3), (-3.0, 0.0, 3.0))
 """The mixture of the figure. The paper gives no numbers."""
 NOISE = Mixture((1.0,), (0.0,))
-"""Where samplers start."""
+"""Initial noise of the samplers."""
 
 
 def integrate(values: Tensor, x: Tensor) -> float:
@@ -103,7 +104,7 @@ def integrate(values: Tensor, x: Tensor) -> float:
 
 
 def total_variation(first: Tensor, second: Tensor, x: Tensor) -> float:
-    """Half the integral of the difference of two densities at ``x`` (n,): 0 if they are equal, 1 if nowhere both."""
+    """Half the integral of the absolute difference of two densities at ``x`` (n,): 0 if equal, 1 without overlap."""
     return integrate((first - second).abs(), x) / 2
 
 
@@ -111,7 +112,7 @@ def total_variation(first: Tensor, second: Tensor, x: Tensor) -> float:
 
 
 def esd_grid(mixture: Mixture, concept: int, eta: float) -> Tensor:
-    """Points (n,) that hold all of ESD's density: it reaches ``eta (mu_j - mu_c)`` beyond component j."""
+    """Points (n,) that cover all of ESD's density, which extends ``eta (mu_j - mu_c)`` beyond component j."""
     means = torch.tensor(mixture.means, dtype=torch.float64)
     reach = torch.cat([means, means + eta * (means - mixture.means[concept])])
     low, high = float(reach.min()) - MARGIN, float(reach.max()) + MARGIN
@@ -119,7 +120,7 @@ def esd_grid(mixture: Mixture, concept: int, eta: float) -> Tensor:
 
 
 def esd_density(mixture: Mixture, concept: int, eta: float, x: Tensor) -> Tensor:
-    """What ESD's objective implies (Prop. 2): ``p(x) p(c|x)^-eta / Z``, (n,), at ``x`` (n,).
+    """The density that ESD's objective implies (Prop. 2): ``p(x) p(c|x)^-eta / Z``, (n,), at ``x`` (n,).
 
     With ``p(c|x) = alpha_c N(x; mu_c, 1) / p(x)`` it is ``p(x)^(eta + 1) (alpha_c N(x; mu_c, 1))^-eta / Z``, as in
     Appendix A.2: the exponent of the mixture is eta + 1. Z is found numerically.
@@ -127,8 +128,8 @@ def esd_density(mixture: Mixture, concept: int, eta: float, x: Tensor) -> Tensor
     Args:
         mixture: p.
         concept: c.
-        eta: ESD's strength; 0 gives the mixture back.
-        x: Where to evaluate.
+        eta: ESD's strength; 0 returns the density of the mixture.
+        x: Points at which to evaluate.
 
     Raises:
         ValueError: eta is negative or not finite, or there is no such component.
@@ -148,14 +149,14 @@ def esd_density(mixture: Mixture, concept: int, eta: float, x: Tensor) -> Tensor
 
 
 def esd_mixture(mixture: Mixture, concept: int, eta: int) -> Mixture:
-    """ESD's density for a whole eta in closed form: a mixture of unit normals again.
+    """ESD's density for an integer eta in closed form, again a mixture of unit normals.
 
     ``p^(eta + 1)`` expands into terms ``prod_j (alpha_j N_j)^k_j`` with ``sum_j k_j = eta + 1``. Each of them, times
     ``(alpha_c N_c)^-eta``, is a unit normal around ``m = sum_j k_j mu_j - eta mu_c`` with a weight proportional to
     ``(eta + 1)! / prod_j k_j!  prod_j alpha_j^k_j  alpha_c^-eta  exp((m^2 - sum_j k_j mu_j^2 + eta mu_c^2) / 2)``.
 
     Raises:
-        ValueError: eta is no whole number, or there is no such component.
+        ValueError: eta is not a whole number, or there is no such component.
     """
     mixture.check(concept)
     if eta != int(eta) or eta < 0:
@@ -181,7 +182,7 @@ def esd_mixture(mixture: Mixture, concept: int, eta: int) -> Mixture:
 def ideal_strength(
     mixture: Mixture, concept: int, x: Tensor, signal: float = 1.0, prior: float | None = None
 ) -> Tensor:
-    """The strength (n,) with which ESD's guidance would draw the ideal: the odds ``p(c|x) / (1 - p(c|x))``.
+    """The strength (n,) for which ESD's guidance would sample from the ideal: the odds ``p(c|x) / (1 - p(c|x))``.
 
     ``p = alpha_c p(.|c) + (1 - alpha_c) p'`` and noise is linear, so at every noise level the ideal's score is
     ``s' = (s - p(c|x) s_c) / (1 - p(c|x)) = s - odds (s_c - s)``.
@@ -189,12 +190,12 @@ def ideal_strength(
     Args:
         mixture: p.
         concept: c.
-        x: Where to evaluate, (n,).
+        x: Points at which to evaluate, (n,).
         signal: 1 without noise, 0 for pure noise.
-        prior: What alpha_c is taken for, at most what it is; None knows it.
+        prior: Value assumed for alpha_c, at most alpha_c itself; None takes alpha_c.
 
     Raises:
-        ValueError: There is no such component, or ``prior`` asks for more of the concept than there is.
+        ValueError: There is no such component, or ``prior`` is larger than its weight.
     """
     mixture.check(concept)
     share = mixture.weights[concept]
@@ -203,7 +204,7 @@ def ideal_strength(
     scale = 1.0 if prior is None else prior / share
     posterior = mixture.posterior(x, signal)
     others = [j for j in range(len(mixture.weights)) if j != concept]
-    # Not 1 - p(c|x), of which rounding leaves nothing deep inside the concept.
+    # Not 1 - p(c|x), which would be rounded to zero deep inside the concept.
     return scale * posterior[:, concept] / (posterior[:, others].sum(-1) + (1 - scale) * posterior[:, concept])
 
 
@@ -215,7 +216,7 @@ def guided_samples(
     prior: float | None = None,
     num_steps: int = 50,
 ) -> Tensor:
-    """Where a sampler ends (n,) that starts from the noise ``starts`` (n,) and is guided away from the concept.
+    """Samples (n,) of a sampler that starts from the noise ``starts`` (n,) and is guided away from the concept.
 
     At every noise level the score is ``s - eta (s_c - s)``, which is ESD's target. In terms of the signal a, from 0 to
     1, the probability-flow equation of this mixture is ``dx/da = m - eta (mu_c - m)`` with
@@ -224,8 +225,8 @@ def guided_samples(
     Args:
         mixture: p.
         concept: c.
-        eta: A constant; None takes ``ideal_strength`` of each place and noise level.
-        starts: Standard normal noise; the end grows with the start, since the flow cannot cross itself.
+        eta: A constant; None takes ``ideal_strength`` at each place and noise level.
+        starts: Standard normal noise; a larger start gives a larger sample, since paths of the flow cannot cross.
         prior: As in ``ideal_strength``.
         num_steps: Steps of the fourth-order Runge-Kutta method.
     """
@@ -235,7 +236,7 @@ def guided_samples(
     def velocity(x: Tensor, signal: float) -> Tensor:
         posterior = mixture.posterior(x, signal)
         strength = ideal_strength(mixture, concept, x, signal, prior) if eta is None else eta
-        # mu_c - m as a sum of differences: the concept's own is zero, so that nothing cancels deep inside of it.
+        # mu_c - m as a sum of differences: the concept's own is zero, so nothing cancels deep inside the concept.
         return posterior @ means - strength * (posterior @ (means[concept] - means))
 
     x, size = starts.double(), 1 / num_steps
@@ -254,7 +255,7 @@ def sampled_density(
 ) -> tuple[Tensor, Tensor]:
     """Density of ``guided_samples``: places (n,), increasing, and its values there, (n,).
 
-    Quantiles keep their order in one dimension, so the density is that of the noise over the flow's slope.
+    In one dimension quantiles keep their order, so the density is that of the noise divided by the flow's slope.
     """
     starts = torch.linspace(-6, 6, 2401, dtype=torch.float64)
     ends = guided_samples(mixture, concept, eta, starts, prior)
@@ -266,11 +267,11 @@ def sampled_density(
 
 
 def summary(mixture: Mixture, concept: int, etas: Sequence[float]) -> list[dict[str, float]]:
-    """How far ESD's density and what its sampler draws are from the ideal, for each eta.
+    """Distances from the ideal to ESD's density and to the density of its sampler, for each eta.
 
     Returns:
         Per eta: ``distance`` and ``sampled_distance``, total variations to the ideal; ``concept`` and
-        ``sampled_concept``, the concept's share in the eyes of a perfect judge (see ``judged_share``).
+        ``sampled_concept``, the concept's share according to a perfect judge (see ``judged_share``).
     """
     ideal, rows = mixture.without(concept), []
     for eta in etas:
@@ -285,28 +286,28 @@ def summary(mixture: Mixture, concept: int, etas: Sequence[float]) -> list[dict[
 
 
 def judged_share(mixture: Mixture, concept: int, density: Tensor, x: Tensor) -> float:
-    """Mean of ``p(c|x)`` under ``density`` (n,) at ``x`` (n,): what of it a judge who knows ``mixture`` finds to be c.
+    """Mean of ``p(c|x)`` under ``density`` (n,) at ``x`` (n,): c's share according to a judge who knows ``mixture``.
 
-    It is not zero for the ideal, whose components reach into the concept's place.
+    It is not zero for the ideal, whose components overlap with the concept.
     """
     return integrate(density * mixture.posterior(x)[:, concept], x)
 
 
 GREY, BLUE, ORANGE = "#777777", "#0072B2", "#D55E00"
 GREEN, SKY, PINK = "#009E73", "#56B4E9", "#CC79A7"
-"""Colours of Okabe and Ito, which the colour-blind can tell apart."""
+"""Colours of Okabe and Ito, which colour-blind people can distinguish."""
 
 
 def toy_figure(mixture: Mixture = EXAMPLE, edge: int = 2, middle: int = 1) -> Figure:
     """Six panels: the mixture, ESD's density for a concept at the edge and for one in the middle, and the samplers.
 
     Args:
-        mixture: What is unlearned from.
-        edge: The concept of all panels but the third: a component that is not between others.
+        mixture: The mixture from which components are unlearned.
+        edge: The concept of all panels except the third: a component that is not between others.
         middle: The concept of the third panel: a component between others.
 
     Returns:
-        A figure that no window knows of.
+        A figure that does not belong to a window.
     """
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
@@ -372,12 +373,12 @@ def _plot_ideal(axes: Axes, mixture: Mixture, concept: int, x: Tensor) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the figure to the file named by the only argument, and print the table of ``docs/toy.md``."""
+    """Write the figure to the file given as the only argument, and print the table of ``docs/toy.md``."""
     if len(arguments) != 1:
         print("usage: python benchmarks/toy.py FIGURE.png", file=sys.stderr)
         return 2
     with atomic_write(arguments[0]) as file:
-        # Without the version of matplotlib the same figure is the same file.
+        # Without the version of matplotlib, so that the same figure gives the same file.
         toy_figure().savefig(file, format="png", dpi=80, metadata={"Software": None})
     columns = ("eta", "distance", "sampled_distance", "concept", "sampled_concept")
     for concept, place in ((2, "edge"), (1, "middle")):

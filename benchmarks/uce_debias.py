@@ -1,10 +1,11 @@
-"""Debiases several subjects at once, with equal and with unequal shares, and measures what came of it on new pictures.
+"""Debiases several subjects at once, with equal and with unequal shares, and measures the result on new pictures.
 
     python benchmarks/uce_debias.py --output docs/results/uce_debias.md
 
-``uce_debias.yaml`` balances the style of subjects whose style is unsaid; the run stops at the first round that is near
-enough, which flatters that round's own figures. So the shares in the tables are of other pictures, ``--pictures`` of
-each phrase, before and after the edit. ``retain`` is that of ``lit-unlearn test``, over the concepts left alone.
+``uce_debias.yaml`` balances the style of subjects in prompts without a style. The run stops at the first round that is
+near enough, so that round's own shares are too optimistic. Therefore the tables show the shares in other pictures,
+``--pictures`` of each phrase, before and after the edit. ``retain`` is from ``lit-unlearn test``, over the concepts
+that are not edited.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ SUBJECTS = ("dog", "owl", "castle")
 ATTRIBUTES = ("cartoon", "glossy", "sketch", "pixel art")
 WISHED = {"equal": [0.25, 0.25, 0.25, 0.25], "unequal": [0.1, 0.2, 0.3, 0.4]}
 FIRST_SEED = 50_000_000
-"""Beyond the seeds of all rounds of the recipe."""
+"""First seed of the new pictures, larger than the seeds of all rounds of the recipe."""
 
 
 def fit_and_test(name: str, root: Path) -> Path:
-    """Run the recipe unless that is done; return the run's folder."""
+    """Run the recipe unless it was run before; return the run's folder."""
     top = root / name
     folder = top / "uce_debias" / "+".join(SUBJECTS) / "version_0"
     common = ["--config", str(find_recipe("uce_debias.yaml")), "--concept", json.dumps(list(SUBJECTS)), *QUIET]
@@ -49,7 +50,7 @@ def fit_and_test(name: str, root: Path) -> Path:
 
 @torch.no_grad()
 def shares(folder: Path, pictures: int) -> dict[str, dict[str, list[float]]]:
-    """Subject to shares of the attributes and of the subject itself in new pictures, before and after the edit."""
+    """Map each subject to the shares of the attributes and of itself in new pictures, before and after the edit."""
     concepts = load_concept_set("emoji20")
     judge = load_judge("emoji", {}, concepts)
     edit = read_edit(folder / "checkpoints" / "last.ckpt")
@@ -80,7 +81,7 @@ def main() -> None:
     """Run both settings and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="logs/bench/uce_debias")
-    parser.add_argument("--pictures", type=int, default=200, help="of each phrase, before and after")
+    parser.add_argument("--pictures", type=int, default=200, help="number of pictures of each phrase, before and after")
     parser.add_argument("--output", default=None, help="Markdown file to write")
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Concept inversion (Pham et al., 2024): a token learned on the edited model takes the place of the concept's name."""
+"""Concept inversion (Pham et al., 2024): learns a token on the edited model to use instead of the concept's name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lit_unlearn.methods.textual_inversion import optimise_embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptInversion(Attack):
-    """Textual inversion on the edited model, from pictures of the concept by the unedited one.
+    """Textual inversion on the edited model, from pictures of the concept that the unedited model drew.
 
     Attributes:
         steps: Steps of AdamW.
-        num_tokens: New tokens that stand for the concept.
-        learning_rate: Of the embeddings.
-        batch_size: Noised pictures in a step.
+        num_tokens: Number of new tokens for the concept.
+        learning_rate: Learning rate of the embeddings.
+        batch_size: Number of noised pictures in a step.
     """
 
     name: ClassVar[str] = "concept_inversion"
@@ -49,7 +49,7 @@ class ConceptInversion(Attack):
             self.steps,
             self.learning_rate,
             self.batch_size,
-            norm_decay=0.0,  # an attack may use embeddings that are unlike any word's
+            norm_decay=0.0,  # an attack may use embeddings unlike those of any word
             seed=model.seed,
         )
 

@@ -1,4 +1,4 @@
-"""Discrete prompt search by gradient, of the family of UnlearnDiffAtk (Zhang et al., 2024), P4D (Chin et al., 2024)."""
+"""Discrete prompt search by gradient, similar to UnlearnDiffAtk (Zhang et al., 2024) and P4D (Chin et al., 2024)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lit_unlearn.diffusion.new_tokens import PLACE
 from lit_unlearn.diffusion.sampling import seeded
 
 SCORED = 16
-"""Noised pictures that the discrete prompts of a search are compared on, always the same."""
+"""Number of noised pictures, always the same ones, on which the discrete prompts of a search are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSearch(Attack):
-    """One prefix of words for all prompts of the concept, with which the edited model denoises pictures of it best.
+    """Finds one prefix for all prompts of the concept, with which the edited model best denoises its pictures.
 
-    It is searched on edit prompts and the unedited model's pictures of them; the direct prompts, which it is judged
-    on, are not seen.
+    The search uses edit prompts and the unedited model's pictures of them. It does not use the direct prompts, on which
+    the prefix is judged.
 
     Attributes:
         steps: Steps of Adam.
-        num_tokens: Words of the prefix, a token each.
-        learning_rate: Of the relaxed one-hot weights.
-        batch_size: Noised pictures in a step.
-        window: Timesteps that are drawn from, as shares of all: where the prompt matters most.
-        straight_through: Let the loss see single tokens (P4D) or, if false, mixtures (UnlearnDiffAtk).
-        exclude_names: Leave the concept's own names out of the words.
+        num_tokens: Number of words of the prefix, one token each.
+        learning_rate: Learning rate of the relaxed one-hot weights.
+        batch_size: Number of noised pictures in a step.
+        window: Range of timesteps to draw from, as fractions of all, where the prompt matters most.
+        straight_through: Compute the loss on single tokens (P4D) or, if false, on mixtures (UnlearnDiffAtk).
+        exclude_names: Do not use the concept's own names as words.
     """
 
     name: ClassVar[str] = "prompt_search"
@@ -89,6 +89,6 @@ class PromptSearch(Attack):
 
 
 def allowed_words(model: AttackedModel, exclude_names: bool) -> Tensor:
-    """Numbers (A,) of the tokens that a searched prompt may hold."""
+    """Numbers (A,) of the tokens that a searched prompt may contain."""
     text, concept = model.pipeline.text, model.concept
     return text.whole_words(concept.find_name, concept.names) if exclude_names else text.whole_words()

@@ -1,4 +1,4 @@
-"""Relearning: a few steps of fine-tuning on pictures of the concept, to see how near the edited weights still are."""
+"""Relearning: fine-tunes the edited weights on pictures of the concept, to see how few steps bring it back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_unlearn.diffusion.sampling import seeded
 
 @contextmanager
 def trained(parameters: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Let ``parameters`` learn for the length of a block; they then have the values that they had before, frozen."""
+    """Make ``parameters`` trainable within the block; afterwards they are frozen and have their old values."""
     weights = list(parameters.values())
     with PretrainedValues(parameters).restored():
         for weight in weights:
@@ -32,13 +32,13 @@ def trained(parameters: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Paramete
 
 @dataclass(frozen=True, kw_only=True)
 class Relearning(Attack):
-    """Trains the edited weights, and no others, on pictures of the concept by the unedited model and their prompts.
+    """Trains only the edited weights, on the unedited model's pictures of the concept and their prompts.
 
     Attributes:
         steps: Steps of Adam.
-        learning_rate: Of the edited weights.
-        batch_size: Noised pictures in a step.
-        threshold: The concept counts as back when this share of the pictures shows it.
+        learning_rate: Learning rate of the edited weights.
+        batch_size: Number of noised pictures in a step.
+        threshold: The concept counts as back if at least this share of the pictures shows it.
     """
 
     name: ClassVar[str] = "relearning"
@@ -51,10 +51,10 @@ class Relearning(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"{self.name}.threshold={self.threshold} must lie above 0 and not above 1.")
+            raise ValueError(f"{self.name}.threshold={self.threshold} must be larger than 0 and at most 1.")
 
     def search(self, model: AttackedModel) -> Found:
-        """Train, look after 1, 2, 4, ... steps and the last one whether the concept is back, and undo it all."""
+        """Train, check after 1, 2, 4, ... and the last step whether the concept is back, and restore the weights."""
         pipeline, references = model.pipeline, model.references
         latents, num_timesteps = references.latents, pipeline.noise.num_timesteps
         tokens = pipeline.tokenize(references.prompts)

@@ -1,4 +1,4 @@
-"""Ring-A-Bell (Tsai et al., 2024): prompts whose text states are those of a concept, found without the UNet."""
+"""Ring-A-Bell (Tsai et al., 2024): finds prompts whose text states are near those of a concept, without the UNet."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lit_unlearn.diffusion.text import Tokens
 
 
 def concept_vector(states: Tensor, without: Tensor) -> Tensor:
-    """Mean difference (L, D) of the states (n, L, D) of prompts with a concept and of the same prompts without it."""
+    """Mean difference (L, D) between states (n, L, D) of prompts with a concept and of the same prompts without it."""
     return (states - without).mean(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingABell(Attack):
-    """A prompt of other words for each direct prompt, whose states are near the prompt's plus the concept's vector.
+    """Finds, for each direct prompt, other words whose states are near the prompt's states plus the concept's vector.
 
-    Goal and vector are read off the unedited text encoder, and the words are sought for the edited one.
+    The goal and the vector are computed with the unedited text encoder, and the words are searched for the edited one.
 
     Attributes:
-        steps: Steps of Adam; the paper takes a genetic algorithm.
-        num_tokens: Words of a prompt, a token each.
-        learning_rate: Of the relaxed one-hot weights.
-        strength: η, how much of the concept's vector is added.
-        exclude_names: Leave the concept's own names out of the words.
+        steps: Steps of Adam; the paper uses a genetic algorithm.
+        num_tokens: Number of words of a prompt, one token each.
+        learning_rate: Learning rate of the relaxed one-hot weights.
+        strength: η, the factor of the concept's vector.
+        exclude_names: Do not use the concept's own names as words.
     """
 
     name: ClassVar[str] = "ring_a_bell"
@@ -55,7 +55,7 @@ class RingABell(Attack):
             goal = pipeline.encode(originals).states + self.strength * vector
         allowed = allowed_words(model, self.exclude_names)
         tokens = pipeline.tokenize_templates([PLACE] * len(originals), self.num_tokens)
-        # Each prompt has tokens of its own, one behind the other's.
+        # Each prompt has its own tokens; those of all prompts are concatenated.
         first = self.num_tokens * torch.arange(len(originals)).unsqueeze(1)
         tokens = Tokens(tokens.ids, tuple(torch.where(slots >= 0, slots + first, slots) for slots in tokens.slots))
 

@@ -1,4 +1,4 @@
-"""Search for discrete tokens by gradient: weights on the simplex, read off by their arg-max."""
+"""Search for discrete tokens by gradient: it trains weights on the simplex, and takes the token of largest weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_unlearn.core.simplex import project_to_simplex
 
 
 def one_hot(places: Tensor, count: int) -> Tensor:
-    """Weights (..., count), float32, that are all on ``places`` (...)."""
+    """One-hot weights (..., count), float32, with the one at ``places`` (...)."""
     return F.one_hot(places, count).float()
 
 
@@ -27,27 +27,27 @@ def search_tokens(
     score: Callable[[Tensor], Tensor] | None = None,
     score_every: int = 10,
 ) -> Tensor:
-    """Find tokens of low loss for each of n prompts, by Adam on relaxed one-hot weights.
+    """Find tokens with a low loss for each of n prompts, by Adam on relaxed one-hot weights.
 
     The weights of a token are projected onto the probability simplex after every step (UnlearnDiffAtk, Zhang et al.,
-    2024). With ``straight_through`` the loss sees the arg-max and its gradient goes to the weights (as with P4D, Chin
-    et al., 2024): mixtures of many embeddings do what no token does.
+    2024). With ``straight_through`` the loss is computed on the arg-max and its gradient is passed to the weights (as
+    in P4D, Chin et al., 2024), since mixtures of many embeddings can have effects that single tokens cannot.
 
     Args:
-        losses: From weights (n, k, A) and the number of the step to losses (n,).
+        losses: Computes losses (n,) from weights (n, k, A) and the number of the step.
         shape: n prompts, k tokens each, A tokens to choose from.
         steps: Steps of Adam.
-        learning_rate: Of the weights.
-        generator: Of the weights at the start, on the CPU.
-        device: Where the weights are.
-        straight_through: Whether the loss sees one token per place, or the mixture.
-        score: From one-hot weights (n, k, A) to what says how good they are (n,), lower is better; it is asked every
-            ``score_every`` steps, and the best of what it has seen is returned. None takes the losses of all steps if
-            these saw single tokens, else the last arg-max.
+        learning_rate: Learning rate of the weights.
+        generator: Generator of the initial weights, on the CPU.
+        device: Device of the weights.
+        straight_through: Whether the loss is computed on one token per place, instead of on the mixture.
+        score: Computes scores (n,) from one-hot weights (n, k, A), lower is better. It is called every ``score_every``
+            steps, and the tokens with the best score are returned. If it is None, the losses of all steps are the
+            scores with ``straight_through``; otherwise the last arg-max is returned.
         score_every: See ``score``.
 
     Returns:
-        Places (n, k) among the tokens to choose from.
+        Indices (n, k) of the tokens to choose from.
     """
     count = shape[-1]
     start = project_to_simplex(torch.rand(shape, generator=generator)).to(device)

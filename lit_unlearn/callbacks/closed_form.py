@@ -1,8 +1,8 @@
-"""Applies closed-form edits: at the end of an epoch, what the method wishes for, as its solver solves it.
+"""Applies closed-form edits: at the end of an epoch it solves for the method's writes and writes the weights.
 
     Trainer(callbacks=[ClosedFormEdit(NullSpace(threshold=0.02))])
 
-On the command line the recipe's key ``edit`` names the solver, and this callback comes by itself.
+On the command line the recipe's key ``edit`` names the solver, and this callback is added automatically.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lit_unlearn.reports.figures import spectrum_figure
 
 
 class ClosedFormEdit(L.Callback):
-    """Solves for what a method wishes, shares the change among processes, writes it and reports it.
+    """Solves for a method's writes, sends the changes to all processes, applies them and reports about them.
 
-    Stands before callbacks that look at the edited model: callbacks run in the order of the recipe.
+    List it before callbacks that use the edited model, since callbacks run in the order of the recipe.
 
     Args:
         solver: The closed form, with its settings.
@@ -40,7 +40,7 @@ class ClosedFormEdit(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        expect_module(self, pl_module, ClosedFormMethod, "writes what a method has found in closed form")
+        expect_module(self, pl_module, ClosedFormMethod, "writes the weights of closed-form methods")
         assert isinstance(pl_module, ClosedFormMethod)
         if stage == TrainerFn.FITTING:
             pl_module.edit, pl_module.remedy = self.solver.settings(), self.solver.remedy
@@ -48,7 +48,7 @@ class ClosedFormEdit(L.Callback):
     @override
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Not on_fit_start, where the module's own comes after the callbacks': what it retains is there only now.
+        # Not on_fit_start: there callbacks run before the module, which gathers its retained keys in its own hook.
         assert isinstance(pl_module, ClosedFormMethod)
         pl_module.before_writes()
         try:
@@ -58,7 +58,7 @@ class ClosedFormEdit(L.Callback):
         if spaces:
             self._show_spectra(pl_module, spaces)
         if pl_module.written_epochs() < pl_module.current_epoch:
-            # Resumed from between a layer's last step and its edit: Lightning does not end that epoch again.
+            # Resumed between a layer's last step and its edit: Lightning does not end that epoch again.
             self.edit(trainer, pl_module, pl_module.written_epochs())
 
     @override
@@ -68,7 +68,7 @@ class ClosedFormEdit(L.Callback):
 
     @torch.no_grad()
     def edit(self, trainer: L.Trainer, pl_module: ClosedFormMethod, epoch: int) -> None:
-        """Write what ``epoch`` wishes: one layer, one after the other, or all at once."""
+        """Apply the writes of ``epoch``: to one layer, to layers one after the other, or to all at once."""
         for writes in pl_module.writes(epoch):
             self.write(pl_module, writes, epoch)
         pl_module.after_writes(epoch, is_last=epoch + 1 == trainer.max_epochs)
@@ -79,7 +79,7 @@ class ClosedFormEdit(L.Callback):
         Raises:
             NumericalError: The system cannot be solved, or a weight would not be finite.
         """
-        # One process decides: solvers may differ in the last bit.
+        # One process solves for all, since results of different processes may differ in the last bit.
         started = time.perf_counter()
         (solved,) = pl_module.processes.solved_once([partial(self.solve, writes)])
         seconds = pl_module.report.get("solve_seconds", 0.0) + time.perf_counter() - started
@@ -97,10 +97,10 @@ class ClosedFormEdit(L.Callback):
         pl_module.log_dict(worst, rank_zero_only=True)
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
-        """What the solver makes of ``writes``.
+        """Solve for ``writes``.
 
         Raises:
-            NumericalError: It cannot be solved.
+            NumericalError: They cannot be solved for.
         """
         try:
             return self.solver.solve(writes)
@@ -109,7 +109,7 @@ class ClosedFormEdit(L.Callback):
 
     @staticmethod
     def _show_spectra(module: ClosedFormMethod, spaces: Mapping[Retained, NullSpaceBasis]) -> None:
-        """Keep the spectra of K0 K0ᵀ of each layer in the report, and draw them."""
+        """Store the spectrum of K0 K0ᵀ of each layer in the report, and plot it."""
         of_layers = {name: spaces[own] for name, own in module.retained.items() if own in spaces}
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in of_layers.items()}
         module.report["spectrum"] = spectra

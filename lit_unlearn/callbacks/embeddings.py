@@ -16,9 +16,9 @@ FILE = "embeddings.safetensors"
 
 
 class SaveEmbeddings(L.Callback):
-    """Writes ``embeddings.safetensors`` into the run's folder when the fit ends, for ``embeddings`` of other methods.
+    """Writes ``embeddings.safetensors`` into the run's folder when the fit ends, for the option ``embeddings``.
 
-    It holds ``embeddings`` (n, D), float32, and says whose concept and which vocabulary they belong to.
+    The file holds ``embeddings`` (n, D), float32, and names their concept and the vocabulary they belong to.
     """
 
     @override
@@ -28,7 +28,7 @@ class SaveEmbeddings(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TextualInversion)
-        folder = folder_of(trainer)  # on every rank: they agree on it
+        folder = folder_of(trainer)  # called on every rank, since they exchange it
         if not trainer.is_global_zero or trainer.interrupted:
             return
         embeddings = pl_module.embeddings.detach().float().cpu().contiguous()

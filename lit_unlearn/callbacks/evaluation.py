@@ -42,18 +42,18 @@ TEST_SCORES = (
     "adjacent",
     "err",
 )
-"""What a test logs, before and after."""
+"""Scores that a test logs before and after the edit."""
 
 
 class UneditedPictures(L.Callback):
-    """Keeps the pictures of the unedited model on disk, so that comparing many edits makes them once.
+    """Keeps the pictures of the unedited model on disk, so that they are drawn only once to compare many edits.
 
     They lie in ``folder`` under a key of everything that determines them (``Drawing``: base weights, sampler, steps,
     precision, device, versions of libraries, ...), each with that key and a hash of its pixels in it. A file that is
     damaged, or of another key, is made anew.
 
     Args:
-        folder: Where to keep them.
+        folder: Folder that keeps them.
     """
 
     def __init__(self, folder: str = "logs/unedited") -> None:
@@ -72,14 +72,14 @@ class UneditedPictures(L.Callback):
             pl_module.known_pictures = None
 
     def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
-        """Pictures (B, 3, H, W), uint8, of ``batch``: read if they are there, else generated and kept."""
+        """Pictures (B, 3, H, W), uint8, of ``batch``: read if they exist, else generated and kept."""
         if self._key is None:
             self._key = self._make_key(module)
         paths = [self._path(module, item) for item in batch]
         pictures = [self._read(path) for path in paths]
         missing = [place for place, picture in enumerate(pictures) if picture is None]
         if missing:
-            # The whole batch: the last bits depend on it, and a run that was cut off shall end like any other.
+            # The whole batch is made again, since the last bits depend on it: an interrupted run must end like others.
             with module.pretrained.restored():
                 made = module.generate([item.prompt for item in batch], [item.seed for item in batch])
             for place in missing:
@@ -121,15 +121,16 @@ def _content(image: Image.Image) -> str:
 
 
 class EvaluationReport(L.Callback):
-    """Writes what a ``test`` found: ``scores.json``, ``grid.png``, a table on the terminal, TensorBoard.
+    """Writes the results of a ``test``: ``scores.json``, ``grid.png``, a table on the terminal, TensorBoard.
 
     Args:
-        columns: Pictures in a row of the grid.
-        others: Pictures of other concepts in the grid, beside those of the edited ones.
-        features: Features in which the sets of other concepts' pictures are compared (KID, FID): ``judge`` (if it has
-            any), or ``inception`` (torch-fidelity's).
-        judge_negatives: For the judge's precision and recall: pictures of each other concept of a kind about which it
-            is asked if they show the edited one. Null takes all with a classifier and leaves it out with a slow judge.
+        columns: Number of pictures in a row of the grid.
+        others: Number of pictures of other concepts in the grid, besides those of the edited ones.
+        features: Features for comparing the sets of other concepts' pictures (KID, FID): ``judge`` (if the judge has
+            features), or ``inception`` (torch-fidelity's).
+        judge_negatives: For the judge's precision and recall: number of pictures of each other concept of the same kind
+            to judge with the edited concept's question. Null takes all pictures with a classifier, and with a slow
+            judge omits precision and recall.
 
     Raises:
         ValueError: A field is wrong, or torch-fidelity is missing.
@@ -140,7 +141,7 @@ class EvaluationReport(L.Callback):
     ) -> None:
         check_features(features)
         if judge_negatives is not None and judge_negatives < 0:
-            raise ValueError(f"judge_negatives={judge_negatives} must be at least 0, which leaves the curve out.")
+            raise ValueError(f"judge_negatives={judge_negatives} must be at least 0; 0 omits precision and recall.")
         self.columns, self.others = columns, others
         self.features, self.judge_negatives = features, judge_negatives
         self._shown: list[tuple[PictureItem, Tensor, Tensor]] = []
@@ -150,7 +151,7 @@ class EvaluationReport(L.Callback):
         assert isinstance(pl_module, ConceptEditor)
         self._shown = []
         features = getattr(pl_module.judge, "features", None)
-        device = float64_device(pl_module.device)  # what these metrics sum up in
+        device = float64_device(pl_module.device)  # these metrics sum up in float64
         self._drift = PairedDrift(features).to(device)
         compared = of_bytes(features) if features is not None else None
         if self.features == "inception":
@@ -190,8 +191,8 @@ class EvaluationReport(L.Callback):
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ConceptEditor)
-        before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
-        drift: dict[str, float | None] = {**self._drift.compute()}  # so do these
+        before, after = pl_module.before.compute(), pl_module.after.compute()  # every rank: they reduce
+        drift: dict[str, float | None] = {**self._drift.compute()}  # these reduce too
         if self._distance is not None:
             drift |= self._distance.compute()
         curves = self._curve.compute()
@@ -200,7 +201,7 @@ class EvaluationReport(L.Callback):
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
         shown = [one for part in pl_module.processes.gathered(self._shown) for one in part]
-        self._shown = sorted(shown, key=lambda one: one[0].seed)  # as one process sees them
+        self._shown = sorted(shown, key=lambda one: one[0].seed)  # the order of a single process
         if not trainer.is_global_zero:
             return
         calibration = {name: curve.numbers() for name, curve in curves.items()}
@@ -281,19 +282,19 @@ class EvaluationReport(L.Callback):
 
 
 def method_name(folder: Path, module: ConceptEditor) -> str:
-    """The recipe's name of the method, from the run's folder ``METHOD/CONCEPT/version_N``; else the class."""
+    """Name of the method's recipe, from the run's folder ``METHOD/CONCEPT/version_N``; otherwise the class name."""
     return folder.parents[1].name if folder.name.startswith("version_") else type(module).__name__
 
 
 class EvaluationGrid(L.Callback):
-    """Shows pictures in TensorBoard while a ``fit`` runs: before it, after every ``every_n_epochs``, and at its end.
+    """Shows pictures in TensorBoard during a ``fit``: at its start, after every ``every_n_epochs``, and at its end.
 
-    Stands after the callback that edits, so that it shows the edited model.
+    List it after the callback that edits, so that it shows the edited model.
 
     Args:
-        every_n_epochs: 0 shows only the beginning and the end.
-        prompts: Prompts to show; null takes the first two direct and indirect ones of the edited concepts, and the
-            first prompt of four other concepts.
+        every_n_epochs: Number of epochs between pictures; 0 shows only the start and the end.
+        prompts: Prompts to show; null takes the first two direct and the first two indirect prompts of the edited
+            concepts, and the first prompt of four other concepts.
         seed: Seed of each picture.
     """
 
@@ -339,7 +340,7 @@ class EvaluationGrid(L.Callback):
 
 @contextmanager
 def _uncounted(module: ConceptEditor) -> Iterator[None]:
-    """Looking at pictures is no part of what an edit costs: forwards inside the block are not counted."""
+    """Do not count forwards inside the block, since drawing pictures to look at is not a cost of the edit."""
     counts = module.forwards.count, module.forwards.backward
     try:
         yield

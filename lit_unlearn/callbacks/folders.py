@@ -1,4 +1,4 @@
-"""Where the callbacks of a run write."""
+"""The folder that the callbacks of a run write to."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import lightning as L
 
 
 def folder_of(trainer: L.Trainer) -> Path:
-    """Where a run keeps what it makes: the logger's version folder, or the default root; to be asked on every rank."""
+    """Folder of a run's results: the logger's version folder, or the default root; every rank must call it."""
     return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,4 +1,4 @@
-"""Asks the judge about pictures of the unedited model whose right answer is known from their prompts."""
+"""Tests the judge on pictures of the unedited model for which the correct answer is known from their prompts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from lit_unlearn.judges.base import Judge, is_quick, judge_questions
 def known_answers(
     concept: Concept, concepts: ConceptSet, items: Sequence[PictureItem], negatives: int | None
 ) -> list[tuple[int, bool]]:
-    """Places of the ``items`` of which a prompt says whether they show ``concept``, and whether they do.
+    """Indices of the ``items`` whose prompt determines whether they show ``concept``, and whether they show it.
 
-    Yes is right for the concept's own prompts. No is right for prompts of other concepts of its kind, which ask for
-    something in its place. The prompts of other kinds leave it open: a picture of "a dog" has some style, perhaps the
-    one in question. So do prompts of other concepts that name it, and adversarial ones.
+    Yes is correct for the concept's own prompts. No is correct for prompts of other concepts of the same kind, which
+    draw something else instead. The answer is unknown for prompts of other kinds: a picture of "a dog" has some style,
+    perhaps the one in question. It is also unknown for prompts of other concepts that name the concept, and for
+    adversarial prompts.
 
     Args:
-        concept: What the judge is asked about.
-        concepts: The set that the items are of.
+        concept: Concept of the judge's question.
+        concepts: Concept set of the items.
         items: Pictures.
-        negatives: Pictures of each other concept; None takes all.
+        negatives: Number of pictures of each other concept; None takes all.
     """
     known, all_concepts = [], list(concepts.concepts.values())
     for place, item in enumerate(items):
@@ -70,7 +71,7 @@ class JudgeCurve:
         self.metric = JudgeCurves([c.name for c in self.edited], self.per_concept * len(concepts.concepts))
 
     def update(self, pictures: Tensor, items: Sequence[PictureItem]) -> None:
-        """Ask about ``pictures`` (B, 3, H, W), uint8, of the unedited model, made of ``items``."""
+        """Judge ``pictures`` (B, 3, H, W), uint8, which the unedited model drew of ``items``."""
         if not self.is_asked:
             return
         for concept in self.edited:
@@ -84,12 +85,12 @@ class JudgeCurve:
         return item.concept_index * self.per_concept + item.prompt_index * self.images_per_prompt + item.image_index
 
     def compute(self) -> dict[str, Curve]:
-        """Each edited concept's curve; empty if the judge was not asked. To be called on every rank."""
+        """Curve of each edited concept; empty if the judge was not used. Every rank must call it."""
         return self.metric.curves() if self.is_asked else {}
 
 
 def draw_curves(logger: Logger | None, curves: dict[str, Curve]) -> None:
-    """Draw ``curves`` in TensorBoard as ``judge/<concept>``, where there are pictures of both sorts."""
+    """Draw ``curves`` in TensorBoard as ``judge/<concept>``, if they have pictures with and without the concept."""
     if isinstance(logger, TensorBoardLogger):
         for name, curve in curves.items():
             if curve.labels.any() and not curve.labels.all():

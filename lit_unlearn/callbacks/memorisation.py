@@ -1,4 +1,4 @@
-"""Copies, figure and drift of a ``test`` of data unlearning: ``memorisation.json``, ``grid.png``, TensorBoard."""
+"""Reports copies and drift of a ``test`` of data unlearning: ``memorisation.json``, ``grid.png``, TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FILE = "memorisation.json"
 
 
 class MemorisationReport(L.Callback):
-    """Writes what a ``test`` of data unlearning found.
+    """Writes the results of a ``test`` of data unlearning.
 
     Args:
-        columns: Pictures of captions to forget in the grid.
-        others: Pictures of other captions in the grid, beside them.
+        columns: Number of pictures of captions to forget in the grid.
+        others: Number of pictures of other captions in the grid.
     """
 
     def __init__(self, columns: int = 12, others: int = 4) -> None:
@@ -64,7 +64,7 @@ class MemorisationReport(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, DataUnlearning)
-        # As many pictures of each caption to forget as there is room for.
+        # As many pictures of each caption to forget as fit in the grid.
         each = max(1, self.columns // len(pl_module.images.forget_captions))
         for place, item in enumerate(batch):
             wanted = item.image_index < (each if item.kind == "forget" else 1)
@@ -74,10 +74,10 @@ class MemorisationReport(L.Callback):
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DataUnlearning)
-        before, after = pl_module.before.compute(), pl_module.after.compute()  # on every rank: they reduce
-        folder = folder_of(trainer)  # so does this
+        before, after = pl_module.before.compute(), pl_module.after.compute()  # every rank: they reduce
+        folder = folder_of(trainer)  # on every rank too
         parts = pl_module.processes.gathered(self._shown)
-        for kind, limit in self._limits.items():  # in the order in which one process sees them
+        for kind, limit in self._limits.items():  # in the order of a single process
             shown = [one for part in parts for one in part[kind]]
             self._shown[kind] = sorted(shown, key=lambda one: one[0].number)[:limit]
         if not trainer.is_global_zero:
@@ -138,7 +138,7 @@ class MemorisationReport(L.Callback):
 
 
 def copies_table(before: dict[str, Any], after: dict[str, Any], spaces: list[str]) -> Table:
-    """What a test prints: shares of copies with 95 % intervals, and how far pictures moved."""
+    """Table that a test prints: shares of copies with 95 % intervals, and how much pictures have changed."""
     table = Table(title="Copies of the pictures to forget", title_justify="left", header_style="bold", box=HORIZONTALS)
     table.add_column("captions")
     for header in ("before", "after"):

@@ -1,4 +1,4 @@
-"""Which module a callback belongs to."""
+"""Checks that a callback is used with a module that it supports."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import lightning as L
 
 
 def expect_module(callback: L.Callback, module: L.LightningModule, kind: type[L.LightningModule], does: str) -> None:
-    """Refuse a module that ``callback`` can do nothing for.
+    """Refuse a module that ``callback`` does not support.
 
     Args:
         callback: The callback.
         module: The module of the recipe.
-        kind: The modules that it belongs to.
-        does: What it does, as in ``writes what ESD learns``.
+        kind: Class of the modules that the callback supports.
+        does: What the callback does, for the message, as in ``writes what ESD learns``.
 
     Raises:
         ValueError: The module is of another kind.

@@ -1,4 +1,4 @@
-"""Saves and stops a fit at the next step after a signal, or stops a test, and has SLURM start it again."""
+"""After a signal, saves and stops a fit at the end of the step, or stops a test, and requeues the SLURM job."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from lit_unlearn.system.signals import Preempted, default_signals, note_signal, 
 class SaveOnSignal(L.Callback):
     """After a signal, saves ``checkpoints/last.ckpt`` at the end of the step, requeues the SLURM job, and stops.
 
-    A test has nothing to save but the pictures that ``UneditedPictures`` keeps: it is requeued and begins again.
+    A test does not save anything except the pictures that ``UneditedPictures`` keeps: it is requeued and starts again.
 
-    Saving within a signal handler may hang or write a torn file; at the end of a step it is like any other.
+    Saving inside a signal handler could hang or write an incomplete file; at the end of a step it is safe.
 
     Args:
-        signals: Signals to wait for; SLURM sends what ``sbatch --signal`` names. By default SIGUSR1, if it exists.
-        requeue: Whether to requeue the SLURM job that this process belongs to, if it does.
+        signals: Signals to wait for; SLURM sends the one given by ``sbatch --signal``. By default SIGUSR1, if the
+            system has it.
+        requeue: Whether to requeue the SLURM job, if this process belongs to one.
 
     Raises:
-        ValueError: There is no such signal.
-        Preempted: When it stops, on every process.
+        ValueError: The system does not have this signal.
+        Preempted: The run stops; raised on every process.
     """
 
     def __init__(self, signals: list[str] | None = None, requeue: bool = True) -> None:
@@ -49,12 +50,12 @@ class SaveOnSignal(L.Callback):
             return
         path = folder_of(trainer) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
-        # Not trainer.should_stop: the hooks at the end of an epoch would run, and write an edit that is not finished.
+        # Not trainer.should_stop: the hooks at the end of an epoch would run and write an unfinished edit.
         self._stop(trainer, f"saved {path} at step {trainer.global_step}")
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Epochs of one step have no other moment than this one, behind the checkpoint of the epoch before.
+        # For epochs of one step this is the only possible moment, after the checkpoint of the epoch before.
         checkpoints = trainer.checkpoint_callback
         saved = isinstance(checkpoints, ModelCheckpoint) and checkpoints._last_global_step_saved == trainer.global_step
         if saved and trainer.global_step and self._told(trainer):
@@ -62,15 +63,15 @@ class SaveOnSignal(L.Callback):
 
     @override
     def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        # Each process by itself: one may have a batch more than another, so none may ask the others here.
+        # Without communication, since one process may have a batch more than another.
         if self._taken():
             if self.requeue and (job := slurm_job()):
                 requeue(job)
-            raise Preempted("Told to stop: the test has written no scores.")
+            raise Preempted("Told to stop: the test has not written scores.")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # All is saved, but what the job does next, such as a test, has no time left.
+        # Everything is saved, but there is no time left for the job's next command, such as a test.
         if self._told(trainer):
             self._requeue(trainer)
 
@@ -81,13 +82,13 @@ class SaveOnSignal(L.Callback):
 
     def _told(self, trainer: L.Trainer) -> bool:
         told = self._taken()
-        if trainer.world_size > 1:  # one process may have been told before another
+        if trainer.world_size > 1:  # the signal may reach one process before another
             flag = torch.tensor(told, dtype=torch.int32, device=trainer.strategy.root_device)
             told = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
         return told
 
     def _taken(self) -> bool:
-        return any([take_signal(name) for name in self.signals])  # a list: each is to be taken
+        return any([take_signal(name) for name in self.signals])  # a list, so that every signal is taken
 
     def _requeue(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and self.requeue and (job := slurm_job()):
@@ -95,14 +96,14 @@ class SaveOnSignal(L.Callback):
 
 
 def slurm_job() -> str | None:
-    """Number of the SLURM job that this process belongs to, ``JOB`` or ``ARRAY_TASK``; None outside of SLURM."""
+    """Number of the SLURM job that this process belongs to, ``JOB`` or ``ARRAY_TASK``; None outside SLURM."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     return job if re.fullmatch(r"\d+(_\d+)?", job) else None
 
 
 def requeue(job: str) -> None:
-    """Have SLURM start ``job`` again; a failure is a warning, since what was saved is safe."""
+    """Requeue ``job`` in SLURM; a failure is only a warning, since the checkpoint is already saved."""
     try:
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, encoding="utf-8", check=False)
     except OSError as error:

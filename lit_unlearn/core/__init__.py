@@ -1,1 +1,1 @@
-"""The mathematics of the methods: tensors in, tensors out, no models, files or Lightning."""
+"""The mathematics of the methods: functions of tensors, without models, files or Lightning."""

@@ -1,7 +1,7 @@
-"""Which position of a target prompt stands for which position of an edit prompt, and which positions to edit.
+"""Aligns the token positions of an edit prompt and its target prompt, and selects the positions to edit.
 
-Edit and target prompts come in pairs that differ in the concept only, but the concept may have another number of
-tokens, so everything behind it is shifted:
+Edit and target prompts come in pairs that differ only in the concept. The concept can have a different number of tokens
+in the two prompts, and then everything after it is shifted:
 
     position     0     1     2     3     4     5     6       7     8
     edit        BOS    a   photo  of   blue   jay  flying   EOS   EOS
@@ -24,13 +24,14 @@ Positions = Literal["all", "no_bos", "content", "eot"]
 
 
 def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_id: int) -> list[int]:
-    """For every position of the edit prompt, the position of the target prompt whose key or value it should take.
+    """Give, for every position of the edit prompt, the position of the target prompt whose key or value it should take.
 
-    The shared beginning and the shared end of the two texts map one to one. Between them lies the concept: its first
-    token maps to the target's first, its last to the target's last, those between in proportion; a concept of a
-    single token maps to the target's last, which has seen the whole target concept. Concept tokens whose target has
-    none (``a blue dog`` and ``a dog``) take the token before the gap. EOS maps to EOS, and padding to the padding as
-    far behind EOS, or to the last position where the target has fewer.
+    The shared beginning and the shared end of the two texts map one to one. The concept lies between them: its first
+    token maps to the target's first, its last token to the target's last, and the tokens between in proportion. A
+    concept of a single token maps to the target's last token, which has seen the whole target concept. If the target
+    has no tokens in place of the concept (``a blue dog`` and ``a dog``), the concept's tokens take the token before the
+    gap. EOS maps to EOS. Padding maps to the padding at the same distance from EOS, or to the last position if the
+    target has less padding.
 
     Args:
         edit_ids: Token ids of the edit prompt, with or without BOS, EOS and padding.
@@ -40,7 +41,7 @@ def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_i
             Without EOS the whole sequence is text.
 
     Returns:
-        Positions in ``target_ids``, one for each of ``edit_ids``, never decreasing.
+        One position in ``target_ids`` for each of ``edit_ids``; the positions never decrease.
 
     Raises:
         ValueError: A sequence is empty.
@@ -66,13 +67,13 @@ def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_i
 
 
 def positions_mask(ids: Sequence[int] | Tensor, eos_token_id: int, which: Positions) -> Tensor:
-    """Mask of the positions that take part in an edit. Position 0 is BOS.
+    """Return the mask of the positions that are edited. Position 0 is BOS.
 
     Args:
         ids: Token ids, (T,) or (B, T).
-        eos_token_id: Ends the text at its first occurrence after BOS; without it all but BOS is content.
-        which: ``all`` positions; ``no_bos``, all but BOS, which is the same in every prompt; ``content``, the text
-            between BOS and the first EOS; ``eot``, the first EOS and the padding behind it.
+        eos_token_id: Ends the text at its first occurrence after BOS; without it everything except BOS is content.
+        which: ``all`` positions; ``no_bos``, all except BOS, which is the same in every prompt; ``content``, the text
+            between BOS and the first EOS; ``eot``, the first EOS and the padding after it.
 
     Returns:
         Boolean mask of the shape of ``ids``.
@@ -95,7 +96,7 @@ def _text_length(ids: list[int], eos_token_id: int) -> int:
 
 
 def _spread(length: int, target_length: int) -> list[int]:
-    """Map ``length`` positions to ``target_length`` positions, ends to ends; -1 is the position before the target."""
+    """Map ``length`` positions evenly to ``target_length`` positions; -1 is the position before the target."""
     if target_length == 0:
         return [-1] * length
     if length == 1:

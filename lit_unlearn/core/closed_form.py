@@ -5,15 +5,15 @@ The papers write keys and values as columns. Here rows are samples, as everywher
     paper                                          here
     W          (d_out, d_in)                       weight
     K1         (d_in, n), inputs of W, edited      keys.mT
-    V1         (d_out, n), outputs wished for      values.mT
+    V1         (d_out, n), desired outputs         values.mT
     K0 K0^T    (d_in, d_in), inputs to retain      retained_moment = second_moment(keys_retain)
     Kp Kp^T    (d_in, d_in), earlier edits         previous_moment
     U, P       P = U U^T, P K0 = 0                 NullSpaceBasis.basis, NullSpaceBasis.projection
     R          V1 - W K1, (d_out, n)               (values - keys @ weight.mT).mT
     Delta      W' = W + Delta                      what the ``*_update`` functions return
 
-Statistics and solves run in float64, on the weight's device or on the processor (`system.devices` says which); updates
-come back on the weight's device, in its dtype.
+Statistics are computed and systems are solved in float64, on the weight's device or on the CPU (`system.devices`
+decides which); updates are returned on the weight's device, in the weight's dtype.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RidgeRule = Literal["absolute", "mean_diagonal"]
 
 
 def second_moment(keys: Tensor) -> Tensor:
-    """K K^T in float64. Additive: the sum over batches or ranks is the moment of all their keys.
+    """Compute K K^T in float64. It is additive: the sum over batches or ranks is the moment of all their keys.
 
     Args:
         keys: One row per token, (n, d_in); n may be 0.
@@ -81,11 +81,11 @@ def null_space_update(
     previous_moment: Tensor | None = None,
     sums: KeySums | None = None,
 ) -> Tensor:
-    """Weight change that maps ``keys`` to ``values`` without moving the retained keys (paper Sec. 4; AlphaEdit).
+    """Weight change that maps ``keys`` to ``values`` and keeps the retained keys' outputs (paper Sec. 4; AlphaEdit).
 
     ``Delta = R K1^T P (K1 K1^T P + ridge I)^-1`` minimises ``||(W + D) K1 - V1||^2 + ridge ||D||^2`` over ``D = D P``.
     It is computed by the push-through identity as ``R (K1^T P K1 + ridge I)^-1 K1^T P``, an n x n system, or in the
-    basis U, a k x k system, whichever is smaller: both are symmetric, the paper's d_in x d_in system is not.
+    basis U, a k x k system, whichever is smaller. Both are symmetric; the paper's d_in x d_in system is not.
 
     Args:
         weight: W, (d_out, d_in).
@@ -97,13 +97,13 @@ def null_space_update(
             makes it independent of the scale of the keys.
         previous_moment: Kp Kp^T of the keys of earlier edits, (d_in, d_in), which this edit should not undo
             (AlphaEdit): ``Delta = R K1^T P ((K1 K1^T + Kp Kp^T) P + ridge I)^-1``.
-        sums: Of keys and values, to be solved from in their place where there are many.
+        sums: Sums of ``keys`` and ``values``, used instead of them if there are many keys.
 
     Returns:
         Delta, (d_out, d_in), in the weight's dtype. Its rows lie in the range of P, so ``K0 @ Delta.mT`` is zero.
 
     Raises:
-        ValueError: Shapes that do not match, values that are not finite, a ridge negative or too small to solve with.
+        ValueError: Shapes do not match, values are not finite, or the ridge is negative or too small to solve with.
     """
     if sums is not None:
         factor = _projection_factor(projection, sums.moment)
@@ -129,7 +129,7 @@ def least_squares_update(
     retain_weight: float = 1.0,
     sums: KeySums | None = None,
 ) -> Tensor:
-    """Weight change of the unconstrained objective (paper Eq. 6): it trades retained outputs for edited ones.
+    """Weight change of the unconstrained objective (paper Eq. 6), a compromise between retained and edited outputs.
 
     ``Delta = R K1^T (retain_weight K0 K0^T + K1 K1^T + ridge I)^-1`` minimises
     ``||(W + D) K1 - V1||^2 + retain_weight ||D K0||^2 + ridge ||D||^2``. MEMIT is this function with its lambda
@@ -140,15 +140,15 @@ def least_squares_update(
         keys: K1 transposed, (n, d_in).
         values: V1 transposed, (n, d_out).
         retained_moment: K0 K0^T, (d_in, d_in).
-        ridge: Weight of the size penalty; needed where K0 and K1 together do not span all d_in directions.
+        ridge: Weight of the size penalty; needed if K0 and K1 together do not span all d_in directions.
         retain_weight: Weight of the retained keys.
-        sums: As of `null_space_update`.
+        sums: As in `null_space_update`.
 
     Returns:
         Delta, (d_out, d_in), in the weight's dtype.
 
     Raises:
-        ValueError: As `null_space_update`, or a singular system.
+        ValueError: As in `null_space_update`, or the system is singular.
     """
     if sums is not None:
         system = _least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
@@ -163,7 +163,7 @@ def least_squares_condition(
     retain_weight: float = 1.0,
     sums: KeySums | None = None,
 ) -> float:
-    """Condition number of the system of `least_squares_update`, whose arguments these are."""
+    """Condition number of the system that `least_squares_update` solves; it takes the same arguments."""
     moment = second_moment(keys) if sums is None else sums.moment
     return condition_number(_least_squares_system(moment, retained_moment, ridge, retain_weight))
 
@@ -181,8 +181,8 @@ def ridge_map_update(
 
     ``W' = (lamb W + s_e sum v* c^T + s_p sum W c_p c_p^T) (lamb I + s_e sum c c^T + s_p sum c_p c_p^T)^-1``. The first
     factor is ``W`` times the inverse of the second plus ``s_e sum (v* - W c) c^T``, so W' - W is
-    `least_squares_update` with ridge ``lamb / s_e`` and retain weight ``s_p / s_e``; call that one where the preserved
-    keys are known by their second moment. The ridge pulls towards W, not towards zero as in the paper's App. B.
+    `least_squares_update` with ridge ``lamb / s_e`` and retain weight ``s_p / s_e``; call that function if you have the
+    second moment of the preserved keys. The ridge pulls towards W, not towards zero as in the paper's App. B.
 
     Args:
         weight: W, (d_out, d_in).
@@ -191,13 +191,13 @@ def ridge_map_update(
         preserved_keys: Embeddings c_p whose outputs should stay, (m, d_in); None for none.
         erase_scale: s_e, positive.
         preserve_scale: s_p.
-        lamb: Pull towards the present weight; as it grows the weight stays as it is.
+        lamb: Pull towards the present weight; the larger it is, the less the weight changes.
 
     Returns:
         W', (d_out, d_in), in the weight's dtype.
 
     Raises:
-        ValueError: As `least_squares_update`, or an ``erase_scale`` that is not positive.
+        ValueError: As in `least_squares_update`, or ``erase_scale`` is not positive.
     """
     if not (math.isfinite(erase_scale) and erase_scale > 0):
         raise ValueError(f"erase_scale={erase_scale} must be a positive number; to erase less, raise lamb.")
@@ -223,24 +223,24 @@ def edit_report(
     previous_moment: Tensor | None = None,
     sums: KeySums | None = None,
 ) -> dict[str, float]:
-    """How far the promise of `null_space_update` holds: ``P K0 = 0`` and ``Delta K0 = 0`` as measured numbers.
+    """Measure how well a result of `null_space_update` keeps ``P K0 = 0`` and ``Delta K0 = 0``.
 
     Args:
         weight: W before the edit, (d_out, d_in).
-        delta: The change, (d_out, d_in). Pass the difference of the stored weights to see what rounding leaks.
+        delta: The change, (d_out, d_in). Pass the difference of the stored weights to include the effect of rounding.
         keys: K1 transposed, (n, d_in).
         retained_moment: K0 K0^T, (d_in, d_in).
-        null_space: The one that ``delta`` was found with.
-        ridge: As passed to `null_space_update`; this and the next two enter the condition number only.
+        null_space: The null space that ``delta`` was found with.
+        ridge: As passed to `null_space_update`; it and the next two arguments only affect the condition number.
         ridge_rule: As passed to `null_space_update`.
         previous_moment: As passed to `null_space_update`.
         sums: As passed to `null_space_update`.
 
     Returns:
-        ``null_space_dimension``, k; ``keys_kept``, ||P K1|| / ||K1||: what the projection leaves of the edited keys;
+        ``null_space_dimension``, k; ``keys_kept``, ||P K1|| / ||K1||: how much of the edited keys the projection keeps;
         ``retained_kept``, ||P K0|| / ||K0||; ``leak``, ||Delta K0|| / ||W K0||; ``relative_norm``, ||Delta|| / ||W||;
-        ``condition_number`` of the solved system. Norms are Frobenius norms. ``retained_kept`` and ``leak`` come from
-        the moment, so zero reads as anything up to about 1e-7.
+        ``condition_number`` of the solved system. Norms are Frobenius norms. ``retained_kept`` and ``leak`` are
+        computed from the moment, so a true zero can appear as any value up to about 1e-7.
     """
     weight = checked_matrix("weight", weight, (None, None))
     delta = checked_matrix("delta", delta, tuple(weight.shape), weight.device)
@@ -291,8 +291,8 @@ def _null_space_system(
     ridge_rule: RidgeRule,
     previous_moment: Tensor | None,
 ) -> tuple[Tensor, bool]:
-    """The symmetric matrix to solve, and whether it is n x n (over keys) or k x k (over the basis)."""
-    # Orthogonal to rounding counts as orthogonal: eps times the length of a row.
+    """The symmetric matrix to solve with, and whether it is n x n (over keys) instead of k x k (over the basis)."""
+    # Keys that are orthogonal up to rounding (eps times the length of a row) count as orthogonal.
     least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
     ridge = _scaled_ridge(ridge, ridge_rule, reduced.square().sum(), least, len(reduced))
     by_keys = previous_moment is None and len(reduced) <= factor.shape[1]
@@ -303,7 +303,7 @@ def _null_space_system(
 def _system_of_sums(
     sums: KeySums, factor: Tensor, ridge: float, ridge_rule: RidgeRule, previous_moment: Tensor | None
 ) -> Tensor:
-    """The k x k matrix to solve, from K1 K1^T."""
+    """The k x k matrix to solve with, computed from K1 K1^T."""
     system = factor.mT @ sums.moment @ factor
     least = sums.moment.shape[1] * torch.finfo(system.dtype).eps * sums.moment.trace()
     ridge = _scaled_ridge(ridge, ridge_rule, system.trace(), least, sums.num_keys)
@@ -311,7 +311,7 @@ def _system_of_sums(
 
 
 def _scaled_ridge(ridge: float, rule: RidgeRule, energy: Tensor, least: Tensor, count: int) -> float:
-    """The ridge of ``count`` keys with ``energy``, ||P K1||^2, which is none if it is not more than ``least``."""
+    """The ridge for ``count`` keys with ``energy``, ||P K1||^2; an energy of at most ``least`` counts as zero."""
     check_nonnegative("ridge", ridge)
     if rule not in get_args(RidgeRule):
         raise ValueError(f"ridge_rule={rule!r} is unknown; choose one of {', '.join(get_args(RidgeRule))}.")
@@ -320,13 +320,13 @@ def _scaled_ridge(ridge: float, rule: RidgeRule, energy: Tensor, least: Tensor, 
     if energy <= least:
         raise ValueError(
             "The edited keys lie in the span of the retained keys, so ridge_rule='mean_diagonal' has no scale: "
-            "take concept-sharing prompts out of the retained set, or use a larger null space."
+            "take prompts that share the concept out of the retained set, or use a larger null space."
         )
     return ridge * float(energy) / count
 
 
 def _completed(system: Tensor, factor: Tensor, ridge: float, previous_moment: Tensor | None) -> Tensor:
-    """``system`` with earlier edits, in the basis, and the ridge."""
+    """Add the earlier edits, in the basis, and the ridge to ``system``."""
     if previous_moment is not None:
         previous = checked_moment("previous_moment", previous_moment, len(factor), factor.device)
         system = system + factor.mT @ previous @ factor

@@ -1,4 +1,4 @@
-"""UCE's debiasing: how often pictures show each attribute, and what follows for the weights of the attributes."""
+"""UCE's debiasing: measures how often pictures show each attribute, and adjusts the attributes' weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def attribute_ratios(probabilities: Tensor) -> Tensor:
-    """Share (A,), float64, of the pictures (n, A) that show each attribute most probably; the shares sum to 1.
+    """Share (A,), float64, of the pictures for which each attribute is the most probable one; the shares sum to 1.
 
-    Pictures without a judgement (nan) do not count; without any picture the shares are nan.
+    ``probabilities`` are those of each attribute in each picture, (n, A). Pictures without a judgement (nan) do not
+    count; if none is left, the shares are nan.
     """
     judged = probabilities[~probabilities.isnan().any(-1)]
     return torch.bincount(judged.argmax(-1), minlength=probabilities.shape[-1]).double() / len(judged)
@@ -23,11 +24,11 @@ def debiasing_step(alphas: Tensor, ratios: Tensor, wished: Tensor, step: float, 
         ratios: Measured shares, (P, A).
         wished: Wished shares, (P, A).
         step: Size of the step.
-        tolerance: A phrase all of whose shares are so near to the wished ones keeps its weights, and so does one
-            without a measurement (nan).
+        tolerance: A phrase keeps its weights if all its shares are within this distance of the wished ones, or if its
+            shares were not measured (nan).
 
     Returns:
-        (P, A). Where shares and wishes sum to one, the sum of each phrase's weights stays as it was.
+        (P, A). If measured and wished shares each sum to one, the sum of each phrase's weights does not change.
     """
     missing = (wished - ratios).nan_to_num(0.0)
     moving = missing.abs().amax(-1, keepdim=True) > tolerance

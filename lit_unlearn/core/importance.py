@@ -20,7 +20,7 @@ from lit_unlearn.system.devices import float64_device
 
 
 def choose_forget(uniform: Tensor, mixture: float) -> Tensor:
-    """Which items of a batch come from ``q(·|a)``: an independent choice for each, true with probability λ.
+    """Choose which items of a batch come from ``q(·|a)``: each independently, with probability λ.
 
     Args:
         uniform: Uniform numbers in [0, 1), (B,).
@@ -37,12 +37,13 @@ def mixture_noises(
 ) -> tuple[Tensor, Tensor]:
     """The noises that would lead to ``m`` from ``x`` and from ``a``: ``ε_x = (m − γ x) / σ``, ``ε_a = (m − γ a) / σ``.
 
-    That of the picture which ``m`` was made from is ``noise`` to the last bit; the other differs by ``γ/σ (x − a)``.
+    For the picture that ``m`` was made from, this is ``noise``, bit for bit; the other one differs from it by
+    ``γ/σ (x − a)``.
 
     Args:
         keep: Latents x, (B, ...).
         forget: Latents a, same shape.
-        noise: The one noise of both, standard normal, same shape.
+        noise: The noise that both share, standard normal, same shape.
         from_forget: Whether m was made from a, (B,), bool.
         alpha: γ, broadcastable to the latents.
         sigma: σ, broadcastable to the latents.
@@ -58,7 +59,7 @@ def mixture_noises(
 def log_density_ratio(noise_keep: Tensor, noise_forget: Tensor) -> Tensor:
     """``log q(m|a) − log q(m|x) = (‖ε_x‖² − ‖ε_a‖²) / 2``, (B,), float64, of ``ε_x`` and ``ε_a`` (B, ...).
 
-    Multiplied out as ``⟨ε_x − ε_a, ε_x + ε_a⟩ / 2``: squares of almost equal pictures would cancel.
+    It is computed as ``⟨ε_x − ε_a, ε_x + ε_a⟩ / 2``, since the squares of almost equal pictures would cancel.
     """
     device = float64_device(noise_keep.device)
     keep, forget = noise_keep.to(device).double(), noise_forget.to(device).double()
@@ -70,8 +71,8 @@ def importance_weights(log_ratio: Tensor, mixture: float) -> tuple[Tensor, Tenso
     """``w_x`` and ``w_a`` from the logarithm of ``q_a/q_x``, without exponentiating it.
 
     ``w_x = sigmoid(log((1−λ)/λ) − r) / (1−λ)`` and ``w_a = sigmoid(log(λ/(1−λ)) + r) / λ``, written with
-    ``log(e^u + e^v)`` so that λ of 0 and 1 need no case of their own. ``(1−λ) w_x + λ w_a = 1``, hence
-    ``w_x ≤ 1/(1−λ)`` and ``w_a ≤ 1/λ``. At λ = 0 (λ = 1) ``w_a`` (``w_x``) is the plain ratio, which has no bound.
+    ``log(e^u + e^v)`` so that λ = 0 and λ = 1 are not special cases. ``(1−λ) w_x + λ w_a = 1``, hence
+    ``w_x ≤ 1/(1−λ)`` and ``w_a ≤ 1/λ``. At λ = 0, ``w_a`` is the plain ratio, which is unbounded; at λ = 1, ``w_x`` is.
 
     Args:
         log_ratio: r = ``log q(m|a) − log q(m|x)``, (B,); plus and minus infinity are allowed.
@@ -82,21 +83,21 @@ def importance_weights(log_ratio: Tensor, mixture: float) -> tuple[Tensor, Tenso
     """
     keep = log_ratio.new_tensor(math.log1p(-mixture) if mixture < 1 else -math.inf)
     forget = log_ratio.new_tensor(math.log(mixture) if mixture > 0 else -math.inf)
-    # Of the two terms one is -inf where r is infinite or λ is 0 or 1, and logaddexp of it and a number is the number.
+    # If r is infinite, or λ is 0 or 1, one of the two terms is -inf, and logaddexp returns the other one.
     weight_keep = torch.exp(-torch.logaddexp(keep, _add(forget, log_ratio)))
     weight_forget = torch.exp(-torch.logaddexp(_add(keep, -log_ratio), forget))
     return weight_keep, weight_forget
 
 
 def _add(log_share: Tensor, log_ratio: Tensor) -> Tensor:
-    """Their sum; a share of zero stays zero whatever it is multiplied by."""
+    """Add the two logarithms; a share of zero stays zero, also if the ratio is infinite."""
     return torch.where(log_share.isneginf(), log_share, log_share + log_ratio)
 
 
 def deletion_coefficients(n: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """``n/(n−k)`` and ``k/(n−k)`` (paper, Prop. 1): weights of the losses on all ``n`` pictures and on ``k`` of them.
 
-    Their difference is the loss on the other ``n − k`` pictures.
+    The difference of the two weighted losses is the loss on the other ``n − k`` pictures.
     """
     return n / (n - k), k / (n - k)
 
@@ -114,16 +115,16 @@ def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 def subtraction_scale(
     keep: Sequence[Tensor], forget: Sequence[Tensor], *, fraction: float | None = None, norm: float | None = None
 ) -> Tensor:
-    """``s`` of ``g = g_x − s g_a``, by which the subtracted gradient gets a fixed norm.
+    """The factor ``s`` of ``g = g_x − s g_a`` that gives the subtracted gradient a fixed norm.
 
     Args:
         keep: g_x.
         forget: g_a.
-        fraction: The norm of ``s g_a`` as a fraction of that of ``g_x``; or
-        norm: that norm itself (``scaling_norm`` of the reference).
+        fraction: Norm of ``s g_a`` as a fraction of the norm of ``g_x``.
+        norm: Norm of ``s g_a`` itself (``scaling_norm`` of the reference), used instead of ``fraction``.
 
     Returns:
-        s, a scalar; 0 where ``g_a`` is 0, since nothing can be scaled to a norm then.
+        s, a scalar; 0 if ``g_a`` is 0, since a zero gradient cannot be scaled to a norm.
     """
     size = global_norm(forget)
     wanted = (
@@ -135,7 +136,8 @@ def subtraction_scale(
 def erase_diff_scale(keep: Sequence[Tensor], forget: Sequence[Tensor], eta: float) -> Tensor:
     """``max(η − ⟨g_x, g_a⟩ / ‖g_a‖², 0)``, a scalar: how much of ``g_a`` EraseDiff adds to ``g_x`` (Wu et al., 2024).
 
-    The least that lets a step also lower the forget loss: ``⟨g_x + s g_a, g_a⟩ ≥ η ‖g_a‖²``. 0 where ``g_a`` is 0.
+    It is the smallest s for which a step also lowers the forget loss: ``⟨g_x + s g_a, g_a⟩ ≥ η ‖g_a‖²``. It is 0 if
+    ``g_a`` is 0.
     """
     square = global_norm(forget).square()
     scale = (eta - inner_product(keep, forget) / square).clamp_min(0)

@@ -1,4 +1,4 @@
-"""What a closed form needs of many edited keys: two sums, whose size does not depend on how many there are."""
+"""Two sums over many edited keys that suffice for a closed form; their size does not depend on the number of keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_unlearn.core.matrices import checked_matrix
 
 MANY = 4
-"""From so many keys for each input of a layer, sums are taken instead of the keys."""
+"""Sums replace the keys if there are at least this many keys for each input of a layer."""
 
 
 class KeySums(NamedTuple):
@@ -19,7 +19,7 @@ class KeySums(NamedTuple):
     Attributes:
         moment: K1 K1ᵀ, (d_in, d_in).
         residual: R K1ᵀ with R = V1 − W K1, (d_out, d_in).
-        num_keys: How many keys there are.
+        num_keys: Number of keys.
     """
 
     moment: Tensor
@@ -28,7 +28,7 @@ class KeySums(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, keys: Tensor, values: Tensor) -> KeySums:
-        """Sum ``keys`` and ``values`` up, of which only as many rows as a layer has inputs are ever in float64 at once.
+        """Sum up ``keys`` and ``values``, converting at most d_in rows to float64 at a time.
 
         Args:
             weight: W, (d_out, d_in).
@@ -36,7 +36,7 @@ class KeySums(NamedTuple):
             values: V1 transposed, (n, d_out).
 
         Raises:
-            ValueError: Shapes that do not match, or values that are not finite.
+            ValueError: Shapes do not match, or values are not finite.
         """
         weight = checked_matrix("weight", weight, (None, None))
         d_out, d_in = weight.shape
@@ -50,5 +50,5 @@ class KeySums(NamedTuple):
 
     @classmethod
     def of_many(cls, weight: Tensor, keys: Tensor, values: Tensor) -> KeySums | None:
-        """As ``of``; None for few keys, which need less memory than their sums."""
+        """As ``of``, or None if there are so few keys that they need less memory than their sums."""
         return cls.of(weight, keys, values) if len(keys) > MANY * keys.shape[-1] else None

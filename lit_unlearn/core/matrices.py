@@ -1,4 +1,4 @@
-"""Checks and the solver shared by the closed forms, in float64."""
+"""Checks and a linear solver that the closed forms share, in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_unlearn.system.devices import solving_device
 
 
 def checked_moment(name: str, moment: Tensor, d_in: int | None = None, device: torch.device | None = None) -> Tensor:
-    """A finite, symmetric (d_in, d_in) matrix in float64."""
+    """Return ``moment`` in float64; raise ValueError unless it is a finite, symmetric (d_in, d_in) matrix."""
     moment = checked_matrix(name, moment, (d_in, d_in), device)
     if moment.shape[0] != moment.shape[1]:
         raise ValueError(f"{name} has shape {tuple(moment.shape)}, expected a square matrix: pass second_moment(keys).")
@@ -23,9 +23,10 @@ def checked_moment(name: str, moment: Tensor, d_in: int | None = None, device: t
 def checked_matrix(
     name: str, matrix: Tensor, shape: tuple[int | None, ...], device: torch.device | None = None
 ) -> Tensor:
-    """A finite matrix of the given shape (None: any size) in float64, where what lies on ``device`` is solved.
+    """Return ``matrix`` in float64 on `solving_device` of ``device``, by default of the matrix's own device.
 
-    Without ``device``, where what lies on the matrix's own device is.
+    Raises:
+        ValueError: It does not have the given shape (None: any size), or is not finite.
     """
     if matrix.dim() != 2 or any(want not in (None, have) for want, have in zip(shape, matrix.shape, strict=True)):
         expected = ", ".join("*" if want is None else str(want) for want in shape)
@@ -37,23 +38,23 @@ def checked_matrix(
     if not bool(matrix.isfinite().all()):
         num_bad = int((~matrix.isfinite()).sum())
         raise ValueError(
-            f"{name} holds {num_bad} values that are not finite; half precision may have overflowed before."
+            f"{name} holds {num_bad} values that are not finite: if they were computed in half precision, use float32."
         )
     return matrix
 
 
 def check_nonnegative(name: str, value: float) -> None:
-    """Raise unless ``value`` can weigh a term of an objective."""
+    """Raise ValueError unless ``value`` is finite and not negative, as the weight of a term must be."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value} must be a finite number, zero or larger.")
 
 
 class SingularSystemError(ValueError):
-    """A system that cannot be solved: its keys say too little for the ridge that it has."""
+    """A system that cannot be solved: its keys do not determine the solution, and its ridge is too small."""
 
 
 def condition_number(system: Tensor) -> float:
-    """Largest over smallest eigenvalue of a symmetric system; infinite if the smallest is not positive."""
+    """Largest eigenvalue of a symmetric system divided by the smallest; infinite if the smallest is not positive."""
     spectrum = torch.linalg.eigvalsh(system)
     return float(spectrum[-1] / spectrum[0]) if spectrum[0] > 0 else math.inf
 
@@ -68,14 +69,14 @@ def cholesky_factor(system: Tensor, field: str, ridge: float) -> Tensor:
 
     Args:
         system: Symmetric and positive definite.
-        field: What the user knows the ridge by.
-        ridge: What it has on its diagonal.
+        field: The user's name of the ridge, for the message.
+        ridge: The ridge on its diagonal, for the message.
 
     Raises:
-        SingularSystemError: It is not positive definite beyond rounding.
+        SingularSystemError: Up to rounding, ``system`` is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(system)
-    # Rounding decides whether a singular matrix fails the factorisation or leaves pivots of the size of the rounding.
+    # A singular matrix may fail the factorisation or leave tiny pivots, depending on rounding, so both are checked.
     rounding = len(system) * torch.finfo(system.dtype).eps * system.diagonal().max()
     if int(info) != 0 or bool(factor.diagonal().min().square() <= rounding):
         raise SingularSystemError(

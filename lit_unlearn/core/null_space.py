@@ -15,7 +15,7 @@ NullSpaceRule = Literal["max", "mean", "absolute", "energy", "count"]
 
 
 class EmptyNullSpaceError(ValueError):
-    """No direction is free of retained keys under the chosen rule and threshold."""
+    """With the chosen rule and threshold, the null space of the retained keys is empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class NullSpaceBasis:
     eigenvalues: Tensor
     """All eigenvalues of K0 K0^T, (d_in,), ascending, float64. The first k belong to ``basis``."""
     cutoff: float
-    """Directions with an eigenvalue below this are in the null space, in units of ``eigenvalues``."""
+    """Directions whose eigenvalue is below this are in the null space; in units of ``eigenvalues``."""
 
     @property
     def dimension(self) -> int:
@@ -45,24 +45,25 @@ def null_space(
 ) -> NullSpaceBasis:
     """Null space of the retained keys from their second moment (paper Sec. 4: U with U^T K0 = 0, P = U U^T).
 
-    A moment squares the keys: singular values of K0 below about 1e-8 of the largest cannot be told from zero. Where
-    that matters and the keys fit in memory, use `null_space_from_keys`.
+    A moment squares the keys, so singular values of K0 below about 1e-8 of the largest cannot be distinguished from
+    zero. If that matters and the keys fit in memory, use `null_space_from_keys`.
 
     Args:
         moment: K0 K0^T as a sum over keys, (d_in, d_in).
-        threshold: Its meaning is given by ``rule``.
+        threshold: Its meaning depends on ``rule``.
         rule: Which eigenvalues of ``moment`` count as zero.
             ``max``: below ``threshold`` times the largest one, threshold in (0, 1].
             ``mean``: below ``threshold`` times their mean (the authors' code: 1/90000 with ``minimum=100``).
             ``absolute``: below ``threshold`` once the moment is divided by ``num_keys`` (AlphaEdit: 2e-2, SPEED: 1e-1).
-            ``energy``: all but the fewest leading ones that carry the fraction ``threshold`` of the trace, in (0, 1).
+            ``energy``: all except the fewest leading ones whose sum reaches the fraction ``threshold`` of the trace,
+            threshold in (0, 1).
             ``count``: the ``threshold`` smallest ones, an integer in [1, d_in - 1] (ACE: 300 to 400).
         num_keys: Number of keys in ``moment``; needed by ``absolute`` only.
         minimum: If the rule finds fewer directions, take this many of the smallest eigenvalues instead.
 
     Raises:
         EmptyNullSpaceError: No eigenvalue passes; the message shows the spectrum.
-        ValueError: Unknown rule, threshold out of range, or a moment that is not a finite, symmetric, positive one.
+        ValueError: Unknown rule, threshold out of range, or ``moment`` is not finite, symmetric and positive.
     """
     moment = checked_moment("moment", moment)
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
@@ -77,7 +78,7 @@ def null_space(
 def null_space_from_keys(
     keys: Tensor, threshold: float, rule: NullSpaceRule, num_keys: int | None = None, minimum: int = 0
 ) -> NullSpaceBasis:
-    """As `null_space`, from the retained keys themselves: cheaper and sharper when n < d_in.
+    """As `null_space`, from the retained keys themselves; faster and more precise if n < d_in.
 
     Args:
         keys: K0 transposed, one row per retained token, (n, d_in).
@@ -92,7 +93,7 @@ def null_space_from_keys(
     """
     keys = checked_matrix("keys", keys, (None, None))
     num_rows, d_in = keys.shape
-    # Full V only where the keys are thin: its last d_in - n rows are the exact null space.
+    # The full V is only needed if n < d_in: its last d_in - n rows are the exact null space.
     _, singular_values, directions = torch.linalg.svd(keys, full_matrices=num_rows < d_in)
     eigenvalues = singular_values.new_zeros(d_in)
     eigenvalues[: len(singular_values)] = singular_values.square()
@@ -116,7 +117,7 @@ def _select(
     if not math.isfinite(threshold):
         raise ValueError(f"threshold={threshold} must be a finite number.")
     if largest <= 0:
-        raise ValueError("The retained keys are all zero or there are none: pass at least one retained prompt.")
+        raise ValueError("There are no retained keys, or all are zero: pass at least one retained prompt.")
     if rule == "count":
         if threshold != int(threshold) or not 1 <= threshold < d_in:
             raise ValueError(f"threshold={threshold} must be an integer in [1, {d_in - 1}] for rule='count'.")
@@ -146,7 +147,7 @@ def _select(
             for level, value in zip(levels, quantiles, strict=True)
         )
         raise EmptyNullSpaceError(
-            f"The null space is empty: rule={rule!r} with threshold={threshold:g} asks for eigenvalues below "
+            f"The null space is empty: rule={rule!r} with threshold={threshold:g} needs eigenvalues below "
             f"{cutoff:.3g}, but the smallest of {d_in} is {float(eigenvalues[0]):.3g}. "
             f"Quantiles of the spectrum: {spectrum}. "
             "Raise the threshold (lower it for rule='energy'), set minimum, or retain fewer prompts."

@@ -1,4 +1,4 @@
-"""SPEED's closed form as a solver: the null space of what an unconstrained edit would move."""
+"""SPEED's closed form as a solver: the null space of the retained keys that an unconstrained edit would move most."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lit_unlearn.core.speed import (
 )
 
 ONLY_SPEED = (
-    "RefinedNullSpace looks at each retained key and at the anchors' keys, which only SPEED gives: "
-    "take edit: NullSpace or RidgeMap."
+    "RefinedNullSpace needs each retained key and the anchors' keys, which only SPEED provides: "
+    "choose edit: NullSpace or RidgeMap."
 )
-"""Why other methods are refused."""
+"""Message that refuses other methods."""
 
 
 class RefinedNullSpace(Solver):
@@ -34,11 +34,11 @@ class RefinedNullSpace(Solver):
         threshold: Eigenvalues below it span the null space; see ``rule``.
         rule: What the threshold is relative to: ``absolute`` (on the mean second moment, as in the paper), ``mean`` or
             ``max`` eigenvalue, ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
-        minimum: Take at least so many directions, the smallest.
+        minimum: Use at least this many directions, those with the smallest eigenvalues.
         retain_scale: Weight of the size of the edit.
-        lamb: 0 keeps the outputs of the invariants exactly; a larger one allows some change.
+        lamb: 0 keeps the outputs of the invariants exactly; a larger value allows some change.
         filter: Retain only texts that an unconstrained edit would move more than the mean (IPF).
-        augment: Copies of each retained text with noise that the layer hardly sees (DPA); 0 for none.
+        augment: Number of copies of each retained text, with noise that hardly changes the layer's output (DPA).
 
     Raises:
         ValueError: A setting is out of range.
@@ -70,10 +70,10 @@ class RefinedNullSpace(Solver):
         self.filter, self.augment = filter, augment
 
     def check(self, retained: Retained) -> None:
-        """Refuse a method that does not give the retained keys themselves.
+        """Refuse a method that does not provide the retained keys themselves.
 
         Raises:
-            ValueError: It does not.
+            ValueError: The method does not provide them.
         """
         if retained.keys is None:
             raise ValueError(ONLY_SPEED)
@@ -92,7 +92,7 @@ class RefinedNullSpace(Solver):
         if self.filter:
             kept = kept[most_influenced(kept, erasing)]
         copies = augmented(kept, weight, self.augment, seeded(*write.seed))
-        if len(copies):  # the copies are filtered in any case, as in the reference code
+        if len(copies):  # the reference code filters the copies even without ``filter``
             copies = copies[most_influenced(copies, erasing)]
         free = retained_null_space(torch.cat([kept, copies]), self.threshold, self.rule, self.minimum)
         settings = self.retain_scale, self.lamb, write.texts

@@ -1,4 +1,4 @@
-"""Randomness by name: a seed belongs to what is drawn, not to a process."""
+"""Random numbers by name: the seed depends on what is drawn, not on the process that draws it."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 
 def seeded(*key: object) -> torch.Generator:
-    """A generator on the CPU for what ``key`` names (seed, epoch, step, item, ...), whatever process asks for it."""
+    """Return a generator on the CPU for ``key`` (seed, epoch, step, item, ...), the same on every process."""
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, key)).encode()))

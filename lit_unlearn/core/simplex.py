@@ -1,4 +1,4 @@
-"""The probability simplex: where a choice among tokens is relaxed to weights."""
+"""Projection onto the probability simplex, which relaxes the choice of a token to weights of all tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def project_to_simplex(points: Tensor) -> Tensor:
-    """The nearest point of the probability simplex, in Euclidean distance, of each row (Duchi et al., 2008, Fig. 1).
+    """Project each row onto the probability simplex, to the nearest point by Euclidean distance.
+
+    The algorithm is that of Duchi et al. (2008), Fig. 1.
 
     Args:
         points: (..., n), float.

@@ -1,11 +1,11 @@
-"""The closed forms as solvers: each has its settings, takes what a method wishes of some weights, and says the change.
+"""The closed forms as solvers: each has settings, takes a method's writes to some weights, and returns the changes.
 
     edit: {class_path: NullSpace, init_args: {threshold: 0.01, ridge: 100}}      # in a recipe
     ClosedFormEdit(NullSpace(threshold=0.01, ridge=100))                         # in Python
 
-A method says *what* to write: for each linear map its keys K1, the values V1 that they should have, and what is to stay
-(``Write``, ``Retained``). A solver says *how*: any of them works with any method that gives it what it needs.
-Rows are samples, as in ``closed_form``; all is solved in float64 (``system.devices`` says where).
+A method says *what* to write: for each linear map its keys K1, the values V1 that they should get, and what should not
+change (``Write``, ``Retained``). A solver says *how*: every solver works with every method that provides what it needs.
+Rows are samples, as in ``closed_form``; everything is solved in float64 (``system.devices`` decides where).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lit_unlearn.core.uce import map_condition, map_report, map_updates
 from lit_unlearn.system.devices import solving_device
 
 Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
-"""Calls each of some functions on one process and gives the results to all: ``Processes.solved_once``."""
+"""Calls each function on one process and sends the results to all processes: ``Processes.solved_once``."""
 
 
 class UnsolvableError(ValueError):
@@ -44,15 +44,15 @@ class UnsolvableError(ValueError):
 
 @contextmanager
 def naming_weight(name: str, hint: str = "") -> Iterator[None]:
-    """Say of which weight the numbers are that a closed form refuses.
+    """Add the name of the weight to errors that a closed form raises in the block.
 
     Args:
-        name: Its full name.
-        hint: How the user finds what a singular system calls its ridge, as a sentence.
+        name: Full name of the weight.
+        hint: A sentence that says which setting the ridge of a singular system is.
 
     Raises:
         UnsolvableError: Keys, values or a moment are not finite, or the system is singular.
-        EmptyNullSpaceError: As the block raises it; it says all that there is to say.
+        EmptyNullSpaceError: As the block raises it, unchanged, since its message is complete.
     """
     try:
         yield
@@ -69,10 +69,10 @@ class Retained:
 
     Attributes:
         moment: K0 K0ᵀ, the sum over the retained keys, (d_in, d_in), float64; None if nothing is retained.
-        count: How many keys that is.
-        keys: The keys themselves, (n, d_in), for solvers that look at each.
-        invariants: Keys whose outputs must not change at all, (k, d_in), as far as a solver knows such.
-        prompts: How many prompts the keys come from.
+        count: Number of retained keys.
+        keys: The keys themselves, (n, d_in), for solvers that need each of them.
+        invariants: Keys whose outputs must not change at all, (k, d_in), for solvers that support this.
+        prompts: Number of prompts that the keys come from.
     """
 
     moment: Tensor | None = None
@@ -84,18 +84,18 @@ class Retained:
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """What a method wishes of one linear map.
+    """What a method wants to change in one linear map.
 
     Attributes:
         name: Full name of its weight.
-        weight: W to solve from, (d_out, d_in), float64.
+        weight: W before the change, (d_out, d_in), float64.
         dtype: Type that the new weight is rounded to.
-        keys: K1, (m, d_in), in whatever type they are kept.
-        values: V1, what the keys should become, (m, d_out), likewise.
-        retained: What is to stay.
-        anchors: Keys whose outputs the values are, row by row with ``keys``, for solvers that look at them.
-        texts: How many texts the keys come from, if a text has several; None: one each.
-        seed: Of what a solver draws for this map.
+        keys: K1, (m, d_in), of any float type.
+        values: V1, the outputs that the keys should get, (m, d_out), of any float type.
+        retained: What should not change.
+        anchors: Keys that have ``values`` as outputs, row by row with ``keys``, for solvers that need them.
+        texts: Number of texts that the keys come from, if a text has several keys; None: one key per text.
+        seed: Seed of the random numbers that a solver draws for this map.
     """
 
     name: str
@@ -109,14 +109,14 @@ class Write:
     seed: tuple[object, ...] = ()
 
     def rounded(self, change: Tensor) -> Tensor:
-        """What the stored weight takes up of ``change``, (d_out, d_in), float64."""
+        """The part of ``change`` that remains when the new weight is rounded to ``dtype``, (d_out, d_in), float64."""
         return (self.weight + change).to(self.dtype).double() - self.weight
 
 
 class Solved(NamedTuple):
-    """The change of one weight, (d_out, d_in), float64, and what to report of it.
+    """The change of one weight, (d_out, d_in), float64, and numbers to report about it.
 
-    A tuple, so that its tensor is found and taken from a GPU when processes send it to each other.
+    It is a tuple so that the code which exchanges results between processes finds the tensor and copies it to the CPU.
     """
 
     change: Tensor
@@ -127,31 +127,31 @@ class Solver(ABC):
     """Base of the solvers; their settings are the arguments of their classes."""
 
     remedy: str = "raise edit.ridge"
-    """What to do about a system that is ill-conditioned."""
+    """Advice for a system that is ill-conditioned."""
     hint: str = ""
-    """How the user finds what a singular system calls its ridge, as a sentence."""
+    """A sentence that says which setting the ridge of a singular system is."""
 
     def settings(self) -> dict[str, Any]:
-        """The class and its arguments, as the recipe's key ``edit`` has them."""
+        """The class and its arguments, in the form of the recipe's key ``edit``."""
         arguments = inspect.signature(type(self)).parameters
         return {"class_path": type(self).__name__, "init_args": {name: getattr(self, name) for name in arguments}}
 
     def prepare(
         self, retained: Mapping[str, Retained], share: Share, device: torch.device
     ) -> Mapping[Retained, NullSpaceBasis]:
-        """Compute what serves all solves.
+        """Compute what all solves share.
 
         Args:
-            retained: What is to stay, by the name of the weight.
-            share: Shares the work out among processes.
-            device: Where the weights lie.
+            retained: What should not change, by the name of the weight.
+            share: Divides the work among processes.
+            device: Device of the weights.
 
         Returns:
-            Null spaces whose spectra are worth a figure, if there are any.
+            Null spaces whose spectra should be plotted, if there are any.
 
         Raises:
-            UnsolvableError: What is to stay is not finite, or not what this solver needs.
-            EmptyNullSpaceError: No direction is free.
+            UnsolvableError: The retained keys are not finite, or this solver needs others.
+            EmptyNullSpaceError: The null space of the retained keys is empty.
         """
         for name, own in retained.items():
             with naming_weight(name):
@@ -160,28 +160,28 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
-        """Solve for ``writes``, which are wished for at the same time.
+        """Solve for ``writes``, which are applied together.
 
         Raises:
             ValueError: Keys or values are not finite, or a system is singular.
-            EmptyNullSpaceError: No direction is free.
+            EmptyNullSpaceError: The null space of the retained keys is empty.
         """
 
     def check(self, retained: Retained) -> None:
-        """Refuse what this solver cannot work with, before a method has done any work for it.
+        """Refuse retained keys that this solver cannot use, before the method has done any work.
 
         Raises:
-            ValueError: Something is missing.
+            ValueError: Something that the solver needs is missing.
         """
         if retained.moment is None:
             raise ValueError(
-                f"{type(self).__name__} retains by a second moment, and the method retains nothing: "
-                "set model.preserve, or take edit: RidgeMap."
+                f"{type(self).__name__} needs the second moment of retained keys, but the method retains nothing: "
+                "set model.preserve, or choose edit: RidgeMap."
             )
 
 
 def each(writes: Sequence[Write], solve: Callable[[Write], Solved]) -> list[Solved]:
-    """What ``solve`` makes of each of ``writes``, whose name is said where it cannot."""
+    """Call ``solve`` for each of ``writes``; errors name the weight."""
     solved = []
     for write in writes:
         with naming_weight(write.name):
@@ -196,7 +196,7 @@ class NullSpace(Solver):
         threshold: Eigenvalues of ``K0 K0ᵀ`` below it span the null space; see ``rule``.
         rule: What the threshold is relative to: ``mean`` or ``max`` eigenvalue, ``absolute`` (on the mean second
             moment), ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
-        minimum: Take at least so many directions, the smallest.
+        minimum: Use at least this many directions, those with the smallest eigenvalues.
         ridge: Weight of the penalty on the size of the edit; the paper uses 1, the authors' code 200.
         ridge_rule: ``absolute``, or ``mean_diagonal``: relative to the mean diagonal of ``K1ᵀ P K1``.
 
@@ -219,7 +219,7 @@ class NullSpace(Solver):
     def prepare(
         self, retained: Mapping[str, Retained], share: Share, device: torch.device
     ) -> Mapping[Retained, NullSpaceBasis]:
-        """Find the null spaces, once: K0 is what the unedited model sees, which no edit within them changes."""
+        """Find the null spaces, once: edits within them do not change the retained outputs, so K0 stays valid."""
         super().prepare(retained, share, device)
         names: dict[Retained, str] = {}
         for name, own in retained.items():
@@ -232,7 +232,7 @@ class NullSpace(Solver):
         assert retained.moment is not None
         with naming_weight(name):
             space = null_space(retained.moment.to(device), self.threshold, self.rule, retained.count, self.minimum)
-        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # a GPU holds one at a time
+        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # so that a GPU holds only one at a time
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``."""
@@ -249,15 +249,15 @@ class NullSpace(Solver):
 
 
 class LeastSquares(Solver):
-    """Edits by least squares over retained and edited keys, no projector (paper, Eq. 6; with ``retain_weight``, MEMIT).
+    """Edits by least squares over retained and edited keys, without a projector (paper, Eq. 6; MEMIT).
 
     Args:
         ridge: Weight of the penalty on the size of the edit.
         retain_weight: Weight of the retained keys' second moment; MEMIT's lambda, 15000 on language models.
-        moment: That moment as the ``sum`` over the retained keys (Eq. 6), or as their ``mean`` (MEMIT).
+        moment: Second moment as the ``sum`` over the retained keys (Eq. 6), or as their ``mean`` (MEMIT).
 
     Raises:
-        ValueError: A weight is negative, or ``moment`` is neither.
+        ValueError: A weight is negative, or ``moment`` is neither ``sum`` nor ``mean``.
     """
 
     def __init__(self, ridge: float = 1e-2, retain_weight: float = 1.0, moment: Literal["sum", "mean"] = "sum") -> None:
@@ -291,13 +291,13 @@ class LeastSquares(Solver):
 
 
 class RidgeMap(Solver):
-    """Unified Concept Editing: maps keys to values, pulled towards the weight, preserved keys weighed beside.
+    """Unified Concept Editing: maps keys to values and keeps the preserved keys' outputs and the weight near the old.
 
     Args:
         erase_scale: s_e, weight of the edited keys.
         preserve_scale: s_p, weight of the preserved keys; null takes the larger of 0.1 and 1 / number of preserved
             prompts (code of 2023).
-        lamb: λ, pull of each weight towards its value before.
+        lamb: λ, pull of each weight towards its value before the edit.
 
     Raises:
         ValueError: A weight is not positive.
@@ -315,10 +315,10 @@ class RidgeMap(Solver):
         self.erase_scale, self.preserve_scale, self.lamb = erase_scale, preserve_scale, lamb
 
     def check(self, retained: Retained) -> None:
-        """Take whatever there is to retain, also nothing."""
+        """Accept any retained keys, also none."""
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
-        """See ``Solver.solve``; maps that share keys and what is preserved are solved as one."""
+        """See ``Solver.solve``; maps with the same keys and the same preserved keys are solved together."""
         groups: dict[tuple[int, Retained], list[Write]] = {}
         for write in writes:
             groups.setdefault((id(write.keys), write.retained), []).append(write)
@@ -336,7 +336,7 @@ class RidgeMap(Solver):
         settings = retained.moment, self.erase_scale, scale, self.lamb
         weights, targets = [write.weight for write in writes], [write.values for write in writes]
         changes = map_updates(weights, keys, targets, *settings)
-        condition = map_condition(keys, *settings)  # of the one system that all of them share
+        condition = map_condition(keys, *settings)  # all maps share one system
         return [
             Solved(
                 change,

@@ -1,4 +1,4 @@
-"""Which token states of a phrase a cross-attention edit moves, and which states of its guide it moves them to.
+"""Selects the token states of a phrase that a cross-attention edit changes, and the states of its guide to use instead.
 
 A phrase ends at the first end-of-text token, whether the tokenizer pads with that token (SD 1.x) or with another one
 (SD 2.x). The token before it is the *last subject token*: the encoder is causal, so it has seen the whole phrase.
@@ -27,7 +27,7 @@ SubjectTokens = Literal["last_subject", "from_subject", "all"]
 def last_subject_token(input_ids: Tensor, eos_token_id: int) -> Tensor:
     """Position (n,) of the last token before the first end-of-text token of ``input_ids`` (n, L).
 
-    That of an empty phrase is 0, its BOS token; that of a phrase without end is the last position.
+    For an empty phrase it is 0, the BOS token; for a phrase without an end-of-text token it is the last position.
     """
     ended = positions_mask(input_ids, eos_token_id, "eot")
     length = torch.where(ended.any(-1), ended.int().argmax(-1), input_ids.shape[-1])
@@ -37,18 +37,18 @@ def last_subject_token(input_ids: Tensor, eos_token_id: int) -> Tensor:
 def subject_positions(
     phrase_ids: Tensor, guide_ids: Sequence[Tensor], eos_token_id: int, which: SubjectTokens
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Index of the edited states of ``n`` phrases and of the states that guide them.
+    """Find the edited states of ``n`` phrases and the states of their guides.
 
     Args:
         phrase_ids: Token ids of the phrases, (n, L).
-        guide_ids: Token ids of one guide or more of each phrase, each (n, L).
+        guide_ids: Token ids of the guides, (n, L) each; a phrase may have several guides.
         eos_token_id: Ends a text at its first occurrence after BOS.
-        which: ``last_subject``, the last token of the phrase (UCE's code of 2025); ``from_subject``, all positions from
-            it to the end of the window, as many as the longest of phrase and guides has (UCE's code of 2023); ``all``
-            positions but BOS, those of the guide aligned with them.
+        which: ``last_subject``, the last token of the phrase (UCE's code of 2025); ``from_subject``, the positions from
+            that token to the end of the window, as many as remain in the longest of phrase and guides (UCE's code of
+            2023); ``all`` positions except BOS, each with the guide's position that is aligned with it.
 
     Returns:
-        Rows (m,) in ``phrase_ids``, positions (m,) in the phrases, and positions (m,) in each of the guides.
+        Rows (m,) of ``phrase_ids``, positions (m,) in these phrases, and positions (m,) in each of the guides.
 
     Raises:
         ValueError: Unknown ``which``.
@@ -64,13 +64,13 @@ def subject_positions(
     guide_start = [last_subject_token(ids, eos_token_id) for ids in guide_ids]
     if which == "last_subject":
         return torch.arange(count), start, guide_start
-    reach = length - torch.stack([start, *guide_start]).amax(0)  # (n,), at least one position each
+    reach = length - torch.stack([start, *guide_start]).amax(0)  # (n,), at least 1
     rows = torch.arange(count).repeat_interleave(reach)
     offset = torch.cat([torch.arange(int(number)) for number in reach])
     return rows, start[rows] + offset, [first[rows] + offset for first in guide_start]
 
 
 def _aligned(phrase_ids: Tensor, guide_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Position of the guide for every position of the phrase, (n, L)."""
+    """For every position of each phrase, the aligned position of its guide, (n, L)."""
     pairs = zip(phrase_ids.tolist(), guide_ids.tolist(), strict=True)
     return torch.tensor([align_tokens(phrase, guide, eos_token_id) for phrase, guide in pairs])

@@ -1,7 +1,7 @@
 """Unified Concept Editing (Gandikota et al., 2024) of all cross-attention matrices in one solve, and its targets.
 
-The keys of ``attn2.to_k`` and ``attn2.to_v`` are text states c, the same for every one of these matrices. So is the
-system of the closed form, (d_in, d_in): it is factorised once, and the outputs of all matrices are its right-hand side.
+The keys of ``attn2.to_k`` and ``attn2.to_v`` are text states c, the same for all of these matrices. So the system of
+the closed form, (d_in, d_in), is the same too: it is factorised once, with the outputs of all matrices on its right.
 
     W' = (lamb W + s_e sum v* c^T + s_p sum W c_p c_p^T) (lamb I + s_e sum c c^T + s_p sum c_p c_p^T)^-1
 
@@ -29,9 +29,9 @@ def map_updates(
     preserve_scale: float = 1.0,
     lamb: float = 0.5,
 ) -> list[Tensor]:
-    """Changes ``W' - W`` of many matrices that share their keys: `closed_form.ridge_map_update` of each, by one solve.
+    """Changes ``W' - W`` of many matrices with the same keys, as `closed_form.ridge_map_update` of each, in one solve.
 
-    The edits of any number of concepts stand in ``keys`` side by side.
+    ``keys`` may contain the keys of any number of concepts.
 
     Args:
         weights: W of each matrix, (d_out, d_in); d_out may differ.
@@ -40,13 +40,13 @@ def map_updates(
         preserved_moment: Sum of c_p c_p^T over the text states whose outputs should stay, (d_in, d_in); None for none.
         erase_scale: s_e, positive.
         preserve_scale: s_p.
-        lamb: Pull towards the present weights; as it grows they stay as they are.
+        lamb: Pull towards the present weights; the larger it is, the less they change.
 
     Returns:
         Changes (d_out, d_in), float64, in the order of ``weights``.
 
     Raises:
-        ValueError: As `closed_form.ridge_map_update`, or the number of targets is another than that of weights.
+        ValueError: As in `closed_form.ridge_map_update`, or there are not as many targets as weights.
     """
     if not (math.isfinite(erase_scale) and erase_scale > 0):
         raise ValueError(f"erase_scale={erase_scale} must be a positive number; to erase less, raise lamb.")
@@ -68,7 +68,7 @@ def map_condition(
     preserve_scale: float = 1.0,
     lamb: float = 0.5,
 ) -> float:
-    """Condition number of the system of `map_updates`, whose arguments these are; all matrices share it."""
+    """Condition number of the system that all matrices share in `map_updates`; it takes the same arguments."""
     if preserved_moment is None:
         preserved_moment = keys.new_zeros(keys.shape[1], keys.shape[1])
     return least_squares_condition(keys, preserved_moment, lamb / erase_scale, preserve_scale / erase_scale)
@@ -77,14 +77,14 @@ def map_condition(
 def map_report(
     weight: Tensor, delta: Tensor, keys: Tensor, targets: Tensor, preserved_moment: Tensor | None = None
 ) -> dict[str, float]:
-    """How well a change does what `map_updates` trades off.
+    """Measure how well a change of `map_updates` edits and preserves.
 
     Args:
         weight: W before the edit, (d_out, d_in).
         delta: W' - W, (d_out, d_in).
         keys: Text states c, (n, d_in).
         targets: v*, (n, d_out).
-        preserved_moment: As for `map_updates`.
+        preserved_moment: As in `map_updates`.
 
     Returns:
         ``relative_norm``, ||W' - W|| / ||W||; ``residual_before``, ||W c - v*|| / ||v*||, and ``residual`` with W'; and
@@ -108,9 +108,9 @@ def map_report(
 
 
 def without_component(targets: Tensor, outputs: Tensor, phrases: Tensor) -> Tensor:
-    """Targets less their component along the present outputs: the technique ``tensor`` of UCE's code of 2023.
+    """Remove from ``targets`` their component along ``outputs``: the technique ``tensor`` of UCE's code of 2023.
 
-    As there, the component is that of all token positions of a phrase together, as one long vector.
+    As in that code, all token positions of a phrase together are treated as one long vector.
 
     Args:
         targets: Outputs of the guide, (n, d_out).
@@ -128,15 +128,17 @@ def without_component(targets: Tensor, outputs: Tensor, phrases: Tensor) -> Tens
 def shifted_by_attributes(
     outputs: Tensor, attributes: Tensor, alphas: Tensor, phrases: Tensor, normalised: bool = True
 ) -> Tensor:
-    """Targets of debiasing: the phrase's own outputs and so much of every attribute's, ``v* = v + sum_a alpha_a v_a``.
+    """Targets of debiasing: the phrase's own outputs plus weighted outputs of the attributes.
+
+    The formula is ``v* = v + sum_a alpha_a v_a``.
 
     Args:
         outputs: Present outputs v of the phrases, (n, d_out).
         attributes: Outputs of the attributes' phrases at the same positions, (A, n, d_out).
         alphas: Weight of each attribute for each phrase, (number of phrases, A).
         phrases: Number of the phrase of each row, (n,).
-        normalised: Give the attribute's outputs the norm of the phrase's, over all positions of the phrase, as UCE's
-            code of 2023 does; the paper and the code of 2025 take them as they are.
+        normalised: Scale the attributes' outputs to the norm of the phrase's outputs, over all positions of the phrase,
+            as in UCE's code of 2023; the paper and the code of 2025 do not scale them.
 
     Returns:
         v*, (n, d_out).
@@ -152,7 +154,7 @@ def shifted_by_attributes(
 def _stacked(weights: Sequence[Tensor], keys: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """All matrices as one, (sum of d_out, d_in), and all targets as one, (n, sum of d_out)."""
     if len(weights) != len(targets) or not weights:
-        raise ValueError(f"{len(targets)} targets for {len(weights)} weights; each weight needs its own, one at least.")
+        raise ValueError(f"There are {len(targets)} targets for {len(weights)} weights: give one target per weight.")
     pairs = list(zip(weights, targets, strict=True))
     columns = [checked_matrix("targets", value, (len(keys), len(weight)), weight.device) for weight, value in pairs]
     return torch.cat([checked_matrix("weight", w, (None, keys.shape[1])) for w in weights]), torch.cat(columns, dim=1)

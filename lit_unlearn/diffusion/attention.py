@@ -1,4 +1,4 @@
-"""Reading the cross-attention of a UNet: what each pixel looks at in the prompt, with gradients."""
+"""Records the cross-attention of a UNet, from each pixel to the tokens of the prompt, with gradients."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class RecordingProcessor:
-    """Attention by an explicit softmax, whose probabilities are kept; otherwise what diffusers' processors compute.
+    """Attention with an explicit softmax whose probabilities are recorded; otherwise as diffusers' processors.
 
-    Fused kernels, which diffusers uses by default, never form these probabilities.
+    The fused kernels that diffusers uses by default never compute these probabilities explicitly.
 
     Args:
         name: Name of the layer.
-        record: Where to put its probabilities (B, heads, pixels, L).
+        record: Dictionary that stores its probabilities (B, heads, pixels, L).
     """
 
     def __init__(self, name: str, record: dict[str, Tensor]) -> None:
@@ -82,13 +82,13 @@ def record_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the cross-attention (``attn2``) of every layer at its latest call, with gradients.
 
     Args:
-        unet: A UNet whose cross-attention has diffusers' own processors, fused or not.
+        unet: A UNet whose cross-attention uses diffusers' own processors, fused or not.
 
     Yields:
         Probabilities (B, heads, pixels, L) by names of layers, in the order of the calls; rows sum to one.
 
     Raises:
-        ValueError: The UNet has no ``attn2``, or one whose processor has weights of its own (an adapter).
+        ValueError: The UNet has no ``attn2``, or a processor has its own weights (an adapter).
     """
     layers: dict[str, Attention] = {
         name: module for name, module in unet.named_modules() if name.rpartition(".")[2] == "attn2"

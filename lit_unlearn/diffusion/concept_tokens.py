@@ -1,4 +1,4 @@
-"""Which tokens of a prompt stand for a concept."""
+"""Finds the tokens of a prompt that refer to a concept."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def names_mask(
 
 
 def difference_mask(input_ids: Tensor, target_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Where each prompt differs from its target prompt: the tokens between their shared beginning and shared end.
+    """Mark the tokens in which each prompt differs from its target: those between their shared beginning and end.
 
-    That is what stands for a concept in a prompt that describes it without its name.
+    In a prompt that describes a concept without its name, these tokens refer to the concept.
 
     Args:
         input_ids: Tokenized edit prompts, (B, L).
         target_ids: Tokenized target prompts, (B, L).
-        eos_token_id: Ends a prompt.
+        eos_token_id: Token that ends a prompt.
 
     Returns:
-        (B, L) bool, all false where the target only adds words.
+        (B, L) bool; all false for a prompt whose target only adds words.
     """
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     lengths = [positions_mask(ids, eos_token_id, "content").sum(-1).tolist() for ids in (input_ids, target_ids)]
@@ -74,15 +74,15 @@ def difference_mask(input_ids: Tensor, target_ids: Tensor, eos_token_id: int) ->
 
 
 def eot_mask(input_ids: Tensor, eos_token_id: int, padding: Padding = "first_eot") -> Tensor:
-    """Where the end of the text stands in each prompt, (B, L) bool.
+    """Mark the end of the text in each prompt, (B, L) bool.
 
     Args:
         input_ids: Tokenized prompts, (B, L).
         eos_token_id: The end-of-text token.
-        padding: ``first_eot``: the first one alone, whatever the tokenizer pads with. ``all_eot``: every one of them.
-            Stable Diffusion 2.x pads with another token, so both are the same there; 1.x pads with the end-of-text
-            token itself, and all of the padding is marked.
+        padding: ``first_eot``: only the first one, with any padding token. ``all_eot``: every one of them. Stable
+            Diffusion 2.x pads with another token, so both are the same there; 1.x pads with the end-of-text token
+            itself, so ``all_eot`` marks all of the padding.
     """
     eot = input_ids == eos_token_id
-    eot[:, 0] = False  # the first token begins the text, and may have the same number
+    eot[:, 0] = False  # the first token begins the text, and may have the same id
     return eot if padding == "all_eot" else eot & (eot.cumsum(-1) == 1)

@@ -1,4 +1,4 @@
-"""What a denoiser is told about prompts."""
+"""The condition of a denoiser: encoded prompts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """What a denoiser is told about prompts, row by row; it is indexed, put together and moved as one tensor is.
+    """Encoded prompts for a denoiser, one row per prompt; it can be indexed, concatenated and moved like a tensor.
 
     Attributes:
         states: ``encoder_hidden_states``, (B, L, D).
-        pooled: One vector for each prompt, (B, P), if the family has one.
+        pooled: One vector for each prompt, (B, P), if the model family uses one.
     """
 
     states: Tensor
@@ -32,7 +32,7 @@ class Condition:
         return self._each(lambda tensor: tensor[rows])
 
     def expand(self, count: int) -> Condition:
-        """``count`` times the only row there is, without a copy; as many rows as there are stay as they are."""
+        """Repeat a single row ``count`` times, without a copy; a condition of ``count`` rows stays as it is."""
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def to(self, *args: Any, **kwargs: Any) -> Condition:
@@ -44,14 +44,14 @@ class Condition:
         return self._each(Tensor.detach)
 
     def split(self, size: int | Sequence[int]) -> list[Condition]:
-        """As ``Tensor.split``, along the rows."""
+        """As ``Tensor.split``, over the rows."""
         states = self.states.split(size)  # type: ignore[arg-type]
         pooled = [None] * len(states) if self.pooled is None else self.pooled.split(size)  # type: ignore[arg-type]
         return [Condition(*parts) for parts in zip(states, pooled, strict=True)]
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """All rows of ``parts``, one below the other."""
+        """Concatenate the rows of ``parts``."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return Condition(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 

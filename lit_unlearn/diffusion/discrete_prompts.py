@@ -1,4 +1,4 @@
-"""Prompts as choices of tokens: which tokens may be chosen, and prompts in which some are mixtures of all of them."""
+"""Prompts made of chosen tokens: finds the tokens that may be chosen, and converts chosen tokens to text."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 def whole_words(
     tokenizer: CLIPTokenizer, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()
 ) -> Tensor:
-    """Tokens that a person can type as words of a prompt: each, as text, is read as itself again.
+    """Tokens that a person can type as words of a prompt: the text of each one is tokenized to the same token again.
 
-    So any sequence of them, joined by spaces, is read as that sequence. Special tokens and parts of words are none.
+    So any sequence of them, joined by spaces, is tokenized to that sequence. Special tokens and parts of words are not
+    included.
 
     Args:
         tokenizer: Byte-pair tokenizer whose words end in ``</w>``.
-        forbidden: Says of a word whether it is left out, too.
-        phrases: Texts all of whose tokens are left out, too.
+        forbidden: Returns whether a word should be left out.
+        phrases: Texts whose tokens should all be left out.
 
     Returns:
         Numbers (A,) of the tokens, ascending.
 
     Raises:
-        ValueError: None is left.
+        ValueError: No token is left.
     """
     left_out = {*tokenizer.all_special_ids}
     for ids in token_ids(tokenizer, phrases):
@@ -46,7 +47,7 @@ def whole_words(
         found = [number for number, ids in zip(words, read, strict=True) if ids == [number]]
     found = sorted(number for number in found if forbidden is None or not forbidden(words[number]))
     if not found:
-        raise ValueError("The tokenizer has no token that is a word by itself and may be chosen.")
+        raise ValueError("The tokenizer has no token that is a whole word and may be chosen: forbid fewer words.")
     return torch.tensor(found)
 
 

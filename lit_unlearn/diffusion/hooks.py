@@ -1,4 +1,4 @@
-"""Reading and replacing what passes through linear layers; hooks remove themselves when their block ends."""
+"""Reads inputs and replaces outputs of linear layers; the hooks are removed when their block ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def capture_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Record the input of each layer at its latest call, detached: keys K, (B, L, d_in), by the names of ``layers``."""
+    """Record the detached input of each layer at its latest call: keys K, (B, L, d_in), by the names of ``layers``."""
     captured: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -25,7 +25,7 @@ def capture_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor
 
 @contextmanager
 def replace_output(layer: nn.Linear, values: Tensor, mask: Tensor) -> Iterator[None]:
-    """Put ``values`` plus the layer's bias in place of the layer's output where ``mask`` is true.
+    """Replace the layer's output by ``values`` plus its bias where ``mask`` is true.
 
     Args:
         layer: A linear layer that is called with (B, L, d_in).

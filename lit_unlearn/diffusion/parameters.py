@@ -1,4 +1,4 @@
-"""Which weights are edited (groups and patterns) and what they were before (the frozen reference)."""
+"""Selects the edited weights (groups and patterns) and keeps their pretrained values (the frozen reference)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GROUPS: dict[str, str] = {
     "text-fc1": r"^text_encoder\..*mlp\.fc1\.weight$",
     "text-fc2": r"^text_encoder\..*mlp\.fc2\.weight$",
 }
-"""Weight groups by the names of the field, as regular expressions over full parameter names.
+"""Weight groups with their usual names in the literature, as regular expressions over full parameter names.
 
-``xattn``, ``noxattn``, ``selfattn`` and ``full`` are those of ESD's code of 2023, whose ``out.`` is ``conv_norm_out``
-and ``conv_out`` here and whose ``time_embed`` is ``time_embedding``. ``esd-u`` is that of its code of 2025: all linear
-layers and convolutions outside of cross-attention, those of the time embedding and the output included. Its ``esd-x``
-equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``.
+``xattn``, ``noxattn``, ``selfattn`` and ``full`` are those of ESD's code of 2023, where ``conv_norm_out`` and
+``conv_out`` are called ``out.``, and ``time_embedding`` is called ``time_embed``. ``esd-u`` is that of its code of
+2025: all linear layers and convolutions outside cross-attention, including those of the time embedding and the output.
+Its ``esd-x`` equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``.
 """
 
 
@@ -49,13 +49,15 @@ def match_parameters(pattern: str, names: Iterable[str]) -> list[str]:
     try:
         expression = re.compile(GROUPS.get(pattern, pattern))
     except re.error as error:
-        raise ValueError(f"edited_parameters={pattern!r} is no regular expression ({error}).") from error
+        raise ValueError(
+            f"edited_parameters={pattern!r} is not a regular expression ({error}): give a group or correct it."
+        ) from error
     selected = [name for name in names if expression.search(name)]
     if not selected:
         close = get_close_matches(pattern, GROUPS, n=1) or [name for name in names if name.endswith("weight")][:1]
         raise ValueError(
             f"edited_parameters={pattern!r} selects no parameter: give a group ({', '.join(GROUPS)}) or a pattern that "
-            f"is found in names such as {(close or ['?'])[0]!r}."
+            f"matches names such as {(close or ['?'])[0]!r}."
         )
     return selected
 
@@ -68,7 +70,7 @@ def layer_index(name: str) -> int:
     """
     match = re.search(r"layers\.(\d+)\.", name)
     if match is None:
-        raise ValueError(f"The parameter {name!r} belongs to no numbered layer of the text encoder.")
+        raise ValueError(f"The parameter {name!r} is not in a numbered layer of the text encoder: choose another.")
     return int(match[1])
 
 
@@ -86,13 +88,13 @@ def layer_label(name: str) -> str:
 
 
 def call_order(name: str) -> tuple[int, list[int], str]:
-    """Sorts weights of the UNet's blocks as these are called: down, mid, up, by number."""
+    """Sorting key of the UNet's weights, in the order in which blocks are called: down, mid, up, by number."""
     place = name.removeprefix("unet.").split("_")[0]
     return ["down", "mid", "up"].index(place), [int(digits) for digits in re.findall(r"\.(\d+)\.", name)], name
 
 
 def num_places(config: Mapping[str, object], name: str) -> int:
-    """Positions (height times width) that the block of the UNet's weight ``name`` works on, by the UNet's config."""
+    """Number of positions (height times width) in the block of the UNet's weight ``name``, from the UNet's config."""
     place, _, blocks = name.removeprefix("unet.").partition("_blocks.")
     last = len(config["down_block_types"]) - 1  # type: ignore[arg-type]
     number = int(blocks.split(".")[0]) if blocks else 0
@@ -117,18 +119,18 @@ class Fingerprint:
         self._digest = hashlib.sha256()
 
     def add(self, name: str, value: Tensor) -> None:
-        """Enter a weight's name, shape, type and values."""
+        """Add a weight's name, shape, type and values."""
         value = value.detach().cpu().contiguous()
         self._digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
         self._digest.update(value.flatten().view(torch.uint8).numpy())
 
     def hexdigest(self) -> str:
-        """The hash of what was added so far."""
+        """The hash of all weights added so far."""
         return self._digest.hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values; equal for equal weights whatever their device."""
+    """SHA-256 of names, shapes and values; equal weights have the same hash on every device."""
     found = Fingerprint()
     for name in sorted(tensors):
         found.add(name, tensors[name])
@@ -138,8 +140,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 class PretrainedValues:
     """Pretrained values of the edited parameters; all other weights are shared with the live modules.
 
-    For Stable Diffusion 1.4 this keeps 44 M numbers for ``xattn`` and 26 M for ``text-fc2``, never a second model. The
-    values stand outside of registered buffers, which DDP would broadcast at every forward.
+    For Stable Diffusion 1.4 this stores 44 M numbers for ``xattn`` and 26 M for ``text-fc2``, not a second model. The
+    values are not registered as buffers, since DDP would broadcast buffers at every forward.
 
     Args:
         parameters: The edited parameters by full name, before the first edit.
@@ -151,14 +153,14 @@ class PretrainedValues:
         self._beside: dict[str, Tensor] = {}
 
     def of(self, part: str) -> dict[str, Tensor]:
-        """The pretrained values within ``part``, by their names in it, where the parameters lie."""
+        """The pretrained values in ``part``, by their names in it, on the devices of the parameters."""
         prefix = f"{part}."
         return {name.removeprefix(prefix): self.beside(name) for name in self.values if name.startswith(prefix)}
 
     def beside(self, name: str) -> Tensor:
-        """The pretrained value of the parameter ``name``, on the parameter's device and from then on kept there.
+        """The pretrained value of the parameter ``name``, on the parameter's device, where it stays from then on.
 
-        Methods ask the unedited model at every step; those that never do have it on the processor alone.
+        Methods that use the unedited model need it there at every step; for other methods it stays on the CPU.
         """
         device = self.parameters[name].device
         if name not in self._beside or self._beside[name].device != device:
@@ -167,7 +169,7 @@ class PretrainedValues:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put the pretrained values into the live modules for the length of a block; not for use under autograd."""
+        """Put the pretrained values into the live modules within the block; not for use with autograd."""
         edited = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._write(self.values)
         try:
@@ -177,26 +179,26 @@ class PretrainedValues:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        torch.clear_autocast_cache()  # mixed precision keeps casts of weights, and does not see them change
+        torch.clear_autocast_cache()  # mixed precision caches cast weights, and would not notice the change
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
     def unchanged(self) -> bool:
-        """Whether there are edited parameters and all have their pretrained values, bit for bit."""
+        """Whether there are edited parameters, and all of them equal their pretrained values, bit for bit."""
         equal = (torch.equal(self.parameters[name].detach().cpu(), value) for name, value in self.values.items())
         return bool(self.values) and all(equal)
 
     def change_norm(self) -> float:
-        """Frobenius norm of all changes, comparable between methods that edit other weights."""
+        """Frobenius norm of all changes, comparable between methods that edit different weights."""
         return math.sqrt(math.fsum(change for change, _ in self._squares().values()))
 
     def change_ratio(self) -> float:
-        """Weight-change ratio: Frobenius norm of all changes over that of the pretrained values."""
+        """Weight-change ratio: Frobenius norm of all changes divided by that of the pretrained values."""
         changes, sizes = zip(*self._squares().values(), strict=True)
         return math.sqrt(math.fsum(changes) / math.fsum(sizes))
 
     def change_ratios(self) -> dict[str, float]:
-        """The same of each edited parameter by itself, by full name; 0 where it has not moved."""
+        """Weight-change ratio of each edited parameter, by full name; 0 if it has not changed."""
         return {
             name: 0.0 if not change else math.sqrt(change / size) if size else math.inf
             for name, (change, size) in self._squares().items()

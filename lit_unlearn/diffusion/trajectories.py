@@ -1,4 +1,4 @@
-"""Sampling chains of which states are kept to train on, and the order in which a training uses them."""
+"""Sampling chains whose states are kept for training, and the order in which a training uses them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def sample_chains(
     guidance_scale: float,
     generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
-    """Chains of ``Pipeline.chain`` with all that the denoiser sees and puts out along them.
+    """Run the chains of ``Pipeline.chain``, and return all inputs and outputs of the denoiser along them.
 
     Args:
-        pipeline: Whose chains they are.
-        conditions: Those of the empty prompt, of the prompts, and any others whose predictions are wanted: K of them.
-        noise: Where the chains start, (B, C, H, W).
+        pipeline: The pipeline that samples.
+        conditions: K conditions: that of the empty prompt, that of the prompts, and any others to predict for.
+        noise: Initial noise of the chains, (B, C, H, W).
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of the guidance.
         generators: Of each chain, as of ``Pipeline.chain``.
 
     Returns:
-        (B, S, 1 + K, C, H, W) in the denoiser's type, S as in ``DDPM.timesteps``: of every state x_t, scaled as the
-        denoiser sees it, then the predictions for each of ``conditions``.
+        (B, S, 1 + K, C, H, W) in the denoiser's type, S as in ``DDPM.timesteps``: for every state, x_t scaled as the
+        denoiser's input, then the predictions for each of ``conditions``.
     """
     steps = [
         torch.stack([part.to(pipeline.dtype) for part in (step.model_input, *step.noise_preds)], dim=1)
@@ -55,17 +55,17 @@ def sample_state(
     stop: int,
     generators: Sequence[torch.Generator] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The state of number ``stop``, counted from 0, of chains like those of ``sample_chains``, at ``stop`` steps' cost.
+    """State number ``stop``, counted from 0, of chains as in ``sample_chains``; it costs ``stop`` sampler steps.
 
     Returns:
-        x_t (B, C, H, W), scaled as the denoiser sees it, and t, ().
+        x_t (B, C, H, W), scaled as the denoiser's input, and t, ().
     """
     *_, step = pipeline.chain(conditions, noise, num_inference_steps, guidance_scale, stop, generators)
     return step.model_input, step.timestep
 
 
 class Place(NamedTuple):
-    """Where a state is kept: the number of the refresh that made it, its chain there, and its number in the chain."""
+    """Place of a kept state: the number of the refresh that made it, its chain there, and its number in the chain."""
 
     refresh: int
     chain: int
@@ -74,13 +74,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ReuseSchedule:
-    """Which kept state is used when: those of a refresh in a shuffled order, ``passes`` times over, then new ones.
+    """The order in which kept states are used: those of a refresh ``passes`` times, shuffled, then those of the next.
 
     Attributes:
-        chains: Chains made at once.
-        states: States of a chain.
+        chains: Number of chains made at once.
+        states: Number of states of a chain.
         passes: How often every state is used.
-        seed: Seed of the orders; that of a refresh depends on it and on the refresh's number alone.
+        seed: Seed of the orders; the order of a refresh depends only on the seed and the refresh's number.
     """
 
     chains: int
@@ -90,16 +90,16 @@ class ReuseSchedule:
 
     @property
     def uses(self) -> int:
-        """How many uses a refresh is good for."""
+        """Number of uses of a refresh."""
         return self.chains * self.states * self.passes
 
     def place(self, number: int) -> Place:
-        """Where the state lies that is used in use ``number`` of the whole training, counted from 0."""
+        """Place of the state for use ``number`` of the whole training, counted from 0."""
         refresh, use = divmod(number, self.uses)
         return Place(refresh, *divmod(_order(self, refresh)[use], self.states))
 
     def refreshes(self, first: int, count: int) -> range:
-        """Refreshes that the uses ``first`` to ``first + count - 1`` take states from."""
+        """Refreshes whose states are used in the uses ``first`` to ``first + count - 1``."""
         return range(first // self.uses, (first + count - 1) // self.uses + 1)
 
 

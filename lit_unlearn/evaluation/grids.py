@@ -1,4 +1,4 @@
-"""Pictures side by side, with captions that say what they are."""
+"""Draws grids of pictures with captions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from lit_unlearn.system.pixels import to_pil
 
 MARGIN = 16
-"""Around the whole, between a label and its row and between blocks, in pixels."""
+"""Space around the grid, between a label and its row, and between blocks, in pixels."""
 GAP = 6
-"""Between pictures, and between a caption and its picture, in pixels."""
+"""Space between pictures, and between a caption and its picture, in pixels."""
 CAPTION_WIDTH = 64
-"""Least width of a column that has a caption, in pixels; narrower pictures stand in its middle."""
+"""Smallest width of a column with a caption, in pixels; narrower pictures are centred."""
 ROW_LABEL_WIDTH = 110
-"""Row labels are wrapped at this width, in pixels."""
+"""Width at which row labels are wrapped, in pixels."""
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -27,15 +27,15 @@ def image_grid(
     column_labels: Sequence[str] = (),
     scale: int = 1,
 ) -> Image.Image:
-    """Draw rows of pictures on white, captions above the columns and left of the rows.
+    """Draw rows of pictures on white, with captions above the columns and left of the rows.
 
-    Captions are wrapped to the width of their column and never cut; a long one makes its line of captions higher.
+    Captions are wrapped to the width of their column and never cut off; a long caption makes its line higher.
 
     Args:
-        rows: Pictures, (N, 3, H, W) each, float in [0, 1]; N may differ, H and W may not.
+        rows: Pictures, (N, 3, H, W) each, float in [0, 1]; N may differ between rows, H and W may not.
         row_labels: One per row, or none.
         column_labels: One per column of the longest row, or none.
-        scale: Enlargement of each pixel to ``scale`` x ``scale``, for small pictures.
+        scale: Each pixel is enlarged to ``scale`` x ``scale`` pixels, for small pictures.
 
     Returns:
         The grid, RGB.
@@ -45,7 +45,7 @@ def image_grid(
     """
     shapes = {tuple(row.shape[1:]) for row in rows}
     if not rows or not any(len(row) for row in rows):
-        raise ValueError("There are no pictures to draw a grid of.")
+        raise ValueError("There are no pictures to draw a grid of: give at least one row.")
     if len(shapes) > 1 or any(row.ndim != 4 or row.shape[1] != 3 for row in rows):
         raise ValueError(f"Rows have shapes {[tuple(row.shape) for row in rows]}; expected (N, 3, H, W), same H and W.")
     if scale < 1:
@@ -104,9 +104,8 @@ def before_after_grid(
         after: Pictures of the edited model, same shape.
         titles: One per pair, e.g. its prompt; or none.
         scale: Enlargement; by default pictures become about 128 pixels wide.
-        columns: Pairs beside each other, the others following below; by default what fits in about 1300 pixels, at
-            least 4.
-        row_labels: What the upper and the lower row are.
+        columns: Number of pairs in a row; by default as many as fit in about 1300 pixels, at least 4.
+        row_labels: Labels of the upper and the lower row.
 
     Returns:
         The grid, RGB.
@@ -115,7 +114,9 @@ def before_after_grid(
         ValueError: No pictures, or shapes or titles that do not fit.
     """
     if before.shape != after.shape:
-        raise ValueError(f"{tuple(before.shape)} before and {tuple(after.shape)} after do not pair up.")
+        raise ValueError(
+            f"before has shape {tuple(before.shape)} and after {tuple(after.shape)}: give pairs of the same shape."
+        )
     if before.ndim != 4 or not len(before):
         raise ValueError(f"The pictures have shape {tuple(before.shape)}; expected (N, 3, H, W) with at least one.")
     if len(titles) not in (0, len(before)):
@@ -132,7 +133,7 @@ def before_after_grid(
 
 
 def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
-    """Put blocks below each other; their margins are the space between them."""
+    """Put blocks below each other; the space between them is their margins."""
     canvas = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), PAPER)
     y = 0
     for block in blocks:
@@ -147,7 +148,7 @@ def _font(width: int) -> Any:
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Break a text into lines that fit in ``width`` pixels: between words, and within one that is too long alone."""
+    """Break a text into lines of at most ``width`` pixels, between words, or within a word that is too long."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""
@@ -181,7 +182,7 @@ def _text_width(lines: Sequence[str], font: Any) -> int:
 
 
 def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], font: Any, x: int, y: int, align: str) -> None:
-    """Write lines below each other from y; x is their centre, or their right edge."""
+    """Write lines below each other, starting at y; x is their centre or their right edge."""
     for line in lines:
         length = font.getlength(line)
         start = x - length / 2 if align == "center" else x - length

@@ -1,4 +1,4 @@
-"""How well a judge's answers tell pictures that show a concept from pictures that do not."""
+"""Measures how well a judge distinguishes pictures that show a concept from pictures that do not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 
 NOT_ASKED, FAILED = -2.0, -1.0
-"""States of a picture beside an answer in [0, 1], which outlives both when replicas are merged by their maximum."""
+"""States of a picture without an answer; merging replicas by the maximum prefers an answer in [0, 1] to both."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A judge's answers to one question about pictures whose right answer is known.
+    """A judge's answers to one question about pictures for which the correct answer is known.
 
     Attributes:
         answers: Probabilities of yes, (N,).
-        labels: Whether yes is right, (N,), bool.
-        failed: Further pictures that it could not judge; no answer is neither yes nor no.
+        labels: Whether yes is correct, (N,), bool.
+        failed: Number of further pictures that it did not answer, which count neither as yes nor as no.
     """
 
     answers: Tensor
@@ -30,12 +30,12 @@ class Curve:
     failed: int = 0
 
     def numbers(self) -> dict[str, float | int | None]:
-        """What the curve comes to; None where there are no such pictures.
+        """Numbers that summarise the curve; a number is None if there are no pictures for it.
 
         Returns:
-            ``average_precision``: precision averaged over the steps of recall, which depends on how many pictures of
-            each sort there are; ``recall`` and ``false_yes``: share of yes, at 0.5, among pictures where it is right
-            and where it is wrong; ``positives``, ``negatives``, ``failed``: how many.
+            ``average_precision``: precision averaged over the steps of recall, which depends on the ratio of pictures
+            with and without the concept; ``recall`` and ``false_yes``: share of yes, at 0.5, among pictures for which
+            yes is correct and for which it is wrong; ``positives``, ``negatives``, ``failed``: numbers of pictures.
         """
         yes = self.answers >= 0.5
         positives, negatives = yes[self.labels], yes[~self.labels]
@@ -51,11 +51,11 @@ class Curve:
 
 
 class JudgeCurves(Metric):
-    """Collects a curve for each of several questions, in places that do not depend on batches or processes.
+    """Collects a curve for each of several questions; the place of a picture does not depend on batches or processes.
 
     Args:
         names: Names of the questions.
-        num_pictures: Places for pictures.
+        num_pictures: Number of pictures.
         **kwargs: Passed on to ``torchmetrics.Metric``.
     """
 
@@ -74,13 +74,13 @@ class JudgeCurves(Metric):
         self.add_state("labels", torch.zeros(shape, dtype=torch.int8), dist_reduce_fx="max")
 
     def update(self, name: str, places: Sequence[int], answers: Tensor, labels: Sequence[bool]) -> None:
-        """Enter answers.
+        """Add answers.
 
         Args:
-            name: The question's.
-            places: Which pictures, B of them; one entered twice counts once, its greater answer stands.
-            answers: Probabilities of yes, (B,); nan where the judge could not tell.
-            labels: Whether yes is right, B of them.
+            name: Name of the question.
+            places: Places of B pictures; a picture added twice counts once, with the larger answer.
+            answers: Probabilities of yes, (B,); nan where the judge did not answer.
+            labels: Whether yes is correct, B of them.
         """
         row, columns = self.names.index(name), torch.tensor(places, dtype=torch.long)
         entered = torch.where(answers.isnan(), FAILED, answers.float()).to(self.answers)
@@ -88,11 +88,11 @@ class JudgeCurves(Metric):
         self.labels[row, columns] = torch.tensor(labels, dtype=torch.int8).to(self.labels)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Answers and labels (questions, pictures) of all processes; ``curves`` makes sense of them."""
+        """Answers and labels (questions, pictures) of all processes; ``curves`` converts them to curves."""
         return self.answers, self.labels
 
     def curves(self) -> dict[str, Curve]:
-        """Each question's curve, by name; to be called on every rank."""
+        """Curve of each question, by name; every rank must call it."""
         curves = {}
         rows = (state.cpu().reshape(len(self.names), -1) for state in self.compute())
         for name, answers, labels in zip(self.names, *rows, strict=True):

@@ -1,4 +1,4 @@
-"""Copies of training pictures among generated ones: nearest neighbours, and how near is too near."""
+"""Finds copies of training pictures among generated ones, by nearest neighbours and a distance threshold."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.evaluation.metrics import wilson_interval
 
 Space = Callable[[Tensor], Tensor]
-"""From pictures (B, 3, H, W) in [0, 1] to points (B, D) between which distances are measured."""
+"""Maps pictures (B, 3, H, W) in [0, 1] to points (B, D), between which distances are measured."""
 
 CHUNK = 256
-"""Pictures compared at once."""
+"""Number of pictures compared at once."""
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """Pixels as points (B, 3HW) whose distance is the root-mean-square difference of ``images`` (B, 3, H, W)."""
+    """Pixels of ``images`` (B, 3, H, W) as points (B, 3HW), whose distance is their root-mean-square difference."""
     flat = images.float().flatten(1)
     return flat / flat.shape[1] ** 0.5
 
 
 def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (B,) of each of ``points`` (B, D) to the nearest of ``references`` (R, D), and its number (B,)."""
+    """Distance (B,) from each of ``points`` (B, D) to the nearest of ``references`` (R, D), and its number (B,)."""
     parts = []
     for part in points.float().split(CHUNK):
-        # Not by the matrix product, whose rounding would hide a distance of zero.
+        # Without the matrix product, since its rounding would make distances of zero nonzero.
         distances = torch.cdist(part, references.float(), compute_mode="donot_use_mm_for_euclid_dist")
         parts.append(distances.min(dim=1))
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
@@ -39,13 +39,13 @@ def nearest(points: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Found:
-    """What is nearest to some pictures.
+    """The pictures nearest to some generated pictures.
 
     Attributes:
-        distance: To the nearest picture to forget, (B,).
-        nearest: Its number, (B,).
+        distance: Distance to the nearest picture to forget, (B,).
+        nearest: Number of that picture, (B,).
         copied: Whether it is nearer than the threshold, (B,), bool.
-        known: Distance to the nearest other picture that the model may draw, (B,): large for one that is like none.
+        known: Distance to the nearest other picture that the model may draw, (B,); large if there is no similar one.
     """
 
     distance: Tensor
@@ -57,15 +57,15 @@ class Found:
 class CopyDetector:
     """Finds copies of the pictures to forget.
 
-    A picture is a copy if it is nearer to one of them than all but a share of the held-out pictures are, so this share
-    of pictures that know nothing of them is taken for copies.
+    A picture counts as a copy if its distance to one of them is below a threshold. The threshold is a quantile of the
+    distances of held-out pictures, so this share of pictures that are not copies is wrongly taken for copies.
 
     Args:
-        spaces: Where distances are measured, by name; the last is the one to show.
+        spaces: Spaces in which distances are measured, by name; the last is the one to show.
         forget: The pictures to forget, (k, 3, H, W), in [0, 1].
-        held_out: Pictures of the same kind that are no copies, (m, 3, H, W).
-        quantile: That share.
-        keep: Further pictures that the model may well draw, (n, 3, H, W), or none.
+        held_out: Pictures of the same kind that are not copies, (m, 3, H, W).
+        quantile: The quantile, between 0 and 1.
+        keep: Further pictures that the model may draw, (n, 3, H, W), or none.
 
     Attributes:
         thresholds: Distance below which a picture counts as a copy, per space.
@@ -90,7 +90,7 @@ class CopyDetector:
             self.known[name] = points if keep is None else torch.cat([points, space(keep)])
 
     def __call__(self, images: Tensor) -> dict[str, Found]:
-        """What is nearest to ``images`` (B, 3, H, W) in [0, 1], per space."""
+        """Find the pictures nearest to ``images`` (B, 3, H, W) in [0, 1], per space."""
         found = {}
         for name, space in self.spaces.items():
             points = space(images)
@@ -110,8 +110,8 @@ class CopyCount(Metric):
 
     Args:
         spaces: Names of the spaces.
-        kinds: What each picture was generated for: ``forget`` or ``keep``.
-        num_forget: How many pictures are to be forgotten.
+        kinds: Kind of each generated picture's caption: ``forget`` or ``keep``.
+        num_forget: Number of pictures to forget.
         **kwargs: See ``torchmetrics.Metric``.
     """
 
@@ -129,18 +129,18 @@ class CopyCount(Metric):
         super().__init__(**kwargs)
         self.spaces, self.kinds, self.num_forget = list(spaces), list(kinds), num_forget
         shape = (len(spaces), len(self.FIELDS), len(kinds))
-        # Every picture is looked at by one process, so the sum over processes puts them together.
-        # In float32, as they are found, since not every device has more; what is averaged is averaged in float64.
+        # Each picture is processed by one process only, so the sum over processes collects all of them.
+        # Stored in float32, since some devices do not have float64; averages are computed in float64.
         self.add_state("values", torch.zeros(shape, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("drift", torch.zeros(len(kinds), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(len(kinds), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, numbers: Tensor, found: Mapping[str, Found], drift: Tensor) -> None:
-        """Enter pictures.
+        """Add pictures.
 
         Args:
             numbers: Their places, (B,).
-            found: What is nearest to them, per space.
+            found: The pictures nearest to them, per space.
             drift: Root-mean-square difference from the unedited model's picture of the same seed, (B,).
         """
         numbers = numbers.to(self.values.device)
@@ -151,9 +151,9 @@ class CopyCount(Metric):
         self.seen[numbers] = 1
 
     def compute(self) -> dict[str, Any]:
-        """Per kind the number of pictures, and per space share of copies, its interval and mean distances.
+        """Per kind the number of pictures, and per space the share of copies, its interval and mean distances.
 
-        ``copied_images`` counts, per space, the copies of each picture to forget among those of the captions to forget.
+        ``copied_images``: per space, for each picture to forget, its copies among the pictures of captions to forget.
         """
         result: dict[str, Any] = {}
         seen, drift, values = self.seen.cpu().bool(), self.drift.cpu().double(), self.values.cpu().double()
@@ -186,13 +186,13 @@ class CopyCount(Metric):
 def copies_grid(
     before: Tensor, nearest_before: Tensor, after: Tensor, nearest_after: Tensor, captions: Sequence[str]
 ) -> Image.Image:
-    """Draw generated pictures above the picture to forget that each is nearest to, before and after unlearning.
+    """Draw each generated picture above the picture to forget that is nearest to it, before and after unlearning.
 
     Args:
         before: Pictures of the unedited model, (N, 3, H, W), float in [0, 1].
-        nearest_before: The pictures to forget that they are nearest to, same shape.
+        nearest_before: For each of these, the nearest picture to forget, same shape.
         after: Pictures of the edited model, same seeds, same shape.
-        nearest_after: Likewise.
+        nearest_after: For each of these, the nearest picture to forget, same shape.
         captions: One per column.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What an edit does to pictures that it should leave alone: how far each moved, and how the set of them changed.
+"""Measures how much an edit changes pictures that it should not change: each picture, and the set of all pictures.
 
-Both compare pictures of the same prompts and seeds before and after the edit. Drift is paired, picture by picture; the
-kernel distance (KID) and the Fréchet distance (FID) compare the sets.
+Both measures compare pictures of the same prompts and seeds before and after the edit. Drift is paired, picture by
+picture; the kernel distance (KID) and the Fréchet distance (FID) compare the sets.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 Features = Callable[[Tensor], Tensor]
-"""From pictures (B, 3, H, W), float in [0, 1], to features (B, D)."""
+"""Maps pictures (B, 3, H, W), float in [0, 1], to features (B, D)."""
 
 FEATURES = ("judge", "inception")
-"""What sets of pictures can be compared in."""
+"""Features that sets of pictures can be compared in."""
 
 
 class PairedDrift(Metric):
-    """How far pictures moved: in pixels, and in a judge's features as LPIPS does in a network's.
+    """Measures how much pictures have changed, in pixels and in a judge's features (as LPIPS does with a network's).
 
     Args:
-        features: Features to compare in; None leaves that out.
+        features: Features to compare in; None compares only pixels.
         **kwargs: Passed on to ``torchmetrics.Metric``.
     """
 
@@ -51,7 +51,7 @@ class PairedDrift(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Enter pairs of pictures (B, 3, H, W), float in [0, 1]."""
+        """Add pairs of pictures (B, 3, H, W), float in [0, 1]."""
         mse = (after.double() - before.double()).square().flatten(1).mean(dim=1)
         self.mse += mse.sum().to(self.mse.device)
         self.rmse += mse.sqrt().sum().to(self.rmse.device)
@@ -64,9 +64,9 @@ class PairedDrift(Metric):
         """Return the drift; empty if there were no pictures.
 
         Returns:
-            ``rmse``: root-mean-square difference of a picture, in parts of full scale, averaged over pictures; ``psnr``
-            in dB, of the mean squared difference of all (infinite if nothing moved); ``features``: cosine distance in
-            features, averaged, if there are features; ``pictures``: how many.
+            ``rmse``: root-mean-square difference of a picture, as a fraction of full scale, averaged over pictures;
+            ``psnr`` in dB, of the mean squared difference over all pictures (infinite if there is no difference);
+            ``features``: mean cosine distance in features, if features are given; ``pictures``: number of pictures.
         """
         count = float(self.count)
         if not count:
@@ -79,18 +79,18 @@ class PairedDrift(Metric):
 
 
 def of_bytes(features: Features) -> Features:
-    """``features`` of pictures (B, 3, H, W) in bytes, as they are kept."""
+    """Make ``features`` accept pictures (B, 3, H, W) in bytes, the type in which they are stored."""
     return lambda images: features(images.float() / 255)
 
 
 def inception_features(device: str | torch.device = "cpu") -> Features:
-    """Features (B, 2048) of Inception v3 as published FIDs use them, by torch-fidelity, of pictures in bytes.
+    """Features (B, 2048) of Inception v3 for pictures in bytes, from torch-fidelity, as in published FIDs.
 
     Args:
-        device: Where the network runs.
+        device: Device of the network.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or its weights cannot be had.
+        ValueError: torch-fidelity is not installed, or its weights are not available.
     """
     check_features("inception")
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -102,8 +102,8 @@ def inception_features(device: str | torch.device = "cpu") -> Features:
     except (OSError, RuntimeError, UnpicklingError) as error:  # no network; another file; a damaged one
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"features='inception' needs the weights {URL_INCEPTION_V3}, which cannot be had ({reason}): "
-            f"put that file at {file}, or take features='judge'."
+            f"features='inception' needs the weights {URL_INCEPTION_V3}, which cannot be loaded ({reason}): "
+            f"put that file at {file}, or choose features='judge'."
         ) from error
     return network.to(device)
 
@@ -121,53 +121,53 @@ def check_features(features: str) -> None:
 
 
 class _Given(nn.Module):
-    """Stands where torchmetrics expects a network, since features are computed once for both distances."""
+    """Replaces the network that torchmetrics expects, since features are computed once for both distances."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """The features as they are."""
+        """Return ``features`` unchanged."""
         return features
 
 
 class SetDistance:
-    """KID (Bińkowski et al., 2018) and FID (Heusel et al., 2017) of pictures after an edit from those before.
+    """KID (Bińkowski et al., 2018) and FID (Heusel et al., 2017) between pictures before and after an edit.
 
     Args:
-        features: From pictures (B, 3, H, W), uint8, to features (B, D): ``of_bytes(judge.features)`` or
+        features: Maps pictures (B, 3, H, W), uint8, to features (B, D): ``of_bytes(judge.features)`` or
             ``inception_features()``.
-        device: Where they are collected.
+        device: Device that collects the features.
     """
 
     def __init__(self, features: Features, device: str | torch.device = "cpu") -> None:
         self.features, self.device = features, torch.device(device)
         self.num_features = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)).shape[1]
         given = _Given(self.num_features)
-        with warnings.catch_warnings():  # of the memory that features of very many pictures take
+        with warnings.catch_warnings():  # it warns that features of very many pictures take memory
             warnings.filterwarnings("ignore", ".*will save all extracted features")
             self.kernel = KernelInceptionDistance(feature=given, subsets=50, subset_size=50).to(self.device)
         self.frechet = FrechetInceptionDistance(feature=given).to(self.device)
 
     @torch.no_grad()
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Enter pictures (B, 3, H, W), uint8."""
+        """Add pictures (B, 3, H, W), uint8."""
         for pictures, real in ((before, True), (after, False)):
             features = self.features(pictures.to(self.device)).to(self.device)
             self.kernel.update(features, real=real)
             self.frechet.update(features.double(), real=real)
 
     def compute(self, seed: int = 0) -> dict[str, float | None]:
-        """The distances; to be called on every rank.
+        """Compute the distances; every rank must call it.
 
         Args:
-            seed: Of the subsets of KID; of fewer pictures than a subset all are taken.
+            seed: Seed of the subsets of KID; if there are fewer pictures than a subset holds, all are used.
 
         Returns:
-            ``kid`` and ``kid_std``, mean and standard deviation over subsets, and ``fid``: None unless there are more
-            pictures than features, since the covariance is singular below that, and its distance mostly tells how few
-            they are. Empty if there are fewer than two pictures.
+            ``kid`` and ``kid_std``, mean and standard deviation over subsets, and ``fid``. ``fid`` is None unless there
+            are more pictures than features, since otherwise the covariance is singular and the distance mostly reflects
+            the small number of pictures. Empty if there are fewer than two pictures.
         """
         kernel = self.kernel
         kernel.sync(should_sync=torch.distributed.is_available() and torch.distributed.is_initialized())

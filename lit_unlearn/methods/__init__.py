@@ -1,1 +1,1 @@
-"""LightningModules: one file per method, its loss and nothing else."""
+"""LightningModules: one file per method, with its loss and nothing else."""

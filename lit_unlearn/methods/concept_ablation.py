@@ -1,8 +1,8 @@
-"""Concept Ablation (Kumari et al., ICCV 2023): prompts of a concept come to draw what an anchor's prompts draw.
+"""Concept Ablation (Kumari et al., ICCV 2023): trains prompts of a concept to draw what an anchor's prompts draw.
 
 Data flow: before the first step the pretrained model draws pictures of the anchor's prompts, once, into a cache on
-disk. A step noises some of them and descends the error between the prediction for the concept's prompt and either the
-prediction for the anchor's prompt (model-based) or the noise itself (noise-based).
+disk. A step adds noise to some of them and reduces the error between the prediction for the concept's prompt and either
+the prediction for the anchor's prompt (model-based) or the noise itself (noise-based).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lit_unlearn.system.pixels import to_uint8
 
 
 class Draw(NamedTuple):
-    """What a step learns from.
+    """The data of one step.
 
     Attributes:
         latents: Clean anchor pictures, (B, C, H, W).
         noise: Standard normal, (B, C, H, W).
         timesteps: (B,).
-        mask: Latents that count, (B, 1, H, W), bool.
-        prompts: Places of the prompts among ``concept_prompts`` and ``anchor_prompts``, (B,), on the CPU.
+        mask: Latents that count in the loss, (B, 1, H, W), bool.
+        prompts: Indices into ``concept_prompts`` and ``anchor_prompts``, (B,), on the CPU.
     """
 
     latents: Tensor
@@ -49,22 +49,22 @@ class ConceptAblation(GradientEditor, ConceptEditor):
     """Trains the model to predict for prompts of the concept what it predicts for prompts of its anchor.
 
     Args:
-        objective: What the prediction for the concept's prompt is to equal: ``model`` (a prediction for the anchor's
-            prompt) or ``noise`` (the noise that the anchor's picture was given).
-        reference: Which network makes that prediction: ``live`` (the edited one, no gradient; as in the paper) or
-            ``frozen`` (the pretrained one).
+        objective: Target of the prediction for the concept's prompt: ``model`` (a prediction for the anchor's prompt)
+            or ``noise`` (the noise that was added to the anchor's picture).
+        reference: Network that makes the prediction for the anchor's prompt: ``live`` (the edited one, no gradient; as
+            in the paper) or ``frozen`` (the pretrained one).
         prompts: ``pairs`` (the set's edit prompts, anchored by its target prompts), or ``names`` (the concept's
             ``anchor``, and the same with the target's name replaced by each of the concept's names).
-        images: Anchor pictures of each concept; they take the anchor's prompts in turn.
+        images: Number of anchor pictures of each concept; they use the anchor's prompts in turn.
         anchor_inference_steps: Denoising steps of the anchor pictures; null takes ``num_inference_steps``.
         anchor_guidance_scale: Guidance of the anchor pictures; null takes ``guidance_scale``.
-        anchor_folder: Where they are kept for later runs.
+        anchor_folder: Folder that keeps the anchor pictures for later runs.
         anchor_batch_size: Anchor pictures drawn at once.
         prior_weight: Weight of the diffusion loss of the anchor pictures with their own prompts; 0 leaves it out.
-        augmentation: Learn from pictures at random scales, with the words that say so in the prompts.
-        freeze_bos: Give keys and values of the first token no gradient, as the paper's code does.
-        scale_lr: Multiply the learning rate by the pictures of an optimizer step: batch over all devices times
-            accumulated batches.
+        augmentation: Train on pictures at random scales, with words in the prompts that describe the scale.
+        freeze_bos: Stop the gradient through keys and values of the first token, as in the paper's code.
+        scale_lr: Multiply the learning rate by the number of pictures of an optimizer step: batch over all devices
+            times accumulated batches.
         optimizer: Optimizer of the edited weights.
         edited_parameters: ``xattn-kv``, ``full``, ``embedding`` (of the token embedding only the concept's own rows
             learn), another group, or a pattern.
@@ -103,7 +103,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             raise ValueError(f"model.prior_weight={prior_weight} must not be negative: 0 leaves the regulariser out.")
         if objective == "model" and reference == "live" and (circle := anchored_in_circle(self.edited)):
             raise ValueError(
-                f"model.reference=live would have {', '.join(circle)} chase each other, since each is an anchor of "
+                f"model.reference=live has no fixed target for {', '.join(circle)}, since each is an anchor of "
                 "another: set model.reference to frozen."
             )
         self.objective, self.reference, self.images = objective, reference, images
@@ -119,21 +119,21 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         endings = [(mine, theirs, words) for words in self.words for pair in self.pairs for mine, theirs in pair]
         self.concept_prompts = [mine + words for mine, _, words in endings]
         self.anchor_prompts = [theirs + words for _, theirs, words in endings]
-        self.num_pairs = images * len(self.edited)  # a batch is one of pictures
+        self.num_pairs = images * len(self.edited)  # a batch holds pictures
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights that the pattern selects.
 
         Raises:
-            ValueError: It selects one that no prediction depends on.
+            ValueError: It selects a weight that does not affect any prediction.
         """
-        why = ", which predicts no noise: choose weights of unet and text_encoder."
+        why = ", which does not affect any prediction: choose weights of unet and text_encoder."
         return self.select_only(names, lambda name: not name.startswith("vae."), why)
 
     # --- set-up
 
     def configure_model(self) -> None:
-        """Load the pipeline and, where the token embedding learns, keep all but the concepts' rows from it."""
+        """Load the pipeline; if the token embedding is trained, restrict its gradient to the concepts' rows."""
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
@@ -152,7 +152,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         """Tokens of the concepts' names that do not occur in their anchors.
 
         Raises:
-            ValueError: A concept has none.
+            ValueError: A concept does not have such a token.
         """
 
         def tokens(texts: Sequence[str]) -> set[int]:
@@ -163,14 +163,14 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             own = tokens(concept.names) - tokens([concept.anchor, *(anchor for _, anchor in pair)])
             if not own:
                 raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} leaves no row to learn: the anchor of "
-                    f"{concept.name!r} has all tokens of its names ({', '.join(concept.names)})."
+                    f"edited_parameters={self.edited_parameters!r} leaves no row to train, since the anchor of "
+                    f"{concept.name!r} has all tokens of its names ({', '.join(concept.names)}): choose another anchor."
                 )
             found |= own
         return sorted(found)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the edited weights, its learning rate scaled if ``scale_lr`` says so."""
+        """The optimizer of the edited weights, its learning rate scaled if ``scale_lr`` is set."""
         optimizer = super().make_optimizer()
         if self.scale_lr:
             batch = getattr(self.trainer.datamodule, "batch_size", None) or self.num_pairs  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Draw, or read, the anchor pictures; encode what stays."""
+        """Draw or read the anchor pictures; encode the prompts whose encoding does not change."""
         super().on_fit_start()
         self.concept_tokens, self.anchor_tokens = map(
             self.pipeline.tokenize, (self.concept_prompts, self.anchor_prompts)
@@ -197,7 +197,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.draw_anchors()
 
     def draw_anchors(self) -> None:
-        """Latents (concepts * images, C, H, W) of the anchor pictures, on the CPU, and the place of their prompts."""
+        """Make the anchor pictures: latents (concepts * images, C, H, W) on the CPU, and indices of their prompts."""
         sampler = PretrainedSampler(
             self, self.anchor_inference_steps, self.anchor_guidance_scale, self.anchor_folder, self.anchor_batch_size
         )
@@ -217,7 +217,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
     # --- a step
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The paper's model-based or noise-based loss, without a weight of the timestep, and the regulariser.
+        """The paper's model-based or noise-based loss plus the regulariser, all timesteps with the same weight.
 
         Args:
             batch: Anchor pictures, numbered as ``ConceptPrompts`` does, (B,).
@@ -244,12 +244,12 @@ class ConceptAblation(GradientEditor, ConceptEditor):
 
     @torch.no_grad()
     def anchor_prediction(self, x_t: Tensor, draw: Draw, anchored: Tensor | None) -> Tensor:
-        """What the reference predicts for the anchors' prompts (B, C, H, W), no gradient.
+        """Predictions (B, C, H, W) of the reference network for the anchors' prompts, without a gradient.
 
         Args:
             x_t: Noised anchor pictures, (B, C, H, W).
-            draw: What the step learns from.
-            anchored: The live network's prediction, if it is known already.
+            draw: Data of the step.
+            anchored: The live network's prediction, if it was computed before.
         """
         if self.reference == "frozen":
             return self.pretrained_prediction(x_t, draw.timesteps, self.anchor_known[draw.prompts])
@@ -258,7 +258,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         return self.pipeline.predict(x_t, draw.timesteps, self.condition("anchor", draw.prompts))
 
     def condition(self, kind: Literal["concept", "anchor"], places: Tensor) -> Condition:
-        """Of the prompts at ``places`` (B,), by the live text encoder."""
+        """Encode the prompts at ``places`` (B,) with the live text encoder."""
         tokens, known = {
             "concept": (self.concept_tokens, self.concept_known),
             "anchor": (self.anchor_tokens, self.anchor_known),
@@ -266,7 +266,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         return self.pipeline.encode(tokens[places]) if self.trains_text else known[places]
 
     def draw(self, batch: Tensor, batch_idx: int) -> Draw:
-        """What the items of ``batch`` (B,) stand for; each depends on seed, epoch, step and item alone."""
+        """Draw the data for the items of ``batch`` (B,); each item depends only on seed, epoch, step and item."""
         timesteps, noise, latents, masks, prompts = [], [], [], [], []
         for item, generator in zip(batch.tolist(), self.generators(batch, batch_idx), strict=True):
             number = item % self.num_pairs
@@ -299,7 +299,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         return self.pictures[number].float() / 255
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and undo what weight decay does to embedding rows that have no gradient."""
+        """Step, and undo the weight decay of embedding rows without a gradient."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             for name, rows in self.rows.items():
@@ -309,12 +309,13 @@ class ConceptAblation(GradientEditor, ConceptEditor):
 
 
 def ablation_pairs(concept: Concept, prompts: Literal["pairs", "names"]) -> list[tuple[str, str]]:
-    """Prompts of ``concept``, each with the anchor's prompt that takes its place.
+    """Prompts of ``concept``, each paired with the anchor's prompt.
 
     Args:
         concept: The concept.
-        prompts: ``pairs``: the set's own. ``names``: the anchor, and the anchor with the target's name replaced by each
-            name of the concept, or with that name added where the anchor does not name the target.
+        prompts: ``pairs``: the set's own pairs. ``names``: the anchor, paired with the anchor in which the target's
+            name is replaced by each name of the concept, or to which that name is added if the anchor does not name the
+            target.
     """
     if prompts == "pairs":
         return list(zip(concept.edit_prompts, concept.target_prompts, strict=True))
@@ -327,7 +328,7 @@ def ablation_pairs(concept: Concept, prompts: Literal["pairs", "names"]) -> list
 
 
 def anchored_in_circle(concepts: Sequence[Concept]) -> list[str]:
-    """Names of those of ``concepts`` whose anchors lead back to them, or to others that do: dog to cat, cat to dog."""
+    """Names of the ``concepts`` whose anchors or targets name each other without end: dog to cat, cat to dog."""
     left = list(concepts)
 
     def leads_on(concept: Concept) -> bool:
@@ -340,14 +341,14 @@ def anchored_in_circle(concepts: Sequence[Concept]) -> list[str]:
 
 
 def masked_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the pictures of the mean squared error where ``mask`` (B, 1, H, W) is true, (); float32."""
+    """Mean squared error where ``mask`` (B, 1, H, W) is true, averaged over the pictures; a scalar, float32."""
     errors = (prediction.float() - target.float()).square() * mask
     return (errors.sum(dim=(1, 2, 3)) / (mask.sum(dim=(1, 2, 3)) * errors.shape[1])).mean()
 
 
 @contextmanager
 def first_token_detached(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let no gradient through the first position of what ``layers`` put out, (B, L, D); values stay as they are."""
+    """Stop the gradient through the first position of the outputs (B, L, D) of ``layers``; values do not change."""
 
     def detach(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)

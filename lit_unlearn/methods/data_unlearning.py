@@ -1,9 +1,9 @@
-"""What the data-unlearning methods share: pairs of latents, and two gradients that are kept apart.
+"""Base of the data-unlearning methods: pairs of latents, and two separate gradients.
 
-Data flow: before the first step the pictures to keep and to forget are encoded once, sharded over processes, and so
-are their captions. A step takes a batch of pairs (x, a), in parts that fit in memory; each pair has one noise and one
-timestep. A method's ``losses`` gives a loss per pair for what it keeps and what it forgets; their gradients are summed
-over the parts and over processes, ``combine`` makes one of them, and it is clipped to a global norm.
+Data flow: before the first step the pictures to keep and to forget and their captions are encoded once, divided among
+processes. A step takes a batch of pairs (x, a), in parts that fit in memory; each pair has one noise and one timestep.
+A method's ``losses`` gives, per pair, a loss for the picture to keep and one for the picture to forget. Their gradients
+are summed over the parts and over processes, ``combine`` makes one gradient of them, and its global norm is clipped.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Pairs:
     Attributes:
         keep: Latents x, (B, C, H, W).
         forget: Latents a, (B, C, H, W).
-        noise: The one noise of both, standard normal, (B, C, H, W).
-        timesteps: The one timestep of both, (B,).
-        keep_condition: What the denoiser is told of the captions of x.
-        forget_condition: Of the captions of a.
-        same_caption: Whether they are the same, (B,), bool.
-        from_forget: The mixture's choice: whether a is noised and shown to the UNet in place of x, (B,), bool.
+        noise: The noise that both share, standard normal, (B, C, H, W).
+        timesteps: The timestep that both share, (B,).
+        keep_condition: Encoded captions of x.
+        forget_condition: Encoded captions of a.
+        same_caption: Whether x and a have the same caption, (B,), bool.
+        from_forget: The mixture's choice: whether a is noised and given to the UNet instead of x, (B,), bool.
         uniform: Uniform noise in [0, 1), (B, C, H, W).
-        n: Pictures that x and a were paired among, (B,), float.
-        k: Those of them that are to be forgotten, (B,), float.
+        n: Number of pictures that x and a were drawn from, (B,), float.
+        k: Number of these pictures that should be forgotten, (B,), float.
     """
 
     keep: Tensor
@@ -57,14 +57,14 @@ class Pairs:
 
 
 class DataUnlearning(GradientEditor, ImageEditor):
-    """Base of the methods that unlearn pictures; a method adds ``losses`` and, if it has two, ``subtraction``.
+    """Base of the methods that unlearn pictures; a method adds ``losses`` and, if it has two losses, ``subtraction``.
 
     Args:
-        min_timestep: Least timestep that is drawn.
-        max_timestep: Greatest timestep, exclusive.
-        micro_batch_size: Pairs that pass through the UNet at once; null takes the whole batch. It changes memory, not
-            the result.
-        max_grad_norm: The combined gradient is scaled down to this norm if it is longer; null leaves it.
+        min_timestep: Smallest timestep that is drawn.
+        max_timestep: Largest timestep, exclusive.
+        micro_batch_size: Number of pairs that pass through the UNet at once; null takes the whole batch. It changes the
+            memory used, not the result.
+        max_grad_norm: The combined gradient is scaled down to this norm if its norm is larger; null never scales.
         edited_parameters: Group or pattern of UNet weights.
         **kwargs: See ``GradientEditor`` and ``ImageEditor``.
 
@@ -73,13 +73,13 @@ class DataUnlearning(GradientEditor, ImageEditor):
     """
 
     mixture = 0.5
-    """λ: how often the mixture's choice is the picture to forget."""
+    """λ: how often the mixture chooses the picture to forget."""
     shares_graph = False
-    """Whether the two losses come from one forward, which must outlive the first backward."""
+    """Whether the two losses come from one forward, whose graph must be kept after the first backward."""
     subtraction: Subtraction
-    """How the gradient of what is forgotten is subtracted, in a method with two losses."""
+    """How the gradient of the forget loss is subtracted, in a method with two losses."""
     draws_from_all = False
-    """Whether x is drawn from X, keep and forget together."""
+    """Whether x is drawn from X, the pictures to keep and to forget together."""
 
     def __init__(
         self,
@@ -96,13 +96,13 @@ class DataUnlearning(GradientEditor, ImageEditor):
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ValueError(f"model.max_grad_norm={max_grad_norm} must be positive, or null for no limit.")
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        self.automatic_optimization = False  # two gradients of one forward, kept apart until they are combined
+        self.automatic_optimization = False  # two gradients of one forward, separate until they are combined
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
 
     @property
     def fit_plan(self) -> FitPlan:
-        """Pairs in an order of the method's seed."""
+        """Pairs in an order that depends on the method's seed."""
         return FitPlan(seed=self.seed, draws_from_all=self.draws_from_all)
 
     def select(self, names: Sequence[str]) -> list[str]:
@@ -111,7 +111,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         Raises:
             ValueError: It selects another weight.
         """
-        why = ": data is unlearned in the UNet; choose full, xattn or a pattern within unet."
+        why = ": this method edits only the UNet; choose full, xattn or a pattern within unet."
         return self.select_only(names, lambda name: name.startswith("unet."), why)
 
     # --- fit
@@ -120,11 +120,11 @@ class DataUnlearning(GradientEditor, ImageEditor):
         """Encode pictures and captions.
 
         Raises:
-            ValueError: The precision needs a loss scaler, which two gradients do not have.
+            ValueError: The precision needs a loss scaler, which cannot be used with two gradients.
         """
         super().on_fit_start()
         if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision=16-mixed scales one loss, but here are two: use bf16-mixed or 32-true.")
+            raise ValueError("trainer.precision=16-mixed scales one loss, not two: use bf16-mixed or 32-true.")
         pictures = [*self.images.keep, *self.images.forget]
         self.latents = self.processes.made_once(
             len(pictures), lambda numbers: self.encode_images([pictures[i] for i in numbers])
@@ -135,7 +135,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
             self.conditions = self.pipeline.encode_many(captions)
 
     def pairs(self, batch: Tensor, batch_idx: int) -> Pairs:
-        """The pairs that ``batch`` (B, 3) numbers, with all that is drawn for them, per place in the global batch."""
+        """The pairs numbered in ``batch`` (B, 3), with random numbers that depend on the place in the global batch."""
         places, x, a = batch.cpu().unbind(dim=1)
         num_keep, shape = len(self.images.keep), self.latents.shape[1:]
         timesteps, noise, choice, uniform = [], [], [], []
@@ -162,14 +162,14 @@ class DataUnlearning(GradientEditor, ImageEditor):
 
     @abstractmethod
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
-        """Losses (B,) of ``pairs``: one to descend, or one of what is kept and one of what is forgotten.
+        """Losses (B,) of ``pairs``: one to minimise, or one for the pictures to keep and one for those to forget.
 
-        Of two from separate forwards, the second is asked for after the first has been differentiated, so that only
+        If two losses come from separate forwards, the second is computed after the backward of the first, so that only
         one graph is in memory at a time.
         """
 
     def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
-        """The gradient to descend, from those of the two losses: as ``subtraction`` says."""
+        """Combine the gradients of the two losses into the gradient of the step, as ``subtraction`` says."""
         combined, scale = self.subtraction.combine(keep, forget)
         norms = {"train/norm_keep": global_norm(keep), "train/norm_forget": global_norm(forget)}
         self.log_dict({**norms, "train/scale": scale})
@@ -180,9 +180,9 @@ class DataUnlearning(GradientEditor, ImageEditor):
 
         Args:
             latents: x or a.
-            pairs: Where noise and timesteps come from.
-            condition: Of their captions.
-            target: What the denoiser should say; the noise or velocity by default.
+            pairs: Pairs with the noise and the timesteps to use.
+            condition: Encoded captions.
+            target: What the denoiser should predict; by default the noise or velocity.
         """
         noise = self.pipeline.noise
         if target is None:
@@ -195,7 +195,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         return self.pipeline.noise.levels(pairs.noise.float(), pairs.timesteps)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """One optimizer step on the pairs that ``batch`` (B, 3) numbers."""
+        """One optimizer step on the pairs numbered in ``batch`` (B, 3)."""
         optimizer: Any = self.optimizers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         sums: list[list[Tensor]] = []
@@ -228,8 +228,8 @@ class DataUnlearning(GradientEditor, ImageEditor):
             schedule.step()  # type: ignore[union-attr]
 
     def average(self, gradients: list[Tensor]) -> None:
-        """Divide by the size of the global batch, after summing over processes, in place."""
-        if self.trainer.world_size > 1:  # DDP's own averaging sees only what ``backward`` writes, and one gradient
+        """Sum over processes and divide by the size of the global batch, in place."""
+        if self.trainer.world_size > 1:  # DDP averages only the one gradient that ``backward`` writes
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             flat = self.processes.total(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

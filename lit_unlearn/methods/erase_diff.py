@@ -1,4 +1,4 @@
-"""EraseDiff (Wu et al., 2024), in the form that the SISS reference compares with."""
+"""EraseDiff (Wu et al., 2024), in the form that the SISS reference compares to."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs, square_er
 
 
 class EraseDiff(DataUnlearning):
-    """Descends the loss of what is kept, and teaches the model to predict uniform noise on what is forgotten.
+    """Keeps training on the pictures to keep, and trains the model to predict uniform noise on the pictures to forget.
 
-    ``g = g_x + max(η − ⟨g_x, g_a⟩ / ‖g_a‖², 0) g_a``: of ``g_a``, as much as makes sure that it descends, too.
+    ``g = g_x + max(η − ⟨g_x, g_a⟩ / ‖g_a‖², 0) g_a``: adds just enough of ``g_a`` to lower the forget loss too.
 
     Args:
-        eta: η, the least descent of the forget loss, in parts of ``‖g_a‖²``.
+        eta: η, the smallest decrease of the forget loss, in units of ``‖g_a‖²``.
         **kwargs: See ``DataUnlearning``.
     """
 
     def __init__(self, eta: float = 1e-2, **kwargs: object) -> None:
         if eta <= 0:
-            raise ValueError(f"model.eta={eta} must be positive: with 0 the forget loss may stay as it is.")
+            raise ValueError(f"model.eta={eta} must be positive: with 0 the forget loss need not decrease.")
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.eta = eta
 
@@ -35,7 +35,7 @@ class EraseDiff(DataUnlearning):
         yield square_error(noise.noise_of(output, a_t, pairs.timesteps), pairs.uniform)
 
     def combine(self, keep: list[Tensor], forget: list[Tensor]) -> list[Tensor]:
-        """``g_x`` and as much of ``g_a`` as is needed."""
+        """``g_x`` plus as much of ``g_a`` as is needed to lower the forget loss."""
         scale = erase_diff_scale(keep, forget, self.eta)
         self.log_dict(
             {"train/norm_keep": global_norm(keep), "train/norm_forget": global_norm(forget), "train/scale": scale}

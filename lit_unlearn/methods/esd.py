@@ -1,9 +1,9 @@
-"""Erased Stable Diffusion (Gandikota et al., 2023): the model learns to be guided away from a concept by itself.
+"""Erased Stable Diffusion (Gandikota et al., 2023): trains the model to predict as if guided away from a concept.
 
 Data flow: a sampling chain of the concept's prompt with classifier-free guidance passes through states x_t. At such a
-state the frozen model's predictions for the prompt and for the empty prompt make the target, and the edited weights
-learn to predict it for the prompt. With the frozen model's chains those two predictions are what guidance has computed
-anyway, so that whole chains are kept, shuffled and used up before new ones are made.
+state the target is computed from the frozen model's predictions for the prompt and for the empty prompt, and the edited
+weights are trained to predict it for the prompt. In the frozen model's chains, guidance has already computed these two
+predictions, so whole chains are kept, shuffled and used up before new ones are made.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lit_unlearn.methods.shared.gradient import GradientEditor
 
 
 class States(NamedTuple):
-    """What a step is trained on.
+    """The data of one step.
 
     Attributes:
-        model_input: x_t as the UNet sees it, (B, C, H, W).
+        model_input: x_t, scaled as the UNet's input, (B, C, H, W).
         timesteps: t, (B,).
         prompts: Number of the prompt that each x_t was drawn for, (B,).
-        noise_preds: The frozen model's predictions for the empty prompt, the prompt and, if there is one,
-            ``erase_from``, (B, C, H, W) each.
+        noise_preds: The frozen model's predictions for the empty prompt, the prompt and, if given, ``erase_from``,
+            (B, C, H, W) each.
     """
 
     model_input: Tensor
@@ -44,26 +44,27 @@ class States(NamedTuple):
 class ESD(GradientEditor, ConceptEditor):
     """Erases a concept by negative guidance of the frozen model.
 
-    Several concepts are erased in one run: each state belongs to a prompt of one of them. With kept states the shuffle
-    draws it; else the data does, and all concepts have the same share.
+    One run can erase several concepts: each state belongs to a prompt of one of them. If states are kept, the shuffle
+    chooses the prompt; otherwise the data does, and all concepts have the same share.
 
     Args:
         eta: Strength of the negative guidance; see ``eta_form``.
         eta_form: ``paper``: the target is ``e_0 - eta (e_c - e_0)``. ``code``: it is ``e_from - eta (e_c - e_0)``, as
             in the authors' code of 2025, which without ``erase_from`` equals ``paper`` with ``eta - 1``.
-        start_guidance: Strength of the guidance of the chains.
-        num_chain_steps: Steps of the sampler of a whole chain.
+        start_guidance: Guidance scale of the chains.
+        num_chain_steps: Sampler steps of a whole chain.
         chain_sampler: Sampler of the chains: the ``model``'s own, or ``ddim``.
-        states_from: Whose chains x_t comes from: ``frozen`` (the authors' code of 2025) or ``edited`` (that of 2023),
-            which needs ``states_per_chain=one``.
-        states_per_chain: ``all``: chains are made many at once, every state is used, and the chain's own predictions
-            make the target. ``one``: every state has a chain of its own, sampled to a random stop, as in the authors'
-            codes.
-        chains: Chains made at once (``all`` only); 2 or, with ``erase_from``, 3 times as many pass through the UNet.
+        states_from: Model whose chains give x_t: ``frozen`` (the authors' code of 2025) or ``edited`` (their code of
+            2023), which needs ``states_per_chain=one``.
+        states_per_chain: ``all``: many chains are made at once, every state is used, and the target is computed from
+            the chain's own predictions. ``one``: every state has its own chain, sampled to a random stop, as in the
+            authors' codes.
+        chains: Chains made at once (``all`` only); 2 times as many inputs pass through the UNet, or 3 times with
+            ``erase_from``.
         passes: How often each state is used before new chains are made (``all`` only).
-        erase_from: Prompt of what the concept is erased from (``c_from``); null is the concept's own. Needs
+        erase_from: Prompt to erase the concept from (``c_from``); null takes the concept's own prompt. Needs
             ``eta_form=code``.
-        prompts: What the concept's prompt is: its bare ``names``, or its ``edit_prompts``.
+        prompts: Which prompts a concept has: its bare ``names``, or its ``edit_prompts``.
         edited_parameters: Group or pattern of UNet weights.
         **kwargs: See ``GradientEditor``, ``ConceptEditor`` and ``DiffusionEditor``.
 
@@ -92,23 +93,23 @@ class ESD(GradientEditor, ConceptEditor):
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
         if not eta > 0:
             raise ValueError(
-                f"model.eta={eta} guides away from nothing: give a positive number (1 in the paper's form, 2 in the "
-                "code's)."
+                f"model.eta={eta} does not guide away from the concept: give a positive number (1 in the paper's form, "
+                "2 in the code's)."
             )
         if not start_guidance >= 0:
-            raise ValueError(f"model.start_guidance={start_guidance} is negative: the paper's is 3.")
+            raise ValueError(f"model.start_guidance={start_guidance} must not be negative: the paper uses 3.")
         for field, value in {"num_chain_steps": num_chain_steps, "chains": chains, "passes": passes}.items():
             if value < 1:
                 raise ValueError(f"model.{field}={value} must be at least 1.")
         self.base.check_steps(num_chain_steps, "model.num_chain_steps", chain_sampler)
         if states_from == "edited" and states_per_chain == "all":
             raise ValueError(
-                "model.states_from='edited' takes each state from the weights of the moment, so that none can be kept: "
+                "model.states_from='edited' samples each state with the current weights, so states cannot be kept: "
                 "set model.states_per_chain=one."
             )
         if erase_from is not None and eta_form == "paper":
             raise ValueError(
-                f"model.erase_from={erase_from!r} does not occur in the paper's form of the target: "
+                f"model.erase_from={erase_from!r} has no effect in the paper's form of the target: "
                 "set model.eta_form=code."
             )
         self.eta, self.eta_form, self.erase_from = eta, eta_form, erase_from
@@ -117,7 +118,7 @@ class ESD(GradientEditor, ConceptEditor):
         self.chains, self.passes = chains, passes
         self.targets_of_edited = [(c, [("", erase_from)] if erase_from else []) for c in self.edited]
         of_concepts = [c.names if prompts == "names" else c.edit_prompts for c in self.edited]
-        # In turn, so that a few neighbours among them belong to all concepts, each as often as the others.
+        # Concepts take turns, so that any few consecutive prompts contain each concept equally often.
         self.prompts = [own[i % len(own)] for i in range(max(map(len, of_concepts))) for own in of_concepts]
         self.num_pairs = len(self.prompts)
 
@@ -128,11 +129,11 @@ class ESD(GradientEditor, ConceptEditor):
             ValueError: It selects another weight.
         """
         groups = "xattn, xattn-kv, noxattn, selfattn, full"
-        why = f": ESD edits weights of the UNet only; choose {groups} or a pattern within unet."
+        why = f": ESD edits only weights of the UNet; choose {groups} or a pattern within unet."
         return self.select_only(names, lambda name: name.startswith("unet."), why)
 
     def on_fit_start(self) -> None:
-        """Encode the prompts, and forget what another run may have kept."""
+        """Encode the prompts, and drop states that an earlier run may have kept."""
         super().on_fit_start()
         prompts = ["", *self.prompts, *([] if self.erase_from is None else [self.erase_from])]
         with torch.no_grad():
@@ -150,7 +151,7 @@ class ESD(GradientEditor, ConceptEditor):
         """Error of the edited weights' prediction against the frozen model's negative guidance.
 
         Args:
-            batch: Prompts, numbered as ``ConceptPrompts`` does, (B,); with kept states the places in the global batch.
+            batch: Numbers of prompts, as in ``ConceptPrompts``, (B,); if states are kept, places in the global batch.
             batch_idx: Number of the step within the epoch.
         """
         take = self.kept_states if self.states_per_chain == "all" else self.sampled_states
@@ -158,21 +159,21 @@ class ESD(GradientEditor, ConceptEditor):
         uncond, concept, *erase_from = (pred.float() for pred in states.noise_preds)
         base = uncond if self.eta_form == "paper" else (*erase_from, concept)[0]
         target = esd_target(base, concept, uncond, self.eta)
-        condition = self.conditions(states.prompts)[-1]  # erase_from's, or else the prompts'
+        condition = self.conditions(states.prompts)[-1]  # that of erase_from, if given, else that of the prompts
         noise_pred = self.pipeline.predict(states.model_input, states.timesteps, condition)
         loss = F.mse_loss(noise_pred.float(), target)
         self.log_losses({"train/loss": loss}, batch)
         return loss
 
     def conditions(self, prompts: Tensor) -> list[Condition]:
-        """Of the empty prompt, of the prompts of numbers ``prompts`` (B,), and of ``erase_from`` if there is one."""
+        """Conditions of the empty prompt, of the prompts numbered ``prompts`` (B,) and, if given, of ``erase_from``."""
         own = [self.unconditional, self.of_prompts[prompts], *([self.of_erase_from] if len(self.of_erase_from) else [])]
         return [condition.expand(len(prompts)) for condition in own]
 
     # --- states_per_chain: all
 
     def kept_states(self, batch: Tensor, batch_idx: int) -> States:
-        """The next states of the frozen model's chains: slot j of global step n takes that of use ``n * size + j``."""
+        """The next states of the frozen model's chains: place j of global step n gets the state of use n * size + j."""
         if not self.global_batch_size:
             size = self.trainer.strategy.reduce(torch.tensor(len(batch), device=self.device), reduce_op="sum")
             self.global_batch_size = int(size)
@@ -180,7 +181,7 @@ class ESD(GradientEditor, ConceptEditor):
         first = step * self.global_batch_size
         places = [self.schedule.place(first + item // self.num_pairs) for item in batch.tolist()]
         rows: dict[int, Tensor] = {}
-        # Every process makes its share of all chains that the global batch needs, of its own items or not.
+        # Every process makes its share of all chains that the global batch needs, not only those of its own items.
         for refresh in self.schedule.refreshes(first, self.global_batch_size):
             self.make_chains(refresh)
             rows |= {i: self.kept[p.chain, p.state] for i, p in enumerate(places) if p.refresh == refresh}
@@ -190,11 +191,11 @@ class ESD(GradientEditor, ConceptEditor):
         return States(model_input, self.timesteps[numbers], prompts, tuple(noise_preds))
 
     def prompt_of(self, refresh: int, chain: int) -> int:
-        """Number of the prompt of a chain: they take turns, over the refreshes too."""
+        """Number of the prompt of a chain: prompts take turns, also across refreshes."""
         return (refresh * self.chains + chain) % self.num_pairs
 
     def make_chains(self, refresh: int) -> None:
-        """Keep the chains of ``refresh``, unless they are there; they depend on the seed and that number alone."""
+        """Make and keep the chains of ``refresh`` if they are missing; they depend only on seed and ``refresh``."""
         if refresh == self.refresh:
             return
 
@@ -212,7 +213,7 @@ class ESD(GradientEditor, ConceptEditor):
     # --- states_per_chain: one
 
     def sampled_states(self, batch: Tensor, batch_idx: int) -> States:
-        """A state for each item, at a random stop of a chain of its own, and what the frozen model predicts there."""
+        """For each item a state at a random stop of its own chain, and the frozen model's predictions there."""
         prompts = batch % self.num_pairs
         found = []
         with self.pretrained.restored() if self.states_from == "frozen" else nullcontext():
@@ -234,7 +235,7 @@ class ESD(GradientEditor, ConceptEditor):
         return States(model_input, timesteps, prompts, noise_preds.chunk(count))
 
     def on_train_epoch_end(self) -> None:
-        """Report what a step has cost, in forwards of one picture (a backward counts as two)."""
+        """Report the cost of a step, in forwards of one picture (a backward counts as two)."""
         super().on_train_epoch_end()
         cost = self.current_cost()
         equivalents = cost["unet_forwards"] + 2 * cost["unet_backwards"]

@@ -27,14 +27,14 @@ def check_templates(templates: Sequence[str] | None) -> None:
     """Refuse templates without a place for the concept.
 
     Raises:
-        ValueError: There is none, or one without ``{}``.
+        ValueError: The list is empty, or a template does not contain ``{}``.
     """
     if templates is not None and (not templates or not all(PLACE in template for template in templates)):
         raise ValueError(f"model.templates={templates} must be prompts with {PLACE} where the concept stands.")
 
 
 def templates_of(concept: Concept, templates: Sequence[str] | None) -> list[str]:
-    """``templates``, or those of the reference code, which depend on the kind of the concept."""
+    """Return ``templates``, or if None those of the reference code, which depend on the kind of the concept."""
     if templates is not None:
         return list(templates)
     return ["a photo in the style of {}" if concept.kind == "style" else "a photo of {}"]
@@ -45,15 +45,16 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
 
     Args:
         form: ``norm`` of these attention probabilities (the reference code), or their ``sum_of_squares`` (the paper).
-        prompts: ``names``: every name of the concept in every template; ``edit_prompts``: those of the concept set. In
-            one that does not name the concept, its tokens are those that differ from its target prompt.
+        prompts: ``names``: every name of the concept in every template; ``edit_prompts``: the edit prompts of the
+            concept set. If an edit prompt does not name the concept, its concept tokens are those that differ from its
+            target prompt.
         templates: Prompts of ``names``, with ``{}`` for the name; null takes "a photo of {}", for styles "a photo in
             the style of {}".
-        include_eot: Turn from the end-of-text token too, which has seen the whole prompt.
-        padding: Which end-of-text tokens that includes: the ``first_eot``, or ``all_eot`` as in the reference code.
-            These differ where the tokenizer pads with that token (Stable Diffusion 1.x, emoji-sd): nearly all of the
-            attention is then turned away.
-        embeddings: File of tokens learned by ``textual_inversion.yaml``, which stand in the templates instead of names.
+        include_eot: Also turn attention away from the end-of-text token, which has seen the whole prompt.
+        padding: Which end-of-text tokens to include: the ``first_eot``, or ``all_eot`` as in the reference code. They
+            differ if the tokenizer pads with the end-of-text token (Stable Diffusion 1.x, emoji-sd): ``all_eot`` then
+            turns away nearly all of the attention.
+        embeddings: File of tokens learned with ``textual_inversion.yaml``, used in the templates instead of names.
         edited_parameters: Group or pattern of weights of the UNet or the text encoder.
         optimizer: Optimizer of the edited weights.
         **kwargs: See ``GradientEditor`` and ``ReferenceImages``.
@@ -98,15 +99,15 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         self.num_pairs = len(self.edit_prompts)
 
     def _read_embeddings(self, path: str) -> Tensor:
-        """Learned embeddings (n, D) of the edited concept.
+        """Read the learned embeddings (n, D) of the edited concept.
 
         Raises:
-            ValueError: They are those of another concept or another model, or several concepts are edited.
+            ValueError: They belong to another concept or another model, or several concepts are edited.
         """
         embeddings, metadata = read_embeddings(path)
         if self.edited_labels != [metadata["concept"]]:
             raise ValueError(
-                f"model.embeddings={path} stands for {metadata['concept']}, but concept="
+                f"model.embeddings={path} was learned for {metadata['concept']}, but concept="
                 f"{', '.join(self.edited_labels)}: learn tokens for the concept and edit it alone."
             )
         vocabulary, width = vocabulary_of(self.model_id)
@@ -121,9 +122,9 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         """Weights that the pattern selects.
 
         Raises:
-            ValueError: It selects weights that attention does not depend on.
+            ValueError: It selects weights that do not affect the attention.
         """
-        why = ", which no attention depends on: choose weights of the UNet, such as full or xattn."
+        why = ", which does not affect the attention: choose weights of the UNet, such as full or xattn."
         return self.select_only(names, lambda name: not name.startswith("vae."), why)
 
     # --- what a step draws from
@@ -151,8 +152,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
     def concept_mask(self, input_ids: Tensor) -> Tensor:
         """Tokens of the concept in each prompt, (n, L) bool.
 
-        They are those of its names; in a prompt without any, those that differ from its target prompt; and if the
-        target only adds words, all of the prompt's own.
+        They are the tokens of its names. In a prompt without a name they are the tokens that differ from the target
+        prompt, or all tokens of the prompt if the target only adds words.
         """
         text, owners = self.pipeline.text, torch.tensor(self.owners)
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -168,7 +169,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         return torch.where(mask.any(-1, keepdim=True), mask, content)
 
     def texts(self, number: int) -> list[str]:
-        """Prompts of the edited concept ``number``, by its first name where learned tokens stand for it."""
+        """Prompts of the edited concept ``number``; if learned tokens are used, prompts with its first name."""
         prompts = [prompt for prompt, owner in zip(self.edit_prompts, self.owners, strict=True) if owner == number]
         return [prompt.replace(PLACE, self.edited[number].names[0]) for prompt in prompts]
 
@@ -178,7 +179,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         """Attention to the concept's tokens, of the UNet on noised reference images with the concept's prompts.
 
         Args:
-            batch: Prompts, numbered as ``ConceptPrompts`` does, (B,).
+            batch: Numbers of prompts, as in ``ConceptPrompts``, (B,).
             batch_idx: Number of the step within the epoch.
         """
         pairs = batch.cpu() % self.num_pairs
@@ -189,7 +190,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         loss = attention_resteering_loss(probabilities, mask, self.form)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
-                f"edited_parameters={self.edited_parameters!r} selects only weights behind the last cross-attention: "
+                f"edited_parameters={self.edited_parameters!r} selects only weights after the last cross-attention: "
                 "choose full, xattn or a pattern of earlier layers."
             )
         share = attention_share([layer.detach() for layer in probabilities], mask)

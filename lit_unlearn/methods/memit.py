@@ -1,9 +1,10 @@
 """MEMIT (Meng et al., 2023): one goal for the residual stream, spread over the edited layers.
 
-Data flow: one epoch is one round. During it the residual stream behind the *last* edited layer descends to a goal z, as
-V1 of that layer does in ``ValueRefinement``. At its end every layer is written, from first to last: each takes its
-share of what the stream, measured anew with all earlier layers written, still lacks of z. With ``LeastSquares`` as
-the recipe's ``edit`` this is MEMIT; with ``NullSpace`` it is AlphaEdit as published for language models.
+Data flow: one epoch is one round. During it a goal z for the residual stream after the *last* edited layer is found by
+gradient descent, as V1 of that layer is in ``ValueRefinement``. At its end every layer is written, from first to last.
+Each layer takes its share of the distance from the stream to z, measured again after all earlier layers are written.
+With ``LeastSquares`` as the recipe's ``edit`` this is MEMIT; with ``NullSpace`` it is AlphaEdit as published for
+language models.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
 class MEMIT(ValueRefinement):
-    """Finds a goal for the residual stream and spreads the way there over the layers; a ``ClosedFormEdit`` writes.
+    """Finds a goal for the residual stream and spreads the change over the layers; a ``ClosedFormEdit`` writes it.
 
-    Layer i of L (from 0) takes ``V1 = W K1 + (z - z_i) / (L - i)``, where ``z_i`` is the stream behind the last edited
-    layer as the layers before i have left it.
+    Layer i of L (from 0) gets ``V1 = W K1 + (z - z_i) / (L - i)``, where ``z_i`` is the stream after the last edited
+    layer, with all layers before i already written.
 
     Args:
-        max_shift: Largest ``||z - z_0|| / ||z_0||`` at any position, ``z_0`` being the stream at the start of the
-            round; the reference takes 0.75, null sets no bound.
+        max_shift: Largest ``||z - z_0|| / ||z_0||`` at any position, where ``z_0`` is the stream at the start of the
+            round; the reference uses 0.75, null sets no bound.
         shift_penalty: Weight of the mean of ``||z - z_0|| / ||z_0||^2`` over the positions, added to the error of the
-            noise prediction; the reference takes 0.5 beside a language model's log-likelihood.
-        **kwargs: See ``ValueRefinement``. ``values`` and ``start`` are about z: ``refined`` finds it by descent,
-            ``residual`` takes the stream of the target prompts itself.
+            noise prediction; the reference uses 0.5, with a language model's log-likelihood.
+        **kwargs: See ``ValueRefinement``. ``values`` and ``start`` refer to z: ``refined`` finds it by gradient
+            descent, ``residual`` takes the stream of the target prompts itself.
 
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
@@ -47,21 +48,21 @@ class MEMIT(ValueRefinement):
 
     @property
     def epochs_per_round(self) -> int:
-        """One: all layers are written at its end."""
+        """One, since all layers are written at the end of an epoch."""
         return 1
 
     def stream(self, input_ids: Tensor) -> Tensor:
-        """The residual stream (n, L, D), float32, behind the last edited layer."""
+        """The residual stream (n, L, D), float32, after the last edited layer."""
         return self.pipeline.text.stream(input_ids, layer_index(self.edited_names[-1]))
 
     def on_train_epoch_start(self) -> None:
-        """Start the round's z (anew, with a fresh optimizer), within its bound."""
+        """Start the round's z within its bound; if it starts from the beginning, with a fresh optimizer."""
         super().on_train_epoch_start()
         self.bound()
 
     @torch.no_grad()
     def prepare_layer(self, epoch: int) -> LayerState:
-        """The last edited layer, and the stream behind it, from the model as it is now."""
+        """The last edited layer, and the stream after it, from the model as it is now."""
         self.state = self.layer_state(self.edited_names[-1])
         self.initial_stream = self.stream(self.edit_ids)
         return self.state
@@ -94,7 +95,7 @@ class MEMIT(ValueRefinement):
         values.copy_(initial + shift * (length / shift.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1))
 
     def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
-        """Every layer with its V1 (n, L, d_out): its share of what the stream lacks once the one before is written."""
+        """Every layer with its V1 (n, L, d_out): its share of z minus the stream, after the layer before is written."""
         state = self.state or self.prepare_layer(epoch)
         goal = self.initial_stream + self.values_of(state) - state.initial  # z: the layer adds its output to the stream
         for place, name in enumerate(self.edited_names):

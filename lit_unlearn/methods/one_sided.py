@@ -1,4 +1,4 @@
-"""Data unlearning that looks at one side only: NegGrad at what is forgotten, naive deletion at what is kept."""
+"""Data unlearning with one loss only: NegGrad uses the pictures to forget, naive deletion the pictures to keep."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs
 
 
 class NegGrad(DataUnlearning):
-    """Ascends the training loss of what is forgotten (Golatkar et al., 2020).
+    """Gradient ascent on the training loss of the pictures to forget (Golatkar et al., 2020).
 
     Args:
-        superfactor: Weight of that loss. A clipped gradient or Adam takes little notice of it.
+        superfactor: Weight of that loss. It has little effect if the gradient is clipped, or with Adam.
         **kwargs: See ``DataUnlearning``.
     """
 
     def __init__(self, superfactor: float = 1.0, **kwargs: object) -> None:
         if superfactor <= 0:
-            raise ValueError(f"model.superfactor={superfactor} must be positive: with 0 nothing is forgotten.")
+            raise ValueError(f"model.superfactor={superfactor} must be positive: 0 does not forget anything.")
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.superfactor = superfactor
 
@@ -29,7 +29,7 @@ class NegGrad(DataUnlearning):
 
 
 class NaiveDeletion(DataUnlearning):
-    """Goes on training on what is kept, as a model would that is trained without the rest."""
+    """Continues training on the pictures to keep only, as if the model had been trained without the others."""
 
     def losses(self, pairs: Pairs) -> Iterator[Tensor]:
         """``‖ε_θ(x_t) − ε‖²``."""

@@ -1,4 +1,4 @@
-"""A control, not a method: the concept's name is made to mean something else, and nothing is unlearned."""
+"""A control, not a method: it gives the concept's name another meaning, and does not unlearn anything."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 
 
 class RenameTokens(ConceptEditor):
-    """Gives the tokens of each concept's names the embeddings of those of its target.
+    """Gives the tokens of each concept's names the embeddings of its target's tokens.
 
-    It shows what an evaluation is worth: prompts that name the concept no longer draw it, while all that the model
-    knows of it is untouched. Prompts that describe it, and attacks, tell.
+    It is a test of the evaluation: prompts that name the concept no longer draw it, but the model can still draw it.
+    Prompts that describe the concept, and attacks, must reveal this.
 
     Args:
         edited_parameters: The embeddings of the vocabulary.
@@ -30,7 +30,7 @@ class RenameTokens(ConceptEditor):
         self.targets_of_edited = [(concept, [(concept.name, concept.target)]) for concept in self.edited]
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """The table of the vocabulary's embeddings.
+        """The vocabulary's embedding table.
 
         Raises:
             ValueError: The pattern selects another weight.
@@ -44,18 +44,18 @@ class RenameTokens(ConceptEditor):
         return FitPlan(epochs=1, steps=1)
 
     def configure_model(self) -> None:
-        """Load the pipeline, and let a gradient flow to the table."""
+        """Load the pipeline, and enable the gradient of the embedding table."""
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
         self.pipeline.text.table.requires_grad_(True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer that changes nothing: Lightning saves checkpoints after optimizer steps only."""
+        """An optimizer that changes nothing; it is needed since Lightning saves checkpoints only after its steps."""
         return torch.optim.SGD([self.pipeline.text.table], lr=0.0)
 
     def renamed(self) -> dict[int, int]:
-        """Token of a concept's name to the token whose embedding it gets: the target's at the same place, or last."""
+        """Map each token of a concept's name to the target's token at the same place, or to the target's last one."""
         text = self.pipeline.text
         found: dict[int, int] = {}
         for concept in self.edited:
@@ -66,7 +66,7 @@ class RenameTokens(ConceptEditor):
         return found
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Write the rows; there is nothing to descend."""
+        """Write the rows; the loss has no effect."""
         renamed = self.renamed()
         before = self.pretrained.values[self.edited_names[0]]
         with torch.no_grad():
@@ -77,5 +77,5 @@ class RenameTokens(ConceptEditor):
         return table.sum() * 0
 
     def on_train_epoch_end(self) -> None:
-        """Report how far the weights have moved, before the checkpoint that holds the report."""
+        """Report how much the weights have changed, before the checkpoint that contains the report."""
         self.report["weight_change_ratio"] = self.pretrained.change_ratio()

@@ -1,6 +1,6 @@
-"""SISS (Alberti et al., ICLR 2025) and what it is compared with that also subtracts the loss of what is forgotten.
+"""SISS (Alberti et al., ICLR 2025), and the methods it is compared to that also subtract the forget loss.
 
-All descend the loss of what is kept minus that of what is forgotten, as ``Subtraction`` combines them.
+All minimise the loss on pictures to keep minus the loss on pictures to forget, combined by ``Subtraction``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_unlearn.methods.shared.subtraction import Combination, Subtraction
 
 
 def forward_mixture(pipeline: Pipeline, pairs: Pairs) -> Tensor:
-    """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of what it was made from."""
+    """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of the picture m was made from."""
     chosen = pairs.from_forget.view(-1, 1, 1, 1)
     m = pipeline.noise.add(torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps)
     condition = Condition.where(pairs.from_forget, pairs.forget_condition, pairs.keep_condition)
@@ -26,7 +26,7 @@ def forward_mixture(pipeline: Pipeline, pairs: Pairs) -> Tensor:
 
 
 class TwoPass(DataUnlearning):
-    """Prop. 1 as it stands: a forward on a noised picture to keep and another on a noised picture to forget.
+    """Prop. 1 directly: one forward on a noised picture to keep and another on a noised picture to forget.
 
     Args:
         combination: How the two gradients are combined; see ``Subtraction``.
@@ -47,10 +47,10 @@ class TwoPass(DataUnlearning):
 
 
 class SISS(DataUnlearning):
-    """Subtracted importance-sampled scores: one forward at m of the mixture of x_t and a_t serves both losses.
+    """Subtracted importance-sampled scores: one forward at m, from the mixture of x_t and a_t, gives both losses.
 
-    Where x and a have different captions, the mixture is one of pairs (m, caption). These tell x from a for certain, so
-    the weights are 1/(1−λ) and 0, or 0 and 1/λ, as in ``Bernoulli``.
+    If x and a have different captions, the mixture consists of pairs (m, caption). The caption shows whether m comes
+    from x or from a, so the weights are 1/(1−λ) and 0, or 0 and 1/λ, as in ``Bernoulli``.
 
     Args:
         combination: How the two gradients are combined; see ``Subtraction``.
@@ -76,7 +76,7 @@ class SISS(DataUnlearning):
         """Encode pictures and captions.
 
         Raises:
-            ValueError: λ is 0 or 1 and a pair may have two captions: one of them would never be seen.
+            ValueError: λ is 0 or 1 and a pair may have two captions, one of which the model would never see.
         """
         if self.mixture in (0, 1) and self.images.pairing != "caption":
             raise ValueError(
@@ -104,7 +104,7 @@ class SISS(DataUnlearning):
 
 
 class Bernoulli(DataUnlearning):
-    """One forward without importance weights: each pair counts for the side that the coin chose, over its probability.
+    """One forward without importance weights: each pair uses one random side, divided by that side's probability.
 
     Args:
         combination: How the two gradients are combined; see ``Subtraction``.
@@ -113,7 +113,7 @@ class Bernoulli(DataUnlearning):
         **kwargs: See ``DataUnlearning``.
 
     Raises:
-        ValueError: λ is not between 0 and 1, or is one of them: one side would never be seen.
+        ValueError: λ is not strictly between 0 and 1; at 0 or 1 the model would never see one of the sides.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""SPEED (Li et al., ICLR 2026): what its closed form on the UNet's cross-attention needs."""
+"""SPEED (Li et al., ICLR 2026): gathers the keys for its closed form on the UNet's cross-attention."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ class SPEED(ClosedFormMethod, ConceptEditor):
     """Gives the concept's texts the values of their anchors, in the null space of the other concepts' texts.
 
     Args:
-        invariants: Centres of the empty prompt's padding that stay, with the start-of-text state (IEC); 0 keeps the
-            start-of-text state only, null neither.
-        prompts: What is edited and retained: ``names`` of the concepts, as in the paper, or their ``edit_prompts``.
-        tokens: Which states of a text: that of its ``last_subject`` token, as in the paper; ``from_subject``, from it
-            to the end of the window; ``all`` but the start-of-text token's (the code's choice for nudity).
-        towards: Whose values the concept gets: its ``target``, its ``anchor``, or the ``empty`` prompt.
+        invariants: Number of centres of the empty prompt's padding whose outputs are kept, together with the
+            start-of-text state (IEC); 0 keeps only the start-of-text state, null keeps neither.
+        prompts: Texts to edit and to retain: ``names`` of the concepts, as in the paper, or their ``edit_prompts``.
+        tokens: Which states of a text are used: the state of its ``last_subject`` token, as in the paper;
+            ``from_subject``, all from that token to the end of the window; ``all`` except the start-of-text token's
+            (the code's choice for nudity).
+        towards: Text whose values the concept gets: its ``target``, its ``anchor``, or the ``empty`` prompt.
         retain: Texts to retain besides those of the set's other concepts.
-        seed: Seed of the augmentation's noise and of the centres' start.
-        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``; the paper's are the values.
+        seed: Seed of the augmentation's noise and of the random start of the centres.
+        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``; the paper edits ``to_v``.
         **kwargs: See ``ConceptEditor``.
 
     Raises:
@@ -75,7 +76,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         return edited, anchors
 
     def _retained(self, prompts: str, extra: Sequence[str]) -> list[str]:
-        """Texts of the other concepts that name no edited one, and ``extra``, each once.
+        """Texts of the other concepts that do not name an edited one, and ``extra``, each once.
 
         Raises:
             ValueError: ``extra`` names an edited concept, or nothing is left.
@@ -109,7 +110,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         return select_keys_and_values(self, names)
 
     def on_fit_start(self) -> None:
-        """Gather the inputs of the edited layers, the same for all of them."""
+        """Gather the inputs of the edited layers; all layers have the same inputs."""
         super().on_fit_start()
         eos_token_id = self.pipeline.text.eos
         ids, states = text_states(self.pipeline, self.edited_texts)
@@ -144,12 +145,12 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
-        """Report how many keys there were, and how far the weights have moved."""
+        """Report the number of keys, and how much the weights have changed."""
         self.report |= {"edited_keys": len(self.keys), "retained_keys": next(iter(self.retained.values())).count}
         super().after_writes(epoch, is_last)
 
     def invariant_keys(self) -> Tensor | None:
-        """Rows of K2 (k, D), float64."""
+        """The invariants K2, as rows (k, D), float64, or None."""
         if self.invariants is None:
             return None
         _, states = text_states(self.pipeline, [""])

@@ -1,6 +1,7 @@
-"""Textual inversion (Gal et al., 2023): new tokens that bring a concept back, learned from images of it.
+"""Textual inversion (Gal et al., 2023): learns new tokens for a concept from images of it.
 
-It localises a concept without a word for Forget-Me-Not, and looks for what an edited model still knows of a concept.
+Forget-Me-Not uses it for a concept without a word, and an attack uses it to find out if an edited model can still draw
+a concept.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def inversion_loss(
 
     Args:
         pipeline: Any pipeline, edited or not.
-        embeddings: Those of the new tokens, (n, D); gradients flow into them.
+        embeddings: Embeddings of the new tokens, (n, D); gradients flow into them.
         prompts: The batch's prompts, from ``Pipeline.tokenize_templates``.
         latents: Images of the concept, (num, C, H, W).
-        generators: What draws image, timestep and noise of each item.
+        generators: For each item, the generator of its image, timestep and noise.
     """
     clean, noise, timesteps = [], [], []
     for generator in generators:
@@ -61,7 +62,7 @@ def inversion_loss(
 
 @torch.no_grad()
 def pull_norm(embeddings: Tensor, norm: float, rate: float) -> None:
-    """Move the norm of each of ``embeddings`` (n, D) the share ``rate`` of its way to ``norm``, in place."""
+    """Move the norm of each of ``embeddings`` (n, D) towards ``norm`` by the fraction ``rate`` of the gap, in place."""
     norms = embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
     embeddings.mul_(1 + rate * (norm / norms - 1))
 
@@ -80,14 +81,14 @@ def optimise_embeddings(
     """Textual inversion on any pipeline, without a trainer; an attack calls it on an edited one.
 
     Args:
-        pipeline: The pipeline; its weights stay as they are.
-        embeddings: Where the new tokens start, (n, D).
-        templates: Prompts with ``{}`` for all of the new tokens.
+        pipeline: The pipeline; its weights do not change.
+        embeddings: Initial embeddings of the new tokens, (n, D).
+        templates: Prompts with ``{}`` in place of the new tokens.
         latents: Images of the concept, (num, C, H, W).
         steps: Optimizer steps (AdamW without weight decay).
-        learning_rate: Of the embeddings.
+        learning_rate: Learning rate of the embeddings.
         batch_size: Images in a step; prompts take turns.
-        norm_decay: See ``pull_norm``; 0 leaves the norms alone.
+        norm_decay: ``rate`` of ``pull_norm``; 0 does not change the norms.
         seed: Seed of images, timesteps and noise.
 
     Returns:
@@ -111,7 +112,7 @@ def optimise_embeddings(
 
 
 class WithoutNewTokens(PretrainedValues):
-    """The unedited state of a module that changes no weight: its prompts are read with the concept's names."""
+    """The unedited state of a module that does not change weights: prompts keep the concept's names."""
 
     def __init__(self, module: TextualInversion) -> None:
         super().__init__({})
@@ -119,7 +120,7 @@ class WithoutNewTokens(PretrainedValues):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Leave the concept's names in the prompts for the length of a block."""
+        """Keep the concept's names in the prompts within the block."""
         before, self.module.reads_new_tokens = self.module.reads_new_tokens, False
         try:
             yield
@@ -127,27 +128,27 @@ class WithoutNewTokens(PretrainedValues):
             self.module.reads_new_tokens = before
 
     def change_ratio(self) -> float:
-        """No weight changes."""
+        """Zero, since weights do not change."""
         return 0.0
 
 
 class TextualInversion(GradientEditor, ReferenceImages):
-    """Learns embeddings of new tokens for one concept; all weights of the pipeline stay as they are.
+    """Learns embeddings of new tokens for one concept; the weights of the pipeline do not change.
 
-    Pictures of a ``test`` or a grid are drawn of prompts in which the new tokens take the place of the concept's names,
-    beside those of the prompts as they are.
+    A ``test`` or a grid shows pictures of the prompts as they are, next to pictures of the same prompts with the new
+    tokens instead of the concept's names.
 
     Args:
-        num_tokens: How many tokens stand for the concept.
-        initial_words: Words whose tokens they start from, in turn; null starts from noise like the vocabulary's
-            embeddings.
+        num_tokens: Number of tokens for the concept.
+        initial_words: Words whose tokens the embeddings start from, in turn; null starts from noise with the statistics
+            of the vocabulary's embeddings.
         templates: Prompts with ``{}`` for the tokens; null takes "a photo of {}", for styles "a photo in the style of
             {}".
-        norm_decay: After each step, the norm of each embedding goes this share of the way to the mean norm of the
-            vocabulary's; 0 leaves it alone.
+        norm_decay: After each step, the norm of each embedding moves by this fraction of the gap towards the mean norm
+            of the vocabulary's embeddings; 0 does not change the norm.
         optimizer: Optimizer of the embeddings.
-        edited_parameters: None: no weight is edited.
-        **kwargs: See ``GradientEditor`` and ``ReferenceImages``; ``seed`` also is that of the start.
+        edited_parameters: Leave it at null, since weights are not edited.
+        **kwargs: See ``GradientEditor`` and ``ReferenceImages``; ``seed`` is also the seed of the initial noise.
 
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
@@ -173,7 +174,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         if initial_words is not None and not initial_words.strip():
             raise ValueError("model.initial_words is empty: give words to start from, or null to start from noise.")
         if len(self.edited) > 1:
-            raise ValueError(f"concept={', '.join(self.edited_labels)}: new tokens stand for one concept, name one.")
+            raise ValueError(f"concept={', '.join(self.edited_labels)}: new tokens are for one concept, so name one.")
         check_templates(templates)
         (self.concept,) = self.edited
         self.templates = templates_of(self.concept, templates)
@@ -183,7 +184,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         self.reads_new_tokens = True
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """No weight is edited."""
+        """Nothing, since weights are not edited."""
         return []
 
     # --- set-up and checkpoints
@@ -204,15 +205,15 @@ class TextualInversion(GradientEditor, ReferenceImages):
         return ["embeddings"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the embeddings belong to."""
+        """Also store which concept and text encoder the embeddings belong to."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["vocabulary"] = self.vocabulary
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse embeddings of another text encoder, besides what others refuse.
+        """Do the checks of the base class, and refuse embeddings of another text encoder.
 
         Raises:
-            ValueError: What differs.
+            ValueError: The checkpoint does not match; the message says what differs.
         """
         super().on_load_checkpoint(checkpoint)
         if checkpoint[CHECKPOINT_KEY].get("vocabulary") != self.vocabulary:
@@ -222,13 +223,13 @@ class TextualInversion(GradientEditor, ReferenceImages):
             )
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the embeddings, alone."""
+        """The optimizer of the embeddings only."""
         return self.optimizer([self.embeddings])
 
     # --- fit
 
     def on_fit_start(self) -> None:
-        """Make the reference images: unless they come from a folder, of the concept's edit prompts."""
+        """Read the reference images, or draw them from the concept's edit prompts if no folder is given."""
         super().on_fit_start()
         (self.latents,) = self.reference_latents([self.concept.edit_prompts])
 
@@ -236,7 +237,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         """The diffusion loss with the new tokens in the prompt.
 
         Args:
-            batch: Templates, numbered as ``ConceptPrompts`` does, (B,).
+            batch: Numbers of templates, as in ``ConceptPrompts``, (B,).
             batch_idx: Number of the step within the epoch.
         """
         rows = batch.cpu() % self.num_pairs
@@ -254,7 +255,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts`` with the new tokens for the concept's names."""
+        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts`` with new tokens instead of the concept's names."""
         if not self.reads_new_tokens:
             return super().generate(prompts, seeds)
         templates = [self.concept.replace_names(prompt, PLACE) for prompt in prompts]

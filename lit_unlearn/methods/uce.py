@@ -1,4 +1,4 @@
-"""Unified Concept Editing (Gandikota et al., WACV 2024): text states of concepts are mapped to what their guides get.
+"""Unified Concept Editing (Gandikota et al., WACV 2024): maps text states of concepts to the outputs of their guides.
 
 Data flow: at the start of the fit the module encodes phrases, guides and preserved prompts, once for all edited layers.
 At the end of the only epoch the recipe's ``edit`` solves for the targets v* of all layers at once.
@@ -30,17 +30,16 @@ STYLE_TEMPLATES = ("a picture in {} style", "an image in the style of {}", "draw
 
 
 class PhraseMap(ClosedFormMethod, ConceptEditor):
-    """What erasing and debiasing share: the phrases whose states are mapped, and those that keep their outputs.
+    """Base of erasing and debiasing: the phrases whose states are mapped, and the prompts whose outputs are preserved.
 
-    A subclass sets ``phrases``, what is edited, and ``guides``, lists of as many phrases, each the guide of one.
+    A subclass sets ``phrases``, the edited phrases, and ``guides``, lists that each hold one guide per phrase.
 
     Args:
-        preserve: Prompts whose outputs should stay; ``others``, what stands for the other concepts of the set; or null
-            for none.
-        preserve_tokens: States of a preserved prompt that count: ``last_subject``, its last token (UCE's code of 2025);
-            or ``all`` positions, and those of the empty prompt with them (UCE's code of 2023).
-        tokens: States of a phrase that are edited: ``last_subject`` token (code of 2025); ``from_subject``, from it to
-            the end of the window (code of 2023); ``all`` but BOS, aligned with the guide's.
+        preserve: Prompts whose outputs should not change; ``others``, the other concepts of the set; or null for none.
+        preserve_tokens: States of a preserved prompt that are preserved: ``last_subject``, its last token (UCE's code
+            of 2025); or ``all`` positions, also those of the empty prompt (UCE's code of 2023).
+        tokens: States of a phrase that are edited: ``last_subject``, its last token (code of 2025); ``from_subject``,
+            from that token to the end of the window (code of 2023); ``all`` except BOS, aligned with the guide's.
         edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
         **kwargs: See ``ConceptEditor``.
 
@@ -73,22 +72,22 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
 
     @abstractmethod
     def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
-        """v* (m, d_out) of a layer, from its pretrained outputs (m, d_out) of the phrases' and the guides' states."""
+        """v* (m, d_out) of a layer, from its pretrained outputs (m, d_out) for the phrases' and the guides' states."""
 
     def other_prompts(self) -> list[str]:
-        """What ``preserve: others`` stands for: the names of the other concepts, but those that name an edited one."""
+        """Prompts for ``preserve: others``: names of the other concepts, except those that name an edited one."""
         return self.concepts.retain_names(self.edited_labels)
 
     def _preserved_prompts(self, preserve: str | list[str] | None) -> list[str]:
-        """The preserved prompts, checked."""
+        """Check and return the preserved prompts."""
         if preserve is None:
             return []
         if isinstance(preserve, str):
             if preserve != "others":
-                raise ValueError(f"model.preserve={preserve!r} is no list: give others, or prompts such as [a cat].")
+                raise ValueError(f"model.preserve={preserve!r} is not a list: give others, or prompts such as [a cat].")
             if not (prompts := self.other_prompts()):
                 raise ValueError(
-                    f"model.preserve='others' finds nothing besides {', '.join(self.edited_labels)} in "
+                    f"model.preserve='others' finds no prompt besides {', '.join(self.edited_labels)} in "
                     f"{self.concepts.name}: edit fewer concepts at once, or set it to null."
                 )
             return prompts
@@ -96,8 +95,8 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
             for concept in self.edited:
                 if name := concept.find_name(prompt):
                     raise ValueError(
-                        f"model.preserve has {prompt!r}, which names the edited concept {concept.name!r} ({name!r}): "
-                        "take it out, since what is preserved cannot be edited."
+                        f"model.preserve has {prompt!r}, which names the edited concept {concept.name!r} "
+                        f"({name!r}): take it out, since a preserved prompt cannot be edited."
                     )
         return list(preserve)
 
@@ -120,7 +119,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
         self.retained = dict.fromkeys(self.edited_names, kept)
 
     def _preserved(self, eos_token_id: int) -> Retained:
-        """The sum of c_p c_pᵀ over the preserved states, prompts by batches."""
+        """The sum of c_p c_pᵀ over the preserved states, computed in batches of prompts."""
         prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
         moments, count = [], 0
         for start in range(0, len(prompts), ENCODE_BATCH):
@@ -132,7 +131,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
         return Retained(torch.stack(moments).sum(0).cpu(), count, prompts=len(self.preserved))
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
-        """All layers at once, from their pretrained weights, so that the rounds of debiasing do not pile up."""
+        """All layers at once, from their pretrained weights, so that the rounds of debiasing do not accumulate."""
         group = []
         for name, layer in self.layers.items():
             weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
@@ -141,7 +140,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
         yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
-        """Report how many states were edited, and how far the weights have moved."""
+        """Report the number of edited states, and how much the weights have changed."""
         self.report["edited_states"] = len(self.keys)
         super().after_writes(epoch, is_last)
 
@@ -154,16 +153,16 @@ class UCE(PhraseMap):
     """Erases or moderates concepts: their phrases get the outputs of a guide.
 
     Args:
-        towards: The guide: the concept's ``target`` or ``anchor`` of the concept set; ``empty``, the empty prompt
-            (moderation, and the default of UCE's code for objects); or ``prompt``, what ``guide`` says.
+        towards: The guide: the concept's ``target`` or ``anchor`` in the concept set; ``empty``, the empty prompt
+            (moderation, and the default of UCE's code for objects); or ``prompt``, the prompt given as ``guide``.
         guide: With ``towards: prompt``, one guide for all edited concepts, or a list with one for each.
-        prompts: What is edited: the ``names`` of each concept, as in UCE, or its ``edit_prompts``, which also describe
+        prompts: Phrases to edit: the ``names`` of each concept, as in UCE, or its ``edit_prompts``, which also describe
             it without its name.
-        technique: ``replace``, the guide's outputs; or ``tensor``, these less their component along the phrase's own
-            (an option of the code of 2023).
-        expand: With ``prompts: names``, edit each name also in a few templates ("a picture of {}"), towards the same
+        technique: ``replace``, the guide's outputs; or ``tensor``, the guide's outputs minus their component along the
+            phrase's own outputs (an option of the code of 2023).
+        expand: With ``prompts: names``, also edit each name in a few templates ("a picture of {}"), towards the same
             guide.
-        preserve: Prompts whose outputs should stay; ``others``, the names of the set's other concepts, or with
+        preserve: Prompts whose outputs should not change; ``others``, the names of the set's other concepts, or with
             ``prompts: edit_prompts`` their edit prompts; or null for none.
         **kwargs: See ``PhraseMap`` and ``ConceptEditor``.
 
@@ -194,13 +193,13 @@ class UCE(PhraseMap):
         self.guides = [[guide for _, guide in pairs]]
 
     def _given_guides(self, guide: str | list[str] | None) -> list[str]:
-        """What ``guide`` says for each edited concept, checked."""
+        """Check ``guide`` and return the guide of each edited concept."""
         if self.towards != "prompt":
             if guide is not None:
                 raise ValueError(f"model.guide={guide!r} needs towards='prompt', not {self.towards!r}: leave one out.")
             return [""] * len(self.edited)
         if guide is None:
-            raise ValueError("model.guide=null with towards='prompt' says nothing: give the prompt to edit towards.")
+            raise ValueError("model.guide=null does not fit towards='prompt': give the prompt to edit towards.")
         guides = [guide] * len(self.edited) if isinstance(guide, str) else list(guide)
         if len(guides) != len(self.edited):
             raise ValueError(
@@ -225,18 +224,18 @@ class UCE(PhraseMap):
         return list(zip(phrases, targets, strict=True))
 
     def other_prompts(self) -> list[str]:
-        """What ``preserve: others`` stands for: names, or edit prompts that name no edited concept."""
+        """Prompts for ``preserve: others``: names, or edit prompts that do not name an edited concept."""
         if self.prompts == "names":
             return super().other_prompts()
         return self.concepts.retain_prompts(self.edited_labels)
 
     def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
-        """v* (m, d_out): the guide's outputs, with ``tensor`` less their component along ``outputs``."""
+        """v* (m, d_out): the guide's outputs, with ``tensor`` without their component along ``outputs``."""
         (goal,) = guide_outputs
         return goal if self.technique == "replace" else without_component(goal, outputs, self.rows)
 
 
 def expanded(names: Sequence[str], kind: str) -> list[str]:
-    """``names``, each followed by its templates."""
+    """Return ``names``, each followed by the templates that contain it."""
     templates = STYLE_TEMPLATES if kind == "style" else TEMPLATES
     return [template.format(name) for name in names for template in ("{}", *templates)]

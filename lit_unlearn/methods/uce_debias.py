@@ -1,8 +1,9 @@
-"""Debiasing by Unified Concept Editing: pictures of a phrase shall show each attribute as often as wished.
+"""Debiasing by Unified Concept Editing: pictures of a phrase should show each attribute as often as wished.
 
-One epoch is one round. The target of a phrase is its own output and α_a times that of every attribute a; at the end of
-an epoch the recipe's ``edit`` solves with them, from the pretrained weights. Then pictures of the phrases are drawn and
-judged, and the next round moves α by what is missing. It ends when all shares are near enough.
+One epoch is one round. The target of a phrase is its own output plus α_a times the output of every attribute a. At the
+end of an epoch the recipe's ``edit`` solves for these targets, from the pretrained weights. Then pictures of the
+phrases are drawn and judged, and the next round moves α by the difference from the wished shares. The run ends when all
+shares are near enough.
 
     epoch   α ← α + step (wished − measured)  ──►  v*, solve, write  ──►  pictures  ──►  measured
 """
@@ -23,27 +24,27 @@ from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.methods.uce import PhraseMap, expanded
 
 DRAW_BATCH = 40
-"""Pictures that are drawn at once."""
+"""Number of pictures that are drawn at once."""
 
 
 class UCEDebias(PhraseMap):
-    """Balances attributes in the pictures of concepts; the concepts themselves stay.
+    """Balances attributes in the pictures of concepts; the concepts themselves are not erased.
 
     Args:
         attributes: Concepts of the set whose shares are balanced; the judge answers their questions. A picture counts
-            for the one it shows most probably.
+            for its most probable attribute.
         ratios: Wished shares, in the order of ``attributes``, or such a list for each edited concept by name; null
-            takes equal ones.
+            takes equal shares.
         phrases: Phrase of each edited concept that is edited and drawn; null takes its name.
-        attribute_template: How an attribute is put into words; ``{attribute}`` is its name, ``{phrase}`` the phrase.
-        expand: Edit and draw each phrase also in a few templates ("a picture of {}").
-        rounds: Rounds at most.
-        step: How far α moves for a share that is missing entirely.
-        tolerance: Distance of a share from the wished one that is near enough.
-        images_per_phrase: Pictures of each phrase in a round, from seeds of their own.
-        normalised: Give the attribute's outputs the norm of the phrase's (code of 2023); false takes them as they are
-            (paper, code of 2025).
-        tokens: As for ``UCE``.
+        attribute_template: Prompt of an attribute; ``{attribute}`` is its name, ``{phrase}`` the phrase.
+        expand: Also edit and draw each phrase in a few templates ("a picture of {}").
+        rounds: Largest number of rounds.
+        step: How much α moves if a share is 1 below the wished one.
+        tolerance: A share within this distance of the wished one is near enough.
+        images_per_phrase: Pictures of each phrase in a round; each round has its own seeds.
+        normalised: Scale the attributes' outputs to the norm of the phrase's outputs (code of 2023); false does not
+            scale them (paper, code of 2025).
+        tokens: As in ``UCE``.
         seed: Seed of the pictures.
         **kwargs: See ``PhraseMap`` and ``ConceptEditor``.
 
@@ -81,7 +82,7 @@ class UCEDebias(PhraseMap):
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"model.attributes={attributes}: name at least two concepts of the set, each once.")
         if both := [name for name in names if name in self.edited_labels]:
-            raise ValueError(f"model.attributes has {both[0]!r}, which is an edited concept too: take one of them out.")
+            raise ValueError(f"model.attributes has {both[0]!r}, which is an edited concept as well: take one out.")
         self.wished = self._wished(ratios)
         if "{attribute}" not in attribute_template:
             raise ValueError(f"model.attribute_template={attribute_template!r} must contain {{attribute}}.")
@@ -99,34 +100,36 @@ class UCEDebias(PhraseMap):
         self.alphas = torch.zeros_like(self.wished)
 
     def _wished(self, ratios: list[float] | dict[str, list[float]] | None) -> Tensor:
-        """Wished shares (P, A), float64, checked."""
+        """Check and return the wished shares (P, A), float64."""
         count = len(self.attributes)
         given: dict[str, list[float]] = {}
         if isinstance(ratios, dict):
             given = {self.concepts.get(name).name: shares for name, shares in ratios.items()}
             if unknown := set(given) - set(self.edited_labels):
                 edited = ", ".join(self.edited_labels)
-                raise ValueError(f"model.ratios has {sorted(unknown)[0]!r}, but edited are {edited}: take it out.")
+                raise ValueError(
+                    f"model.ratios has {sorted(unknown)[0]!r}, but the edited concepts are {edited}: take it out."
+                )
         elif ratios is not None:
             given = dict.fromkeys(self.edited_labels, ratios)
         for name, shares in given.items():
             if len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
                 raise ValueError(
                     f"model.ratios={shares} of {name!r} must be {count} shares that sum to 1, one for each of "
-                    f"{', '.join(attribute.name for attribute in self.attributes)}; null takes equal ones."
+                    f"{', '.join(attribute.name for attribute in self.attributes)}; null takes equal shares."
                 )
         equal = [1 / count] * count
         return torch.tensor([given.get(name, equal) for name in self.edited_labels], dtype=torch.float64)
 
     @property
     def fit_plan(self) -> FitPlan:
-        """A round is an epoch of one step."""
+        """One epoch of one step for each round."""
         return FitPlan(epochs=self.rounds, steps=1, seed=self.seed)
 
     # --- rounds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint and take up α."""
+        """Check the checkpoint and restore α."""
         super().on_load_checkpoint(checkpoint)
         if self.report.get("rounds"):
             self.alphas = torch.tensor(self.report["rounds"][-1]["alphas"], dtype=torch.float64)
@@ -139,25 +142,25 @@ class UCEDebias(PhraseMap):
             self.report["rounds"] = []
             self.measure()
         elif len(self.report["rounds"]) > 1 and self.report["rounds"][-1]["largest_deviation"] <= self.tolerance:
-            self.trainer.should_stop = True  # it was near enough, and cut off before it could say so
+            self.trainer.should_stop = True  # it was near enough, but was interrupted before it stopped
 
     def on_train_epoch_start(self) -> None:
-        """Move α by what the last round lacked."""
+        """Move α by the difference between wished and measured shares of the last round."""
         ratios = torch.tensor(self.report["rounds"][-1]["ratios"], dtype=torch.float64)
         self.alphas = debiasing_step(self.alphas, ratios, self.wished, self.step, self.tolerance)
 
     def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
-        """v* (m, d_out): the phrase's outputs and α times those of the attributes."""
+        """v* (m, d_out): the phrase's outputs plus α times the outputs of the attributes."""
         alphas = self.alphas[self.subject_of].to(outputs.device)
         return shifted_by_attributes(outputs, torch.stack(list(guide_outputs)), alphas, self.rows, self.normalised)
 
     def on_train_epoch_end(self) -> None:
-        """Measure what the edit of this round has brought, and end the run if that is near enough."""
+        """Measure the shares after this round's edit, and end the run if they are near enough."""
         if self.measure() <= self.tolerance:
             self.trainer.should_stop = True
 
     def measure(self) -> float:
-        """Draw and judge pictures of all phrases, report their shares, and return the largest distance from a wish."""
+        """Draw and judge pictures of all phrases, report shares, and return the largest distance from a wish."""
         number = len(self.report["rounds"])
         answers = self.processes.made_once(
             self.images_per_phrase * len(self.edited), lambda rows: self._answers(rows, number)
@@ -178,7 +181,7 @@ class UCEDebias(PhraseMap):
         return deviation
 
     def _answers(self, rows: list[int], number: int) -> Tensor:
-        """The judge's probabilities (n, A + 1) of attributes and subject in the pictures ``rows`` of a round."""
+        """The judge's probabilities (n, A + 1) of attributes and subject, for the pictures ``rows`` of a round."""
         answers = []
         for start in range(0, len(rows), DRAW_BATCH):
             places = [divmod(row, self.images_per_phrase) for row in rows[start : start + DRAW_BATCH]]
@@ -194,7 +197,7 @@ class UCEDebias(PhraseMap):
         return torch.cat(answers)
 
     def _log(self, ratios: Tensor, subjects: Tensor, deviation: float) -> None:
-        """Shares of every phrase, as curves over the rounds."""
+        """Log the shares of every phrase, as curves over the rounds."""
         if self.trainer.logger is None:
             return
         metrics = {"debias/largest_deviation": deviation}

@@ -1,10 +1,10 @@
 """The null-space edit in the UNet instead of the text encoder (the paper's ablation): cross-attention K, V, or FFN.
 
-Data flow: as in ``ValueRefinement`` one epoch is one (round, layer), V1 stands in for the layer's output and descends
-the error between two noise predictions, and a ``ClosedFormEdit`` callback writes it. Here the text encoder is left
-alone, and the goal is what the UNet with its pretrained weights predicts for the target prompts. The inputs of
-``attn2.to_k`` and ``attn2.to_v`` are the text states, the same in every round. Those of ``ff.net.2`` depend on x_t and
-t too, of which a few are fixed for each prompt.
+Data flow: as in ``ValueRefinement`` one epoch is one (round, layer), V1 replaces the layer's output and is trained to
+reduce the error between two noise predictions, and a ``ClosedFormEdit`` callback writes it. Here the text encoder does
+not change, and the goal is the prediction of the UNet with its pretrained weights for the target prompts. The inputs of
+``attn2.to_k`` and ``attn2.to_v`` are the text states, the same in every round. The inputs of ``ff.net.2`` also depend
+on x_t and t, so a few pairs of x_t and t are fixed for each prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_unlearn.methods.shared.unet_layers import Query, Watched, check_choices
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 RETAINED_SEED = 20_000_000
-"""Added to the seeds of pictures of retained prompts, so that they are none of the edit prompts'."""
+"""Added to the seeds of pictures of retained prompts, so that they differ from the edit prompts' seeds."""
 
 
 class UNetValueRefinement(ValueRefinement):
@@ -33,11 +33,12 @@ class UNetValueRefinement(ValueRefinement):
 
     Args:
         edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
-        values: What V1 is: ``refined`` (Algorithm 1); or, with no descent, ``target`` (``W K1*`` of the unedited UNet).
+        values: How V1 is found: ``refined`` (Algorithm 1); or, without gradient descent, ``target`` (``W K1*`` of the
+            unedited UNet).
         start: Where the descent of ``refined`` starts: ``output`` (``W K1``) or ``target`` (``W K1*``).
-        retain_empty: Retain the empty prompt too, as often as all retained prompts together: in classifier-free
-            guidance it stands beside every one of them.
-        watched_prompts: How many of the retained prompts, spread over the set, ``retained_state_drift`` is measured on.
+        retain_empty: Also retain the empty prompt, with the weight of all retained prompts together, since
+            classifier-free guidance uses it with each of them.
+        watched_prompts: Number of retained prompts, spread over the set, to measure ``retained_state_drift`` on.
         **kwargs: See ``ValueRefinement``.
 
     Raises:
@@ -75,13 +76,13 @@ class UNetValueRefinement(ValueRefinement):
     # --- set-up
 
     def gather(self) -> None:
-        """Compute what the unedited model must provide; its weights are restored while this runs."""
+        """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
 
     def gather_moments(self) -> None:
-        """``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys: states of the retained prompts, alike for all layers."""
+        """Sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys: the retained prompts' states, for all layers."""
         states = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
         moment, count = second_moment(states).cpu(), len(states)
         if self.retain_empty:
@@ -104,7 +105,7 @@ class UNetValueRefinement(ValueRefinement):
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
         if self.start != "target":
             return state.initial
-        # Of the unedited UNet, so that further rounds come nearer to the same goal.
+        # From the unedited UNet, so that further rounds get nearer to the same goal.
         return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
 
     def target_keys(self, name: str) -> Tensor:
@@ -112,7 +113,7 @@ class UNetValueRefinement(ValueRefinement):
         return self.align(self.goal.states.float())
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
+        """Predictions of the UNet for the edit prompts with V1, and of the unedited UNet for the target prompts."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
@@ -124,17 +125,18 @@ class UNetValueRefinement(ValueRefinement):
 class UNetFeedForwardRefinement(ValueRefinement):
     """Finds V1 for one ``ff.net.2`` after the other, the second linear layer of the FFN of a transformer block.
 
-    Its inputs depend on x_t and t, so V1 is found at a few of these, fixed for each prompt: a key is a place in a
-    picture.
+    The inputs of this layer depend on x_t and t, so V1 is found at a few pairs of them, fixed for each prompt. A key is
+    the input at one position of a picture.
 
     Args:
         edited_parameters: Group or pattern of weights of ``ff.net.2``.
-        noises_per_prompt: Pairs of x_t and t at which each edit prompt is edited.
-        noises_per_retained_prompt: Pairs of x_t and t, made of pictures of its own, at which each is retained.
-        values: As of ``UNetValueRefinement``.
-        start: As of ``UNetValueRefinement``.
-        retain_empty: As of ``UNetValueRefinement``.
-        watched_prompts: As of ``UNetValueRefinement``.
+        noises_per_prompt: Number of pairs of x_t and t at which each edit prompt is edited.
+        noises_per_retained_prompt: Number of pairs of x_t and t, from the prompt's own pictures, at which each retained
+            prompt is retained.
+        values: As in ``UNetValueRefinement``.
+        start: As in ``UNetValueRefinement``.
+        retain_empty: As in ``UNetValueRefinement``.
+        watched_prompts: As in ``UNetValueRefinement``.
         **kwargs: See ``ValueRefinement``.
 
     Raises:
@@ -183,11 +185,11 @@ class UNetFeedForwardRefinement(ValueRefinement):
     # --- set-up
 
     def num_positions(self) -> int:
-        """Most places that a layer's picture has."""
+        """Largest number of positions of any edited layer."""
         return max(self.pipeline.num_places(name) for name in self.edited_names)
 
     def gather(self) -> None:
-        """Also fix x_t and t of every item, and the goal there."""
+        """Also fix x_t and t of every item, and the prediction to reach there."""
         self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
@@ -197,7 +199,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
         self.goals = self.asked(self.goal, lambda query: self.pipeline.predict(*query))
 
     def asked(self, condition: Condition, answer: Callable[[Query], Tensor]) -> Tensor:
-        """What ``answer`` makes (n, ...) of all items with ``condition`` as that of their prompts, in turn."""
+        """Results (n, ...) of ``answer`` for all items, whose prompts have the rows of ``condition`` in turn."""
 
         def make(places: list[int]) -> Tensor:
             items = torch.tensor(places)
@@ -207,13 +209,13 @@ class UNetFeedForwardRefinement(ValueRefinement):
         return self.processes.made_once(len(self.noisy), make)
 
     def inputs(self, names: Sequence[str], query: Query) -> Mapping[str, Tensor]:
-        """Inputs (B, places, d_in) of the layers ``names`` when the denoiser is asked ``query``."""
+        """Inputs (B, places, d_in) of the layers ``names`` in a call of the denoiser with ``query``."""
         with capture_inputs({name: self.layers[name] for name in names}) as captured, torch.no_grad():
             self.pipeline.predict(*query)
         return captured
 
     def gather_moments(self) -> None:
-        """Stream pictures of the retained prompts through the UNet: ``K0 K0ᵀ``, float64, and how many keys."""
+        """Pass pictures of the retained prompts through the UNet; sum up ``K0 K0ᵀ``, float64, and count the keys."""
         retained = self.pipeline.encode_many(self.retain_prompts)
         latents = self.pictures(retained, RETAINED_SEED)
         noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
@@ -255,7 +257,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
             return self.keys_at(name, self.goal)
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What the UNet makes of the edit prompts with V1 in place, and what the unedited one of the target prompts."""
+        """Predictions of the UNet for the edit prompts with V1, and of the unedited UNet for the target prompts."""
         items = batch % self.num_pairs
         condition = self.edit_condition[items % len(self.edit_condition)]
         with replace_output(state.layer, values, state.mask[items]):

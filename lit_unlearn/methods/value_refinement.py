@@ -1,10 +1,11 @@
 """UNet-guided refinement of V1 (Algorithm 1 of the paper): the values that a closed-form edit writes into a layer.
 
-Data flow: one epoch is one (round, layer). At its start the module gathers, from the model as it is then, the layer's
-inputs at the edit prompts (K1), and sets ``values`` (V1) to ``W K1``. During the epoch V1 stands in for the layer's
-output while the rest of the text encoder and the UNet run, and descends the error between the UNet's noise prediction
-and that for the target prompts with the pretrained text encoder. At its end the recipe's ``edit`` writes V1 into the
-weight. The second moment of the retained prompts' inputs (K0) is gathered once, before the first edit.
+Data flow: one epoch is one (round, layer). At its start the module gathers the layer's inputs at the edit prompts (K1)
+from the model in its current state, and sets ``values`` (V1) to ``W K1``. During the epoch V1 replaces the layer's
+output while the rest of the text encoder and the UNet run. It is trained by gradient descent to reduce the error
+between the UNet's noise prediction and its prediction for the target prompts with the pretrained text encoder. At the
+end of the epoch the recipe's ``edit`` writes V1 into the weight. The second moment of the retained prompts' inputs (K0)
+is gathered once, before the first edit.
 """
 
 from __future__ import annotations
@@ -39,25 +40,25 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     """Finds V1 for one text-encoder layer after the other; the recipe's ``edit`` writes it.
 
     Args:
-        rounds: How often every layer is edited; the paper edits each layer ten times and finds one reasonable.
-        first_layer: Text layers before this one (counted from 0) are left alone; the paper edits all but the first.
-        last_layer: Text layers after this one are left alone; null edits up to the last.
+        rounds: How often every layer is edited; the paper edits each layer ten times and finds one round reasonable.
+        first_layer: First text layer that is edited, counted from 0; the paper edits all except the first.
+        last_layer: Last text layer that is edited; null edits up to the last one.
         positions: Token positions that are edited: ``all``, ``no_bos``, ``content`` or ``eot`` (the end-of-text token
             and the padding after it).
-        values: What V1 is: ``refined`` (Algorithm 1); or, with no descent, ``target`` (``W K1*``, the paper's direct
-            choice) or ``residual`` (``W K1`` plus this layer's share of what the last layer's states lack of those of
-            the target prompts, as in MEMIT).
+        values: How V1 is found: ``refined`` (Algorithm 1); or, without gradient descent, ``target`` (``W K1*``, the
+            paper's direct choice) or ``residual`` (``W K1`` plus this layer's share of the difference from the last
+            layer's states to those of the target prompts, as in MEMIT).
         start: Where the descent of ``refined`` starts: ``output`` (``W K1``, as in the paper), ``target`` or
             ``residual``.
-        pairs: What is edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or ``names``
-            (the bare name of the concept and that of its target, as in the authors' code).
+        pairs: Which pairs are edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or
+            ``names`` (the bare name of the concept and that of its target, as in the authors' code).
         pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
-        min_timestep: Least timestep at which the UNet compares.
-        max_timestep: Greatest timestep, exclusive.
-        latents_per_prompt: Pictures of each edit prompt by the unedited model, on which the UNet compares.
-        seed: Seed of those pictures, of timesteps and of noise.
+        min_timestep: Smallest timestep at which the UNet's predictions are compared.
+        max_timestep: Largest timestep, exclusive.
+        latents_per_prompt: Pictures of each edit prompt by the unedited model, on which predictions are compared.
+        seed: Seed of these pictures, of timesteps and of noise.
         optimizer: Optimizer of V1, reset for each layer.
-        edited_parameters: Group or pattern; narrowed by ``first_layer`` and ``last_layer``.
+        edited_parameters: Group or pattern, of which only the layers from ``first_layer`` to ``last_layer`` are edited.
         **kwargs: See ``ConceptEditor``.
     """
 
@@ -106,15 +107,15 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
                 f"{self.concepts.name} to retain: edit fewer concepts at once."
             )
         self.state: LayerState | None = None
-        self.errors: list[Tensor] = []  # of this layer's steps
-        self.progress = {"prepared": -1, "applied": 0}  # the epoch that V1 belongs to; how many edits are written
+        self.errors: list[Tensor] = []  # one for each step of this layer
+        self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written
         self.retained: dict[str, Retained] = {}
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
 
         Raises:
-            ValueError: Nothing is left, or a weight outside of the text encoder is selected.
+            ValueError: No layer is left, or a weight outside the text encoder is selected.
         """
         of_text_layers = re.compile(r"text_encoder\..*layers\.\d+\..*weight$")
         selected = self.select_only(
@@ -134,21 +135,21 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     @property
     def current_layer(self) -> str | None:
-        """Name of the weight whose V1 descends."""
+        """Name of the weight whose V1 is being trained."""
         return self.state.name if self.state else None
 
     @property
     def fit_plan(self) -> FitPlan:
-        """An epoch for each round and layer; its steps are the data's."""
+        """One epoch for each round and layer; the data sets the number of steps."""
         return FitPlan(epochs=self.rounds * self.epochs_per_round, num_pairs=self.num_pairs, seed=self.seed)
 
     def values_shape(self) -> tuple[int, int, int]:
-        """(n, L, d_out): every pair, at most positions and outputs that a layer has."""
+        """(n, L, d_out): all pairs, with the largest numbers of positions and outputs of any edited layer."""
         d_out = max(layer.out_features for layer in self.layers.values())
         return self.num_pairs, self.num_positions(), d_out
 
     def num_positions(self) -> int:
-        """Most positions at which an edited layer is called: the length of a text."""
+        """Number of positions of an edited layer: the length of a text."""
         return self.pipeline.text.length
 
     def own_state(self) -> list[str]:
@@ -156,23 +157,23 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return ["values"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how far the edit has come, which Lightning's count of epochs does not when a layer has just ended."""
+        """Also store the progress of the edit, since Lightning's epoch count is ambiguous right after a layer's end."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["progress"] = dict(self.progress)
         checkpoint[CHECKPOINT_KEY]["errors"] = [float(error) for error in self.errors]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint and take up its progress."""
+        """Check the checkpoint and restore its progress."""
         super().on_load_checkpoint(checkpoint)
         self.progress = dict(checkpoint[CHECKPOINT_KEY]["progress"])
         self.errors = [torch.tensor(error) for error in checkpoint[CHECKPOINT_KEY]["errors"]]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer of V1 alone."""
+        """An optimizer of V1 only."""
         return self.optimizer([self.values])
 
     def on_fit_start(self) -> None:
-        """Compute what the frozen model must provide."""
+        """Compute everything that needs the frozen model."""
         super().on_fit_start()
         text, eos = self.pipeline.text, self.pipeline.text.eos
         self.edit_ids = text.tokenize(self.edit_prompts)
@@ -187,11 +188,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     @property
     def epochs_per_round(self) -> int:
-        """Epochs that it takes to edit every layer once."""
+        """Number of epochs to edit every layer once."""
         return len(self.edited_names)
 
     def gather(self) -> None:
-        """Compute what the unedited model must provide; its weights are restored while this runs."""
+        """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.gather_moments()
         self.goal = self.pipeline.encode_many(Tokens((self.target_ids,)))
         if self.start == "residual":
@@ -200,7 +201,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             self.latents = self.edit_latents()
 
     def gather_moments(self) -> None:
-        """Stream the retained prompts through the text encoder: ``K0 K0ᵀ`` (d_in, d_in), float64, and how many keys."""
+        """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys."""
         ids = self.pipeline.text.tokenize(self.retain_prompts)
 
         def inputs(part: Tensor) -> Mapping[str, Tensor]:
@@ -212,12 +213,12 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.retained = {name: Retained(moment, ids.numel(), prompts=len(ids)) for name, moment in sums.items()}
 
     def edit_latents(self) -> Tensor:
-        """Latents (latents_per_prompt, n, C, H, W) of the edit prompts' pictures by the model as it is."""
+        """Latents (latents_per_prompt, n, C, H, W) of pictures of the edit prompts, drawn by the model as it is now."""
         condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
         return torch.stack([self.pictures(condition, 100_000 * number) for number in range(self.latents_per_prompt)])
 
     def pictures(self, condition: Condition, first_seed: int) -> Tensor:
-        """Latents (n, C, H, W) of pictures of the n prompts of ``condition``, shared out among processes."""
+        """Latents (n, C, H, W) of pictures of the n prompts of ``condition``, divided among processes."""
 
         def make(places: list[int]) -> Tensor:
             parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
@@ -230,13 +231,13 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
-        """This process's share of what an edit should leave as it is, float32: states (B, L, D) of retained prompts."""
+        """This process's share of outputs that should not change, float32: states (B, L, D) of retained prompts."""
         text = self.pipeline.text
         ids = text.tokenize(self.retain_prompts)
         return [text.states(part).float() for part in self.processes.own_share(ids.split(ENCODE_BATCH))]
 
     def retained_drift(self, before: Sequence[Tensor]) -> float:
-        """By how much ``retained_outputs`` now differ from those ``before``, relative to their norm."""
+        """Norm of the difference of ``retained_outputs`` from ``before``, relative to the norm of ``before``."""
         sums = torch.zeros(2, device=self.device)
         for old, new in zip(before, self.retained_outputs(), strict=True):
             sums += torch.stack([(new - old).square().sum(), old.square().sum()])
@@ -246,7 +247,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     # --- one (round, layer)
 
     def on_train_epoch_start(self) -> None:
-        """Gather K1 of the epoch's layer and start V1 (anew, with a fresh optimizer)."""
+        """Gather K1 of the epoch's layer and set the start of V1, with a fresh optimizer."""
         state = self.prepare_layer(self.current_epoch)
         with torch.no_grad():
             start = self.start_values(state)
@@ -269,24 +270,24 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         weight = self.layers[name].weight.float()
         return LayerState(name, self.layers[name], keys, keys @ weight.mT, self.mask)
 
-    # --- what the end of an epoch writes
+    # --- writes at the end of an epoch
 
     def written_epochs(self) -> int:
-        """How many edits have been written."""
+        """Number of edits written."""
         return self.progress["applied"]
 
     def before_writes(self) -> None:
-        """Remember what the retained prompts' outputs are without the edit."""
+        """Remember the outputs of the retained prompts before the edit."""
         with self.pretrained.restored():
             self.unmoved = self.retained_outputs()
 
     def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
-        """A layer and its V1 (n, L, d_out) that the end of ``epoch`` writes; a next one comes after the write."""
+        """Layers and V1 (n, L, d_out) to write at the end of ``epoch``; each is computed after the write before."""
         state = self.state or self.prepare_layer(epoch)
         yield state, self.values_of(state)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
-        """Each of ``edits`` by itself."""
+        """Each of ``edits`` as a group of its own."""
         for state, values in self.edits(epoch):
             weight = state.layer.weight.detach()
             keys, wished = state.edited(state.keys), state.edited(values)
@@ -294,12 +295,12 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             yield [Write(state.name, for_solving(weight).clone(), weight.dtype, keys, wished, retained)]
 
     def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
-        """Also the round, and the error of the descent where there was one."""
+        """Also the round, and the error of the gradient descent if there was one."""
         errors = {"first_error": float(self.errors[0]), "last_error": float(self.errors[-1])} if self.errors else {}
         return {"round": epoch // self.epochs_per_round + 1, **report, **errors}
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
-        """Note how far the edit has come; at the end, what it has done to the retained prompts."""
+        """Record the progress of the edit; at the end also how much the retained prompts' outputs have changed."""
         self.state = None
         self.progress["applied"] = epoch + 1
         if is_last:  # before the last checkpoint, which holds the report
@@ -309,7 +310,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     # --- one (round, layer), continued
 
     def values_of(self, state: LayerState, items: Tensor | slice = slice(None)) -> Tensor:
-        """The part of ``values`` that is V1 (n, L, d_out) of the layer of ``state``, at ``items`` of the pairs."""
+        """V1 (n, L, d_out) of the layer of ``state`` for the pairs ``items``, a part of ``values``."""
         _, length, d_out = state.initial.shape
         return self.values[items, :length, :d_out]
 
@@ -332,18 +333,18 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return state.initial
 
     def stream(self, input_ids: Tensor) -> Tensor:
-        """The residual stream (n, L, D), float32, whose lack ``residual`` makes up for: the last layer's output."""
+        """The residual stream (n, L, D), float32, that ``residual`` compares to the goal: the last layer's output."""
         return self.pipeline.text.stream(input_ids)
 
     def align(self, rows: Tensor) -> Tensor:
-        """Rows of the target prompts, (n, L, D), each moved to the edit position that is aligned with it."""
+        """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
         return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Algorithm 1, line 3: error between the predictions for V1 and for the target prompts.
 
         Args:
-            batch: Prompt pairs, numbered as ``ConceptPrompts`` does, (B,).
+            batch: Numbers of prompt pairs, as in ``ConceptPrompts``, (B,).
             batch_idx: Number of the step within the layer.
         """
         if self.progress["prepared"] != self.current_epoch:  # resumed between two layers: Lightning skips the hook
@@ -352,7 +353,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         pairs = batch % self.num_pairs
         values = self.values_of(state, pairs)
         if self.value_choice != "refined":
-            return values.sum() * 0  # V1 stays as it is
+            return values.sum() * 0  # V1 does not change
         prediction, goal = self.predictions(state, values, batch, batch_idx)
         error = F.mse_loss(prediction.float(), goal.float())
         distance = per_item((values - state.initial[pairs]).square().mean(-1), state.mask[pairs])
@@ -361,7 +362,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return error + self.pull * distance
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """What the denoiser says of the edit prompts with V1 in place, and of the target prompts, (B, C, H, W) each."""
+        """Predictions for the edit prompts with V1 in place, and for the target prompts, (B, C, H, W) each."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
@@ -374,7 +375,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.
 
-        They depend on seed, layer, step and item alone, so any number of processes descends the same loss.
+        They depend only on seed, layer, step and item, so the loss is the same with any number of processes.
         """
         latents, noise, timesteps = [], [], []
         for item in batch.tolist():

@@ -1,1 +1,1 @@
-"""What the other rooms stand on: files, signals, errors, YAML, devices. Nothing here knows of models or edits."""
+"""Basics that the other packages use: files, signals, errors, YAML, devices; independent of models and edits."""

@@ -1,13 +1,13 @@
-"""Devices: which one a command runs on, what it is called, and where float64 is kept and solved.
+"""Devices: finds the device of a command, names it for the user, and chooses where float64 is stored and solved.
 
-Closed forms need float64, and not every device has it or is quick at it. Where sums and solves run is decided here and
-nowhere else: on the device if it solves float64 at a good part of its speed in float32, else on the processor. What
-they find goes back to the weights in the weights' own type.
+Closed forms need float64, and some devices do not have it or are slow at it. Only this module decides where sums and
+solves run: on the device if its float64 is not much slower than its float32, otherwise on the processor (the CPU). The
+results are converted back to the type of the weights.
 
     for_solving(tensor)      float64, on solving_device(tensor.device)
-    float64_device(device)   where float64 may lie: the device itself, or the processor if the device has none
+    float64_device(device)   where float64 can be stored: the device itself, or the processor if it lacks float64
 
-That memory ran out each device says in words of its own; ``is_out_of_memory`` knows them.
+Each device reports that memory ran out in its own words; ``is_out_of_memory`` recognises them.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from lit_unlearn.system.errors import UserError
 CPU = torch.device("cpu")
 
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""Compute capabilities of the cards that do float64 at half of their speed in float32: P100, V100, A100, H100, B200.
+"""Compute capabilities of the GPUs whose float64 is half as fast as their float32: P100, V100, A100, H100, B200.
 
-All others do it at a 32nd or a 64th: an eigendecomposition is then quicker on the processor.
+On all others float64 is 32 or 64 times slower than float32, so an eigendecomposition is faster on the processor.
 """
 FAST_FLOAT64_AMD = ("gfx908", "gfx90a", "gfx94", "gfx95")
-"""How the names of AMD's architectures begin that are as quick at it: MI100, MI200, MI300, MI350."""
+"""Beginnings of the names of AMD's architectures with equally fast float64: MI100, MI200, MI300, MI350."""
 
 
 OUT_OF_MEMORY = re.compile(
     "out of memory|not enough memory|can't allocate memory|cannot allocate memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
-"""What PyTorch, cuBLAS and cuDNN say when memory runs out, on a GPU or on the processor."""
+"""Messages of PyTorch, cuBLAS and cuDNN when memory runs out, on a GPU or on the processor."""
 
 
 def find_device(name: str | None = None) -> torch.device:
     """The device called ``name`` (``cpu``, ``cuda``, ``cuda:1``, ``mps``); without a name, the GPU if there is one.
 
     Raises:
-        ValueError: This machine does not have it, or the installed PyTorch cannot use it.
+        ValueError: This machine does not have the device, or the installed PyTorch cannot use it.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -55,7 +55,7 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls ``device``: ``the processor``, ``NVIDIA H100 80GB HBM3``, ``Apple's GPU``."""
+    """Name of ``device`` for messages: ``the processor``, ``NVIDIA H100 80GB HBM3``, ``Apple's GPU``."""
     if device.type == "cpu":
         return "the processor"
     if device.type == "mps":
@@ -66,22 +66,22 @@ def device_name(device: torch.device) -> str:
 
 
 def solving_device(device: torch.device) -> torch.device:
-    """Where sums and solves of what lies on ``device`` run: there, or on the processor if that is quicker."""
+    """Where to sum and solve tensors that are on ``device``: there, or on the processor if that is faster."""
     return device if device.type == "cpu" or _is_fast(str(device)) else CPU
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 that belongs to ``device`` may lie: there, or on the processor if the device has no float64."""
+    """Where to store float64 tensors for ``device``: there, or on the processor if the device has no float64."""
     return device if device.type == "cpu" or _has_float64(str(device)) else CPU
 
 
 def for_solving(tensor: Tensor) -> Tensor:
-    """``tensor`` in float64, on ``solving_device`` of the device that it lies on."""
+    """Return ``tensor`` in float64, on ``solving_device`` of its device."""
     return tensor.to(solving_device(tensor.device)).double()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device, or the processor, has no memory left."""
+    """Whether ``error`` means that a device, or the processor, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
@@ -89,12 +89,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explaining_memory(what: str, device: torch.device, ways: Sequence[str]) -> Iterator[None]:
-    """Say in one sentence that memory ran out in the block, and what takes less.
+    """If memory runs out in the block, say so in one sentence, and say how to use less.
 
     Args:
-        what: What the block does, such as ``fit``.
-        device: Where.
-        ways: What would take less memory, each as an advice; with none, another machine is all that is left.
+        what: Name of the task, such as ``fit``.
+        device: Device of the task.
+        ways: Advice on how to use less memory, one text per way; if empty, the message advises a smaller model or a
+            machine with more memory.
 
     Raises:
         UserError: Memory ran out.
@@ -110,7 +111,7 @@ def explaining_memory(what: str, device: torch.device, ways: Sequence[str]) -> I
 
 @cache
 def _has_float64(device: str) -> bool:
-    """Asked of the device itself: a list of those without it would be out of date."""
+    """Whether the device has float64, found by a trial, since a list of devices would become outdated."""
     try:
         torch.ones(2, dtype=torch.float64, device=device).sum().item()
     except torch.OutOfMemoryError:
@@ -122,7 +123,7 @@ def _has_float64(device: str) -> bool:
 
 @cache
 def _is_fast(device: str) -> bool:
-    """Whether a device other than the processor is quick at float64; by its model, so that numbers do not vary."""
+    """Whether a device other than the processor has fast float64; decided by its model, so that runs are repeatable."""
     if torch.device(device).type != "cuda":
         return False
     if torch.version.hip:

@@ -1,4 +1,4 @@
-"""From exceptions to one sentence for the person at the terminal."""
+"""Turns exceptions into one sentence for the user at the terminal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OTHER_FORM = r"Expected a <class 'NoneType'>|Expected a path but|Not a valid sub
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, in one sentence; found before any work is done."""
+    """A mistake of the user, as one sentence; found before any work is done."""
 
 
 @contextmanager
 def user_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Turn an error of ``kind`` in the block into a ``UserError``; every ``ValueError`` around checks alone."""
+    """Turn an error of ``kind`` in the block into a ``UserError``; any ``ValueError`` for checks only, not for training."""
     try:
         yield
     except kind as error:
@@ -58,7 +58,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def plain_threads() -> Iterator[None]:
-    """Say in a line that a thread of the block could not write; TensorBoard writes its curves in one."""
+    """Report in one line if a thread could not write; TensorBoard writes its curves in a thread."""
     from lit_unlearn.system.files import WRITING
 
     before = threading.excepthook
@@ -87,7 +87,7 @@ def essence(error: BaseException) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (closest: name)"``, or nothing if no known name is near."""
+    """Return ``" (closest: name)"``, or an empty text if no known name is similar."""
     matches = get_close_matches(name, list(known), n=1)
     return f" (closest: {matches[0]})" if matches else ""
 
@@ -151,7 +151,7 @@ def parse_error(message: str, classes: Mapping[str, type], keys: Iterable[str]) 
     Args:
         message: Its message: a tree of keys, classes and types that were tried. The deepest leaf is the reason.
         classes: Classes that a recipe may name, by name, for suggestions.
-        keys: Keys that the parser knows, for suggestions.
+        keys: All keys of the parser, for suggestions.
 
     Returns:
         A sentence such as ``model: ValueRefinement has no option 'runds' (closest: rounds).``

@@ -1,6 +1,6 @@
-"""Files that are either old or new, never half written; all that replaces, renames or removes files is here.
+"""Writes files so that they are either old or new, never half written; also replaces, renames and removes files.
 
-Windows refuses to replace, rename or remove a file that is open or mapped into memory, and a folder that holds one.
+Windows refuses to replace, rename or remove a file that is open or mapped into memory, or a folder that holds one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 from lit_unlearn.system.names import LONGEST_PATH, on_windows
 
 WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""Numbers of the errors that come from writing only."""
+"""Numbers of errors that only writing can cause."""
 REMEDIES = {
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some space or ask for more, then run the same command again",
@@ -34,18 +34,18 @@ REMEDIES = {
     errno.EEXIST: "a file stands where a folder should be, so name another folder",
 }
 IN_USE = {5, 32, 33, 1224}
-"""Windows' own numbers of the errors by which it says that a file is in use; 5 may also mean that one may not write."""
+"""Error numbers of Windows for a file that is in use; 5 can also mean that writing is not permitted."""
 PATIENCE, PAUSE = 10, 0.1
-"""How often a file in use is tried, and seconds in between: virus scanners and indexers look into what is new."""
+"""Number of attempts for a file in use, and seconds between them, since virus scanners and indexers open new files."""
 
 
 class WriteError(OSError):
-    """A file or folder that could not be written: which, why, and what to do, in one sentence.
+    """A file or folder could not be written; one sentence says which, why, and what to do.
 
     Args:
-        path: What was to be written, as the user knows it.
-        error: Why it could not be.
-        kept: Whether something stood there before, which is still what it was.
+        path: The file or folder, by the user's name for it.
+        error: The reason.
+        kept: Whether an older version exists, which is unchanged.
     """
 
     def __init__(self, path: str | os.PathLike[str], error: OSError, kept: bool = False) -> None:
@@ -59,7 +59,7 @@ class WriteError(OSError):
 
 
 def _windows_remedy(path: str | os.PathLike[str], error: OSError) -> str | None:
-    """What to do about an error that only Windows has."""
+    """Advice for an error that only Windows has."""
     if is_in_use(error):
         other = ", or name a folder that you may write to" if getattr(error, "winerror", None) == 5 else ""
         return f"close what has it open (an editor, a viewer, another run) and run the same command again{other}"
@@ -70,12 +70,12 @@ def _windows_remedy(path: str | os.PathLike[str], error: OSError) -> str | None:
 
 
 def is_in_use(error: OSError) -> bool:
-    """Whether Windows has refused because a program, maybe this one, has the file open or mapped into memory."""
+    """Whether Windows has refused since a program, maybe this one, has the file open or mapped into memory."""
     return getattr(error, "winerror", None) in IN_USE
 
 
 class _RawFile(io.FileIO):
-    """A file that remembers why it could not be written: torch raises an error of its own, without the reason."""
+    """A file that remembers why it could not be written, since torch raises its own error without the reason."""
 
     error: OSError | None = None
 
@@ -91,8 +91,8 @@ class _RawFile(io.FileIO):
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; when the block ends it replaces ``path`` in one step.
 
-    If the block or the replacement fails, the file that was there stays as it was and the temporary file is removed.
-    Missing parent folders are made. A symbolic link is followed, not replaced.
+    If the block or the replacement fails, an existing file stays unchanged and the temporary file is removed. Missing
+    parent folders are made. A symbolic link is followed, not replaced.
 
     Args:
         path: The file to write.
@@ -121,16 +121,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise
         raise WriteError(path, reason, kept=target.is_file()) from error
     finally:
-        # Gone already when it replaced the target; absent when it could not even be opened.
+        # It is missing if it has replaced the target or could not be opened.
         with contextlib.suppress(OSError):
             remove(temporary)
 
 
 @contextlib.contextmanager
 def replaced_folder(output: Path) -> Iterator[Path]:
-    """Make a temporary folder beside ``output``; when the block ends it takes the place of ``output``, or nothing does.
+    """Make a temporary folder beside ``output``; when the block ends without an error, it replaces ``output``.
 
-    What a process that was killed has left beside ``output`` is removed, or put back where it was.
+    Folders that a killed process has left beside ``output`` are removed, or moved back to their place.
 
     Raises:
         WriteError: A file cannot be written; the message names the output.
@@ -154,7 +154,7 @@ def replaced_folder(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_entries(output: Path) -> Iterator[Path]:
-    """As ``replaced_folder``, for a folder that holds other things too: only what the block makes is replaced.
+    """As ``replaced_folder``, for a folder with other contents too: only files that the block makes are replaced.
 
     Raises:
         WriteError: A file cannot be written; the message names the output.
@@ -183,12 +183,12 @@ def _beside(output: Path, ending: str) -> Path:
 
 
 def _take_place(new: Path, output: Path) -> None:
-    """Put ``new`` in the place of ``output``; if that fails, ``output`` is what it was."""
+    """Replace ``output`` by ``new``; if that fails, ``output`` is unchanged."""
     old = _beside(output, "old")
     if not output.is_dir():
         replace(new, output)
     else:
-        remove_if_possible(old)  # of a process that was killed
+        remove_if_possible(old)  # left by a killed process
         replace(output, old)
         try:
             replace(new, output)
@@ -199,12 +199,12 @@ def _take_place(new: Path, output: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``, in place of a file that is there; what is in use on Windows is waited for."""
+    """Rename ``source`` to ``target``, replacing a file there; on Windows, wait for files in use."""
     _patiently(os.replace, source, target)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; what is in use on Windows is waited for."""
+    """Remove a file, or a folder with its contents; on Windows, wait for files in use."""
     if path.is_dir() and not path.is_symlink():
         _patiently(shutil.rmtree, path)
     elif path.exists() or path.is_symlink():
@@ -212,7 +212,7 @@ def remove(path: Path) -> None:
 
 
 def remove_if_possible(path: Path) -> None:
-    """As ``remove``; what cannot be removed stays."""
+    """As ``remove``, but files that cannot be removed are left without an error."""
     with contextlib.suppress(OSError):
         remove(path)
 
@@ -224,15 +224,15 @@ def _patiently(function: Callable[..., Any], *paths: Path) -> None:
         except OSError as error:
             if attempt == PATIENCE or not is_in_use(error):
                 raise
-        gc.collect()  # objects of this process that are waiting for it may have the file open or mapped
+        gc.collect()  # uncollected objects of this process may have the file open or mapped
         time.sleep(PAUSE)
 
 
 def flush(folder: Path) -> None:
-    """Have all files below ``folder`` written to the disk itself: a rename must not come before what it names."""
+    """Write all files below ``folder`` to the disk itself, so that a later rename cannot reach the disk first."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("r+b") as file:  # Windows does it only for those that are open for writing
+            with path.open("r+b") as file:  # Windows needs them open for writing
                 os.fsync(file.fileno())
 
 
@@ -243,20 +243,20 @@ def naming(
     only: Collection[int] | None = None,
     inside: Path | None = None,
 ) -> Iterator[None]:
-    """Name ``path`` where a library that writes into it fails, most without saying which file.
+    """Name ``path`` in the error if a library cannot write it, since most libraries do not name the file.
 
     Args:
-        path: What the block writes, as the user knows it.
-        kept: Whether something stood there before, which is still what it was.
-        only: Numbers of the errors that can come from writing, if the block does more than that; None: all.
-        inside: A temporary folder, which the user does not know: what fails in it has the name ``path`` too.
+        path: File or folder that the block writes, by the user's name for it.
+        kept: Whether an older version exists, which is unchanged.
+        only: Numbers of the errors that can come from writing, if the block does more than writing; None: all.
+        inside: A temporary folder that the user does not know; errors about files in it also name ``path``.
 
     Raises:
         WriteError: Writing failed.
     """
     try:
         yield
-    except Exception as error:  # libraries in Rust raise exceptions of no particular class
+    except Exception as error:  # libraries in Rust do not raise OSError
         reason = os_error(error)
         if isinstance(reason, WriteError) and inside is not None and reason.path.is_relative_to(inside):
             reason = reason.error
@@ -266,12 +266,12 @@ def naming(
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """The ``OSError`` that ``error`` is, or of which it says the number as libraries in Rust do; None if neither."""
+    """Return ``error`` if it is an ``OSError``, or one with the number in its message, as from Rust; otherwise None."""
     if isinstance(error, OSError):
         return error
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(found[1])
-        if on_windows():  # its own numbers
+        if on_windows():  # Windows has its own numbers
             return ctypes.WinError(number)  # type: ignore[attr-defined]
         return OSError(number, os.strerror(number))
     return None

@@ -1,4 +1,4 @@
-"""JSON files: written in one step, read with a sentence about what is wrong, and checked against types."""
+"""JSON files: written in one step, read with clear error messages, and checked against types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_json(path: Path, origin: str) -> Any:
 
     Args:
         path: The file.
-        origin: What writes it, for the sentence that says that it is missing.
+        origin: How the file is made, for the message if it is missing.
 
     Raises:
         ValueError: The file is missing, cannot be read, or is not JSON.
@@ -39,12 +39,12 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
     Args:
         path: The file to write.
-        content: Anything of dictionaries, lists, numbers, texts, dataclasses, paths, tensors and arrays. Numbers that
-            are not finite become null, JSON having no word for them.
+        content: Dictionaries, lists, numbers, texts, dataclasses, paths, tensors and arrays. Numbers that are not
+            finite become null, since JSON cannot express them.
 
     Raises:
         OSError: The file cannot be written; the message names it.
-        TypeError: Something that has no form in JSON.
+        TypeError: ``content`` has a value that JSON cannot express.
     """
     text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as file:
@@ -52,7 +52,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def plain(content: Any) -> Any:
-    """Return content as JSON can say it: None for nan and infinity, lists for tuples, tensors and arrays."""
+    """Convert content for JSON: nan and infinity to None, tuples, tensors and arrays to lists."""
     if isinstance(content, float):
         return float(content) if math.isfinite(content) else None
     if content is None or isinstance(content, str | int):
@@ -67,22 +67,22 @@ def plain(content: Any) -> Any:
         return os.fspath(content)
     if hasattr(content, "tolist"):
         return plain(content.tolist())
-    raise TypeError(f"{content!r} of type {type(content).__name__} has no form in JSON.")
+    raise TypeError(f"{content!r} of type {type(content).__name__} cannot be written as JSON.")
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
-    """Make what the type ``hint`` says of a value from JSON.
+    """Convert a value from JSON to the type ``hint``.
 
     Args:
-        hint: A type, a dataclass, or a list, tuple, dict or optional of such.
-        value: From JSON.
-        where: Name of the value for messages, to which those of its fields are added.
+        hint: A type, a dataclass, or a list, tuple, dict or optional of them.
+        value: Value from JSON.
+        where: Name of the value for messages; names of its fields are added to it.
 
     Raises:
-        ValueError: The value is something else; the message names the field.
+        ValueError: The value has another type; the message names the field.
     """
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):  # of one type and None
+    if origin in (Union, UnionType):  # one type or None
         (some,) = (argument for argument in arguments if argument is not NoneType)
         return None if value is None else read_value(some, value, where)
     expected: Any = {dict: dict, list: list, tuple: list}.get(origin, hint)

@@ -1,4 +1,4 @@
-"""How much memory this process has needed."""
+"""Measures how much memory this process has used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 
 STATUS = Path("/proc/self/status")
-"""Where Linux counts."""
+"""File in which Linux reports the memory of a process."""
 
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes, on every system.
 
-    psutil, which knows all systems, knows the peak on Windows only.
+    psutil supports all systems, but reports the peak only on Windows.
     """
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset

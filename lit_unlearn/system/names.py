@@ -1,4 +1,4 @@
-"""Names of files and folders that every system can have: what is written on one is read on another."""
+"""Names of files and folders that are valid on every system, so that all systems can read the same files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PureWindowsPath
 
 LONGEST_LABEL, LONGEST_PATH = 100, 259
-"""Most characters of a name that we make, and of a path on Windows, unless it is told to allow more."""
+"""Largest number of characters of a name that we make, and of a path on Windows by default."""
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", flags=re.IGNORECASE)
-"""Names that stand for devices on Windows, whatever follows behind a dot."""
+"""Names of devices on Windows, with or without an ending after a dot."""
 
 
 TEXT_SUFFIXES = {".txt", ".csv", ".tsv", ".yaml", ".yml", ".json", ".jsonl", ".md"}
@@ -39,10 +39,10 @@ def on_windows() -> bool:
 
 
 def file_name(label: str) -> str:
-    """The name that ``label``, such as that of a concept, has as a file or a folder.
+    """Name of the file or folder for ``label``, such as the name of a concept.
 
-    Spaces become underscores. Where more than that has to change, a hash of the label keeps different labels apart:
-    ``soccer_ball``, ``_aux-321f6814``.
+    Spaces become underscores. If other characters have to change, a hash of the label is added, so that different
+    labels get different names: ``soccer_ball``, ``_aux-321f6814``.
     """
     spaced = label.replace(" ", "_")
     name = re.sub(r"[^\w.-]|^\.", "_", spaced)
@@ -55,7 +55,7 @@ def file_name(label: str) -> str:
 
 
 def joint_name(labels: Sequence[str]) -> str:
-    """The name of a folder for what belongs to all ``labels``: ``dog+cat``, ``dog+18_others-5f2ff0c4``."""
+    """Name of the folder for all ``labels`` together: ``dog+cat``, ``dog+18_others-5f2ff0c4``."""
     name = "+".join(file_name(label) for label in labels)
     if len(name) <= LONGEST_LABEL or len(labels) == 1:
         return name
@@ -63,7 +63,7 @@ def joint_name(labels: Sequence[str]) -> str:
 
 
 def why_not(name: str) -> str | None:
-    """Why a file or a folder cannot be called ``name`` on Windows, as in ``holds ':'``; None if it can."""
+    """Reason why Windows does not allow ``name`` for a file or a folder, such as ``holds ':'``; None if it does."""
     if found := re.search(r'[<>:"|?*/\\\x00-\x1f]', name):
         return f"holds {found[0]!r}"
     if name.endswith((".", " ")) and name not in (".", ".."):
@@ -72,14 +72,14 @@ def why_not(name: str) -> str | None:
 
 
 def check_path(field: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a path of the user's that this system cannot have; only Windows is particular.
+    """Refuse a path from the user that this system does not allow; only Windows has such restrictions.
 
     Args:
-        field: What the path was given for, as the user knows it.
+        field: The user's name of the option that the path was given for.
         path: The path.
 
     Raises:
-        ValueError: Which part of it is wrong, and why.
+        ValueError: Windows does not allow the path; the message says which part, and why.
     """
     if not on_windows():
         return

@@ -14,7 +14,7 @@ from lit_unlearn.system.files import atomic_write
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return pictures in [0, 1] as bytes, rounded to the nearest; beyond the range they are cut, nan becomes black.
+    """Return pictures in [0, 1] as bytes, rounded to the nearest; values outside are clamped, nan becomes black.
 
     Args:
         images: Any shape, float.
@@ -35,7 +35,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
         (3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: An array of another shape or type.
+        ValueError: The array has another shape or type.
     """
     pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:

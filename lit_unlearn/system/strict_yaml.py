@@ -1,4 +1,4 @@
-"""YAML that means what it says: plain data of bounded size, no key twice."""
+"""Strict YAML: only plain data, of bounded size, without duplicate keys."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 MAX_NODES = 300_000
-"""Most values that a file may stand for once its aliases are written out: ten lines can stand for a billion."""
+"""Largest number of values in a file with its aliases expanded, since ten lines can expand to a billion values."""
 
 
 def expanded_size(node: yaml.Node | None, known: dict[int, int] | None = None) -> int:
-    """Nodes below ``node`` with aliases written out, each counted once and remembered.
+    """Number of nodes below ``node`` with aliases expanded; the size of each node is computed once and remembered.
 
     Raises:
-        RecursionError: It is nested too deeply, or holds itself.
+        RecursionError: ``node`` is nested too deeply, or contains itself.
     """
     known = {} if known is None else known
     if id(node) not in known:
@@ -26,12 +26,12 @@ def expanded_size(node: yaml.Node | None, known: dict[int, int] | None = None) -
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (plain YAML keeps the last one without a word) and too many aliases."""
+    """SafeLoader that refuses duplicate keys (plain YAML silently keeps the last one) and too many aliases."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if expanded_size(node) > MAX_NODES:
-            problem = f"its aliases stand for more than {MAX_NODES:,} values; write them out"
+            problem = f"its aliases expand to more than {MAX_NODES:,} values; use fewer aliases"
             raise yaml.composer.ComposerError(None, None, problem, node.start_mark if node else None)
         return node
 

@@ -128,7 +128,7 @@ def test_own_attacks_and_settings_that_cannot_be_had(
         ("prompt_search", {"window": (0.9, 0.3)}, r"prompt_search\.window=\(0\.9, 0\.3\) must be two shares"),
         ("ring_a_bell", {"strength": float("nan")}, r"ring_a_bell\.strength=nan must be a positive number"),
         ("concept_inversion", {"learning_rate": 0.0}, r"concept_inversion\.learning_rate=0\.0 must be a positive"),
-        ("relearning", {"threshold": 1.5}, r"relearning\.threshold=1\.5 must lie above 0 and not above 1"),
+        ("relearning", {"threshold": 1.5}, r"relearning\.threshold=1\.5 must be larger than 0 and at most 1"),
     ],
 )
 def test_bad_settings(name: str, settings: dict[str, Any], message: str) -> None:

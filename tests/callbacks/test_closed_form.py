@@ -122,7 +122,7 @@ def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer
         def configure_model(self) -> None:
             pytest.fail("loaded")
 
-    problem = "ClosedFormEdit writes what a method has found in closed form, but the module is Plain"
+    problem = "ClosedFormEdit writes the weights of closed-form methods, but the module is Plain"
     with pytest.raises(ValueError, match=problem):
         trainer_with(edit, max_epochs=1).fit(Plain(), torch.utils.data.DataLoader([1]))
 
@@ -130,7 +130,7 @@ def test_another_method_is_refused_before_it_loads(edit: ClosedFormEdit, trainer
 def test_a_null_space_of_dimension_zero_is_refused_before_the_first_step(refinement: Refinement, fit: Fit) -> None:
     # The 285 retained prompts of emoji20 use all 128 directions.
     module = refinement(concept_set="emoji20")
-    with pytest.raises(EmptyNullSpaceError, match=r"threshold=1e-14 asks for .* Quantiles of the spectrum"):
+    with pytest.raises(EmptyNullSpaceError, match=r"threshold=1e-14 needs .* Quantiles of the spectrum"):
         fit(module, by_null_space(threshold=1e-14, rule="max"), steps=1)
     assert module.progress == {"prepared": -1, "applied": 0}
     assert module.pretrained.change_ratio() == 0

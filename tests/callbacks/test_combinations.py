@@ -155,7 +155,7 @@ def test_refined_values_by_uces_solver(refinement: Build, fit: Fit) -> None:
 
 def test_a_solver_that_does_not_fit_is_refused_before_the_first_step(refinement: Build, fit: Fit) -> None:
     module = refinement()
-    with pytest.raises(NumericalError, match=rf"{LAYERS[0]}: RefinedNullSpace looks at each retained key"):
+    with pytest.raises(NumericalError, match=rf"{LAYERS[0]}: RefinedNullSpace needs each retained key"):
         fit(module, ClosedFormEdit(RefinedNullSpace()))
     assert module.progress == {"prepared": -1, "applied": 0}
 
@@ -163,14 +163,14 @@ def test_a_solver_that_does_not_fit_is_refused_before_the_first_step(refinement:
 @pytest.mark.parametrize("solver", [NullSpace(), LeastSquares()], ids=lambda solver: type(solver).__name__)
 def test_a_solver_that_retains_needs_something_to_retain(solver: Solver, method: Build, fit: Fit) -> None:
     module = method(UCE, preserve=None)
-    with pytest.raises(NumericalError, match=f"{type(solver).__name__} retains by a second moment, .* model.preserve"):
+    with pytest.raises(NumericalError, match=f"{type(solver).__name__} needs the second moment .* model.preserve"):
         fit(module, ClosedFormEdit(solver))
     assert module.pretrained.change_ratio() == 0
 
 
 def test_speeds_solver_needs_speed(method: Build, fit: Fit) -> None:
     module = method(UCE)
-    with pytest.raises(NumericalError, match="which only SPEED gives: take edit: NullSpace or RidgeMap"):
+    with pytest.raises(NumericalError, match="which only SPEED provides: choose edit: NullSpace or RidgeMap"):
         fit(module, ClosedFormEdit(RefinedNullSpace()))
     assert module.pretrained.change_ratio() == 0
 

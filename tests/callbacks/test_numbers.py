@@ -114,7 +114,7 @@ def test_a_large_change_of_one_weight_is_said(refinement: Callable[..., Any], fi
             list(module.layers.values())[-1].weight.mul_(3)
 
     # Tripled twice, once for each layer's epoch: by 8 of its norm, while the two layers together moved by less than 7.
-    with pytest.warns(UserWarning, match=r"has moved by 8\.00 times its norm \(all edited weights by 5\."):
+    with pytest.warns(UserWarning, match=r"has changed by 8\.00 times its norm \(all edited weights by 5\."):
         fit(refinement(), hook("on_train_epoch_start", moves), CheckNumbers(max_weight_change=7), steps=1)
 
 
@@ -126,7 +126,7 @@ def test_a_large_change_is_said(refinement: Callable[..., Any], fit: Callable[..
                     layer.weight.mul_(1.5)
 
     expected = (
-        r"text_encoder\S+ has moved by 0\.50 times its norm \(all edited weights by 0\.50\), more than "
+        r"text_encoder\S+ has changed by 0\.50 times its norm \(all edited weights by 0\.50\), more than "
         r"max_weight_change=0\.4: look"
     )
     with pytest.warns(UserWarning, match=expected):
@@ -157,7 +157,7 @@ def test_an_edit_as_large_as_honest_ones_is_not_warned_of_and_a_larger_one_is(
     # The largest of one concept in docs/results/emoji20.md is 8.1; the default limit is 10.
     fit(refinement(first_layer=2), Moves(8.1), CheckNumbers(), steps=1)  # a warning would be an error
     fit(refinement(first_layer=2), Moves(12.0), CheckNumbers(max_weight_change=None), steps=1)
-    with pytest.warns(UserWarning, match=r"has moved by 12\.00 times its norm .* more than max_weight_change=10:"):
+    with pytest.warns(UserWarning, match=r"has changed by 12\.00 times its norm .* more than max_weight_change=10:"):
         fit(refinement(first_layer=2), Moves(12.0), CheckNumbers(), steps=1)
 
 
@@ -188,7 +188,7 @@ def test_the_worst_layer_of_the_text_encoder_is_named(
     for line, (name, number) in zip(said, found.items(), strict=True):  # each when its epoch ends
         assert line == (
             f"{name}: the system that was solved has the condition number {number:.1e}, more than max_condition_number="
-            f"1e+09, so rounding decides what the edit is: {remedy}."
+            f"1e+09, so rounding errors dominate the edit: {remedy}."
         )
 
 
@@ -258,7 +258,7 @@ def test_an_edit_that_the_type_of_the_weight_cannot_hold_is_not_written() -> Non
     weight = torch.ones(2, 3, dtype=torch.float16)
     edited = torch.full((2, 3), 7e4, dtype=torch.float64)  # float16 ends at 65504
     with pytest.raises(
-        NumericalError, match=r"layer: the edited weight, at most 7e\+04, is not finite in torch.float16"
+        NumericalError, match=r"layer: the edited weight, with values up to 7e\+04, is not finite in torch.float16"
     ):
         write_finite("layer", weight, edited)
     assert torch.equal(weight, torch.ones(2, 3, dtype=torch.float16))

@@ -154,6 +154,6 @@ def test_the_edit_of_another_method_is_refused(tiny_sd: Path, pets: str) -> None
     module = ConceptEditor("dog", model=str(tiny_sd), concept_set=pets)
     with pytest.raises(
         ValueError,
-        match="writes what a method has found in closed form, but the module is ConceptEditor",
+        match="writes the weights of closed-form methods, but the module is ConceptEditor",
     ):
         by_refined_null_space().setup(L.Trainer(logger=False), module, "fit")

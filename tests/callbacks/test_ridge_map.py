@@ -148,6 +148,6 @@ def test_half_precision_weights_are_edited(uce: Build, fit: Fit) -> None:
 def test_another_method_is_refused(tiny_sd: Path, pets: str) -> None:
     with pytest.raises(
         ValueError,
-        match="writes what a method has found in closed form, but the module is ConceptEditor",
+        match="writes the weights of closed-form methods, but the module is ConceptEditor",
     ):
         by_ridge_map().setup(L.Trainer(logger=False), ConceptEditor("dog", model=str(tiny_sd), concept_set=pets), "fit")

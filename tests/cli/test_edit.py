@@ -100,7 +100,7 @@ def test_a_solver_that_the_method_cannot_feed_is_one_sentence(
     args = ["--trainer.callbacks", "[]", "--data.init_args.steps", "1", "--edit", "RefinedNullSpace"]
     assert cli.main(["fit", "--config", str(recipe), *args]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "RefinedNullSpace looks at each retained key and at the anchors' keys" in said
+    assert "RefinedNullSpace needs each retained key and the anchors' keys" in said
 
 
 def test_help_lists_what_a_solver_can_be_told(workplace: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_test_that_is_told_to_stop_is_requeued_and_leaves_no_scores(
         patch.setattr(SaveOnSignal, "on_test_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
         assert cli.main(["test", "--config", str(recipe)]) == cli.TOLD_TO_STOP
     assert jobs == ["12"]
-    assert "Told to stop: the test has written no scores." in capsys.readouterr().err
+    assert "Told to stop: the test has not written scores." in capsys.readouterr().err
     assert not (RUN / "version_0/scores.json").exists()
     assert cli.main(["test", "--config", str(recipe)]) == 0
 

@@ -192,9 +192,9 @@ def test_rejects_what_is_not_a_second_moment() -> None:
         null_space(moment + normal(8, 8), 0.1, "max")
     with pytest.raises(ValueError, match="negative eigenvalue"):
         null_space(moment - torch.eye(8, dtype=torch.float64), 0.1, "max")
-    with pytest.raises(ValueError, match="all zero or there are none"):
+    with pytest.raises(ValueError, match="no retained keys, or all are zero"):
         null_space(torch.zeros(8, 8), 0.1, "max")
-    with pytest.raises(ValueError, match="all zero or there are none"):
+    with pytest.raises(ValueError, match="no retained keys, or all are zero"):
         null_space_from_keys(torch.zeros(0, 8), 0.1, "max")
     with pytest.raises(ValueError, match=r"minimum=8 must lie in \[0, 7\]"):
         null_space(moment, 0.1, "max", minimum=8)

@@ -262,7 +262,7 @@ def test_settings_that_are_out_of_range(kind: Callable[..., Solver], arguments: 
 
 @pytest.mark.parametrize("solver", [NullSpace(), LeastSquares()], ids=lambda solver: type(solver).__name__)
 def test_a_method_that_retains_nothing(solver: Solver) -> None:
-    problem = rf"unet\.0\.weight: {type(solver).__name__} retains by a second moment, .* set model\.preserve, or take"
+    problem = rf"unet\.0\.weight: {type(solver).__name__} needs the second moment .* set model\.preserve, or choose"
     with pytest.raises(UnsolvableError, match=problem):  # before anything is written
         solver.prepare({"unet.0.weight": NOTHING}, alone, torch.device("cpu"))
 
@@ -271,7 +271,7 @@ def test_a_method_that_retains_nothing(solver: Solver) -> None:
     "lacking", [write(Retained(RETAINED.moment, RETAINED.count)), write(anchors=None)], ids=["keys", "anchors"]
 )
 def test_refined_null_space_needs_each_retained_key_and_the_anchors(lacking: Write) -> None:
-    with pytest.raises(UnsolvableError, match="RefinedNullSpace looks at each retained key and at the anchors' keys"):
+    with pytest.raises(UnsolvableError, match="RefinedNullSpace needs each retained key and the anchors' keys"):
         solved(RefinedNullSpace(), lacking)
 
 

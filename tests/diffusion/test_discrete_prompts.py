@@ -28,7 +28,7 @@ def test_what_is_left_out(components: StableDiffusion) -> None:
     allowed = whole_words(tokenizer, lambda word: word == "cat", ["soccer ball"])
     missing = set(whole_words(tokenizer).tolist()) - set(allowed.tolist())
     assert sorted(tokenizer.convert_ids_to_tokens(sorted(missing))) == ["ball</w>", "cat</w>", "soccer</w>"]
-    with pytest.raises(ValueError, match="no token that is a word by itself"):
+    with pytest.raises(ValueError, match="no token that is a whole word"):
         whole_words(tokenizer, lambda word: True)
 
 

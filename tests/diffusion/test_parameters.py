@@ -83,7 +83,7 @@ def test_a_pattern_is_searched_in_full_names() -> None:
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"edited_parameters='\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"edited_parameters='\(' is not a regular expression"):
         match_parameters("(", ["unet.a.weight"])
 
 
@@ -104,7 +104,7 @@ def test_a_misspelt_group_is_answered_with_the_closest() -> None:
 def test_the_number_of_a_text_layer() -> None:
     assert layer_index("text_encoder.encoder.layers.11.mlp.fc2.weight") == 11
     assert layer_index("text_encoder.text_model.encoder.layers.3.mlp.fc2.weight") == 3
-    with pytest.raises(ValueError, match="no numbered layer"):
+    with pytest.raises(ValueError, match="not in a numbered layer"):
         layer_index("text_encoder.embeddings.token_embedding.weight")
 
 

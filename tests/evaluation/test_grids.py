@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_named() -> None:
         image_grid([plain(RED, RED)], column_labels=["a"])
     with pytest.raises(ValueError, match="scale=0"):
         image_grid([plain(RED)], scale=0)
-    with pytest.raises(ValueError, match="do not pair up"):
+    with pytest.raises(ValueError, match="give pairs of the same shape"):
         before_after_grid(plain(RED), plain(RED, RED))
     with pytest.raises(ValueError, match="1 titles for 2 pairs"):
         before_after_grid(plain(RED, RED), plain(RED, RED), ["a"])

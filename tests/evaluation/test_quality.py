@@ -171,13 +171,13 @@ def test_inception_without_its_weights(hub: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     with pytest.raises(
-        ValueError, match=r"cannot be had \(no network here\): put that file at .*pth, or take"
+        ValueError, match=r"cannot be loaded \(no network here\): put that file at .*pth, or choose"
     ) as error:
         inception_features()
     assert str(hub) in str(error.value)
     hub.parent.mkdir(parents=True, exist_ok=True)
     hub.write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"cannot be had .*: put that file at .*pth, or take features='judge'\.$"):
+    with pytest.raises(ValueError, match=r"cannot be loaded .*: put that file at .*pth, or choose features='judge'\.$"):
         inception_features()
 
 

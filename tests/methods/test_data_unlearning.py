@@ -205,8 +205,8 @@ def test_a_checkpoint_belongs_to_its_pictures(
         ({"judge": "clip"}, "judge='clip' needs a concept set, and here is none"),
         ({"judge": "nowhere"}, "judge='nowhere' is no judge and no folder: take clip, emoji"),
         ({"judge": "."}, r"judge='.' has no config\.json"),
-        ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: data is unlearned in the UNet"),
-        ({"edited_parameters": "decoder"}, r"selects vae\..*: data is unlearned in the UNet"),
+        ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: this method edits only the UNet"),
+        ({"edited_parameters": "decoder"}, r"selects vae\..*: this method edits only the UNet"),
     ],
 )
 def test_wrong_values(unlearner: Build, arguments: dict[str, Any], message: str) -> None:
@@ -223,5 +223,5 @@ def test_a_loss_scaler_is_refused(unlearner: Build, fit_images: Fit) -> None:
 
 
 def test_prompts_are_no_pictures(unlearner: Build, pets: str, trainer_with: Callable[..., L.Trainer]) -> None:
-    with pytest.raises(ValueError, match=r"NaiveDeletion unlearns the pictures of KeepForgetImages.*ConceptPrompts"):
+    with pytest.raises(ValueError, match=r"NaiveDeletion needs the pictures of KeepForgetImages.*ConceptPrompts"):
         trainer_with(max_epochs=1, limit_val_batches=0).fit(unlearner(NaiveDeletion), ConceptPrompts("dog", pets))

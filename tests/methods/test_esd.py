@@ -330,16 +330,16 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"eta": 0.0}, r"model\.eta=0\.0 guides away from nothing: give a positive number"),
+        ({"eta": 0.0}, r"model\.eta=0\.0 does not guide away from the concept: give a positive number"),
         ({"eta": -1.0}, r"model\.eta=-1\.0"),
-        ({"start_guidance": -0.5}, r"model\.start_guidance=-0\.5 is negative: the paper's is 3"),
+        ({"start_guidance": -0.5}, r"model\.start_guidance=-0\.5 must not be negative: the paper uses 3"),
         ({"chains": 0}, r"model\.chains=0 must be at least 1"),
         ({"passes": 0}, r"model\.passes=0 must be at least 1"),
         ({"num_chain_steps": 0}, r"model\.num_chain_steps=0 must be at least 1"),
         ({"states_from": "edited"}, r"model\.states_from='edited' .* set model\.states_per_chain=one"),
         ({"erase_from": "a cat"}, r"model\.erase_from='a cat' .* set model\.eta_form=code"),
         ({"edited_parameters": "attn3"}, "edited_parameters='attn3' selects no parameter"),
-        ({"edited_parameters": "text-fc2"}, "edited_parameters='text-fc2' selects text_encoder.* of the UNet only"),
+        ({"edited_parameters": "text-fc2"}, "edited_parameters='text-fc2' selects text_encoder.* only weights of"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_loads(

@@ -179,7 +179,7 @@ def test_weights_that_attention_does_not_depend_on(build: Build) -> None:
 
 
 def test_weights_behind_the_last_attention(build: Build, fit: Fit) -> None:
-    with pytest.raises(ValueError, match=r"edited_parameters='unet.conv_out' selects only weights behind the last"):
+    with pytest.raises(ValueError, match=r"edited_parameters='unet.conv_out' selects only weights after the last"):
         fit(build(edited_parameters="unet.conv_out"))
 
 
@@ -285,8 +285,8 @@ def test_learned_tokens_stand_for_the_concept(build: Build, fit: Fit, tiny_sd: P
 @pytest.mark.parametrize(
     ("tokens", "arguments", "problem"),
     [
-        ({"concept": "cat"}, {}, "stands for cat, but concept=dog: learn tokens for the concept and edit it alone"),
-        ({}, {"concept": ["dog", "cat"]}, "stands for dog, but concept=dog, cat: learn"),
+        ({"concept": "cat"}, {}, "was learned for cat, but concept=dog: learn tokens for the concept and edit it"),
+        ({}, {"concept": ["dog", "cat"]}, "was learned for dog, but concept=dog, cat: learn"),
         ({}, {"model": "tiny_sd2"}, "was learned for another text encoder than that of model='.*tiny-sd2'"),
         ({"width": 8}, {}, "was learned for another text encoder"),
         ({}, {"prompts": "edit_prompts"}, "model.embeddings has no effect with prompts=edit_prompts"),

@@ -144,7 +144,7 @@ def test_pictures_are_drawn_with_the_new_tokens(build: Build) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"concept": ["dog", "cat"]}, "concept=dog, cat: new tokens stand for one concept, name one"),
+        ({"concept": ["dog", "cat"]}, "concept=dog, cat: new tokens are for one concept, so name one"),
         ({"num_tokens": 0}, "model.num_tokens=0 must be at least 1"),
         ({"norm_decay": 1.5}, "model.norm_decay=1.5 must be between 0 and 1"),
         ({"initial_words": " "}, "model.initial_words is empty"),

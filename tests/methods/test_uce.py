@@ -151,9 +151,9 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
     ("arguments", "message"),
     [
         ({"preserve": ["a cat", "the Dog barks"]}, r"model.preserve has 'the Dog barks', .*edited concept 'dog'"),
-        ({"preserve": "cats"}, "model.preserve='cats' is no list"),
-        ({"concept": ["dog", "cat"]}, "model.preserve='others' finds nothing besides dog, cat in pets"),
-        ({"towards": "prompt"}, "model.guide=null with towards='prompt' says nothing"),
+        ({"preserve": "cats"}, "model.preserve='cats' is not a list"),
+        ({"concept": ["dog", "cat"]}, "model.preserve='others' finds no prompt besides dog, cat in pets"),
+        ({"towards": "prompt"}, "model.guide=null does not fit towards='prompt'"),
         ({"guide": "a toy"}, "model.guide='a toy' needs towards='prompt', not 'target'"),
         ({"towards": "prompt", "guide": "a dog house"}, "model.guide='a dog house' names the edited concept 'dog'"),
         ({"towards": "prompt", "guide": ["a", "b"]}, "model.guide has 2 prompts for 1 concepts"),

@@ -65,12 +65,12 @@ def test_places_of_stable_diffusion() -> None:
         (
             UNetValueRefinement,
             {"values": "residual"},
-            "values='residual' is not for UNetValueRefinement: choose refined",
+            "values='residual' is not possible for UNetValueRefinement: choose refined",
         ),
         (
             UNetFeedForwardRefinement,
             {"start": "residual"},
-            "start='residual' is not for UNetFeedForward.*output or tar",
+            "start='residual' is not possible for UNetFeedForward.*output or tar",
         ),
         (UNetValueRefinement, {"watched_prompts": 0}, r"model\.watched_prompts=0 must be at least 1"),
         (UNetFeedForwardRefinement, {"noises_per_prompt": 0}, r"model\.noises_per_prompt=0 must be at least 1"),

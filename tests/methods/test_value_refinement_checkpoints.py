@@ -68,7 +68,7 @@ def test_a_checkpoint_holds_the_edited_weights_and_the_values_only(
     ("arguments", "problem"),
     [
         ({"concept": "cat"}, "The checkpoint edits dog, but concept is cat: pass --concept dog"),
-        ({"first_layer": 2}, "its edited weights do not fit"),
+        ({"first_layer": 2}, "other edited weights: give the recipe of its own fit"),
         ({"model": "tiny_sd2"}, "made from another base model"),
     ],
 )

@@ -38,13 +38,13 @@ def test_a_signal_is_noted_once_and_does_not_end_the_process() -> None:
 
 def test_what_is_no_signal() -> None:
     for name in ("SIGFOO", "SIG_DFL", "raise_signal"):
-        with pytest.raises(ValueError, match=f"'{name}' is no signal of this system"):
+        with pytest.raises(ValueError, match=f"'{name}' is not a signal of this system"):
             note_signal(name)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="a signal of POSIX")
 def test_a_signal_that_no_process_survives() -> None:
-    with pytest.raises(ValueError, match=r"^signals: 'SIGKILL' cannot be waited for: give SIGUSR1, SIGUSR2 or SIGTERM"):
+    with pytest.raises(ValueError, match=r"^signals: 'SIGKILL' cannot be handled: give SIGUSR1, SIGUSR2 or SIGTERM"):
         note_signal("SIGKILL")
 
 
@@ -53,5 +53,5 @@ def test_a_system_without_the_signals_of_posix(windows: None) -> None:
     callback = SaveOnSignal()
     assert callback.signals == []
     assert not callback._taken()
-    with pytest.raises(ValueError, match="'SIGUSR1' is no signal of this system: give SIGBREAK or SIGTERM"):
+    with pytest.raises(ValueError, match="'SIGUSR1' is not a signal of this system: give SIGBREAK or SIGTERM"):
         SaveOnSignal(["SIGUSR1"])

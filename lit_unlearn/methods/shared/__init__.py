@@ -1,1 +1,1 @@
-"""What the methods share: the pipeline's parts, the edited weights, pictures, work over processes."""
+"""Code that the methods share: the pipeline's parts, the edited weights, pictures, work over processes."""

@@ -1,7 +1,8 @@
-"""What a method says whose weights a closed form writes: what to write, when, and what is to stay.
+"""Base of the closed-form methods, which say what to write, when, and which outputs should not change.
 
-Data flow: at the start of a fit the method gathers what is to stay (``retained``). At the end of each epoch the
-callback ``ClosedFormEdit`` asks it for ``writes(epoch)``, hands each group to its solver, and writes what comes back.
+Data flow: at the start of a fit the method gathers the keys whose outputs should not change (``retained``). At the end
+of each epoch the callback ``ClosedFormEdit`` calls ``writes(epoch)``, passes each group to its solver, and writes the
+result.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ Batch = TypeVar("Batch")
 class ClosedFormMethod(DiffusionEditor):
     """Base of the methods whose weights a closed form writes; the recipe's ``edit`` says which one.
 
-    To stand before ``ConceptEditor`` among the bases of a method. As it is here, all is known before the first step,
-    and the fit is one epoch of one step that descends nothing.
+    A method must list it before ``ConceptEditor`` among its bases. By default everything is known before the first
+    step, and the fit is one epoch of a single step that does not train anything.
     """
 
     layers: dict[str, nn.Linear]
-    """The linear maps that are written, by the full names of their weights."""
+    """The edited linear maps, by the full names of their weights."""
     retained: Mapping[str, Retained]
-    """What is to stay of each of them, once the fit has started."""
+    """For each of them, the keys whose outputs should not change; set at the start of the fit."""
 
     edit: dict[str, Any] | None = None
-    """The solver and its settings, as the recipe has them."""
+    """The solver and its settings, in the form of the recipe."""
     remedy: str = "raise its ridge"
-    """What to do about a system that is ill-conditioned, with this solver."""
+    """The solver's advice for a system that is ill-conditioned."""
 
     @property
     def fit_plan(self) -> FitPlan:
@@ -44,7 +45,7 @@ class ClosedFormMethod(DiffusionEditor):
         return FitPlan(epochs=1, steps=1)
 
     def configure_model(self) -> None:
-        """Load the pipeline, find the layers, and make room for V1, which descends during an epoch."""
+        """Load the pipeline, find the layers, and allocate V1, which an epoch may train."""
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
@@ -52,9 +53,10 @@ class ClosedFormMethod(DiffusionEditor):
         self.values = nn.Parameter(torch.zeros(self.values_shape()))
 
     def values_shape(self) -> tuple[int, ...]:
-        """Shape of V1. A method without a descent has a single number.
+        """Shape of V1; a method that does not train V1 has a single number.
 
-        Lightning saves checkpoints after optimizer steps only, and DDP takes no module without a gradient.
+        That number is needed since Lightning saves checkpoints only after optimizer steps, and DDP refuses a module
+        without a trainable parameter.
         """
         return ()
 
@@ -63,11 +65,11 @@ class ClosedFormMethod(DiffusionEditor):
         return torch.optim.SGD([self.values], lr=0.0)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """There is nothing to descend."""
+        """Return a loss without effect."""
         return self.values * 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also say how the weights were solved for."""
+        """Also store the solver and its settings."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["edit"] = self.edit
 
@@ -76,9 +78,9 @@ class ClosedFormMethod(DiffusionEditor):
     ) -> dict[str, Tensor]:
         """Second moments (d_in, d_in), float64, of the layers' ``inputs`` (B, L, d_in) at all batches.
 
-        Processes take whole batches, the same as one has, so that only the order of the sums differs.
+        Processes take whole batches, the same ones that a single process has, so only the order of the sums differs.
         """
-        # On the processor: those of all layers are larger than the text encoder itself.
+        # On the CPU, since the moments of all layers are larger than the text encoder itself.
         sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
         for batch in self.processes.own_share(batches):
             for name, keys in inputs(batch).items():
@@ -87,19 +89,19 @@ class ClosedFormMethod(DiffusionEditor):
 
     @abstractmethod
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
-        """What the end of ``epoch`` writes, in groups that are solved together; a next one comes after the write."""
+        """Writes at the end of ``epoch``, in groups that are solved together, each computed after the write before."""
 
     def written_epochs(self) -> int:
-        """How many epochs have been written, with what a resumed run did before: an edit is written with its step."""
+        """Number of epochs written, also before a run was resumed: an edit is written together with its step."""
         return self.current_epoch
 
     def before_writes(self) -> None:
-        """Remember what the edits are measured against."""
+        """Remember the outputs that the edits are compared to."""
 
     def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
-        """What to keep of a write, beside what the solver says of it."""
+        """Extend the solver's ``report`` about ``write`` with the method's own entries."""
         return dict(report)
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
-        """Note that the writes of ``epoch`` are done."""
+        """Record that the writes of ``epoch`` are done."""
         self.report["weight_change_ratio"] = self.pretrained.change_ratio()

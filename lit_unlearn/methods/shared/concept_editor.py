@@ -1,4 +1,4 @@
-"""What the methods share that edit concepts: which ones, their judge, and the test by pictures of all concepts."""
+"""Base of the methods that edit concepts: their concepts, their judge, and the test with pictures of all concepts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_unlearn.system.errors import user_errors
 
 
 class ConceptEditor(DiffusionEditor):
-    """Base of the methods that edit concepts: which ones, and the test by pictures of all concepts of a set.
+    """Base of the methods that edit concepts: their concepts, and the test with pictures of all concepts of a set.
 
     Args:
         concept: Name or names of the concepts to edit; set with ``--concept``.
@@ -90,7 +90,7 @@ class ConceptEditor(DiffusionEditor):
             warn_of_edited_targets(self.targets_of_edited)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also keep the concept set, as it was read."""
+        """Also store the concept set, as it was read."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY] |= {
             "concept_set_sha256": self.concepts.sha256,
@@ -111,7 +111,7 @@ class ConceptEditor(DiffusionEditor):
     # --- test
 
     def load_judge(self) -> Judge:
-        """The judge that ``judge`` names."""
+        """Load the judge given as ``judge``."""
         return self._judge(self.judge_path, self.judge_options)
 
     def _judge(self, name: str, options: dict[str, Any]) -> Judge:
@@ -131,7 +131,7 @@ class ConceptEditor(DiffusionEditor):
 
     def metric(self, images_per_prompt: int) -> ForgetRetain:
         """An empty metric for ``images_per_prompt`` pictures of every evaluation prompt."""
-        # Where the weights are: processes on GPUs exchange nothing else.
+        # On the device of the weights, since processes on GPUs can only exchange tensors there.
         counts = self.concepts.counts
         names = self.edited_labels
         return ForgetRetain(

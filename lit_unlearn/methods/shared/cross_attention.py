@@ -1,7 +1,6 @@
-"""What the closed forms share that map text states to other values in the UNet's cross-attention (UCE, SPEED).
+"""Shared code of the closed forms that map text states to new values in the UNet's cross-attention (UCE, SPEED).
 
-The inputs of ``attn2.to_k`` and ``attn2.to_v`` are the text encoder's states, the same for all of them: they are
-gathered once.
+The inputs of all ``attn2.to_k`` and ``attn2.to_v`` are the same, the text encoder's states, so they are gathered once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every method shares: the pipeline's parts, the edited weights and their pretrained values, cost and losses."""
+"""Base of all methods: the pipeline's parts, the edited weights and their pretrained values, cost and losses."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
 
 CHECKPOINT_KEY = "lit_unlearn"
-"""Where a Lightning checkpoint holds what is ours: provenance, cost and reports of an edit."""
+"""Key in a Lightning checkpoint under which lit-unlearn stores provenance, cost and reports of an edit."""
 
 NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
 
 
 class DiffusionEditor(L.LightningModule):
-    """Base of all methods: the pipeline's parts, which of their weights are edited, and what these were before.
+    """Base of all methods: the pipeline's parts, the edited weights, and their values before the edit.
 
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
 
     Args:
         model: Folder of a pipeline in the diffusers layout, ``emoji-sd`` (the embedded model), or a hub id.
         revision: Branch, tag or commit, if ``model`` is a hub id.
-        dtype: Type of the frozen weights: ``float32``, ``bfloat16`` or ``float16``. Edited weights have it too.
+        dtype: Type of all weights: ``float32``, ``bfloat16`` or ``float16``.
         edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
         num_inference_steps: Denoising steps of every picture.
         guidance_scale: Strength of classifier-free guidance of every picture.
@@ -47,7 +47,7 @@ class DiffusionEditor(L.LightningModule):
     """
 
     recipe: dict[str, Any] | None = None
-    """What decided the fit, as a recipe, if it came from the command line."""
+    """Everything that determined the fit, as a recipe, if it was run from the command line."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class DiffusionEditor(L.LightningModule):
             self.select(self.base.names)
         self.base.check_steps(num_inference_steps, "model.num_inference_steps")
         self.forwards = ForwardCount()
-        # A callback that knows pictures of the unedited model says so here, for as long as its trainer runs.
+        # Set while the trainer runs, by a callback that has pictures of the unedited model.
         self.known_pictures: Callable[[Any, Any], Tensor] | None = None
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
@@ -85,21 +85,21 @@ class DiffusionEditor(L.LightningModule):
 
     @property
     def edited_labels(self) -> list[str]:
-        """What is edited, as checkpoints and folders name it: the concepts' names; none if it is no concept."""
+        """Names of the edited concepts, for checkpoints and folders; empty if the method does not edit concepts."""
         return []
 
     @property
     def current_layer(self) -> str | None:
-        """Name of the weight whose turn it is, in a method that edits one after the other."""
+        """Name of the weight that is being edited, in a method that edits one after the other."""
         return None
 
     @property
     def fit_plan(self) -> FitPlan:
-        """What a fit of this method asks of the data and of the trainer."""
+        """What a fit of this method needs from the data and the trainer."""
         return FitPlan()
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Names of the edited parameters among ``names``; methods narrow it."""
+        """Names of the edited parameters among ``names``; methods may restrict the choice."""
         return match_parameters(self.edited_parameters, names)
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
@@ -108,7 +108,7 @@ class DiffusionEditor(L.LightningModule):
         Args:
             names: Full parameter names.
             allowed: Whether a weight can be edited.
-            why: How the sentence ends that refuses another: what the method edits, and what to choose.
+            why: End of the sentence that refuses another weight: what the method edits, and what to choose.
 
         Raises:
             ValueError: The pattern selects nothing, or a weight that is not allowed.
@@ -126,7 +126,7 @@ class DiffusionEditor(L.LightningModule):
         if hasattr(self, "pipeline"):
             return
         self.pipeline: Pipeline = self.base.load(self.weights_dtype)
-        for name, part in self.pipeline.parts.items():  # Lightning moves them, and checkpoints name them so
+        for name, part in self.pipeline.parts.items():  # so that Lightning moves them; checkpoints use the names
             self.add_module(name, part)
         parameters = self.pipeline.named_parameters()
         self.edited_names = self.select(list(parameters))
@@ -135,15 +135,15 @@ class DiffusionEditor(L.LightningModule):
         self.pipeline.denoiser.register_forward_pre_hook(self.forwards)
 
     def train(self, mode: bool = True) -> DiffusionEditor:
-        """Keep the pipeline in evaluation mode whatever Lightning asks: there is no dropout to train with."""
+        """Keep the pipeline in evaluation mode, since methods train without dropout."""
         return super().train(False)
 
     def own_state(self) -> list[str]:
-        """Names in ``state_dict`` that a checkpoint keeps besides the edited weights."""
+        """Names in ``state_dict`` that a checkpoint stores besides the edited weights."""
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the edited weights only and say what they are."""
+        """Store only the edited weights, and describe them."""
         kept = {*self.edited_names, *self.own_state()}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
         # A class or function (an optimizer given in Python) could not be read without trusting the file.
@@ -166,16 +166,16 @@ class DiffusionEditor(L.LightningModule):
         """Refuse a checkpoint of another concept, base model or set of weights.
 
         Raises:
-            ValueError: What differs.
+            ValueError: The checkpoint does not match; the message says what differs.
         """
         ours = checkpoint.get(CHECKPOINT_KEY)
         if ours is None:
-            raise ValueError("The checkpoint was not made by lit-unlearn: it has no provenance.")
+            raise ValueError("The checkpoint was not made by lit-unlearn, since it has no provenance: give another.")
         check_concepts("The checkpoint", ours["method"], ours["concepts"], self.edited_labels)
         if ours["edited_names"] != self.edited_names or ours["base_fingerprint"] != self.base_fingerprint:
             raise ValueError(
-                f"The checkpoint was made from another base model ({ours['model']}) than model={self.model_id!r}: "
-                "its edited weights do not fit."
+                f"The checkpoint was made from another base model ({ours['model']}) than model={self.model_id!r}, "
+                "or with another dtype or other edited weights: give the recipe of its own fit."
             )
         self._loaded_cost = dict(ours["cost"])
         self.report = ours["report"]
@@ -183,21 +183,21 @@ class DiffusionEditor(L.LightningModule):
     # --- cost
 
     def on_fit_start(self) -> None:
-        """Start the clock, and set the length of the run if the method knows it."""
+        """Start the clock, and set the length of the run if the method determines it."""
         self._started, self.forwards.count, self.forwards.backward = time.perf_counter(), 0, 0
         if self.fit_plan.epochs is not None:
             self.trainer.fit_loop.max_epochs = self.fit_plan.epochs
 
     def on_fit_end(self) -> None:
-        """Stop the clock: what follows in the same process is no cost of the edit."""
+        """Stop the clock: later work in the same process is not a cost of the edit."""
         self._loaded_cost = self.current_cost()
         self._started = None
 
     def current_cost(self) -> dict[str, float | int]:
-        """What the fit has cost so far, with what a resumed run did before.
+        """Cost of the fit so far, including the work before a run was resumed.
 
-        Seconds, UNet forwards and backwards of all processes, peak memory of this one in bytes. During a fit every
-        process must ask.
+        Seconds, UNet forwards and backwards of all processes, and peak memory of this process in bytes. During a fit
+        every process must call it.
         """
         if self._started is None:
             return self._loaded_cost
@@ -217,8 +217,8 @@ class DiffusionEditor(L.LightningModule):
         """Log means over the global batch, keep them as ``step_losses``, and find this process's part of the batch.
 
         Args:
-            losses: Means over this process's items, by the names that they are logged under.
-            batch: These items.
+            losses: Means over this process's items, by their names in the log.
+            batch: Items of this process.
         """
         self.step_losses = {name: loss.detach().float() for name, loss in losses.items()}
         if self.trainer.world_size > 1:
@@ -231,9 +231,9 @@ class DiffusionEditor(L.LightningModule):
         self.log_dict(self.step_losses, prog_bar=True, batch_size=len(batch))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Weight the loss by this process's part: DDP averages over processes, the loss is a mean over items.
+        """Weight the loss by this process's part, since DDP averages over processes, but the loss is a mean over items.
 
-        ``log_losses`` comes before it.
+        ``log_losses`` must be called before it.
         """
         super().backward(loss * self._batch_weight, *args, **kwargs)
 
@@ -241,12 +241,12 @@ class DiffusionEditor(L.LightningModule):
 
     @torch.no_grad()
     def pretrained_prediction(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """What the denoiser with its pretrained weights says, (B, C, H, W); arguments as of ``Pipeline.predict``."""
+        """Prediction (B, C, H, W) of the denoiser with its pretrained weights; arguments as in ``Pipeline.predict``."""
         return self.pipeline.predict(x_t, timesteps, condition, self.pretrained.of(self.pipeline.denoiser_part))
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Measuring is no part of what an edit costs: forwards inside the block are not counted."""
+        """Do not count forwards inside the block, since measuring is not a cost of the edit."""
         counts = self.forwards.count, self.forwards.backward
         try:
             yield
@@ -261,7 +261,7 @@ class DiffusionEditor(L.LightningModule):
     def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
         """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.
 
-        A callback may know them already (``UneditedPictures``), and has then set ``known_pictures``.
+        If the callback ``UneditedPictures`` has set ``known_pictures``, they come from there.
         """
         if self.known_pictures is not None:
             return self.known_pictures(self, batch)
@@ -270,13 +270,13 @@ class DiffusionEditor(L.LightningModule):
 
 
 def check_concepts(file: str, method: str, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a checkpoint of other concepts than those that are asked for.
+    """Refuse a checkpoint whose concepts differ from the wanted ones.
 
     Args:
-        file: The checkpoint, as the sentence begins.
+        file: The checkpoint, as the beginning of the message.
         method: Name of the class that made it.
-        found: Names of the concepts that it edits; none if it unlearned pictures.
-        wanted: Names that are asked for; none if the recipe unlearns pictures.
+        found: Names of the concepts that it edits; empty if it unlearned pictures.
+        wanted: Names of the wanted concepts; empty if the recipe unlearns pictures.
 
     Raises:
         ValueError: They differ.
@@ -296,7 +296,7 @@ def check_timesteps(min_timestep: int, max_timestep: int) -> None:
     """Check a range of timesteps, the upper end exclusive.
 
     Raises:
-        ValueError: It is empty, or leaves the 1000 timesteps.
+        ValueError: The range is empty, or goes beyond the 1000 timesteps.
     """
     if not 0 <= min_timestep < max_timestep <= 1000:
         raise ValueError(

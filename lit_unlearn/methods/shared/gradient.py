@@ -1,4 +1,4 @@
-"""What the methods share that train weights of the pipeline themselves: ESD, Concept Ablation, Forget-Me-Not, SISS."""
+"""Base of the methods that train the pipeline's weights by gradient descent: ESD, Concept Ablation, SISS and others."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lit_unlearn.methods.shared.editor import DiffusionEditor
 class GradientEditor(DiffusionEditor):
     """Trains the edited weights by gradient descent; a method adds ``training_step``, its paper's loss.
 
-    To stand before ``ConceptEditor`` among the bases of a method that edits concepts.
+    A method that edits concepts must list it before ``ConceptEditor`` among its bases.
 
     Args:
         optimizer: Optimizer of the edited weights.
         lr_scheduler: Schedule of its learning rate, stepped after every optimizer step; null keeps it constant.
-        seed: Seed of everything that a step draws: timesteps, noise, prompts.
+        seed: Seed of all random numbers of a step: timesteps, noise, prompts.
         **kwargs: See ``ConceptEditor`` and ``DiffusionEditor``.
     """
 
     num_pairs: int | None = None
-    """Pairs that the data numbers, if they are not the concept set's pairs of edit and target prompts."""
+    """Number of the method's own pairs, if it does not use the concept set's pairs of edit and target prompts."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class GradientEditor(DiffusionEditor):
 
     @property
     def fit_plan(self) -> FitPlan:
-        """Other pairs than those of the concept set, if the method has such, in an order of its own seed."""
+        """The method's own pairs instead of the concept set's, if it has any, in an order that depends on its seed."""
         return FitPlan(num_pairs=self.num_pairs, seed=self.seed)
 
     def configure_model(self) -> None:
-        """Load the pipeline and let the edited weights learn."""
+        """Load the pipeline and make the edited weights trainable."""
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
@@ -65,18 +65,18 @@ class GradientEditor(DiffusionEditor):
         if self.lr_scheduler is None:
             return optimizer
         schedule = LRSchedulerConfig(self.lr_scheduler(optimizer), interval="step")
-        # Of what is left at its default, Lightning would warn that manual optimization ignores it.
+        # Omitted if it is the default, since Lightning would warn that manual optimization ignores it.
         defaults = {field.name: field.default for field in fields(schedule)}
         chosen = {name: value for name, value in vars(schedule).items() if value != defaults[name]}
         return {"optimizer": optimizer, "lr_scheduler": chosen}
 
     def generators(self, batch: Tensor, batch_idx: int) -> list[torch.Generator]:
-        """A generator for each item of ``batch`` (B,), numbered as the data does.
+        """A generator for each item of ``batch`` (B,), which holds the data's numbers of the items.
 
-        It depends on seed, epoch, step and item alone, so any number of processes descends the same loss.
+        It depends only on seed, epoch, step and item, so the loss is the same with any number of processes.
         """
         return [seeded(self.seed, self.current_epoch, batch_idx, item) for item in batch.tolist()]
 
     def on_train_epoch_end(self) -> None:
-        """Report how far the weights have moved, before the checkpoint that holds the report."""
+        """Report how much the weights have changed, before the checkpoint that contains the report."""
         self.report["weight_change_ratio"] = self.pretrained.change_ratio()

@@ -1,4 +1,4 @@
-"""What the methods share that unlearn pictures: their data, and the test that looks for copies."""
+"""Base of the methods that unlearn pictures: their data, and the test that looks for copies."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lit_unlearn.judges.load import check_judge_name, load_judge
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 
 PICTURE_BATCH = 32
-"""Pictures that the autoencoder sees at once."""
+"""Number of pictures that the autoencoder encodes or decodes at once."""
 
 
 class ImageEditor(DiffusionEditor):
-    """Base of the methods that unlearn pictures: which ones (``KeepForgetImages``), and the test that looks for copies.
+    """Base of the methods that unlearn pictures (``KeepForgetImages``), with the test that looks for copies.
 
     Args:
         judge: The judge in whose features copies are looked for: ``emoji`` (beside the embedded model), the folder of a
@@ -47,12 +47,13 @@ class ImageEditor(DiffusionEditor):
         """The run's data.
 
         Raises:
-            ValueError: It is of another kind.
+            ValueError: The run has another kind of data.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, KeepForgetImages):
             raise ValueError(
-                f"{type(self).__name__} unlearns the pictures of KeepForgetImages, but data is {type(data).__name__}."
+                f"{type(self).__name__} needs the pictures of KeepForgetImages, but data is {type(data).__name__}: "
+                "set data to KeepForgetImages."
             )
         return data
 
@@ -66,7 +67,7 @@ class ImageEditor(DiffusionEditor):
     # --- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which pictures are unlearned."""
+        """Also store which pictures are unlearned."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["images"] = self.images.identity
 
@@ -74,7 +75,7 @@ class ImageEditor(DiffusionEditor):
         """Refuse a checkpoint of other pictures.
 
         Raises:
-            ValueError: What differs.
+            ValueError: The pictures do not match; the message says which.
         """
         super().on_load_checkpoint(checkpoint)
         ours = self.images.identity
@@ -88,7 +89,7 @@ class ImageEditor(DiffusionEditor):
     # --- test
 
     def spaces(self) -> dict[str, Space]:
-        """Where distances between pictures are measured: pixels and, with a judge, its features."""
+        """Spaces in which distances between pictures are measured: pixels and, with a judge, its features."""
         spaces: dict[str, Space] = {"pixels": pixel_features}
         if self.judge_path is not None:
             self.judge = load_judge(self.judge_path, {}, None)
@@ -96,11 +97,11 @@ class ImageEditor(DiffusionEditor):
         return spaces
 
     def reconstructions(self, images: Sequence[CaptionedImage]) -> Tensor:
-        """What the autoencoder makes of ``images``, (n, 3, H, W) in [0, 1]: what the model would draw of each."""
+        """``images`` after the autoencoder, (n, 3, H, W) in [0, 1]: as the model would draw exact copies of them."""
         return torch.cat([self.pipeline.decode(part) for part in self.encode_images(images).split(PICTURE_BATCH)])
 
     def on_test_start(self) -> None:
-        """Learn what a copy is."""
+        """Find the distances below which a picture counts as a copy."""
         keep = self.reconstructions(self.images.keep)
         has_held_out = self.images.held_out is not self.images.keep
         self.detector = CopyDetector(
@@ -118,7 +119,7 @@ class ImageEditor(DiffusionEditor):
         return CopyCount(list(self.detector.spaces), [i.kind for i in items], len(self.images.forget)).to(self.device)
 
     def on_validation_start(self) -> None:
-        """As before a test."""
+        """As ``on_test_start``."""
         self.on_test_start()
 
     def on_validation_epoch_end(self) -> None:
@@ -133,7 +134,7 @@ class ImageEditor(DiffusionEditor):
 
         Returns:
             ``before`` and ``after``: pictures (B, 3, H, W), uint8; ``nearest_before`` and ``nearest_after``: number of
-            the picture to forget that each is nearest to, (B,).
+            the picture to forget that is nearest to each, (B,).
         """
         prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
         after, before = self.generate(prompts, seeds), self.unedited_pictures(batch)

@@ -1,7 +1,8 @@
 """Latents that are made once and read by later runs: anchor pictures, reference pictures, encoded data sets.
 
-Data flow: settings (everything that determines the latents) give a key; the key gives a folder; the folder holds one
-file per chunk, each with the key and a hash of its content. What is missing, damaged or of another key is made.
+Data flow: the settings (everything that determines the latents) give a key, and the key gives a folder. The folder
+holds one file per chunk, each with the key and a hash of its content. Files that are missing, damaged or have another
+key are made again.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def nothing() -> None:
 
 
 class CachedLatents(NamedTuple):
-    """What a cache gives.
+    """The result of a cache.
 
     Attributes:
         latents: All of them, (count, C, H, W), on the CPU.
         key: SHA-256 of everything that determines them.
-        made: How many had to be made by this call, over all processes.
+        made: Number of latents made by this call, over all processes.
     """
 
     latents: Tensor
@@ -46,17 +47,18 @@ class CachedLatents(NamedTuple):
 class LatentCache:
     """Latents on disk, in ``folder`` under a key of everything that determines them.
 
-    They are made in chunks of fixed size, so that neither the number of processes nor an interruption changes a bit of
-    them. A file is written in one step; a run that was interrupted goes on where it stopped.
+    They are made in chunks of fixed size, so that they are the same, bit for bit, with any number of processes and
+    after an interruption. A file is written in one step; an interrupted run continues where it stopped.
 
     Args:
-        folder: Where caches lie; this one's files are in ``folder/KEY``, KEY being the first 16 digits of the key.
-        settings: Everything that determines the latents, such as JSON can hold it.
-        count: How many latents there are.
-        chunk_size: Latents in a file, made together.
+        folder: Folder of all caches; the files of this one are in ``folder/KEY``, where KEY is the first 16 digits of
+            the key.
+        settings: Everything that determines the latents, in types that JSON can store.
+        count: Number of latents.
+        chunk_size: Number of latents in a file; they are made together.
 
     Raises:
-        ValueError: There is nothing to make.
+        ValueError: ``count`` or ``chunk_size`` is less than 1.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], count: int, chunk_size: int = 8) -> None:
@@ -75,12 +77,12 @@ class LatentCache:
         world_size: int = 1,
         barrier: Callable[[], object] = nothing,
     ) -> CachedLatents:
-        """Read what is there and make the rest, each chunk on one process; to be called on all of them.
+        """Read the chunks that exist and make the others, each on one process; every process must call it.
 
         Args:
-            make: From numbers of latents, those of one chunk, to the latents (n, C, H, W).
+            make: Makes the latents (n, C, H, W) of one chunk from their numbers.
             rank: Number of this process.
-            world_size: How many processes there are.
+            world_size: Number of processes.
             barrier: Waits for all processes.
         """
         chunks: dict[int, Tensor] = {}
@@ -88,13 +90,13 @@ class LatentCache:
             try:
                 chunk = self.read(number)
             except ValueError as error:
-                rank_zero_info(f"{error}: it is made anew.")
+                rank_zero_info(f"{error}: it is made again.")
             else:
                 if chunk is not None:
                     chunks[number] = chunk
         missing = [number for number in range(self.num_chunks) if number not in chunks]
         made = sum(len(self._numbers(number)) for number in missing)
-        barrier()  # all have seen the same files before the first is written
+        barrier()  # so that all processes see the same files before the first is written
         if missing:
             rank_zero_info(f"Making {made} of {self.count} latents in {self.path}; later runs read them.")
             if rank == 0:
@@ -104,7 +106,7 @@ class LatentCache:
         barrier()
         for number in missing:
             if number not in chunks:
-                # Processes on machines without a common folder make all of it, once for each machine at least.
+                # Without a folder that all machines share, each machine makes all latents at least once.
                 chunk = self.read(number)
                 chunks[number] = self._make(number, make) if chunk is None else chunk
         return CachedLatents(torch.cat([chunks[number] for number in range(self.num_chunks)]), self.key, made)
@@ -148,7 +150,7 @@ class LatentCache:
         return latents
 
     def _describe(self) -> None:
-        """Say in the folder what the latents are, for whoever looks into it; nothing reads it."""
+        """Describe the latents in a file for people who look into the folder; the program never reads it."""
         with atomic_write(self.path / "settings.json") as file:
             file.write(json.dumps(self.settings, indent=1, sort_keys=True).encode() + b"\n")
 
@@ -156,14 +158,14 @@ class LatentCache:
 class PretrainedSampler:
     """Draws latents of prompts with the pretrained weights of a method's model, once, through a ``LatentCache``.
 
-    To be made and used in one place, when the trainer runs, on all processes.
+    It must be created and used while the trainer runs, on all processes.
 
     Args:
-        module: The method; its edited weights may have moved already.
+        module: The method; its edited weights may have changed already.
         num_inference_steps: Denoising steps.
-        guidance_scale: Strength of classifier-free guidance; 1 is none.
-        folder: Where caches lie.
-        batch_size: Latents drawn at once.
+        guidance_scale: Strength of classifier-free guidance; 1 means no guidance.
+        folder: Folder of all caches.
+        batch_size: Number of latents drawn at once.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class PretrainedSampler:
             **asdict(self.drawing),
             "prompts": list(prompts),
             "seeds": list(seeds),
-            # Tokenizers may differ, for the empty prompt as well.
+            # Token ids, since tokenizers may differ, also for the empty prompt.
             "input_ids": fingerprint({"input_ids": self.module.pipeline.tokenize([*prompts, ""]).ids[0]}),
         }
         return LatentCache(self.folder, settings, len(prompts), self.batch_size)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 @dataclass
 class LayerState:
-    """What an edit of one layer needs; rows are samples.
+    """The data for the edit of one layer; rows are samples.
 
     Attributes:
         name: Full name of the weight.
         layer: The linear layer, W (d_out, d_in).
         keys: K1, inputs at the edit prompts, (n, L, d_in).
         initial: W K1, (n, L, d_out), where V1 starts.
-        mask: Which of the positions are edited, (n, L) bool.
+        mask: Positions that are edited, (n, L) bool.
     """
 
     name: str
@@ -26,13 +26,13 @@ class LayerState:
     mask: Tensor
 
     def edited(self, rows: Tensor) -> Tensor:
-        """What of ``rows`` (n, L, d) is at the positions that are edited, (m, d), without a copy if all are."""
+        """``rows`` (n, L, d) at the edited positions, (m, d), without a copy if all positions are edited."""
         return rows.flatten(0, 1) if self.mask.all() else rows[self.mask]
 
 
 def per_item(rows: Tensor, mask: Tensor) -> Tensor:
     """Mean over items of the means over their masked positions; ``rows`` and ``mask`` are (B, L).
 
-    An item counts for the same however many positions it has, so that processes can share a batch.
+    Each item has the same weight, however many positions it has, so that processes can share a batch.
     """
     return ((rows * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()

@@ -1,6 +1,6 @@
-"""What several processes divide among themselves so that they find what one would: rows, batches, results.
+"""Divides rows, batches and solves among processes so that the result is the same as with one process.
 
-Everything that one process makes and others need is made once.
+Results that several processes need are computed by one process and sent to the others.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a module's trainer; with one process all work stays as it is.
+    """The processes of a module's trainer; with one process, that process does all the work.
 
     Args:
-        module: Whose trainer is meant; there is none before a run.
+        module: Module whose trainer is used; it must be attached to a trainer.
     """
 
     def __init__(self, module: L.LightningModule) -> None:
@@ -29,43 +29,43 @@ class Processes:
 
     @property
     def trainer(self) -> L.Trainer:
-        """The run's.
+        """The trainer of the run.
 
         Raises:
-            RuntimeError: There is no run.
+            RuntimeError: The module is not attached to a trainer.
         """
         return self.module.trainer
 
     def own_share(self, parts: Sequence[T]) -> Sequence[T]:
-        """Every ``world_size``-th of ``parts``, beginning with the ``global_rank``-th; none if there are too few."""
+        """Every ``world_size``-th of ``parts``, beginning with number ``global_rank``; empty if there are too few."""
         return parts[self.trainer.global_rank :: self.trainer.world_size]
 
     def total(self, part: Tensor) -> Tensor:
-        """Sum over processes of ``part``, on all of them, where ``part`` lies."""
+        """Sum of ``part`` over processes, returned to all of them on the device of ``part``."""
         if self.module._trainer is None or self.trainer.world_size == 1:
             return part
-        # GPUs exchange nothing that lies elsewhere; the module itself is back on the processor when a fit ends.
+        # GPUs can only exchange tensors on GPUs; at the end of a fit the module itself is back on the CPU.
         device = self.trainer.strategy.root_device
         return self.trainer.strategy.reduce(part.to(device), reduce_op="sum").to(part.device)
 
     def made_once(self, count: int, make: Callable[[list[int]], Tensor]) -> Tensor:
-        """Rows ``0 .. count - 1`` of what the frozen model must provide, each made by one process and shared with all.
+        """Rows ``0 .. count - 1`` of a result of the frozen model, each made by one process and sent to all.
 
         Args:
-            count: How many rows there are.
-            make: From numbers of rows to these rows, (n, ...); what it makes of a number depends on that alone.
+            count: Number of rows.
+            make: Makes rows (n, ...) from their numbers; each row must depend only on its number.
 
         Returns:
             All rows (count, ...), on every process.
 
         Raises:
-            Exception: What ``make`` raises; on the other processes, that one has failed.
+            Exception: ``make`` has failed; on the other processes, a RuntimeError that another process has failed.
         """
         world_size = self.trainer.world_size
         if world_size == 1:
             return make(list(range(count)))
         share = list(self.own_share(range(count))) or [0]
-        share += [share[-1]] * (-(-count // world_size) - len(share))  # all_gather takes equal shapes
+        share += [share[-1]] * (-(-count // world_size) - len(share))  # all_gather needs equal shapes
         made = self.unless_one_failed(attempt(partial(make, share)))
         gathered = self.module.all_gather(
             made.to(self.module.device)
@@ -74,10 +74,10 @@ class Processes:
         return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
     def unless_one_failed(self, result: T | Exception) -> T:
-        """``result`` of this process if no process has an error for one, so that none waits for another for ever.
+        """Return ``result`` if no process has an error as its result, so that no process waits for ever for another.
 
         Raises:
-            Exception: ``result`` if it is one, or else that another process has failed.
+            Exception: ``result`` itself if it is an error, else a RuntimeError that another process has failed.
         """
         failed = isinstance(result, Exception)
         others = int(self.total(torch.tensor(int(failed), device=self.module.device)))
@@ -88,16 +88,16 @@ class Processes:
         return result
 
     def gathered(self, own: T) -> list[T]:
-        """What each process gives, in the order of the processes, on all of them."""
+        """``own`` of every process, in the order of the processes, on all of them."""
         return self.solved_once([lambda: own] * self.trainer.world_size)
 
     def solved_once(self, solve: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of ``solve``, each called by one process and sent to all, with tensors of any shapes in them.
+        """Results of ``solve``, each called by one process and sent to all; they may contain tensors of any shape.
 
-        What was sent comes with its tensors on the processor.
+        The tensors of results from another process are on the CPU.
 
         Raises:
-            Exception: What one of ``solve`` raises, on every process, so that none waits for another for ever.
+            Exception: A call has failed; every process raises it, so that no process waits for ever for another.
         """
         if self.trainer.world_size == 1:
             return [function() for function in solve]
@@ -106,7 +106,7 @@ class Processes:
         for number in range(len(solve)):
             rank = number % self.trainer.world_size
             mine = own[number // self.trainer.world_size] if rank == self.trainer.global_rank else None
-            # The broadcast pickles, and a tensor would come out on the sender's device: it goes by the CPU.
+            # Pickled tensors would be restored on the sender's device, so they are moved to the CPU first.
             sent = self.trainer.strategy.broadcast(tree_map_only(Tensor, Tensor.cpu, mine), src=rank)
             if isinstance(sent, Exception):
                 raise sent
@@ -118,5 +118,5 @@ def attempt(function: Callable[[], T]) -> T | Exception:
     """What ``function`` returns, or the error that it raises."""
     try:
         return function()
-    except Exception as error:  # of any kind: the caller raises it, once the other processes know
+    except Exception as error:  # any error: the caller raises it after telling the other processes
         return error

@@ -15,22 +15,22 @@ from lit_unlearn.methods.shared.latents import PretrainedSampler
 from lit_unlearn.system.names import file_name
 
 ENCODE_PICTURES = 8
-"""Pictures of a folder that are encoded at once."""
+"""Number of pictures from a folder that are encoded at once."""
 
 
 class ReferenceImages(ConceptEditor):
-    """Base of the methods that look at images of the edited concepts.
+    """Base of the methods that use reference images of the edited concepts.
 
     Args:
-        images: Folder of reference images, cropped and resized to the model's size; for several concepts, with a
-            folder in it for each, named as the concept. Null lets the unedited model draw them.
-        num_images: Images of each concept that the unedited model draws; of a folder all are taken.
+        images: Folder of reference images, which are cropped and resized to the model's size; for several concepts it
+            must hold one folder per concept, named as the concept. Null lets the unedited model draw the images.
+        num_images: Number of images of each concept that the unedited model draws; from a folder all are used.
         image_seed: Seed of the images that the unedited model draws.
-        image_cache: Where the latents of these images are kept for later runs.
+        image_cache: Folder that keeps the latents of these images for later runs.
         **kwargs: See ``ConceptEditor``.
 
     Raises:
-        ValueError: The folder is missing or has no pictures, or a file in it is no readable picture.
+        ValueError: The folder is missing or has no pictures, or a file in it is not a readable picture.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ReferenceImages(ConceptEditor):
         """Latents (n, C, H, W) of the images of each edited concept, the same on every process.
 
         Args:
-            prompts: Those of each concept: image ``i`` is drawn from number ``i``, and over again from the first.
+            prompts: Prompts of each concept; images use them in turn.
         """
         if self.image_files:
             return [self.processes.made_once(len(files), partial(self._encode, files)) for files in self.image_files]

@@ -1,4 +1,4 @@
-"""What the two null-space edits in the UNet share: the noise of what they ask it, and how far their edit moves it."""
+"""Shared code of the two null-space edits in the UNet: noised inputs, and the measured change of predictions."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from lit_unlearn.methods.value_refinement import ValueRefinement
 
 UNET_BATCH = 16
-"""Latents that go through the UNet at once where many are; its inner states are large."""
+"""Largest number of latents that go through the UNet at once, since its inner states are large."""
 WATCHED_SEED = 10_000_000
-"""Added to the seeds of watched pictures, so that they are none of the edit prompts'."""
+"""Added to the seeds of watched pictures, so that they differ from the edit prompts' seeds."""
 
 Query = tuple[Tensor, Tensor, Condition]
-"""What the denoiser is asked: x_t (B, C, H, W), t (B,) and the condition of B prompts."""
+"""Inputs of the denoiser: x_t (B, C, H, W), t (B,) and the condition of B prompts."""
 
 
 def check_choices(kind: str, values: str, start: str, watched_prompts: int) -> None:
-    """Check what an edit in the UNet can do.
+    """Check that the options are possible for an edit in the UNet.
 
     Raises:
-        ValueError: ``values`` or ``start`` needs the residual stream of a text encoder, or nothing is watched.
+        ValueError: ``values`` or ``start`` needs the residual stream of a text encoder, or ``watched_prompts`` is < 1.
     """
     for field, value, known in (("values", values, "refined"), ("start", start, "output")):
         if value not in (known, "target"):
-            raise ValueError(f"model.{field}={value!r} is not for {kind}: choose {known} or target.")
+            raise ValueError(f"model.{field}={value!r} is not possible for {kind}: choose {known} or target.")
     if watched_prompts < 1:
         raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
 
 
 def select_unet(method: ValueRefinement, names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Weights of the UNet that the pattern of ``method`` selects, in the order in which it calls them.
+    """Weights of the UNet that the pattern of ``method`` selects, in the order in which the UNet calls them.
 
     Raises:
-        ValueError: One does not end with any of ``suffixes``.
+        ValueError: A selected weight does not end with any of ``suffixes``.
     """
     why = f": {type(method).__name__} edits only {' and '.join(suffixes)} of the UNet."
     selected = method.select_only(names, lambda name: name.startswith("unet.") and name.endswith(suffixes), why)
@@ -50,7 +50,7 @@ def select_unet(method: ValueRefinement, names: Sequence[str], suffixes: tuple[s
 
 
 def noised(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
-    """Noise each of ``latents`` (n, C, H, W) to a timestep of its own; return x_t (n, C, H, W) and t (n,)."""
+    """Add noise to each of ``latents`` (n, C, H, W) at its own random timestep; return x_t (n, C, H, W) and t (n,)."""
     noise, timesteps = [], []
     for place in range(len(latents)):
         generator = seeded(method.seed, label, place)
@@ -61,18 +61,18 @@ def noised(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor
 
 
 def query_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
-    """Batches of what to ask the denoiser: x_t and t of the items, and the condition of their prompts, in turn."""
+    """Batches of inputs for the denoiser: x_t and t of the items, with the rows of ``condition`` in turn."""
     batches = torch.arange(len(noisy)).split(UNET_BATCH)
     return [(noisy[items], timesteps[items], condition[items % len(condition)]) for items in batches]
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Noised pictures of some retained prompts, at which the denoiser should say what it said before the edit.
+    """Noised pictures of some retained prompts, for which the denoiser's predictions should not change.
 
     Attributes:
-        method: Whose edit it is.
-        asked: In batches.
+        method: The method that edits.
+        asked: Inputs of the denoiser, in batches.
     """
 
     method: ValueRefinement
@@ -80,7 +80,7 @@ class Watched:
 
     @classmethod
     def of(cls, method: ValueRefinement, number: int) -> Watched:
-        """Draw ``number`` of the retained prompts of ``method``, spread over the set; no cost of the edit."""
+        """Draw pictures of ``number`` retained prompts of ``method``, spread over the set; not counted as cost."""
         every = max(1, len(method.retain_prompts) // number)
         condition = method.pipeline.encode_many(method.retain_prompts[::every][:number])
         with method.uncounted():
@@ -89,7 +89,7 @@ class Watched:
 
     @torch.no_grad()
     def predictions(self) -> list[Tensor]:
-        """This process's share of them, (B, C, H, W) each, float32."""
+        """This process's share of the predictions, (B, C, H, W) each, float32."""
         with self.method.uncounted():
             return [
                 self.method.pipeline.predict(*query).float() for query in self.method.processes.own_share(self.asked)

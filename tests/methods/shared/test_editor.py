@@ -79,7 +79,7 @@ def edit(module: ConceptEditor) -> None:
         ({"model": "nowhere"}, "model='nowhere' is no folder and no hub id"),
         ({"concept_set": "nowhere"}, "There is no concept set 'nowhere'"),
         ({"edited_parameters": "xatn"}, "edited_parameters='xatn' selects no parameter"),
-        ({"edited_parameters": "("}, "is no regular expression"),
+        ({"edited_parameters": "("}, "is not a regular expression"),
         ({"num_inference_steps": 0}, r"model\.num_inference_steps=0 must be at least 1"),
         ({"dtype": "float8"}, r"model\.dtype='float8' is unknown: choose float32, bfloat16 or float16"),
     ],
@@ -318,9 +318,9 @@ def test_a_checkpoint_of_its_own_is_taken(editor: Editor, trainer_with: TrainerW
     [
         ({"concept": "cat"}, "The checkpoint edits dog, but concept is cat: pass --concept dog"),
         ({"concept": ["dog", "cat"]}, "but concept is dog, cat"),
-        ({"edited_parameters": "selfattn"}, "its edited weights do not fit"),
+        ({"edited_parameters": "selfattn"}, "other edited weights: give the recipe of its own fit"),
         ({"model": "tiny_sd2"}, "The checkpoint was made from another base model"),
-        ({"dtype": "bfloat16"}, "its edited weights do not fit"),
+        ({"dtype": "bfloat16"}, "other edited weights: give the recipe of its own fit"),
     ],
 )
 def test_a_checkpoint_of_another_edit_is_refused(

@@ -201,7 +201,7 @@ def test_damaged_and_foreign_files_are_made_anew(
     result = cache(tmp_path).get(again)
     assert again.made == [2, 3]
     assert torch.equal(result.latents, EXPECTED)
-    (sentence,) = [line for line in said if "it is made anew" in line]
+    (sentence,) = [line for line in said if "it is made again" in line]
     assert f"{file} " in sentence
     assert problem in sentence
     assert torch.equal(load_file(file)["latents"], EXPECTED[2:4])
