@@ -27,7 +27,7 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Turn an error of ``kind`` in the block into a ``UserError``; any ``ValueError`` for checks only, not for training."""
+    """Turn an error of ``kind`` in the block into a ``UserError``; any ``ValueError`` for checks only, not training."""
     try:
         yield
     except kind as error:
