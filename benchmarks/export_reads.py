@@ -170,11 +170,19 @@ def main() -> None:
     again = ["export", "--output", str(folder / "again.safetensors"), "--overwrite", "--ckpt_path"]
     generate = ["generate", "a dog", "-o", str(folder / "a.png"), "--num_inference_steps", "1", "--overwrite"]
     commands = {
-        "export a folder from a delta": [*export, str(delta)],
+        "export a folder from a delta": [*export, str(delta), "--model", str(model)],
         "export a folder from a checkpoint": [*export, str(folder / "edit.ckpt")],
         "verify the folder with --base": ["verify", str(out), "--base", str(model)],
         "export a delta from a checkpoint": [*again, str(folder / "edit.ckpt"), "--delta"],
-        "generate a picture with a delta": [*generate, "--device", "cpu", "--ckpt_path", str(delta)],
+        "generate a picture with a delta": [
+            *generate,
+            "--device",
+            "cpu",
+            "--ckpt_path",
+            str(delta),
+            "--model",
+            str(model),
+        ],
     }
     size = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
     count()

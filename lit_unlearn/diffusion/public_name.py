@@ -41,4 +41,4 @@ def public_name(base: BaseModel, sha256: Mapping[str, str]) -> tuple[str, str | 
     if place == Path(os.path.abspath(resolve_model(f"checkpoints/{EMBEDDED}"))):
         return EMBEDDED, None
     digest = hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()
-    return f"{place.name or 'model'}@{digest[:12]}", None
+    return f"{' '.join(place.name.split()) or 'model'}@{digest[:12]}", None

@@ -259,7 +259,7 @@ def export_pipeline(
         if old_names:
             rename_weights(folder)
         facts["kept"], facts["left_out"] = _keep(kept, folder), kept.left_out
-        (folder / "README.md").write_text(model_card(facts, output.name), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(facts, " ".join(output.name.split())), encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         make_public(folder, places)
         facts["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}

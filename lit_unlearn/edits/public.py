@@ -144,6 +144,20 @@ def public_content(path: Path, name: str, places: Places) -> bytes | None:
     return None if public == text else public.encode()
 
 
+def without_any(path: Path) -> str | None:
+    """A text file without any place or hash of a model's name, to be compared; None if it is not text.
+
+    What was a place elsewhere cannot be known here: an export of the same base on two machines differs in that only.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = json.dumps(Places({}).without(json.loads(text), []))
+    except (ValueError, RecursionError):
+        return None
+    return re.sub(r"@[0-9a-f]{12}\b", "", Places({}).text(text))
+
+
 def _public_header(path: Path, places: Places) -> bytes | None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -20,7 +20,7 @@ from lit_unlearn.diffusion.kept import ENDINGS, INDEX, PROVENANCE, kept_of
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
 from lit_unlearn.edits.export import file_sha256, places_of, weights_sha256
-from lit_unlearn.edits.public import Places, public_content
+from lit_unlearn.edits.public import TEXTS, Places, public_content, without_any
 
 MAX_PROVENANCE = 50_000_000
 """Largest ``provenance.json`` that is read, in bytes."""
@@ -236,7 +236,9 @@ def _kept(folder: Path, facts: Mapping[str, Any], base: BaseModel, names: list[s
 
 def _same_file(path: Path, source: Path, name: str, places: Places) -> bool:
     public = public_content(source, name, places)
-    return file_sha256(path) == file_sha256(source) if public is None else path.read_bytes() == public
+    if file_sha256(path) == file_sha256(source) if public is None else path.read_bytes() == public:
+        return True
+    return path.suffix in TEXTS and (text := without_any(path)) is not None and text == without_any(source)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

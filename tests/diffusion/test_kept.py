@@ -162,6 +162,18 @@ def test_what_was_kept_is_verified(base: Path, export: Callable[..., Path]) -> N
     ]
 
 
+def test_a_copy_of_the_base_elsewhere_verifies(base: Path, export: Callable[..., Path], tmp_path: Path) -> None:
+    """What was a place where the export was made is none where it is verified."""
+    (base / "notes.txt").write_text(f"trained at {base}, by me", encoding="utf-8")
+    (base / "scheduler/of_the_paper.json").write_text(json.dumps({"at": str(base)}), encoding="utf-8")
+    out = export(base)
+    assert str(base) not in (out / "notes.txt").read_text(encoding="utf-8")
+    copy = base.rename(tmp_path / "copy")
+    assert wrong(out, copy) == []
+    (copy / "notes.txt").write_text("trained elsewhere, by me", encoding="utf-8")
+    assert wrong(out, copy) == ["notes.txt is not that of the base model"]
+
+
 def test_weights_of_a_variant_get_the_plain_name(base: Path, export: Callable[..., Path]) -> None:
     (base / WEIGHTS).rename(base / "safety_checker/model.fp16.safetensors")
     out = export(base)
