@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -27,7 +26,6 @@ from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.edits.older import in_todays_terms
-from lit_unlearn.system.files import atomic_write
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
 """Fields of a delta's metadata that reading it needs, each JSON text."""
@@ -225,18 +223,6 @@ def run_folder(ckpt_path: str | Path) -> Path | None:
     """Folder of the run that a checkpoint lies in (``RUN/checkpoints/last.ckpt``), or None if it lies elsewhere."""
     parent = Path(ckpt_path).absolute().parent
     return Path(ckpt_path).parent.parent if parent.name == "checkpoints" else None
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints so that readers see the old file or the new one, on disk when it returns.
-
-    Lightning's own goes by a temporary file elsewhere, which is copied if that is another disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save ``checkpoint`` to ``path``."""
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -25,12 +25,13 @@ from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import BrokenWeightsError
-from lit_unlearn.edits.checkpoint import AtomicCheckpointIO, load_checkpoint, read_edit, run_folder
+from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
 from lit_unlearn.training.callbacks import callbacks_of
+from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, known_classes, known_keys, prepare
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early

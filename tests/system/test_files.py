@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_unlearn.edits.checkpoint import AtomicCheckpointIO
 from lit_unlearn.system.files import WRITING, WriteError, atomic_write, naming, replaced_entries, replaced_folder
 from lit_unlearn.system.json_files import write_json
 from lit_unlearn.system.pixels import save_png
+from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 
 
 def write(path: Path, content: bytes) -> None:

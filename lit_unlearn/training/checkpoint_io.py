@@ -1,0 +1,22 @@
+"""How a trainer writes its checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lit_unlearn.system.files import atomic_write
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints so that readers see the old file or the new one, on disk when it returns.
+
+    Lightning's own goes by a temporary file elsewhere, which is copied if that is another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save ``checkpoint`` to ``path``."""
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
