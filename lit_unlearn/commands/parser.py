@@ -69,12 +69,13 @@ def check_output(command: str, options: argparse.Namespace) -> None:
     if output is None:
         return
     check_path("output", output)
+    if command == "export" and not (options.delta or options.lora):
+        return  # it says itself what stands in its way, which may be an earlier export
     suffixes: Sequence[str] = ()
     if command == "generate":
         suffixes = [".png"]
-    elif command == "export" and (options.delta or options.lora):
+    elif command == "export":
         suffixes = [".safetensors"]
-    # An export of a folder says itself what stands in its way, which may be an earlier export.
     check_output_name(output, suffixes, may_be_folder=command != "generate")
 
 

@@ -118,7 +118,10 @@ def _keep_part(folder: Path, part: str, entry: list[Any], kept: Kept) -> str | N
     files = list(_files(folder / part))
     if not files:
         return f"{INDEX} names it, but there are no files of it"
-    loaded = weight_files(folder, part)
+    try:
+        loaded = weight_files(folder, part)
+    except ValueError as error:
+        return str(error)
     variant = [path for path in loaded if len(path.suffixes) > 1]
     if not loaded and (folder / part / "config.json").exists():
         return "it has no weights as safetensors"

@@ -85,7 +85,7 @@ def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | N
     The plain one comes first; else the only variant, such as ``model.fp16.safetensors``.
 
     Args:
-        part: ``text_encoder``, ``unet`` or ``vae``.
+        part: ``text_encoder``, ``unet``, ``vae``, or an optional part such as ``safety_checker``.
         names: Names of its files.
         place: What to call its folder.
 
@@ -96,7 +96,7 @@ def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | N
     Raises:
         ValueError: There are several variants and no plain file; or a file and an index beside it.
     """
-    stem = STEMS[part]
+    stem = STEMS.get(part, "model")  # parts beside these are models of transformers
     pattern = re.compile(rf"{stem}(?:\.(.+))?\.safetensors|{stem}\.safetensors\.index(?:\.(.+))?\.json")
     found: dict[str | None, list[str]] = {}
     for name in sorted(names):

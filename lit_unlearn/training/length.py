@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from typing_extensions import override
 
+from lit_unlearn.edits.checkpoint import load_checkpoint
 from lit_unlearn.methods.rename_tokens import RenameTokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.editor import DiffusionEditor
@@ -93,7 +93,7 @@ class Progress:
         Raises:
             UserError: It is no checkpoint of a fit.
         """
-        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")  # the weights stay on the disk
+        content = load_checkpoint(path)
         try:
             loop = content["loops"]["fit_loop"]
             epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]

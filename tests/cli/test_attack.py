@@ -142,7 +142,7 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         ),
         (["--attacks", "relearning", "--ring_a_bell.steps=2"], "ring_a_bell.steps is given, and ring_a_bell is not"),
         (["--attacks", "relearning", "--relearning.steps"], "attack: --relearning.steps expects a value."),
-        (["--relearning.threshold=2"], "relearning.threshold=2.0 must lie above 0 and not above 1."),
+        (["--relearning.threshold=2"], "relearning.threshold=2.0 must be larger than 0 and at most 1."),
         (["--attacks", "relearning", "--allow_names"], "allow_names has no effect on relearning"),
     ],
 )
@@ -243,7 +243,12 @@ def test_a_checkpoint_s_own_judge_is_not_imported_unasked(
 def test_what_there_is_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["attack", "--attacks.help"]) == 0
     listed = capsys.readouterr().out
-    for word in ("ring_a_bell: A prompt of other words", "--ring_a_bell.strength", "--relearning.threshold", "0.5)"):
+    for word in (
+        "ring_a_bell: Finds, for each direct prompt, other words",
+        "--ring_a_bell.strength",
+        "--relearning.threshold",
+        "0.5)",
+    ):
         assert word in listed
     assert cli.main(["attack", "--judge.help"]) == 0
     listed = capsys.readouterr().out

@@ -114,7 +114,7 @@ GRADIENT_ARGS = ["--data.init_args.steps", "2", "--data.init_args.batch_size", "
         ("speed.yaml", []),
         ("memit.yaml", []),
         ("null_space_unet.yaml", ["--data.init_args.steps", "2", "--model.init_args.rounds", "1"]),
-        ("null_space_unet_ffn.yaml", ["--data.init_args.steps", "2", "--model.init_args.rounds", "1"]),
+        ("null_space_unet_ffn.yaml", ["--model.init_args.rounds", "1"]),
         # Ten latents are two chunks of a cache, one for each process.
         ("concept_ablation.yaml", [*GRADIENT_ARGS, "--model.init_args.images", "10"]),
         ("forget_me_not.yaml", [*GRADIENT_ARGS, "--model.init_args.num_images", "10"]),

@@ -51,11 +51,10 @@ def unicorns(workplace: Path) -> str:
     return "unicorns.yaml"
 
 
-@pytest.mark.parametrize("command", ["fit", "test"])
 def test_a_question_that_a_judge_does_not_know_is_refused(
-    command: str, recipe: Path, run_folder: Path, unicorns: str, refuses: Callable[..., str]
+    recipe: Path, unicorns: str, refuses: Callable[..., str]
 ) -> None:
-    args = [command, "--config", str(recipe), "--model.concept_set", unicorns]
+    args = ["fit", "--config", str(recipe), "--model.concept_set", unicorns]
     asks = "cannot answer 'Is there a unicorn in this picture?', which dog of emoji20 asks: take"
     assert asks in refuses(*args)
     assert f"judge='emoji' {asks} judge=clip or llava" in refuses(*args, "--model.judge", "emoji")

@@ -151,6 +151,8 @@ def small(name: str, stock: Stock, **given: Any) -> list[str]:
         has = content[part] if part == "trainer" else content[part].get("init_args") or {}
         prefix = part if part == "trainer" else f"{part}.init_args"
         values |= {f"{prefix}.{key}": value for key, value in numbers.items() if has.get(key) is not None}
+    if content["model"].get("init_args", {}).get("values", "refined") != "refined":  # there is no descent
+        del values["data.init_args.steps"]
     if name in TRAININGS:
         values |= {"trainer.log_every_n_steps": 1}
     else:

@@ -52,6 +52,10 @@ def changed(part: str, name: str, change: Callable[[Tensor], Tensor]) -> Damage:
     return weights(part, lambda found: {**found, name: change(found[name])})
 
 
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer/tokenizer.json").write_text("{}", encoding="utf-8")
+
+
 def scheduler(kind: str, **config: Any) -> Damage:
     def damage(folder: Path) -> None:
         edit("model_index.json", scheduler=["diffusers", kind])(folder)
@@ -127,7 +131,10 @@ BROKEN = {
     "too long": (edit("tokenizer/tokenizer_config.json", model_max_length=77), f"=77, .*set it to {MAX_LENGTH}"),
     "a larger vocabulary": (edit("text_encoder/config.json", vocab_size=1000), "vocab_size=1000"),
     "no vocabulary": (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "neither tokenizer.json nor"),
-    "a broken one": (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), "cannot be read"),
+    "a broken one": (
+        lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}", encoding="utf-8"),
+        "cannot be read",
+    ),
     # schedulers
     "flow matching": (scheduler("FlowMatchEulerDiscreteScheduler"), "'FlowMatchEulerDiscreteScheduler', which is not"),
     "flow sigmas": (scheduler("DPMSolverMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas=True"),

@@ -209,10 +209,10 @@ def test_corrupt_weights_are_left_out_and_said(base: Path) -> None:
     assert kept.index["requires_safety_checker"] is False
 
 
-def test_a_class_of_its_own_and_a_foreign_part_are_left_out(base: Path) -> None:
-    change_index(base, safety_checker=["my_module", "Checker"], controlnet=["diffusers", "ControlNetModel"])
+def test_a_class_of_its_own_is_left_out(base: Path) -> None:
+    change_index(base, safety_checker=["my_module", "Checker"])
     kept = found(base)
-    assert set(kept.left_out) == LEFT_OUT | {"safety_checker", "controlnet"}
+    assert set(kept.left_out) == LEFT_OUT | {"safety_checker"}
     assert not any(name.startswith("safety_checker") for name in kept.files)
     assert kept.index["requires_safety_checker"] is False
 
@@ -267,9 +267,7 @@ def test_a_model_from_the_hub(base: Path, monkeypatch: pytest.MonkeyPatch, reach
         return str(base)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    model = BaseModel("owner/name", None, "owner/name", [])
-    model.commit = "0123abcd"
-    kept = kept_of(model, [])
+    kept = kept_of(BaseModel("owner/name", "0123abcd"), [])
     assert asked == [("owner/name", "0123abcd")]
     assert ("safety_checker" in kept.index) == reachable
     assert kept.index["requires_safety_checker"] is reachable

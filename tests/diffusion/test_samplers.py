@@ -158,7 +158,7 @@ def test_what_diffusers_corrects_in_a_configuration_of_2022_holds_for_us(
     name: str, components: StableDiffusion
 ) -> None:
     incomplete = {key: value for key, value in CONFIG.items() if key not in ("clip_sample", "steps_offset")}
-    components.scheduler = make_sampler({**incomplete, "_class_name": name}, "tiny")
+    components.scheduler = make_sampler(name, incomplete, "tiny")
     before = components.draw_latents(components.encode(["a dog"]), [3], STEPS, GUIDANCE)
     theirs = StableDiffusionPipeline(
         vae=components.vae,

@@ -149,9 +149,9 @@ def test_an_edit_of_a_snapshot_fits_the_hub_id(home: Path, tiny_sd: Path) -> Non
     place = home / f"hub/models--owner--name/snapshots/{COMMIT}"
     shutil.copytree(tiny_sd, place)
     edit = read_edit(ckpt_of(str(place), place, home / "edit.ckpt"))
-    edit.check_base(BaseModel("owner/name", None, "owner/name", []))
+    edit.check_base(BaseModel("owner/name", None))
     with pytest.raises(ValueError, match="does not fit model='owner/other'"):
-        edit.check_base(BaseModel("owner/other", None, "owner/other", []))
+        edit.check_base(BaseModel("owner/other", None))
 
 
 def test_a_word_that_is_also_the_models_name_stays(home: Path, tiny_sd: Path) -> None:
@@ -172,7 +172,7 @@ def test_public_names(tiny_sd: Path, tiny_sd2: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_sd, tmp_path / tiny_sd.name)
     assert name(str(copy)) == name(str(tiny_sd)) != name(str(tiny_sd2))  # of the weights, wherever they lie
     assert name("emoji-sd") == ("emoji-sd", None)
-    assert public_name(BaseModel("owner/name", "main", "owner/name", []), {}) == ("owner/name", "main")
+    assert public_name(BaseModel("owner/name", "main"), {}) == ("owner/name", "main")
     assert hub_snapshot(f"/x/models--a--b/snapshots/{COMMIT}/") == ("a/b", COMMIT)
     assert hub_snapshot(f"C:\\x\\models--a--b\\snapshots\\{COMMIT}") == ("a/b", COMMIT)
     assert hub_snapshot(f"/x/models--a--b/snapshots/{COMMIT}/sub") is None

@@ -383,6 +383,9 @@ def test_steps_that_the_sampler_cannot_take_are_refused_before_it_is_loaded(
         path = folder / "scheduler/scheduler_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**config, "_class_name": f"{kind}Scheduler"}), encoding="utf-8")
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index["scheduler"] = ["diffusers", f"{kind}Scheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
     model, bad = str(broken_model(change)), {"LCM": 51, "PNDM": 3}[kind]
     with pytest.raises(ValueError, match=rf"^model\.{field}={bad} cannot be used with the model's {kind}Scheduler"):

@@ -147,7 +147,9 @@ def test_a_recipe_fits(
     path, concept = ("emoji-sd", "dog") if embedded else (str(request.getfixturevalue(model)), "[dog, rain]")
     args = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--model.init_args.model", path, "--concept", concept]
     args += ["--model.init_args.concept_set", pets] if embedded else ["--data.init_args.batch_size", "4"]
-    args += [*QUIET, "--data.init_args.steps", "1", "--model.init_args.num_inference_steps", "1"]
+    args += [*QUIET, "--model.init_args.num_inference_steps", "1"]
+    if recipe != "null_space_unet_ffn":  # which has no descent
+        args += ["--data.init_args.steps", "1"]
     if not embedded:  # random weights have another spectrum
         args += ["--trainer.callbacks", "[]", "--edit.threshold", "8", "--edit.rule", "count"]
     cli = training.run(["fit", *args, "--model.init_args.rounds", "1"])
