@@ -62,7 +62,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture, cut around its centre and resized to ``size`` (height, width): (3, height, width), float32 in [0, 1]."""
+    """A picture, cut around its centre and resized to ``size`` (height, width): (3, *size), float32 in [0, 1]."""
     image = read_image(path)
     height, width = size
     scale = min(image.height / height, image.width / width)
