@@ -27,7 +27,7 @@ class AttackResult:
     attack: str
     concept: str
     pictures: int
-    """Number of pictures under attack; as many without it and by the unedited model; all use the same prompts and seeds."""
+    """Pictures under attack; as many without it and by the unedited model, all from the same prompts and seeds."""
     pre_attack: float
     """Share of the edited model's pictures that show the concept without any attack."""
     shown: float
