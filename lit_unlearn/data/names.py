@@ -2,7 +2,7 @@
 
 Letters are compared in Unicode's NFKC form, without regard to case. Hyphens, dashes and underscores count as spaces,
 several spaces count as one, and all apostrophes are the same. Invisible characters are ignored, and so are accents of
-Latin and Greek letters and vowel points of Hebrew and Arabic; in other scripts a mark makes a different letter (ト, ド).
+Latin and Greek letters and vowel points of Hebrew and Arabic; in other scripts a mark makes another letter (ト, ド).
 
 A name is found only as whole words: "dog" is not found in "dogma". Scripts without spaces (Chinese, Japanese, Thai)
 have no word boundaries to check, and Korean attaches particles to the end of a word.

@@ -107,7 +107,7 @@ def vocabulary_of(model: str) -> tuple[str, int | None]:
         return path, None
     for file in weight_files(path, "text_encoder"):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 if name.endswith("token_embedding.weight"):
                     table = tensors.get_tensor(name).float()
                     return fingerprint({"token_embedding.weight": table}), table.shape[1]

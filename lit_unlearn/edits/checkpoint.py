@@ -196,7 +196,7 @@ class Edit:
 
         Args:
             pipeline: The base model's pipeline.
-            base: The model that it was loaded from, if known: weights whose hashes it knows are not hashed again.
+            base: The model that it was loaded from, if known: weights with known hashes are not hashed again.
 
         Raises:
             ValueError: A weight is missing in the pipeline or has another shape, or the edit was made on another model.
@@ -304,7 +304,7 @@ def _read_delta(path: Path) -> Edit:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copied, because tensors mapped from the file would prevent Windows from replacing it.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, *UNPICKLING_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error

@@ -87,7 +87,7 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         facts = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
