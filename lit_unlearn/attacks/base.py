@@ -147,8 +147,8 @@ class AttackedModel:
         verdicts = [bool(answer >= 0.5) for answer in answers[~answers.isnan()]]
         if not verdicts:
             raise ValueError(
-                f"The judge {self.judge.name!r} could not tell of any of {len(pictures)} pictures whether they show "
-                f"{self.concept.name}: give another one with --judge."
+                f"The judge {self.judge.name!r} gave no answer for any of {len(pictures)} pictures of "
+                f"{self.concept.name}: give another judge with --judge."
             )
         return verdicts
 

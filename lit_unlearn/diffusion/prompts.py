@@ -18,7 +18,7 @@ ENCODE_BATCH = 64
 
 
 def expand_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
-    """``texts`` in which every word that was learned as several vectors is written as all its tokens, as in diffusers."""
+    """``texts`` in which a word that was learned as several vectors is replaced by all its tokens, as in diffusers."""
     added = tokenizer.added_tokens_encoder
     if not any(f"{token}_1" in added for token in added):
         return list(texts)

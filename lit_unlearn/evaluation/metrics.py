@@ -292,7 +292,7 @@ class ForgetRetain(Metric):
             failed = int((verdicts == FAILED).sum())
             rank_zero_warn(
                 f"No picture was judged of {len(unjudged)} of {len(self.concepts)} concepts ({', '.join(unjudged)}): "
-                f"they are in no score. The judge failed on {failed} pictures; the others were never shown to it "
+                f"they count in no score. The judge failed on {failed} pictures; the others were never shown to it "
                 "(limit_test_batches, or a set of prompts that leaves concepts out?)."
             )
 

@@ -180,6 +180,6 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
             )
         answer = answer.float().cpu()
         if len(outside := answer[(answer < 0) | (answer > 1)]):
-            raise JudgeError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is no probability.")
+            raise JudgeError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is not a probability.")
         probability[batch] = answer
     return probability

@@ -99,7 +99,7 @@ def summary_markdown(runs: Sequence[Scores]) -> str:
             (one, a), (other, b) = list(values.items())[:2]
             raise ValueError(
                 f"Scores of different protocols do not compare: {field} is {one} for {_edited(a)} ({a.method}) "
-                f"but {other} for {_edited(b)} ({b.method}); summarise them apart."
+                f"but {other} for {_edited(b)} ({b.method}); summarise them separately."
             )
     methods = list(dict.fromkeys(run.method for run in runs))
     tables = [_method_markdown([run for run in runs if run.method == method]) for method in methods]

@@ -1,8 +1,9 @@
 """One folder per run: which process writes into it, whether the run is finished, and which run a command continues.
 
 ``RUN/run.json`` has the hash of the fit's configuration and its state. If a fit is killed, the state remains
-``running``: the same command then continues this run from its last checkpoint. If an option ended the fit before its
-last step, the state is ``stopped`` and ``run.json`` names the option. ``RUN/.lock`` is held while a fit writes.
+``running``: the same command then continues this run from its last checkpoint. If a setting of the recipe, such as
+``trainer.max_steps``, ended the fit before its last step, the state is ``stopped`` and ``run.json`` names the setting.
+``RUN/.lock`` is locked while a fit writes.
 """
 
 from __future__ import annotations
