@@ -1,4 +1,4 @@
-"""The command line. Help and version come before any heavy import, which takes seconds."""
+"""The command line. Help and version are printed before any heavy import, which would take seconds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TRAINER_COMMANDS = {
     "predict": "draw the evaluation pictures with a run's edited weights",
 }
 OTHER_COMMANDS = ("generate", "export", "attack", "verify", "report", "demo")
-"""Each is a file of ``lit_unlearn/commands``."""
+"""Each one is a file in ``lit_unlearn/commands``."""
 TOLD_TO_STOP = 75
-"""Exit code of a fit that a signal has stopped: what it had is saved, and the same command goes on (EX_TEMPFAIL)."""
+"""Exit code of a fit that a signal stopped: its state is saved, and the same command continues it (EX_TEMPFAIL)."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
@@ -32,12 +32,12 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: Arguments after the program's name; those of the process by default.
+        args: Arguments after the program's name; by default the arguments of the process.
 
     Returns:
-        The exit code: 0; 1 if ``verify`` finds a difference; 2 for a mistake of the user's or an output that cannot be
-        written; 75 if a signal told a fit to save and stop, or a test to stop; 130 if interrupted. Errors within a
-        training are raised.
+        The exit code: 0 for success; 1 if ``verify`` finds a difference; 2 for a mistake of the user or an output that
+        cannot be written; 75 if a signal told a fit to save and stop, or a test to stop; 130 if interrupted. Errors
+        during training are raised.
     """
     _say_everything()
     try:
@@ -60,17 +60,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _say_everything() -> None:
-    """Let a terminal show an escape for a character that its encoding lacks; a file or a pipe gets UTF-8."""
+    """Write escapes for characters that the terminal's encoding cannot show; a file or a pipe gets UTF-8."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Jupyter has others, and a program without a window has none
+        if isinstance(stream, io.TextIOWrapper):  # not in Jupyter, nor in a program without a window
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def _shown(error: OSError) -> OSError:
-    """``error`` as the person at the terminal is told of it; raised if it is none of the person's concern."""
+    """The error to show to the user; an error that the user cannot do anything about is raised."""
     from lit_unlearn.system.files import WRITING, WriteError
 
-    # Without a number it is what libraries say of a model that they cannot fetch.
+    # Libraries raise an OSError without a number for a model that they cannot download.
     if isinstance(error, WriteError) or error.errno is None:
         return error
     if error.errno in WRITING:
@@ -92,13 +92,13 @@ def _run(args: list[str]) -> int:
     if command not in commands:
         known = closest(command, commands) or f" (commands: {', '.join(commands)})"
         raise UserError(f"There is no command {command!r}{known}.")
-    # Imports of transformers and diffusers that a terminal needs no advice on.
+    # Keep the advice that transformers and diffusers give on import from the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # What PyTorch has not written for Apple's GPU yet runs on the processor; to be set before it is imported.
+    # Operations that PyTorch does not have for Apple's GPU yet run on the CPU; must be set before PyTorch is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if command in ("fit", "test"):
-        for name in default_signals():  # SLURM's, before a job's time is up, may come while Python still imports
+        for name in default_signals():  # SLURM's warning that a job's time is up may come during the imports
             note_signal(name)
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)
@@ -108,7 +108,7 @@ def _run(args: list[str]) -> int:
         return 0
     module = import_module(f"lit_unlearn.commands.{command}")
     options = module.parser().parse_args(rest)
-    for name in ("output", "ckpt_path", "export"):  # a shell leaves the ~ of --output=~/a.png
+    for name in ("output", "ckpt_path", "export"):  # a shell does not expand the ~ in --output=~/a.png
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     with user_errors():

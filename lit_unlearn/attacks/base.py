@@ -1,4 +1,4 @@
-"""What every attack shares: the edited model, pictures of the concept to learn from, what was found, and its cost."""
+"""Shared by all attacks: the edited model, pictures of the concept to learn from, the result, and its cost."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 """From prompts and seeds to pictures (B, 3, H, W), float32 in [0, 1] on the CPU."""
 
 PICTURE_SEED, REFERENCE_SEED = 10_000_000, 20_000_000
-"""Where the seeds of the judged pictures begin, and those of the pictures to learn from: far from those of a test."""
+"""First seeds of the judged pictures and of the pictures to learn from; both are far from the seeds of a test."""
 NUM_REFERENCES, REFERENCE_ROUNDS = 10, 3
-"""Pictures to learn from, and how often as many are drawn to find so many that show the concept."""
+"""Number of pictures to learn from, and how many times as many are drawn at most to find them."""
 DRAW_BATCH = 10
 """Pictures drawn at once."""
 
 
 @dataclass(frozen=True)
 class AttackCost:
-    """What an attack took: wall-clock seconds, and single latents through the UNet, some with gradients."""
+    """Cost of an attack: wall-clock seconds, and the number of latents that passed through the UNet."""
 
     seconds: float = 0.0
     unet_forwards: int = 0
@@ -51,14 +51,14 @@ class AttackCost:
 
 
 class Meter:
-    """Holds the ``cost`` of a block of ``measure``, once the block has ended."""
+    """Has the ``cost`` of a block of ``measure`` after the block has ended."""
 
     cost = AttackCost()
 
 
 @contextmanager
 def measure(denoiser: torch.nn.Module) -> Iterator[Meter]:
-    """Measure what the block costs."""
+    """Measure the cost of the block."""
     meter, started = Meter(), time.perf_counter()
     with count_forwards(denoiser) as counter:
         yield meter
@@ -67,12 +67,12 @@ def measure(denoiser: torch.nn.Module) -> Iterator[Meter]:
 
 @dataclass(frozen=True)
 class References:
-    """Pictures of the concept by the unedited model, which all of them show according to the judge.
+    """Pictures of the concept by the unedited model; according to the judge all of them show it.
 
     Attributes:
-        prompts: What each was drawn of.
-        latents: (n, C, H, W).
-        cost: Of making them.
+        prompts: The prompt of each picture.
+        latents: The pictures' latents, (n, C, H, W).
+        cost: Cost of making them.
     """
 
     prompts: list[str]
@@ -82,17 +82,17 @@ class References:
 
 @dataclass
 class AttackedModel:
-    """An edited model, one of its edited concepts, and how pictures of it are drawn and judged.
+    """An edited model, one of its edited concepts, and the settings for drawing and judging pictures of the concept.
 
     Attributes:
         pipeline: The edited pipeline, frozen.
         pretrained: The values of the edited weights before the edit.
-        concept: The concept that was edited away.
-        judge: Says whether a picture shows it.
+        concept: The edited concept.
+        judge: The judge; it answers whether a picture shows the concept.
         num_inference_steps: Denoising steps of every picture.
         guidance_scale: Strength of classifier-free guidance of every picture.
-        num_pictures: Pictures that an attack is judged by.
-        seed: Seed of everything: pictures, pictures to learn from, searches.
+        num_pictures: Number of pictures that are judged for each attack.
+        seed: Seed of judged pictures, pictures to learn from and searches.
     """
 
     pipeline: Pipeline
@@ -116,7 +116,7 @@ class AttackedModel:
 
     @property
     def named_pairs(self) -> list[tuple[str, str]]:
-        """Edit prompts that name the concept, each with its target prompt; all of them if none does."""
+        """Edit prompts that name the concept, each with its target prompt; all edit prompts if none names it."""
         pairs = list(zip(self.concept.edit_prompts, self.concept.target_prompts, strict=True))
         return [pair for pair in pairs if self.concept.find_name(pair[0])] or pairs
 
@@ -127,7 +127,7 @@ class AttackedModel:
 
     @torch.no_grad()
     def draw_condition(self, condition: Condition, seeds: Sequence[int]) -> Tensor:
-        """As ``draw``, of what the denoiser is told of B prompts."""
+        """As ``draw``, for the condition of B prompts."""
         parts = [
             self.pipeline.decode(self._latents(part, part_seeds))
             for part, part_seeds in zip(condition.split(DRAW_BATCH), _batches(seeds), strict=True)
@@ -138,26 +138,26 @@ class AttackedModel:
         return self.pipeline.draw_latents(condition, seeds, self.num_inference_steps, self.guidance_scale)
 
     def verdicts(self, pictures: Tensor) -> list[bool]:
-        """Whether each of ``pictures`` (B, 3, H, W) shows the concept; without those that the judge could not tell.
+        """Whether each of ``pictures`` (B, 3, H, W) shows the concept; pictures without an answer are left out.
 
         Raises:
-            ValueError: It could tell of none.
+            ValueError: The judge gave no answer for any picture.
         """
         answers = judge_questions(self.judge, pictures, [self.concept.question] * len(pictures))
         verdicts = [bool(answer >= 0.5) for answer in answers[~answers.isnan()]]
         if not verdicts:
             raise ValueError(
-                f"The judge {self.judge.name!r} could not tell of any of {len(pictures)} pictures whether they show "
-                f"{self.concept.name}: give another one with --judge."
+                f"The judge {self.judge.name!r} gave no answer for any of {len(pictures)} pictures of "
+                f"{self.concept.name}: give another judge with --judge."
             )
         return verdicts
 
     @cached_property
     def references(self) -> References:
-        """Pictures to learn from: of edit prompts that name the concept, by the unedited model, seen by the judge.
+        """Pictures to learn from: the unedited model draws edit prompts that name the concept, and the judge selects.
 
         Raises:
-            ValueError: The unedited model draws none.
+            ValueError: No picture of the unedited model shows the concept.
         """
         named = [prompt for prompt, _ in self.named_pairs]
         prompts: list[str] = []
@@ -185,14 +185,14 @@ class AttackedModel:
 
 @dataclass
 class Found:
-    """What an attack has found.
+    """The result of an attack.
 
     Attributes:
-        text: In words: a prompt, or what else brings the concept back.
+        text: A prompt, or a description of what brings the concept back.
         draw: Draws pictures of the concept's prompts under the attack.
-        report: What there is to say of the search, as JSON can hold it.
-        embeddings: Learned embeddings (n, D), if that is what was found.
-        cost: Of finding it, pictures to learn from included.
+        report: Facts about the search, as values of JSON.
+        embeddings: Learned embeddings (n, D), if the attack learns some.
+        cost: Cost of the search, including the pictures to learn from.
     """
 
     text: str
@@ -204,10 +204,10 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """Base of the attacks; their settings are their fields.
+    """Base class of the attacks; the settings of an attack are its fields.
 
     Attributes:
-        steps: Steps of the search.
+        steps: Number of steps of the search.
 
     Raises:
         ValueError: A field is wrong.
@@ -226,14 +226,14 @@ class Attack(ABC):
                 raise ValueError(f"{self.name}.{name}={value} must be a positive number.")
 
     def settings(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them."""
+        """The fields as values of JSON."""
         return asdict(self)
 
     def run(self, model: AttackedModel) -> Found:
-        """Search, and count what that costs; the weights are left as they were.
+        """Search and measure the cost; the weights are restored afterwards.
 
         Raises:
-            ValueError: There is nothing to attack with.
+            ValueError: The attack finds no pictures to learn from.
         """
         learned_from = model.references.cost if self.learns_from_pictures else AttackCost()
         with measure(model.pipeline.denoiser) as meter:
@@ -243,18 +243,18 @@ class Attack(ABC):
 
     @abstractmethod
     def search(self, model: AttackedModel) -> Found:
-        """Find what brings the concept back."""
+        """Search for a prompt or a change that brings the concept back."""
 
 
 def denoising_errors(
     pipeline: Pipeline, condition: Condition, latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """Mean squared error (B,) of the UNet's prediction on noised ``latents`` (B, C, H, W), the loss of its training.
+    """Mean squared error (B,) of the UNet's prediction on noised ``latents`` (B, C, H, W), as in its training.
 
     Args:
         pipeline: Any pipeline, edited or not.
-        condition: Of the B prompts.
-        latents: Pictures, (B, C, H, W).
+        condition: Condition of the B prompts.
+        latents: Latents of pictures, (B, C, H, W).
         noise: Standard normal, (B, C, H, W).
         timesteps: (B,).
     """
@@ -266,16 +266,16 @@ def denoising_errors(
 def noise_draws(
     latents: Tensor, num_timesteps: int, generators: Sequence[torch.Generator], window: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step looks at: which of ``latents`` (n, C, H, W), with which noise, at which timesteps; one per generator.
+    """Draw the inputs of a step: for each generator a row of ``latents`` (n, C, H, W), noise and a timestep.
 
     Args:
-        latents: Pictures to learn from.
-        num_timesteps: Timesteps of the model's training.
-        generators: On the CPU; each draws one item.
-        window: Part of the timesteps that is drawn from, as shares of all.
+        latents: Latents of the pictures to learn from.
+        num_timesteps: Number of timesteps in the model's training.
+        generators: Generators on the CPU; each draws one item.
+        window: Range of timesteps to draw from, as shares of all timesteps.
 
     Returns:
-        Rows (B,) on the CPU; noise (B, C, H, W) and timesteps (B,) where the latents are.
+        Rows (B,) on the CPU; noise (B, C, H, W) and timesteps (B,) on the device of the latents.
     """
     low, high = (round(share * num_timesteps) for share in window)
     rows, noise, timesteps = [], [], []

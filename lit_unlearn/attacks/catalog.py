@@ -1,4 +1,4 @@
-"""From what a person calls an attack to the attack: one of ours by its name, any other by its import path."""
+"""Finds attacks: the ones of this package by name, any other by its import path."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ def make_attacks(
     allow_names: bool = False,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Attack]:
-    """Some attacks, with their default settings except for what is given here.
+    """Make attacks, with their default settings except for the settings given here.
 
     Args:
-        names: Which ones, by their names or import paths; None for all of ours.
-        steps: Steps of each; None for each one's own.
-        allow_names: Let searched prompts hold the concept's own names.
-        settings: Fields of an attack, by its name; they come before ``steps`` and ``allow_names``.
+        names: Names or import paths of the attacks; None for all attacks of this package.
+        steps: Steps of each attack; None for each attack's default.
+        allow_names: Whether searched prompts may contain the concept's own names.
+        settings: Fields of each attack, by its name; they override ``steps`` and ``allow_names``.
 
     Raises:
-        ValueError: A name is unknown or given twice, a setting is wrong or has no attack, or ``steps`` is less than 1.
+        ValueError: A name is unknown or given twice, a setting is wrong or for an attack that is not chosen, or
+            ``steps`` is less than 1.
     """
     classes = [find_attack(name) for name in (shipped_attacks() if names is None else names)]
     chosen = {cls.name: cls for cls in classes}

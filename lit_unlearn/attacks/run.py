@@ -1,8 +1,8 @@
-"""``lit-unlearn attack``: attacks on the edit of a run, judged by pictures, written beside its scores.
+"""``lit-unlearn attack``: attacks the edit of a run, judges pictures of each, and writes the results beside the scores.
 
 Data flow: everything is checked; the pipeline is loaded once, with the values of the edited weights before and after
-the edit; each concept's pictures are drawn of both; then each attack searches, draws the same prompts and seeds again,
-and its result is in ``attacks.json`` before the next one starts.
+the edit; both models draw pictures of each concept; then each attack searches, draws the same prompts and seeds again,
+and its result is written to ``attacks.json`` before the next attack starts.
 """
 
 from __future__ import annotations
@@ -61,27 +61,28 @@ def attack_run(
 
     Args:
         ckpt_path: A run's checkpoint, or a delta.
-        attacks: Names or import paths of attacks, or attacks with settings of their own; None for all of ours.
+        attacks: Names or import paths of attacks, or attack objects with settings; None for all of this package.
         concepts: Edited concepts to attack; None for all of them.
-        num_pictures: Pictures that an attack is judged by.
-        steps: Steps of each attack that is given by its name; None for its own.
+        num_pictures: Number of pictures that are judged for each attack.
+        steps: Steps of each attack that is given by its name; None for its default.
         seed: Seed of pictures and searches.
-        judge: Short name, classifier's folder, or import path of the judge; None for the run's, if that is one of ours.
-        judge_options: Its arguments; None for the run's if the judge is the run's, else for the defaults.
-        allow_names: Let searched prompts hold the concept's own names.
+        judge: Short name, classifier's folder, or import path of the judge; None for the run's judge, if that is one of
+            this package.
+        judge_options: Arguments of the judge; None for the run's options if the judge is the run's, else the defaults.
+        allow_names: Whether searched prompts may contain the concept's own names.
         model: The base model; None for the one that was edited.
-        revision: Of a hub id.
-        output: Folder for ``attacks.json`` and ``attacks/``; None for the run's.
-        device: None for a GPU if there is one.
-        existing: What becomes of attacks that ``attacks.json`` has already.
-        say: Told of each attack that has ended.
+        revision: Branch, tag or commit, if the model is a hub id.
+        output: Folder for ``attacks.json`` and ``attacks/``; None for the run's folder.
+        device: The device; None takes a GPU if there is one.
+        existing: What to do with attacks that already have a result in ``attacks.json``.
+        say: Called with a message after each attack.
 
     Returns:
-        The results of all attacks that were asked for, kept ones included.
+        The results of all requested attacks, including the results that were kept.
 
     Raises:
-        ValueError: Something is wrong with what was asked for, found before anything is loaded; or the unedited model
-            does not draw the concept.
+        ValueError: An argument is wrong, which is found before anything is loaded; or the unedited model does not draw
+            the concept.
         OSError: The output cannot be written.
     """
     chosen = _chosen_attacks(attacks, steps, allow_names)
@@ -132,7 +133,7 @@ def attack_run(
 
 @dataclass(frozen=True)
 class _Before:
-    """Pictures (n, 3, H, W) without an attack, and their verdicts."""
+    """Pictures (n, 3, H, W) without an attack, and the judge's verdicts on them."""
 
     unedited: Tensor
     edited: Tensor
@@ -149,7 +150,7 @@ class _Before:
 def _result(
     attack: Attack, model: AttackedModel, found: Found, before: _Before, folder: Path, base: str, vocabulary: str
 ) -> AttackResult:
-    """Judge what was found; write the grid, and what was learned."""
+    """Judge the pictures under the attack; write the grid and the learned embeddings."""
     pictures = found.draw(model.prompts, model.seeds)
     name = f"{file_name(model.concept.name)}_{attack.name}"
     rows = [before.unedited, before.edited, pictures]
@@ -184,7 +185,7 @@ def _result(
 
 
 def _vocabulary(pipeline: Pipeline, edit: Edit, base: BaseModel) -> str:
-    """What learned embeddings belong to, as ``vocabulary_of`` says it; an edited table is a vocabulary of its own."""
+    """The vocabulary that learned embeddings belong to, as in ``vocabulary_of``; an edited table is a new one."""
     is_edited = any(name.endswith("token_embedding.weight") for name in edit.weights)
     if is_edited or (isinstance(base.place, Path) and edit.dtype == torch.float32):  # the table as it is stored
         return fingerprint({"token_embedding.weight": pipeline.text.table.float()})
@@ -202,10 +203,10 @@ def _chosen_attacks(attacks: Sequence[str | Attack] | None, steps: int | None, a
 
 
 def _concept_set(edit: Edit) -> ConceptSet:
-    """The set of the run; of a delta of somebody else's set, which does not say where that lies, what it kept of it.
+    """The concept set of the run; for a delta whose set is a file of somebody else, the content stored in the delta.
 
     Raises:
-        ValueError: The set of that name has another content now.
+        ValueError: The content of the set has changed since the edit.
     """
     name = edit.hyper_parameters.get("concept_set", "emoji20")
     if edit.concept_set is not None and name not in available_concept_sets() and not Path(name).exists():
@@ -222,7 +223,7 @@ def _load_judge(
     concept_set: ConceptSet,
     asked: Sequence[Concept],
 ) -> Judge:
-    """The judge that is given, or that of the run, which must know the questions of the concepts ``asked``."""
+    """The given judge or the run's judge; it must be able to answer the questions of the concepts ``asked``."""
     if judge is None:
         judge, stored = edit.hyper_parameters.get("judge", "emoji"), edit.hyper_parameters.get("judge_options") or {}
         options = stored if options is None else options
@@ -256,7 +257,7 @@ def _output_folder(edit: Edit, output: str | Path | None) -> Path:
 
 
 def _earlier_report(path: Path, edit: Edit) -> AttackReport:
-    """What ``attacks.json`` has, for results to be added to it."""
+    """The content of ``attacks.json``, to which results are added."""
     run = edit.run_folder
     in_run = run is not None and run.name.startswith("version_")
     method = run.absolute().parents[1].name if run is not None and in_run else edit.method
@@ -272,7 +273,7 @@ def _earlier_report(path: Path, edit: Edit) -> AttackReport:
 def _todo(
     report: AttackReport, path: Path, attacks: Sequence[Attack], concepts: Sequence[Concept], existing: Existing
 ) -> list[tuple[Attack, Concept]]:
-    """What is to be done, concept by concept."""
+    """The attacks that remain to be run, for each concept."""
     wanted = [(attack, concept) for concept in concepts for attack in attacks]
     there = [pair for pair in wanted if report.find(pair[0].name, pair[1].name)]
     if there and existing == "refuse":

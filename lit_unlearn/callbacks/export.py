@@ -1,4 +1,4 @@
-"""Writes what a run has trained when it ends."""
+"""Writes the trained part of a model when a run ends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SavePretrained(L.Callback):
     """Calls ``save_pretrained`` of the module when the fit ends, on rank 0.
 
     Args:
-        output: Folder to write; what is there under the same names is replaced, the rest stays. Null takes
-            ``pretrained`` in the run's folder, where a part of a model has the name that it has in the model.
+        output: Folder to write; files of the same names are replaced, other files are kept. Null means ``pretrained``
+            in the run's folder, with a subfolder that has the part's name in the model.
     """
 
     def __init__(self, output: str | None = None) -> None:
@@ -28,10 +28,10 @@ class SavePretrained(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse to write over the embedded model, which every command draws and judges with.
+        """Refuse to overwrite the embedded model, which all commands use.
 
         Raises:
-            ValueError: The output is a part of it.
+            ValueError: The output is the embedded model or a folder in it.
         """
         if self.output is None:
             return
@@ -44,7 +44,7 @@ class SavePretrained(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the trained part; a run that was interrupted writes nothing."""
+        """Write the trained part, unless the run was interrupted."""
         if trainer.is_global_zero and not trainer.interrupted:
             pl_module.eval()
             output = self.output or folder_of(trainer) / FOLDER / getattr(pl_module, "part", "")

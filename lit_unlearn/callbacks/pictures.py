@@ -1,4 +1,4 @@
-"""Writes the pictures of a ``predict`` to disk."""
+"""Writes the pictures of ``predict`` to disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SavePictures(BasePredictionWriter):
     Pictures of captions go to ``forget/CAPTION-IMAGE.png`` and ``keep/CAPTION-IMAGE.png``.
 
     Args:
-        output: Folder to write; null takes ``pictures`` in the run's folder.
+        output: Folder to write; null means ``pictures`` in the run's folder.
     """
 
     def __init__(self, output: str | None = None) -> None:

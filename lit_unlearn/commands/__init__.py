@@ -1,4 +1,4 @@
-"""The commands that need no trainer, one file each: its parser, and what it runs.
+"""The commands that need no trainer. Each has one file with its parser and the code that it runs.
 
-What takes seconds to import is imported when a command runs, not when it is parsed.
+Modules that take seconds to import are imported when a command runs, not when its options are parsed.
 """

@@ -1,4 +1,4 @@
-"""``lit-unlearn attack``: attack an edited model, write what came of it into the run's folder, and print it."""
+"""``lit-unlearn attack``: attack an edited model, write the results into the run's folder, and print them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SETTING = re.compile(r"--([\w.]+)\.(\w+)(?:=(.*))?", flags=re.DOTALL)
 
 
 class AttackParser(Parser):
-    """Also takes what only attacks and judges know: their fields, as text in ``settings`` and ``judge_options``."""
+    """Also accepts the fields of attacks and judges, and stores them as text in ``settings`` and ``judge_options``."""
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As its base; what is no field either is left over."""
+        """As in the base class; arguments that are not such fields either are returned as the rest."""
         options, rest = super().parse_known_args(*args, **kwargs)
         options.settings, left = {}, []
         words = iter(rest)
@@ -50,7 +50,7 @@ def parser() -> Parser:
     made.add_argument("--judge", help="a judge, a classifier's folder, or an import path; default: the run's")
     what = "list the judges and their options, which are set as --judge_options.batch_size 4"
     made.add_argument("--judge.help", action=Listing, listing=list_judges, help=what)
-    made.add_argument("--allow_names", action="store_true", help="searched prompts may hold the concept's own names")
+    made.add_argument("--allow_names", action="store_true", help="searched prompts may contain the concept's own names")
     add_model_options(made, "the one that was edited")
     made.add_argument("-o", "--output", metavar="DIR", help="folder to write into; default: the run's")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
@@ -75,10 +75,10 @@ def list_judges() -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Attack an edited model, write what came of it into the run's folder, and print it.
+    """Attack an edited model, write the results into the run's folder, and print them.
 
     Raises:
-        UserError: An option, the checkpoint, the model or the judge is wrong, or there is nothing to attack with.
+        UserError: An option, the checkpoint, the model or the judge is wrong, or there is no attack to run.
         OSError: The output cannot be written.
     """
     from rich.console import Console

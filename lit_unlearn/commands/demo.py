@@ -1,4 +1,4 @@
-"""``lit-unlearn demo``: edit, test and export, as a person would by three commands, and say what came of it."""
+"""``lit-unlearn demo``: edit, test and export, as a user would with three commands, and list the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Edit, test and export, as a person would by three commands, and say what came of it.
+    """Edit, test and export, as a user would with three commands, and list the results.
 
     Raises:
         UserError: The recipe or the concept is wrong.

@@ -24,13 +24,13 @@ def parser() -> Parser:
         help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
     )
     made.add_argument(
-        "--lora", metavar="RANK", help="write LoRA weights of this rank at most, or of the one they need (auto)"
+        "--lora", metavar="RANK", help="write LoRA weights of at most this rank, or of the rank they need (auto)"
     )
     made.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
     made.add_argument(
         "--names",
         choices=("2022",),
-        help="of a folder's weights, which older tools want: text_model. before the text encoder's",
+        help="names of a folder's weights for older tools: with text_model. before the text encoder's",
     )
     add_model_options(made, "the one that was edited")
     made.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
                 "and a delta has lit-unlearn's own."
             )
         if options.delta and options.lora:
-            raise ValueError("--delta cannot be combined with --lora: the one is exact, the other of low rank.")
+            raise ValueError("--delta cannot be combined with --lora: a delta is exact, LoRA weights have a low rank.")
         file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
         output = output_path(Path(options.output), file_name, options.overwrite)
         edit = read_edit(options.ckpt_path)

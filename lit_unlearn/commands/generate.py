@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "draw pictures of prompts, with or without an edit"
 MIN_SIDE = 256
-"""Smaller pictures are enlarged to at least so many pixels."""
+"""Smaller pictures are enlarged until their shorter side has at least this many pixels."""
 
 
 def parser() -> Parser:
@@ -33,7 +33,7 @@ def parser() -> Parser:
     made.add_argument("--num_inference_steps", type=int, help="denoising steps; default: as in the run, or 15")
     made.add_argument("--guidance_scale", type=float, help="classifier-free guidance; default: as in the run, or 4")
     made.add_argument("--scale", type=int, help="enlargement; default: to at least 256 pixels")
-    made.add_argument("--batch_size", type=int, default=8, help="pictures that are drawn at once; default: 8")
+    made.add_argument("--batch_size", type=int, default=8, help="pictures drawn at once; default: 8")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     made.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return made
@@ -98,7 +98,7 @@ def draw(
     guidance_scale: float,
     batch_size: int,
 ) -> Tensor:
-    """Pictures (prompts * seeds, 3, H, W) in [0, 1], each prompt with every seed, under a progress bar."""
+    """Draw each prompt with every seed and show a progress bar: pictures (prompts * seeds, 3, H, W) in [0, 1]."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

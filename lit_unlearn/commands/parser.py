@@ -1,4 +1,4 @@
-"""Parsers of commands, which leave it to ``main`` to report errors."""
+"""Parsers of commands; they raise errors, and ``main`` reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_unlearn.system.names import check_output_name, check_path
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that leaves it to ``main`` to report errors."""
+    """An argument parser that raises errors, so that ``main`` reports them."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a ``UserError``."""
@@ -24,12 +24,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """Keeps the value of an option that names one thing, and refuses a second one."""
+    """Stores the value of an option that takes one value, and refuses to be given twice."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        """Keep ``values``."""
+        """Store ``values``."""
         given: set[str] = getattr(namespace, "given_once", set())
         if self.dest in given:
             parser.error(f"{option} is given twice and takes one value")
@@ -38,10 +38,10 @@ class Once(argparse.Action):
 
 
 class Listing(argparse.Action):
-    """An option that prints what there is and ends the program.
+    """An option that prints a list and ends the program.
 
     Args:
-        listing: Makes the text; what takes seconds to import is imported there.
+        listing: Returns the text; modules that take seconds to import are imported in it.
     """
 
     def __init__(self, option_strings: Sequence[str], dest: str, listing: Callable[[], str], help: str) -> None:
@@ -49,8 +49,8 @@ class Listing(argparse.Action):
         self.listing = listing
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
-        """Print it."""
-        parser._print_message(f"{self.listing()}\n", sys.stdout)  # as its help, which a reader may cut off
+        """Print the list."""
+        parser._print_message(f"{self.listing()}\n", sys.stdout)  # as for help: a closed pipe is not an error
         parser.exit()
 
 
@@ -60,10 +60,10 @@ def command_parser(command: str, description: str, kind: type[Parser] = Parser) 
 
 
 def check_output(command: str, options: argparse.Namespace) -> None:
-    """Refuse an output that ``command`` cannot write, or that cannot be what its name says.
+    """Refuse an output that ``command`` cannot write, or whose name does not fit the type of the file.
 
     Raises:
-        ValueError: What is wrong with its name.
+        ValueError: The name is wrong; the message says why.
     """
     output = getattr(options, "output", None)
     if output is None:
@@ -80,6 +80,6 @@ def check_output(command: str, options: argparse.Namespace) -> None:
 
 
 def add_model_options(parser: Parser, default: str) -> None:
-    """Add ``--model`` and ``--revision``; ``default`` says which model is taken without them."""
+    """Add ``--model`` and ``--revision``; ``default`` describes the model that is used without them."""
     parser.add_argument("--model", help=f"diffusers folder, emoji-sd (embedded), or hub id; default: {default}")
     parser.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")

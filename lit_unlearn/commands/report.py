@@ -15,7 +15,7 @@ DESCRIPTION = "compare tested runs: Markdown, CSV and one HTML page"
 def parser() -> Parser:
     """Options of ``report``."""
     made = command_parser("report", DESCRIPTION)
-    made.add_argument("folders", nargs="+", metavar="LOGS", help="folders that are searched for tested runs")
+    made.add_argument("folders", nargs="+", metavar="LOGS", help="folders to search for tested runs")
     made.add_argument("-o", "--output", default="report", metavar="DIR", help="folder to write; default: report")
     made.add_argument("--grids", type=int, default=1, help="picture grids of each method; default: 1")
     made.add_argument("--overwrite", action="store_true", help="replace an earlier report")
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     """Write ``report.md``, ``report.csv`` and ``report.html`` of all tested runs below some folders.
 
     Raises:
-        UserError: A folder holds no run, runs do not compare, or the output exists.
+        UserError: A folder contains no run, the runs cannot be compared, or the output exists.
         OSError: The output cannot be written.
     """
     from lit_unlearn.reports.report import collect, report_csv, report_html, report_markdown

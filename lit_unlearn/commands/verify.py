@@ -24,10 +24,10 @@ def run(options: argparse.Namespace) -> int:
     """Check an export against its provenance and print what differs.
 
     Returns:
-        The exit code: 0 if all is as it should be, else 1.
+        The exit code: 0 if every check passes, else 1.
 
     Raises:
-        UserError: There is no export of lit-unlearn to check, or no such base model.
+        UserError: ``export`` is not an export of lit-unlearn, or the base model does not exist.
     """
     from rich.console import Console
 

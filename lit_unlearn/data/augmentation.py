@@ -1,4 +1,4 @@
-"""Pictures seen from farther away or nearer, with the words that say so (Concept Ablation, for objects)."""
+"""Shrinks or enlarges pictures at random and adds words for it to the prompt (Concept Ablation, for objects)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORDS = ("", ", far away", ", zoomed in")
-"""What a prompt ends with whose picture is as it was or little smaller, small, or cut from a larger one."""
+"""Words added to a prompt whose picture is about as large as before, much smaller, or cut from an enlarged one."""
 FAR = 0.6
-"""Pictures below this scale are far away."""
+"""Pictures below this scale count as far away."""
 
 
 def reframe(picture: Tensor, grid: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Draw a scale and a place at random: a smaller picture on grey, or a part of a larger one; or its mirror image.
+    """Scale a picture at random: a smaller picture is placed on grey, an enlarged one is cut; half are mirrored.
 
-    The scale is 1/3 to 1 in two of three cases, else 1.2 to 1.4, in whole cells of the latents. The mask tells the
-    latents that the picture fills from those of the grey around it, which are not to be learned.
+    The scale is 1/3 to 1 in two of three cases, else 1.2 to 1.4, rounded to whole latent cells. The mask marks the
+    latents that the picture covers; the grey around it should not be learned.
 
     Args:
         picture: (3, H, W), float in [0, 1].
         grid: Height and width of its latents; H and W are multiples of them.
-        generator: Where the scale, the place and the side come from.
+        generator: Source of the scale, the position and the mirroring.
 
     Returns:
         The picture (3, H, W), its mask (1, h, w) on the latents, bool, and which of ``WORDS`` describes it.

@@ -1,4 +1,4 @@
-"""What a concept set is checked for when it is loaded: all that an edit and its evaluation rely on."""
+"""Checks of a concept set when it is loaded: everything that an edit and its evaluation rely on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def concept_error(path: Path, concept: str, field_name: str, problem: str) -> ValueError:
-    """What is wrong with a field of a concept, as one sentence."""
+    """An error with one sentence about a field of a concept."""
     return ValueError(f"{path}: concept {concept!r}, field {field_name!r}: {problem}.")
 
 
@@ -21,7 +21,7 @@ def check_concept_set(concepts: ConceptSet) -> None:
     """Check everything that an edit and its evaluation rely on.
 
     Raises:
-        ValueError: What is wrong first, with file, concept and field.
+        ValueError: The set is wrong; the message has the first problem, with file, concept and field.
     """
     keys: dict[str, str] = {}
     for name in concepts.concepts:
@@ -78,11 +78,11 @@ def _check_concept(concepts: ConceptSet, concept: Concept) -> None:
 
 
 def _check_unique(concepts: ConceptSet) -> None:
-    """Every direct, indirect, adversarial and edit prompt occurs once in the whole set.
+    """Check that every direct, indirect, adversarial and edit prompt occurs only once in the whole set.
 
-    Target prompts may repeat: several concepts may share a target, whose own prompts they then use.
+    Target prompts may repeat, because several concepts may share a target and use its prompts.
     """
-    places: dict[tuple[str, bool], str] = {}  # as it is read, and whether it is an edit prompt
+    places: dict[tuple[str, bool], str] = {}  # key: the prompt as it is read, and whether it is an edit prompt
     written: dict[str, str] = {}
     for concept in concepts.concepts.values():
         for field_name in ("direct", "indirect", "adversarial", "edit_prompts"):

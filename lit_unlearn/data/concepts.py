@@ -1,8 +1,8 @@
-"""Concepts and concept sets: what is edited, into what, and with which prompts it is edited and judged.
+"""Concepts and concept sets: what is edited, into what, and the prompts for the edit and its evaluation.
 
-A concept set is a YAML file (``concept_sets/emoji20.yaml`` is one to copy from). Per concept it holds evaluation
-prompts that name the concept (``direct``) and that describe it without its name (``indirect``), and pairs of
-``edit_prompts`` and ``target_prompts`` that an edit is made from. A set is checked in full when it is loaded:
+A concept set is a YAML file (``concept_sets/emoji20.yaml`` is one to copy from). For each concept it has evaluation
+prompts that name the concept (``direct``) or describe it without its name (``indirect``), and pairs of
+``edit_prompts`` and ``target_prompts`` for the edit. A set is checked completely when it is loaded:
 evaluation prompts never occur among edit prompts, indirect prompts never contain a name of their concept, and no prompt
 occurs twice.
 """
@@ -28,14 +28,14 @@ from lit_unlearn.system.strict_yaml import load_yaml
 KINDS = ("object", "action", "style", "scene")
 
 MAX_BYTES = 2_000_000
-"""Largest concept set that is read."""
+"""Size limit of a concept set in bytes."""
 MAX_CONCEPTS, MAX_NAMES, MAX_TEXT = 2000, 50, 1000
-"""Most concepts of a set, names of a concept and characters of a prompt: no file shall take hours to check."""
+"""Limits for concepts per set, names per concept and characters per prompt, so that no file takes hours to check."""
 
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """Prompts per concept; the defaults are the paper's. A set may declare others as ``prompts_per_concept``."""
+    """Prompts per concept; the defaults are the paper's. A set can set other numbers in ``prompts_per_concept``."""
 
     direct: int = 5
     indirect: int = 5
@@ -49,17 +49,17 @@ class Concept:
     Attributes:
         name: Name of the concept, unique in its set.
         kind: ``object``, ``action``, ``style`` or ``scene``.
-        names: Words or phrases that name the concept, found as ``lit_unlearn.data.names`` reads them.
+        names: Words or phrases that name the concept; ``lit_unlearn.data.names`` finds them in prompts.
         target: What the concept becomes: the name of another concept, or free text.
-        anchor: Prompt of the broader or neighbouring concept that concept ablation maps it to.
-        question: Question to a judge; "yes" says that the picture shows the concept.
+        anchor: Prompt of the broader or related concept that Concept Ablation maps it to.
+        question: Question to a judge; "yes" means that the picture shows the concept.
         direct: Evaluation prompts that name the concept.
         indirect: Evaluation prompts that describe the concept without naming it.
         edit_prompts: E, prompts that show the concept.
         target_prompts: E*, ``edit_prompts`` with the concept replaced by its target, in the same order.
-        adjacent: Names of the set's concepts that are nearest in meaning, the first to suffer from a careless edit.
+        adjacent: Names of the set's concepts that are nearest in meaning; an edit damages them most easily.
         adversarial: Evaluation prompts that look like gibberish.
-        longer_names: Names of other concepts of its set that one of its own is a part of; the set finds them.
+        longer_names: Names of other concepts of the set that contain one of this concept's names; filled in by the set.
     """
 
     name: str
@@ -82,10 +82,10 @@ class Concept:
         return self.direct + self.indirect
 
     def occurrences(self, text: str) -> list[Span]:
-        """Where ``text`` names the concept, from left to right: of each place the first character and the one behind.
+        """Where ``text`` names the concept, from left to right: start and end of each place, the end not included.
 
-        See ``lit_unlearn.data.names`` for how names are read. What belongs to a longer name of another concept of the
-        set does not count.
+        See ``lit_unlearn.data.names`` for how names are read. A part of a longer name of another concept of the set
+        does not count.
         """
         found = find_names(text, self.names)
         others = find_names(text, self.longer_names) if found else []
@@ -104,13 +104,13 @@ class Concept:
         return replace_spans(text, self.occurrences(text), replacement)
 
     def content(self) -> dict[str, Any]:
-        """What the file says of the concept, and its name."""
+        """The concept's name and its fields in the file."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.compare}
 
 
 @dataclass(frozen=True)
 class ConceptSet:
-    """Concepts that are judged together: when one is edited, the others are what must be retained.
+    """Concepts that are judged together: when one is edited, the others must be retained.
 
     Attributes:
         name: Name of the set.
@@ -131,13 +131,13 @@ class ConceptSet:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the concepts as canonical JSON, in order: the same for a moved, reformatted or commented file."""
+        """SHA-256 of the concepts as canonical JSON, in order; moving, reformatting or commenting the file keeps it."""
         content = [concept.content() for concept in self.concepts.values()]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def content(self) -> dict[str, Any]:
-        """The set as a YAML file of it would hold it: read again, it is equal to this one."""
+        """The set as the content of a YAML file; a set that is read from it equals this one."""
         concepts = {}
         for concept in self.concepts.values():
             own = {k: list(v) if isinstance(v, tuple) else v for k, v in concept.content().items() if k != "name"}
@@ -148,12 +148,12 @@ class ConceptSet:
         """Refuse a file that was made with another concept set.
 
         Args:
-            file: The file, as the sentence begins.
-            sha256: Of the set that it was made with.
-            name: Of that set, if the file says it.
+            file: Name of the file, which begins the message.
+            sha256: SHA-256 of the set that the file was made with.
+            name: Name of that set; None if the file does not have it.
 
         Raises:
-            ValueError: The set is another, or has other content now.
+            ValueError: The file was made with another set, or the content of the set has changed.
         """
         if sha256 == self.sha256:
             return
@@ -184,31 +184,32 @@ class ConceptSet:
     def retain_prompts(self, edited: Sequence[str]) -> list[str]:
         """Return the retention set for an edit of the concepts ``edited``, in the order of the file.
 
-        As in the paper these are the edit prompts of all other concepts. Those that name an edited concept ("a cartoon
-        dog" of the concept cartoon, when dog is edited) are left out: to retain them would forbid the edit.
+        As in the paper these are the edit prompts of all other concepts. Prompts that name an edited concept ("a
+        cartoon dog" of the concept cartoon, when dog is edited) are left out, because retaining them would prevent the
+        edit.
 
         Args:
             edited: Names of the edited concepts.
 
         Raises:
-            ValueError: The set lacks an edited concept.
+            ValueError: An edited concept is not in the set.
         """
         concepts = [self.get(name) for name in ([edited] if isinstance(edited, str) else edited)]
         return self._retained(concepts, lambda concept: concept.edit_prompts, "edit prompts")
 
     def retain_names(self, edited: Sequence[str]) -> list[str]:
-        """Return the names of all other concepts that name no edited one, in the order of the file.
+        """Return the names of all other concepts, in the order of the file, except names that name an edited concept.
 
         Args:
             edited: Names of the edited concepts.
 
         Raises:
-            ValueError: The set lacks an edited concept.
+            ValueError: An edited concept is not in the set.
         """
         return self._retained([self.get(name) for name in edited], lambda concept: concept.names, "names")
 
     def _retained(self, edited: Sequence[Concept], texts: Callable[[Concept], Sequence[str]], what: str) -> list[str]:
-        """Texts of the other concepts that name none of ``edited``; warns of a concept that has none left."""
+        """Texts of the other concepts that do not name one of ``edited``; warns if a concept has no text left."""
         others = [concept for concept in self.concepts.values() if concept not in edited]
         kept = {c.name: [t for t in texts(c) if not any(own.find_name(t) for own in edited)] for c in others}
         if lost := [name for name, own in kept.items() if not own]:
@@ -223,7 +224,7 @@ class ConceptSet:
         """Return the concepts that are adjacent to one of ``edited`` and not edited themselves, in the set's order.
 
         Raises:
-            ValueError: The set lacks an edited concept.
+            ValueError: An edited concept is not in the set.
         """
         concepts = [self.get(name) for name in edited]
         near = {name_key(name) for concept in concepts for name in concept.adjacent}
@@ -268,12 +269,12 @@ def load_concept_set(name_or_path: str | Path) -> ConceptSet:
 
 @lru_cache(maxsize=8)
 def _read(content: bytes, path: Path) -> ConceptSet:
-    """Parse and check a file's content; a command asks for the same one several times."""
+    """Parse and check a file's content; cached, because a command reads the same set several times."""
     return concept_set_of(load_yaml(content, path), path)
 
 
 def concept_set_of(content: object, path: Path) -> ConceptSet:
-    """The set that a file holds at ``path``, or that ``ConceptSet.content`` has written; as ``load_concept_set``."""
+    """The set with this ``content``, of the file ``path`` or of ``ConceptSet.content``; see ``load_concept_set``."""
     concept_set = _parse(content, path)
     check_concept_set(concept_set)
     return concept_set

@@ -1,4 +1,4 @@
-"""Prompts that a text encoder does not read to their end: those that then mean nothing are refused."""
+"""Checks prompts that are longer than a text encoder can read, and refuses prompts that then lose their meaning."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lit_unlearn.diffusion.prompts import PromptReader
 
 
 def check_cuts(reader: PromptReader, concepts: ConceptSet, edited: Sequence[Concept]) -> None:
-    """Check what is left of a set's prompts where they are cut; warn of those that are.
+    """Check the prompts of a set that the text encoders cut, and warn of them.
 
     Args:
-        reader: What the model's text encoders read.
+        reader: Reads texts as the model's text encoders do.
         concepts: The set.
-        edited: Those of its concepts that are edited.
+        edited: The edited concepts of the set.
 
     Raises:
-        ValueError: An edit prompt of an edited concept is read as its target prompt, or its concept's name lies behind
-            the cut; or that of a direct prompt does, which then measures nothing.
+        ValueError: After the cut an edit prompt equals its target prompt, or an edit prompt or a direct prompt no
+            longer contains the concept's name.
     """
     for concept in edited:
         _check_pairs(reader, concepts, concept)

@@ -1,4 +1,4 @@
-"""What a method asks of the data and of the trainer, before a fit."""
+"""Settings of the data and of the trainer that a method sets before a fit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class FitPlan:
-    """A method's wishes; with none of them, recipe and data decide.
+    """Settings that a method needs; for None the recipe and the data decide.
 
     Attributes:
-        epochs: How many epochs the fit has; None: as the trainer says.
-        steps: Steps of an epoch; None: as the data says.
-        num_pairs: Pairs that are edited, if they are not the concept set's pairs of edit and target prompts.
+        epochs: Number of epochs of the fit; None takes the trainer's.
+        steps: Steps per epoch; None takes the data module's.
+        num_pairs: Number of pairs to edit; None takes the concept set's pairs of edit and target prompts.
         seed: Seed of the order of pairs and pictures.
-        draws_from_all: Whether pictures to keep are drawn from those to forget as well.
+        draws_from_all: Whether pictures to keep are also drawn from the pictures to forget.
     """
 
     epochs: int | None = None
@@ -27,15 +27,15 @@ class FitPlan:
 
 @runtime_checkable
 class HasFitPlan(Protocol):
-    """A module that has wishes."""
+    """A module that has a fit plan."""
 
     @property
     def fit_plan(self) -> FitPlan:
-        """The wishes."""
+        """The fit plan."""
         ...
 
 
 def fit_plan_of(trainer: Any) -> FitPlan:
-    """The plan of the module of ``trainer``, a Lightning trainer or None; one without wishes if it has none."""
+    """The fit plan of the module of ``trainer`` (a Lightning trainer or None); the default plan if there is none."""
     module = trainer and trainer.lightning_module
     return module.fit_plan if isinstance(module, HasFitPlan) else FitPlan()

@@ -1,7 +1,7 @@
-"""Folders of pictures with captions: those to keep and those to forget, as pairs for ``fit`` and prompts for ``test``.
+"""Folders of captioned pictures to keep and to forget: pairs of pictures for ``fit``, captions as prompts for ``test``.
 
 A caption is looked up as in Hugging Face's ``imagefolder``: in ``metadata.jsonl`` (``file_name``, ``text``), else in a
-text file of the picture's name (``dog.png``, ``dog.txt``); or one caption is given for all pictures.
+text file with the picture's name (``dog.png``, ``dog.txt``); or one caption is given for all pictures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Pairing = Literal["caption", "any"]
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """A picture on disk; ``digest`` is the SHA-256 of its pixels, equal for copies in other formats without loss."""
+    """A picture on disk; ``digest`` is the SHA-256 of its pixels, the same for copies in other lossless formats."""
 
     path: Path
     caption: str
@@ -46,7 +46,7 @@ def read_image(path: Path) -> Image.Image:
     """Open a picture as RGB, upright.
 
     Raises:
-        ValueError: The file is no readable picture, or too small.
+        ValueError: The file is not a readable picture, or the picture is too small.
     """
     try:
         with Image.open(path) as file:
@@ -62,7 +62,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture as (3, height, width) of ``size``, float32 in [0, 1]: its middle, of that form, resized."""
+    """A picture, cut around its centre and resized to ``size`` (height, width): (3, *size), float32 in [0, 1]."""
     image = read_image(path)
     height, width = size
     scale = min(image.height / height, image.width / width)
@@ -75,16 +75,16 @@ def load_image(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def read_folder(folder: str, field: str, caption: str | None = None) -> list[CaptionedImage]:
-    """The pictures of ``folder`` and its subfolders, by name, each with its caption.
+    """The pictures of ``folder`` and its subfolders, sorted by path, each with its caption.
 
     Args:
         folder: The folder.
-        field: Name of the option that gave it, for messages.
-        caption: Caption of all pictures; null looks each up.
+        field: Name of the option for the folder, for messages.
+        caption: One caption for all pictures; null looks up a caption for each.
 
     Raises:
-        ValueError: There is no such folder or no picture in it, a picture cannot be read or has no caption, or the
-            metadata is wrong.
+        ValueError: The folder does not exist or contains no picture, a picture cannot be read or has no caption, or
+            the metadata is wrong.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -114,7 +114,7 @@ def _text_beside(path: Path) -> str | None:
 
 
 def _read_metadata(root: Path, field: str) -> dict[str, str]:
-    """Captions by file name, from ``metadata.jsonl``; none if there is no such file."""
+    """Captions by file name, from ``metadata.jsonl``; empty if there is no such file."""
     file = root / METADATA
     if not file.is_file():
         return {}
@@ -136,21 +136,21 @@ def _read_metadata(root: Path, field: str) -> dict[str, str]:
 
 
 def digest(images: list[CaptionedImage]) -> str:
-    """SHA-256 of the pictures and captions of a folder, whatever their order and names."""
+    """SHA-256 of the pictures and captions of a folder; it does not depend on their order or file names."""
     lines = sorted(f"{image.digest} {image.caption}" for image in images)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CaptionItem:
-    """One picture to generate from a caption; its seed is its own.
+    """One picture to generate from a caption, with its own seed.
 
     Attributes:
         prompt: The caption.
-        kind: Whose caption it is: ``forget``, or ``keep`` if no picture to forget has it.
-        caption_index: Number of the caption, those of ``forget`` first.
-        image_index: Number of the picture of this caption.
-        number: Number among all pictures.
+        kind: ``forget``, or ``keep`` if only pictures to keep have this caption.
+        caption_index: Number of the caption; the captions of ``forget`` come first.
+        image_index: Number of the picture among the pictures of this caption.
+        number: Number of the picture among all pictures.
         seed: Seed of its noise.
     """
 
@@ -182,7 +182,7 @@ class CaptionItems(Dataset[CaptionItem]):
 
 
 class PairSampler(Sampler[list[tuple[int, int, int]]]):
-    """A rank's share of the batches of the current epoch, behind those that a resumed epoch has had already."""
+    """A rank's share of the batches of the current epoch, without the batches that a resumed epoch has already done."""
 
     def __init__(
         self, make: Callable[[], list[list[tuple[int, int, int]]]], steps: int, done: Callable[[], int]
@@ -197,7 +197,7 @@ class PairSampler(Sampler[list[tuple[int, int, int]]]):
 
 
 class _Same(Dataset[Any]):
-    """Gives back what the sampler names."""
+    """Returns the index that the sampler gives."""
 
     def __getitem__(self, index: Any) -> Any:
         return index
@@ -206,18 +206,18 @@ class _Same(Dataset[Any]):
 class KeepForgetImages(L.LightningDataModule):
     """Pictures to keep and pictures to forget.
 
-    ``fit`` yields batches (B, 3) of numbers: the pair's place in the global batch, the picture x and the picture a.
-    Pictures are numbered within X = keep + forget for x and within forget for a. The method says whether x is drawn
-    from all of X or from keep. ``test`` yields lists of ``CaptionItem``.
+    ``fit`` yields batches (B, 3) of integers: the pair's position in the global batch, the picture x and the picture a.
+    x is an index into X = keep + forget, a is an index into forget. The method decides whether x is drawn from all of
+    X or only from keep. ``test`` yields lists of ``CaptionItem``.
 
     Args:
         keep: Folder of the pictures to keep, with captions in ``metadata.jsonl`` or text files.
         forget: Folder of the pictures to forget, likewise.
-        held_out: Folder of pictures that the model has not seen, of the kind that it draws from the captions to forget:
-            they tell how near to a picture to forget one comes by chance. Null takes ``keep``.
-        caption: One caption for all pictures, in place of their own.
-        pairing: ``caption`` pairs a picture to forget with pictures of the same caption only, so that one prompt
-            serves both; ``any`` with any.
+        held_out: Folder of pictures that the model has not seen and that resemble what it draws from the captions to
+            forget: they show how close a picture comes to a picture to forget by chance. Null takes ``keep``.
+        caption: One caption for all pictures, instead of their own.
+        pairing: ``caption`` pairs a picture to forget only with pictures of the same caption, so that one prompt
+            fits both; ``any`` pairs it with any picture.
         batch_size: Pairs in a step, over all processes.
         steps: Steps per epoch.
         images_per_prompt: Pictures of each caption in ``test``.
@@ -226,8 +226,8 @@ class KeepForgetImages(L.LightningDataModule):
         seed: Seed of the order of the pairs and of the generated pictures.
 
     Raises:
-        ValueError: A folder is missing or empty, a file in it cannot be read or has no caption, or a picture is both
-            to keep (or held out) and to forget.
+        ValueError: A folder is missing or empty, a file in it cannot be read or has no caption, or a picture to forget
+            is also in ``keep`` or ``held_out``.
     """
 
     def __init__(
@@ -281,21 +281,21 @@ class KeepForgetImages(L.LightningDataModule):
             )
 
     def _groups(self, images: list[CaptionedImage]) -> dict[str, list[int]]:
-        """Numbers of the pictures that may be paired with one another, by their caption; all together for ``any``."""
+        """Indices of the pictures that may be paired, by caption; for ``any`` all pictures are one group."""
         groups: dict[str, list[int]] = {}
         for number, image in enumerate(images):
             groups.setdefault(image.caption if self.pairing == "caption" else "", []).append(number)
         return groups
 
     def counts(self, number: int) -> tuple[int, int]:
-        """For picture ``number`` of forget, n and k: pictures of X that it is paired among, and those to forget."""
+        """For picture ``number`` of forget: n, the pictures of X in its group, and k, how many of them to forget."""
         group = self.forget[number].caption if self.pairing == "caption" else ""
         k = len(self._groups(self.forget)[group])
         return len(self.groups[group]) + k, k
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these pictures from others: hashes of both folders, and how many pictures they hold."""
+        """Identifies the pictures: the hash of each folder and its number of pictures."""
         return {
             "keep": {"sha256": digest(self.keep), "pictures": len(self.keep)},
             "forget": {"sha256": digest(self.forget), "pictures": len(self.forget)},
@@ -305,11 +305,11 @@ class KeepForgetImages(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def pairs(self, epoch: int, from_all: bool) -> list[list[tuple[int, int, int]]]:
-        """The global batches of an epoch: (place, x, a); each picture comes once before any comes again.
+        """The global batches of an epoch, as (position, x, a); every picture is used once before one is used again.
 
         Args:
-            epoch: Number of the epoch; each has another order.
-            from_all: Whether x is drawn from X; else from keep.
+            epoch: Number of the epoch; each epoch has a different order.
+            from_all: Whether x is drawn from X; otherwise it is drawn from keep.
         """
         seed = fit_plan_of(self.trainer).seed
         forget = _passes(list(range(len(self.forget))), seed, epoch, "forget")
@@ -351,7 +351,7 @@ class KeepForgetImages(L.LightningDataModule):
 
     @property
     def test_items(self) -> list[CaptionItem]:
-        """Every picture of a test, on whatever process."""
+        """All pictures of a test, not only the share of this process."""
         return CaptionItems(self.forget_captions, self.keep_captions, self.images_per_prompt, self.seed).items
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -369,12 +369,12 @@ class KeepForgetImages(L.LightningDataModule):
         return self.test_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch of tensors; caption items hold none, and Lightning does not take frozen dataclasses apart."""
+        """Move tensors only; caption items contain none, and Lightning cannot move frozen dataclasses."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
 
 
 def _passes(numbers: list[int], *key: object) -> Iterator[int]:
-    """Pass after pass through ``numbers``, each in an order of its own, from the seed ``key``."""
+    """Endless passes through ``numbers``, each in a new random order; ``key`` is the seed."""
     generator = seeded(*key)
     while True:
         for place in torch.randperm(len(numbers), generator=generator).tolist():

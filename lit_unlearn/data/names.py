@@ -1,11 +1,11 @@
-"""Names as people read them: one way to find a name in a text, for every check and every list that goes by names.
+"""Finds names in texts as people read them; every check and list of names uses this module.
 
-Letters are compared as in Unicode's NFKC, whatever their case. Hyphens, dashes and underscores are spaces, several of
-them are one, and all apostrophes are the same. Characters that nobody sees do not count, nor do accents of Latin and
-Greek letters and vowel points of Hebrew and Arabic; marks of other scripts make another letter (ト and ド).
+Letters are compared in Unicode's NFKC form, without regard to case. Hyphens, dashes and underscores count as spaces,
+several spaces count as one, and all apostrophes are the same. Invisible characters are ignored, and so are accents of
+Latin and Greek letters and vowel points of Hebrew and Arabic; in other scripts a mark makes another letter (ト, ド).
 
-A name is found as whole words: "dog" is not found in "dogma". Scripts without spaces (Chinese, Japanese, Thai) have no
-words to respect, and Korean attaches its particles to the end of a word.
+A name is found only as whole words: "dog" is not found in "dogma". Scripts without spaces (Chinese, Japanese, Thai)
+have no word boundaries to check, and Korean attaches particles to the end of a word.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 Span = tuple[int, int]
-"""Where something stands in a text: its first character, and the one behind its last."""
+"""Position in a text: index of the first character, and index after the last."""
 
 APOSTROPHES = str.maketrans(
     dict.fromkeys("\u0060\u00b4\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02bd\u055a\ua78c", "'")
@@ -26,9 +26,9 @@ SPACES = {"\u2212", "\u30fb", "\uff65"}
 INVISIBLE = {"\u034f", "\u0640", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u3164", "\uffa0"}
 for _first, _last in ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF)):
     INVISIBLE |= set(map(chr, range(_first, _last + 1)))
-"""Characters that nobody sees and Unicode's categories do not tell: fillers, elongation, variants of a form."""
+"""Invisible characters that are not in Unicode's category Cf: fillers, elongation, variation selectors."""
 WITHOUT_MARKS = ("LATIN", "GREEK", "HEBREW", "ARABIC")
-"""Scripts whose marks do not count, as the names of their characters begin."""
+"""Scripts whose marks are ignored, given as the beginning of their characters' Unicode names."""
 WITHOUT_SPACES = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
     *("JAVANESE", "BALINESE", "SUNDANESE", "TAI", "NEW TAI", "CHAM"),
@@ -36,18 +36,18 @@ WITHOUT_SPACES = (
 """Scripts that are written without spaces."""
 
 LONGEST_PART = 100
-"""Most letters of a name that is looked for within others: no set shall take minutes to read."""
+"""Longer names are not searched for in other names, so that no set takes minutes to read."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as it is read.
+    """A text in the form in which it is compared.
 
     Attributes:
-        letters: Its letters, in the form in which they are compared; a single space between words.
-        places: Where each of them stands in the text.
-        begins: Whether a word may begin at each of them.
-        ends: Whether a word may end at each of them.
+        letters: Its letters in the form in which they are compared, with a single space between words.
+        places: Position of each letter in the text.
+        begins: For each letter, whether a word may begin there.
+        ends: For each letter, whether a word may end there.
     """
 
     letters: str
@@ -56,7 +56,7 @@ class Reading:
     ends: tuple[bool, ...]
 
     def find(self, letters: str) -> Iterable[Span]:
-        """Where the words ``letters``, read likewise, stand among ``self.letters``."""
+        """Positions in ``self.letters`` of the words ``letters``, which must be in the same form."""
         start = self.letters.find(letters) if letters else -1
         while start >= 0:
             end = start + len(letters)
@@ -67,7 +67,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Sign:
-    """A character with its marks: its letters as they are compared, its place, and whether it stands above the line."""
+    """A character with its marks: its letters as compared, its position, and whether it is super- or subscript."""
 
     letters: str
     place: Span
@@ -88,7 +88,7 @@ class _Sign:
 
 @lru_cache(maxsize=1 << 15)
 def read(text: str) -> Reading:
-    """``text`` as it is read."""
+    """``text`` in the form in which it is compared."""
     letters, places, begins, ends = [], [], [], []
     words = _words(text)
     for number, word in enumerate(words):
@@ -109,19 +109,19 @@ def read(text: str) -> Reading:
 
 
 def name_key(name: str) -> str:
-    """``name`` in the form in which concepts are looked up: as it is read, without its spaces."""
+    """``name`` in the form in which concepts are looked up: the letters of ``read``, without spaces."""
     return read(name).letters.replace(" ", "")
 
 
 def find_names(text: str, names: Sequence[str]) -> list[Span]:
-    """Where ``text`` has one of ``names``, from left to right; at one place in the order of ``names``."""
+    """Positions of all ``names`` in ``text``, from left to right; at the same start in the order of ``names``."""
     reading = read(text)
     found = [(span[0], order, span) for order, name in enumerate(names) for span in reading.find(read(name).letters)]
     return [(reading.places[start][0], reading.places[end - 1][1]) for _, _, (start, end) in sorted(found)]
 
 
 def replace_spans(text: str, spans: Iterable[Span], replacement: str) -> str:
-    """``text`` with ``replacement`` in place of ``spans``, which ascend; of those that overlap the first counts."""
+    """``text`` with ``replacement`` for each of the ascending ``spans``; of overlapping spans only the first counts."""
     parts, done = [], 0
     for start, end in spans:
         if start >= done:
@@ -131,7 +131,7 @@ def replace_spans(text: str, spans: Iterable[Span], replacement: str) -> str:
 
 
 def longer_names(names: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Of each owner of ``names``, the names of others that one of its own is a part of: of the dog, "hot dog"."""
+    """For each owner of ``names``, the names of other owners that contain one of its names: for dog, "hot dog"."""
     owners: dict[str, list[str]] = {}
     for owner, own in names.items():
         for name in own:
@@ -151,9 +151,9 @@ def longer_names(names: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...
 
 
 def _words(text: str) -> list[list[_Sign]]:
-    """The signs of ``text``, in groups that spaces separate."""
+    """The signs of ``text``, grouped into words."""
     words: list[list[_Sign]] = [[]]
-    start = end = 0  # of the sign at hand
+    start = end = 0  # of the current sign
     for place, character in enumerate(text):
         if _is_invisible(character):
             continue
@@ -185,7 +185,7 @@ def _is_space(character: str) -> bool:
 
 
 def _goes_on(first: str, character: str) -> bool:
-    """Whether ``character`` belongs to the sign that ``first`` begins: a mark, or the rest of a Korean syllable."""
+    """Whether ``character`` continues the sign that begins with ``first``: a mark, or the rest of a Korean syllable."""
     if _is_space(first):
         return False
     mark = unicodedata.normalize("NFKD", character)[0]
@@ -195,7 +195,7 @@ def _goes_on(first: str, character: str) -> bool:
 
 @lru_cache(maxsize=1 << 12)
 def _folded(sign: str) -> str:
-    """A character and its marks as they are compared."""
+    """A character and its marks in the form in which they are compared."""
     seen = "".join(character for character in sign if not _is_invisible(character)).translate(APOSTROPHES)
     letters = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", seen).casefold()).strip()
     if unicodedata.name(letters[:1] or " ", "").startswith(WITHOUT_MARKS):

@@ -1,7 +1,7 @@
 """Prompts as batches: pairs of edit and target prompts for ``fit``, one item per picture for ``validate`` and ``test``.
 
-Samplers are our own, so that results do not depend on the number of processes: every rank takes its share of each
-global batch in the order that a single process would have used.
+The samplers are our own, so that results do not depend on the number of processes: every rank takes its share of each
+global batch in the order that a single process would use.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lit_unlearn.data.fit_plan import fit_plan_of
 from lit_unlearn.data.names import name_key
 
 MAX_PAIRS = 12
-"""Most pairs of concepts that a warning names."""
+"""Maximum number of pairs of concepts that a warning lists."""
 
 
 @dataclass(frozen=True)
 class PictureItem:
-    """One picture to generate and judge; its seed is its own."""
+    """One picture to generate and judge, with its own seed."""
 
     prompt: str
     question: str
@@ -39,10 +39,10 @@ class PictureItem:
 
 
 def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Concept]:
-    """The concepts that ``concept`` names, checked.
+    """Look up the concepts that ``concept`` names.
 
     Raises:
-        ValueError: A name is unknown or given twice, or there is none.
+        ValueError: A name is unknown or given twice, or no name is given.
     """
     names = [concept] if isinstance(concept, str) else list(concept)
     try:
@@ -62,11 +62,11 @@ def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Conc
 
 
 def warn_of_edited_targets(targets: Sequence[tuple[Concept, Sequence[tuple[str, str]]]]) -> None:
-    """Warn of concepts that an edit makes into one another, or into what it makes into something else.
+    """Warn of edited concepts whose target names another edited concept.
 
     Args:
-        targets: The edited concepts, each with pairs of a text and the one that it is edited into. What both of a pair
-            name is where the concept stands, not what it becomes.
+        targets: The edited concepts, each with pairs of a text and the text that it is edited into. A concept that both
+            texts of a pair name belongs to the context, so it does not count as a target.
     """
     found = {}
     for concept, pairs in targets:
@@ -85,14 +85,14 @@ def warn_of_edited_targets(targets: Sequence[tuple[Concept, Sequence[tuple[str, 
 
 
 class Pictures(Dataset[PictureItem]):
-    """Every (concept, prompt, image) of a concept set, in that order, then adversarial prompts of some.
+    """Every (concept, prompt, image) of a concept set, in this order, then the adversarial prompts of some concepts.
 
     Args:
         concepts: The concept set.
         images_per_prompt: Pictures of each prompt.
         seed: Picture ``i`` of prompt ``p`` (counted over the set) has the seed ``seed + 100_000 * i + p``.
-        prompts_per_kind: Take only the first so many direct and indirect prompts of each concept.
-        adversarial: Concepts whose adversarial prompts come last, with seeds that go on behind the others'.
+        prompts_per_kind: Take only this many direct and this many indirect prompts of each concept, the first ones.
+        adversarial: Names of the concepts whose adversarial prompts are added at the end, with seeds that continue.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Pictures(Dataset[PictureItem]):
 
 
 class RankSampler(Sampler[int]):
-    """Indices ``rank, rank + world_size, ...`` of ``order``: none is repeated, so the last rank may have one less."""
+    """Items ``rank, rank + world_size, ...`` of ``order``; none is repeated, so later ranks may have one item less."""
 
     def __init__(self, order: list[int], rank: int, world_size: int) -> None:
         self.indices = order[rank::world_size]
@@ -151,13 +151,13 @@ class RankSampler(Sampler[int]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The batches of an epoch behind the first ``done()``, so that a run resumed in the middle of it goes on there."""
+    """The batches of an epoch after the first ``done()``, so that a resumed run continues in the middle of an epoch."""
 
     def __init__(self, batches: list[list[int]], done: Callable[[], int]) -> None:
         self.batches, self.done = batches, done
 
     def __iter__(self) -> Iterator[list[int]]:
-        # An epoch that had all its steps when it was interrupted is over, and the next one begins.
+        # If all steps of the epoch were done when it was interrupted, the next epoch begins.
         return iter(self.batches[self.done() % len(self.batches) :])
 
     def __len__(self) -> int:
@@ -167,8 +167,9 @@ class StepSampler(Sampler[list[int]]):
 class ConceptPrompts(L.LightningDataModule):
     """Prompts of a concept set.
 
-    ``fit`` yields batches of numbers (B,), each ``slot * num_pairs + pair``: a pair of edit and target prompt, and its
-    place in the global batch, which tells repetitions apart. ``validate`` and ``test`` yield lists of ``PictureItem``.
+    ``fit`` yields batches of integers (B,), each ``slot * num_pairs + pair``: the index of a pair of edit and target
+    prompt, and its position (slot) in the global batch, which distinguishes repetitions of a pair. ``validate`` and
+    ``test`` yield lists of ``PictureItem``.
 
     Args:
         concept: Name or names of the concepts to edit; set with ``--concept``.
@@ -178,7 +179,7 @@ class ConceptPrompts(L.LightningDataModule):
         steps: Training steps per epoch (the null-space edit: steps of V1 per layer and round).
         images_per_prompt: Pictures of each evaluation prompt in ``test``.
         eval_batch_size: Pictures generated at once.
-        seed: Seed of the evaluation pictures. The order of the prompt pairs is by the method's seed.
+        seed: Seed of the evaluation pictures. The order of the prompt pairs comes from the method's seed.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class ConceptPrompts(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The first direct and the first indirect prompt of each concept, one picture each; nothing during a fit.
 
-        A fit is watched by ``EvaluationGrid``: validation would come before the edit that ends the epoch.
+        During a fit ``EvaluationGrid`` draws pictures: validation would run before the edit at the end of the epoch.
         """
         if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
             return []
@@ -252,7 +253,7 @@ class ConceptPrompts(L.LightningDataModule):
         return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed, adversarial=edited))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch of tensors; picture items hold none, and Lightning does not take frozen dataclasses apart."""
+        """Move tensors only; picture items contain none, and Lightning cannot move frozen dataclasses."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
 
     def predict_dataloader(self) -> DataLoader[Any]:

@@ -1,1 +1,1 @@
-"""The only part of the package that knows diffusers and transformers."""
+"""Everything that depends on diffusers and transformers; other parts of the package use ``Pipeline``."""

@@ -1,4 +1,4 @@
-"""The model that an edit is made on: found and checked once, its weights read and hashed at most once, handed down."""
+"""The model that an edit is made on: found and checked once, with weights that are read and hashed at most once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lit_unlearn.diffusion.stored import WholeModel
 class BaseModel:
     """A base model; a command makes one with ``BaseModel.find`` and passes it on.
 
-    Hashes are kept: what is asked for again is not read again. Where the pipeline is loaded anyway, it can be passed as
-    ``loaded`` before it is edited, and its weights are hashed instead of those in the files.
+    Hashes are stored, so no file is hashed twice. If the pipeline is loaded anyway, it can be passed as ``loaded``
+    before it is edited; then its weights are hashed instead of the files.
 
     Attributes:
-        name: The model as it was given.
+        name: The model as the user gave it.
         revision: Branch, tag or commit, if it is a hub id.
         place: Its folder, or the hub id.
-        folder: Where its files lie; None of a hub id that is not fetched yet.
-        names: Full names of its weights, as the headers of its files list them; none without a folder.
+        folder: Folder of its files; None for a hub id that is not downloaded yet.
+        names: Full names of its weights, from the headers of its files; empty without a folder.
     """
 
     def __init__(self, name: str, revision: str | None) -> None:
@@ -63,7 +63,7 @@ class BaseModel:
         return base
 
     def fetch(self) -> Path:
-        """The folder of the model; one of the hub is downloaded and checked when it is first asked for.
+        """The folder of the model; a model of the hub is downloaded and checked at the first call.
 
         Raises:
             ValueError: As ``download`` and ``check_folder``.
@@ -81,24 +81,24 @@ class BaseModel:
 
     @property
     def commit(self) -> str | None:
-        """The commit of a model from the hub, once it is fetched: the name of its folder in the cache."""
+        """The commit of a model of the hub (the name of its folder in the cache); None before it is downloaded."""
         return self.folder.name if self.folder is not None and isinstance(self.place, str) else None
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> StableDiffusion:
-        """Load the pipeline, as ``load_pipeline``; values that ``weights`` has kept are let go."""
+        """Load the pipeline, as ``load_pipeline``; this frees the values that ``weights`` has kept."""
         self._read.clear()
         return load_parts(self.fetch(), dtype, device)
 
     def check_steps(self, num_inference_steps: int, field: str, kind: Sampler = "model") -> None:
-        """Check that the sampler can take so many steps; that of a hub id is known only when it is loaded.
+        """Check that the sampler can take this number of steps; not possible for a hub id that is not downloaded.
 
         Args:
-            num_inference_steps: The steps.
-            field: The argument that they come from.
-            kind: The sampler, as of ``Pipeline.with_sampler``.
+            num_inference_steps: The number of steps.
+            field: The argument that it comes from, for the message.
+            kind: The sampler, as in ``Pipeline.with_sampler``.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The sampler cannot take this number of steps.
         """
         if self.folder is not None:
             scheduler = load_scheduler(self.folder, self.name)
@@ -106,7 +106,7 @@ class BaseModel:
 
     @cached_property
     def reader(self) -> PromptReader | None:
-        """What the text encoders read of prompts; of a hub id that is known only when it is loaded."""
+        """Reads prompts as the text encoders do; None for a hub id that is not downloaded."""
         if self.folder is None:
             return None
         return PromptReader((read_tokenizer(self.folder, self.name),))
@@ -114,11 +114,11 @@ class BaseModel:
     # --- weights, without a pipeline
 
     def weight_names(self) -> list[str]:
-        """Full names of all weights; a model from the hub is fetched for them."""
+        """Full names of all weights; a model of the hub is downloaded for this."""
         return self._stored.names()
 
     def weights(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """The values of some weights in ``dtype``, kept until the pipeline is loaded; None if the model lacks one."""
+        """Values of some weights in ``dtype``, kept until the pipeline is loaded; None if a weight is missing."""
         names, whole = list(names), self._stored
         if not set(names) <= set(whole.names()):
             return None
@@ -128,7 +128,7 @@ class BaseModel:
         return {name: self._read[name, dtype] for name in names}
 
     def values(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """All weights in ``dtype`` by full name, one after the other; ``sha256`` is known when all were seen."""
+        """All weights in ``dtype`` by full name, one after the other; after the last one ``sha256`` is known."""
         hashes = {}
         for part, weights in self._stored.parts.items():
             found = Fingerprint()
@@ -143,7 +143,7 @@ class BaseModel:
     # --- hashes
 
     def sha256(self, dtype: torch.dtype, loaded: Pipeline | None = None) -> dict[str, str]:
-        """SHA-256 of each part in ``dtype``, as ``WholeModel.sha256``; of the pipeline if it is loaded and unedited."""
+        """SHA-256 of each part in ``dtype``, as ``WholeModel.sha256``; ``loaded`` is hashed if it is given."""
         if dtype not in self._sha256 and loaded is not None:
             self._sha256[dtype] = WholeModel.loaded(loaded).sha256()
         if dtype not in self._sha256:
@@ -154,7 +154,7 @@ class BaseModel:
     def fingerprint(
         self, names: Iterable[str], dtype: torch.dtype, loaded: Mapping[str, Tensor] | None = None
     ) -> str | None:
-        """Hash of some weights in ``dtype``, of the values in ``loaded`` if given; None if the model lacks one."""
+        """Hash of some weights in ``dtype``, of the values in ``loaded`` if given; None if a weight is missing."""
         key = frozenset(names), dtype
         if key not in self._fingerprints:
             values = self.weights(key[0], dtype) if loaded is None else {name: loaded[name] for name in key[0]}
@@ -165,5 +165,5 @@ class BaseModel:
 
     @cached_property
     def _stored(self) -> WholeModel:
-        """The weights in the files, each read when it is asked for."""
+        """The weights in the files; each is read when it is used."""
         return WholeModel.in_folder(self.fetch())

@@ -1,4 +1,4 @@
-"""A model folder, checked before a weight is read: classes and configurations of its parts, names of its weights."""
+"""Checks a model folder before a weight is read: classes and configurations of its parts, names of its weights."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL",),
     "scheduler": (),
 }
-"""Parts of a pipeline, each with the classes as which it is loaded; a scheduler may be one of many."""
+"""Parts of a pipeline, each with the classes that it can be loaded as; there are many classes of schedulers."""
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that do not act on what is drawn."""
+"""Parts that do not change the pictures."""
 
 CONDITIONS = {
     "time_cond_proj_dim": "the guidance scale (it was distilled for few steps)",
@@ -40,7 +40,7 @@ CONDITIONS = {
     "encoder_hid_dim": "states of another width",
     "encoder_hid_dim_type": "states of another kind",
 }
-"""Fields of a UNet's configuration that make it take more than latents, timesteps and text; and what."""
+"""Fields of a UNet's configuration for inputs besides latents, timesteps and text, with the name of the input."""
 
 ORIGINAL = (
     "cond_stage_model.",
@@ -51,22 +51,22 @@ ORIGINAL = (
     "encoder.down.",
     "transformer.resblocks.",
 )
-"""How names of weights begin in the original code of Stable Diffusion, or contain."""
+"""Beginnings or parts of the names of weights in the original code of Stable Diffusion."""
 BROKEN_CONFIG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-"""What the libraries raise when a model is made of a configuration that is none."""
+"""Errors that the libraries raise when a model is made from a wrong configuration."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def check_parts(path: Path, model: str) -> None:
-    """Check everything of a model folder but its weights.
+    """Check everything in a model folder except its weights.
 
     Args:
         path: The folder.
-        model: The name that it was given by.
+        model: The model's name as the user gave it.
 
     Raises:
-        ValueError: A part or file is missing, a part is of a class or a form that is not supported, or two parts do
-            not fit each other.
+        ValueError: A part or file is missing, the class or configuration of a part is not supported, or two parts do
+            not fit together.
     """
     _check_index(path, model)
     parts = {part: _described(path, part, model) for part in STEMS}
@@ -82,7 +82,7 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
         The names of the weights of ``text_encoder``, ``unet`` and ``vae``.
 
     Raises:
-        ValueError: A part has no weights, lacks one, has one too many or one of another shape; or a file is corrupt.
+        ValueError: A part has no weights, a weight is missing, unknown or of another shape, or a file is corrupt.
     """
     names = {}
     for part, stem in STEMS.items():
@@ -130,15 +130,15 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
 
 
 def load_tokenizer(path: Path, model: str, text_config: Any) -> CLIPTokenizer:
-    """Load the tokenizer of a folder; one without a length takes that of the text encoder.
+    """Load the tokenizer of a folder; if it has no length, it gets the text encoder's.
 
     Args:
         path: The folder.
-        model: The name that it was given by.
+        model: The model's name as the user gave it.
         text_config: Configuration of the text encoder.
 
     Raises:
-        ValueError: Its files are missing or broken, or it does not fit the text encoder.
+        ValueError: The tokenizer's files are missing or broken, or it does not fit the text encoder.
     """
     from transformers import CLIPTokenizer
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
@@ -173,12 +173,12 @@ def load_tokenizer(path: Path, model: str, text_config: Any) -> CLIPTokenizer:
 
 
 def read_tokenizer(path: Path, model: str) -> CLIPTokenizer:
-    """The tokenizer of a folder that was checked."""
+    """Load the tokenizer of a folder that has been checked."""
     return load_tokenizer(path, model, _described(path, "text_encoder", model).config)
 
 
 def load_scheduler(path: Path, model: str) -> SchedulerMixin:
-    """Load the scheduler of a folder, of the class that ``model_index.json`` says.
+    """Load the scheduler of a folder; its class is in ``model_index.json``.
 
     Raises:
         ValueError: As ``make_sampler``, or a file is broken.
@@ -188,7 +188,7 @@ def load_scheduler(path: Path, model: str) -> SchedulerMixin:
 
 
 def _check_index(path: Path, model: str) -> None:
-    """Check which parts a folder has, and of which classes ``model_index.json`` says that they are."""
+    """Check which parts a folder has, and their classes in ``model_index.json``."""
     if not (path / "model_index.json").is_file():
         there = sorted(entry.name for entry in path.iterdir())
         listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
@@ -223,7 +223,7 @@ def _check_index(path: Path, model: str) -> None:
 
 
 def _described(path: Path, part: str, model: str) -> nn.Module:
-    """The model that ``config.json`` of a part describes, on the meta device: shapes without values."""
+    """The model described by ``config.json`` of a part, on the meta device: shapes without values."""
     config = read_config(path / part / "config.json")
     if "quantization_config" in config:
         raise ValueError(
@@ -251,13 +251,13 @@ def _on_meta(part: str, config: str) -> nn.Module:
 
     content = json.loads(config)
     with torch.device("meta"):
-        if part == "text_encoder":  # some have the configuration of a whole CLIP
+        if part == "text_encoder":  # some folders have the configuration of a whole CLIP
             return CLIPTextModel(CLIPTextConfig.from_dict(content.get("text_config") or content))
         return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(content)
 
 
 def _check_forms(text: Any, unet: Any, vae: Any, model: str) -> None:
-    """Check that the parts' configurations are such as the pipeline can use, and fit each other."""
+    """Check that the pipeline can use the parts' configurations, and that they fit together."""
     for field, what in CONDITIONS.items():
         if (value := unet.get(field)) is not None:
             raise ValueError(
@@ -292,7 +292,7 @@ def _check_forms(text: Any, unet: Any, vae: Any, model: str) -> None:
 
 
 def _remedy(name: str, expected: Mapping[str, Any]) -> str:
-    """What to do about a weight that no model has, by its name."""
+    """What to do about an unknown weight, from its name."""
     if any(name.startswith(start) or f".{start}" in name for start in ORIGINAL):
         return f"the names are those of the original code; convert the single checkpoint that it came from: {CONVERT}"
     if "lora" in name or ".base_layer." in name:

@@ -1,4 +1,4 @@
-"""What determines drawn pictures beside their prompts and seeds: the keys of caches."""
+"""Everything that determines pictures besides their prompts and seeds, for the keys of caches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn: all that changes a bit of them, except how many are drawn at once.
+    """How pictures are drawn: everything that can change a bit of them, except the batch size.
 
     Attributes:
         weights: Hash of names, types and values of the weights.
@@ -26,9 +26,9 @@ class Drawing:
         guidance_scale: Strength of classifier-free guidance.
         device: Type of device, such as ``cuda``.
         default_dtype: PyTorch's type of new tensors, which Lightning changes in some of its precisions.
-        autocast: Type that autocast computes in, as it is in the place where this is made; None without it.
-        matmul: How precisely products in float32 are computed, such as ``highest``, or ``high`` (TF32).
-        versions: Of the libraries that draw.
+        autocast: Type that autocast computes in where this object is made; None without autocast.
+        matmul: Precision of float32 matrix products, such as ``highest``, or ``high`` (TF32).
+        versions: Versions of the libraries that draw.
     """
 
     weights: str
@@ -43,10 +43,10 @@ class Drawing:
 
     @classmethod
     def of(cls, pipeline: Pipeline, num_inference_steps: int, guidance_scale: float, decoded: bool = True) -> Drawing:
-        """How ``pipeline`` draws here and now.
+        """How ``pipeline`` draws in the current state of the process.
 
         Args:
-            pipeline: With the weights that it draws with.
+            pipeline: The pipeline, with the weights that it draws with.
             num_inference_steps: Denoising steps.
             guidance_scale: Strength of classifier-free guidance.
             decoded: Whether pictures are drawn; for latents, the autoencoder's weights do not matter.
@@ -67,12 +67,12 @@ class Drawing:
 
     @property
     def key(self) -> str:
-        """SHA-256 of all of it."""
+        """SHA-256 of all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what computes pictures; ours too, since what we tell the others to compute may change."""
+    """Versions of the libraries that compute pictures, and of this package, which may use them differently."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""The families of pipelines. A new one is a class here and a test file."""
+"""The families of pipelines. A new family needs a class here and a test file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
-"""What of a text encoder's configuration acts on its output and cannot be seen in its weights."""
+"""Fields of a text encoder's configuration that change its output without changing its weights."""
 
 
 @dataclass(eq=False)
 class StableDiffusion(Pipeline):
-    """Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose last states a UNet attends to; noise or velocity.
+    """Stable Diffusion 1.x and 2.x: a UNet that attends to one CLIP text encoder and predicts noise or velocity.
 
     Attributes:
         tokenizer: Turns prompts into ``input_ids``.
         text_encoder: ``input_ids`` (B, L) to ``encoder_hidden_states`` (B, L, D).
-        unet: Noise prediction (B, C, H, W) from latents, timesteps and ``encoder_hidden_states``.
+        unet: Predicts noise or velocity (B, C, H, W) from latents, timesteps and ``encoder_hidden_states``.
         vae: Latents (B, C, H, W) to pictures (B, 3, 8H, 8W) and back.
         scheduler: The sampler's configuration; every sampling takes a fresh copy.
     """
@@ -129,7 +129,7 @@ class StableDiffusion(Pipeline):
         self.to_diffusers().save_pretrained(folder)
 
     def to_diffusers(self) -> StableDiffusionPipeline:
-        """The same parts as diffusers' pipeline, which mends configurations of 2022 in place."""
+        """The same parts as a pipeline of diffusers, which corrects configurations of 2022 in place."""
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(
@@ -145,7 +145,7 @@ class StableDiffusion(Pipeline):
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration of diffusers without its notes about itself, such as its version."""
+    """A configuration of diffusers without its metadata, such as the version."""
     return {name: str(value) for name, value in config.items() if name == "_class_name" or not name.startswith("_")}
 
 

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: looked for in its cache, else looked up once and downloaded."""
+"""Models of the Hugging Face hub: taken from its cache, or else looked up once and downloaded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CONFIGURATIONS = [
 ]
 """Patterns of the files that are downloaded before the weights."""
 TIMEOUT = 10.0
-"""Seconds that a look-up may take."""
+"""Time limit of a look-up, in seconds."""
 
 
 def cached_snapshot(model: str, revision: str | None) -> Path | None:
-    """The folder of a model in the cache, if no look-up could find another: by its commit, or while offline.
+    """The folder of a model in the cache, if no look-up is needed: it is given by its commit, or the hub is offline.
 
     Returns:
-        None if it must be looked up, or files are missing.
+        The folder; None if the model must be looked up or files are missing.
     """
     from huggingface_hub import constants
 
@@ -33,29 +33,29 @@ def cached_snapshot(model: str, revision: str | None) -> Path | None:
 
 
 def download(model: str, revision: str | None, check: Callable[[Path], object]) -> Path:
-    """The folder of a model in the cache, after one look-up; downloads what it lacks, the weights last.
+    """The folder of a model in the cache, after one look-up; missing files are downloaded, the weights last.
 
     Args:
         model: Hub id.
-        revision: Branch, tag or commit; the main branch by default.
-        check: Called with the folder when it has everything but weights; what it raises ends the download.
+        revision: Branch, tag or commit; None takes the main branch.
+        check: Called with the folder when it has everything except weights; if it raises an error, the download ends.
 
     Raises:
-        ValueError: There is no such model or revision, it is private or gated, it has no weights that can be read, or
-            the hub cannot be reached and the cache does not have it.
+        ValueError: The model or revision does not exist, it is private or gated, it has no readable weights, or the hub
+            cannot be reached and the model is not in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HTTPError,  # type: ignore[attr-defined]  # of httpx, or of its successor: whichever the hub's client uses
+        HTTPError,  # type: ignore[attr-defined]  # of httpx or its successor, as the hub's client uses it
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     at = f" at {revision}" if revision else ""
-    if Path(model).parent.is_dir():  # a name mistyped, perhaps
+    if Path(model).parent.is_dir():  # perhaps a mistyped path
         with plain_warnings():
             warnings.warn(f"There is no folder {model}; it is looked for on the hub.", stacklevel=2)
     try:
@@ -100,7 +100,7 @@ def command(model: str, revision: str | None) -> str:
 
 
 def _weight_patterns(files: Sequence[str], model: str) -> list[str]:
-    """Names and patterns of the weight files to download, one variant of each part."""
+    """Names and patterns of the weight files to download: one variant of each part."""
     patterns = []
     for part, stem in STEMS.items():
         names = [file.removeprefix(f"{part}/") for file in files if file.startswith(f"{part}/")]
@@ -111,7 +111,7 @@ def _weight_patterns(files: Sequence[str], model: str) -> list[str]:
                 f"{', '.join(sorted(names))}): take a revision that has it, or convert it with save_pretrained."
             )
         if chosen is None:
-            continue  # no such part: ``check`` says what it is
+            continue  # the part is missing, which ``check`` reports
         variant, file = chosen
         patterns.append(f"{part}/{file}")
         if file.endswith(".json"):
@@ -121,7 +121,7 @@ def _weight_patterns(files: Sequence[str], model: str) -> list[str]:
 
 
 def _whole_snapshot(model: str, revision: str | None) -> Path | None:
-    """The folder of a model in the cache, if it has all its weights there."""
+    """The folder of a model in the cache, if all its weights are in it."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, "model_index.json", revision=revision)

@@ -1,4 +1,4 @@
-"""What a base model has besides what is loaded of it: a safety checker, licences, embeddings, and other files."""
+"""Files of a base model that are not loaded but belong in an export: a safety checker, licences, embeddings, etc."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lit_unlearn.diffusion.source import weight_files
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, parameter_name
 
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that a pipeline may have and no edit touches."""
+"""Optional parts of a pipeline, which edits never change."""
 LIBRARIES = ("transformers", "diffusers", "stable_diffusion")
-"""Where the classes of parts may come from; anything else is code beside the model."""
+"""Libraries that the classes of parts may come from; any other class is code beside the model."""
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
-"""Classes that transformers no longer has, by the name that they had."""
+"""Classes that transformers no longer has, by their old name."""
 ENDINGS = (".safetensors", ".json", ".md", ".png", ".txt")
-"""Endings of files that hold no code; ``txt`` is for the merges of a tokenizer."""
+"""Endings of files without code; ``txt`` is for the merges of a tokenizer."""
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
-"""Beginnings of the names of files that may have no ending."""
+"""Beginnings of file names that are allowed without an ending."""
 ORIGINAL = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
-"""Beginnings of the names of the weights in a single file of the original code."""
+"""Beginnings of the names of weights in a single file of the original code."""
 INDEX, PROVENANCE = "model_index.json", "provenance.json"
 FROM_HUB = ("*.json", "*.txt", "*.md", "*.png", *(f"{name}*" for name in LEGAL))
-"""Files that are fetched from the hub, with the weights of ``OPTIONAL_PARTS``."""
+"""Files that are downloaded from the hub, together with the weights of ``OPTIONAL_PARTS``."""
 
 UNSAFE = "it may hold code: only .safetensors, .json, .md, .png and .txt are copied, and licences"
 CORRUPT = "it is corrupt"
@@ -40,11 +40,11 @@ UNEDITED = "it has weights by the names of the model's, which the edit does not 
 
 @dataclass
 class Kept:
-    """What an export takes over from its base.
+    """The files and parts that an export copies from its base.
 
     Attributes:
-        files: Files of the base by the names that they have in the export.
-        left_out: Why a file or a part is not taken over, by its name in the base.
+        files: Files of the base, by their names in the export.
+        left_out: The reason why a file or a part is not copied, by its name in the base.
         index: Entries of ``model_index.json``.
     """
 
@@ -54,7 +54,7 @@ class Kept:
 
 
 def kept_of(base: BaseModel, weights: Collection[str]) -> Kept:
-    """What an export of an edit of ``base`` takes over; hidden files, the README and what is loaded aside.
+    """The files and parts that an export copies from ``base``, without hidden files, the README and loaded parts.
 
     Args:
         base: The model.
@@ -90,7 +90,7 @@ def kept_of(base: BaseModel, weights: Collection[str]) -> Kept:
 
 
 def _fetch(base: BaseModel) -> Path | None:
-    """The folder of a model from the hub with the files that an export takes over; None if the hub is out of reach."""
+    """The folder of a model of the hub with the files that an export copies; None if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -102,7 +102,7 @@ def _fetch(base: BaseModel) -> Path | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files of a model, in order; without hidden ones, such as those of git."""
+    """Files of a model, sorted, without hidden files such as git's."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and (path.is_symlink() or path.is_file()):
@@ -110,7 +110,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _keep_part(folder: Path, part: str, entry: list[Any], kept: Kept) -> str | None:
-    """Take over an optional part, or say why not."""
+    """Add an optional part to ``kept``, or return why it is left out."""
     if part not in OPTIONAL_PARTS:
         return "it is not a part of the pipeline that is written"
     if len(entry) != 2 or entry[0] not in LIBRARIES or not isinstance(entry[1], str):
@@ -146,7 +146,7 @@ def _keep_part(folder: Path, part: str, entry: list[Any], kept: Kept) -> str | N
 
 
 def _keep_file(folder: Path, path: Path, names: frozenset[str], kept: Kept) -> None:
-    """Take over a file that belongs to none of the optional parts, or say why not; what is loaded is neither."""
+    """Add a file outside the optional parts to ``kept``, or to its ``left_out`` with the reason; skip loaded files."""
     name = path.relative_to(folder).as_posix()
     part = name.partition("/")[0]
     export = next((parent for parent in path.parents if parent != folder and (parent / INDEX).is_file()), None)
@@ -164,7 +164,7 @@ def _keep_file(folder: Path, path: Path, names: frozenset[str], kept: Kept) -> N
 
 
 def _unsafe(folder: Path, path: Path) -> str | None:
-    """Why a file is not to be copied, whatever it is for."""
+    """The reason why a file must not be copied, whatever its purpose; None if it may."""
     target = Path(os.path.realpath(path))
     inside = [Path(os.path.realpath(folder))]
     if hub_snapshot(folder):
@@ -185,7 +185,7 @@ def _stored(path: Path) -> list[str] | None:
 
 
 def _reaches_back(path: Path, part: str, names: frozenset[str]) -> str | None:
-    """Why a file of weights must stay behind: it is corrupt, or has some of the model's by one of their names."""
+    """The reason why a file of weights is not copied: it is corrupt, or contains weights of the model; else None."""
     if path.suffix != ".safetensors":
         return None
     if part in WEIGHTED_PARTS:

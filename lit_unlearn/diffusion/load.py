@@ -1,8 +1,8 @@
-"""Where a pipeline comes from: found, checked and loaded.
+"""Finds, checks and loads a pipeline.
 
 Data flow: a model name (a folder in the diffusers layout, the name of the embedded model, or a hub id) is resolved by
-``resolve_model``, or by ``hub.download``, to a folder, which ``check_folder`` checks without loading weights;
-``load_parts`` then builds the parts, frozen.
+``resolve_model``, or by ``hub.download``, to a folder; ``check_folder`` checks it without loading weights;
+``load_parts`` then loads the parts and freezes them.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ MENDED = {
     "scheduler": ("steps_offset", "clip_sample"),
     "unet": ("sample_size",),
 }
-"""What diffusers' pipeline changes in configurations of 2022 when it loads them."""
+"""Fields that diffusers' pipeline changes in configurations of 2022 when it loads them."""
 
 
 def check_model(model: str) -> dict[str, list[str]]:
     """Check a model folder without loading its weights.
 
     Args:
-        model: As for ``resolve_model``. A hub id cannot be checked before it is downloaded: the answer is then empty.
+        model: As for ``resolve_model``.
 
     Returns:
-        Names of the parameters of ``text_encoder``, ``unet`` and ``vae``, read from the headers of the weight files.
+        Names of the parameters of ``text_encoder``, ``unet`` and ``vae``, from the headers of the weight files. Empty
+        for a hub id, which cannot be checked before it is downloaded.
 
     Raises:
-        ValueError: A part or a file is missing, a weight file is corrupt, the weights are not those of the model that
-            its configuration describes, or the pipeline is of another architecture.
+        ValueError: A part or a file is missing, a weight file is corrupt, the weights do not fit the configuration, or
+            the pipeline has another architecture.
     """
     path = resolve_model(model)
     return {} if isinstance(path, str) else check_folder(path, model)
 
 
 def check_folder(path: Path, model: str) -> dict[str, list[str]]:
-    """As ``check_model``, of the folder ``path`` that was given as ``model``."""
+    """As ``check_model``, for the folder ``path`` that the user gave as ``model``."""
     check_parts(path, model)
     return check_weights(path, model)
 
 
 def fetch(model: str, revision: str | None) -> Path:
-    """The folder of a hub id, from the cache or downloaded; its parts are checked before its weights are downloaded.
+    """The folder of a hub id, from the cache or downloaded; the parts are checked before the weights are downloaded.
 
     Raises:
         ValueError: As ``download`` and ``check_parts``.
@@ -67,15 +68,15 @@ def load_pipeline(
 ) -> StableDiffusion:
     """Load the parts of ``model``, frozen and in evaluation mode.
 
-    One after the other, each moved at once: the processor's memory holds the largest part, never all of them beside
-    those on a GPU.
+    Each part is moved to the device before the next one is loaded, so that CPU memory is needed only for the largest
+    part.
 
     Args:
         model: A diffusers folder, ``emoji-sd``, or a hub id (``CompVis/stable-diffusion-v1-4``).
         dtype: Type of the weights.
         revision: Branch, tag or commit of a hub id.
-        device: Where the weights shall lie; PyTorch's default device if None, which Lightning sets while it has a
-            method configure its model.
+        device: Device of the weights; None takes PyTorch's default device, which Lightning sets while a method
+            configures its model.
 
     Raises:
         ValueError: As ``check_model`` and ``load_parts``.
@@ -87,15 +88,15 @@ def load_pipeline(
 
 
 def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> StableDiffusion:
-    """As ``load_pipeline``, of a folder that was checked.
+    """As ``load_pipeline``, for a folder that has been checked.
 
-    Configurations of 2022 are mended as ``StableDiffusionPipeline`` does, so that an export draws what was judged.
+    Configurations of 2022 are corrected as in ``StableDiffusionPipeline``, so that an export draws the same pictures.
 
     Raises:
         BrokenWeightsError: A weight is not finite in ``dtype``.
     """
     device = torch.get_default_device() if device is None else device
-    with torch.device("cpu"):  # transformers takes another default device for a device map, which needs accelerate
+    with torch.device("cpu"):  # with another default device transformers would need accelerate
         pipeline = _load(path, dtype, device)
     _mend(pipeline, path)
     return pipeline
@@ -106,9 +107,9 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusi
     from diffusers.utils import is_accelerate_available
     from transformers import CLIPTextModel
 
-    # Never the pickles that some models have beside them.
+    # Never load the pickles that some models also have.
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    # What diffusers would fall back to anyhow, with a page of advice.
+    # diffusers would use this anyway, after printing long advice.
     models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
 
     def load(kind: Any, part: str, options: dict[str, Any]) -> Any:
@@ -128,7 +129,7 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusi
 
 
 def _load_part(kind: Any, path: Path, part: str, options: dict[str, Any]) -> Any:
-    """Load a part from a folder, of the variant that its files have."""
+    """Load a part from a folder, in the variant of its files."""
     return kind.from_pretrained(path, subfolder=part, variant=weight_variant(path, part), **options)
 
 
@@ -146,10 +147,10 @@ def _check_finite(module: nn.Module, place: str, dtype: torch.dtype) -> None:
 
 
 def _mend(pipeline: StableDiffusion, path: Path) -> None:
-    """Let diffusers change the configurations as it does whenever it loads the folder, and say what it changed."""
+    """Let diffusers correct the configurations as it does when it loads the folder, and warn of each change."""
     given = {part: dict(getattr(pipeline, part).config) for part in MENDED}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that the files should be corrected: said below
+        warnings.simplefilter("ignore", FutureWarning)  # advice to correct the files; the warning below replaces it
         pipeline.to_diffusers()
     for part, fields in MENDED.items():
         for field in fields:

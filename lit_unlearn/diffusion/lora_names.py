@@ -1,4 +1,4 @@
-"""What a weight is called in a LoRA file: kohya's names, which diffusers, webui, Forge and ComfyUI read alike."""
+"""Names of weights in LoRA files: kohya's names, which diffusers, webui, Forge and ComfyUI can all read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Collection
 from torch import Tensor
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-"""What stands for a part."""
+"""Prefix of each part's names."""
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """Layers of a text encoder for which loaders accept LoRA weights."""
 ATTENTION = ("q_proj", "k_proj", "v_proj")
-"""Layers of a text encoder that diffusers recognises only where the ``out_proj`` of one is among them."""
+"""Layers of a text encoder that diffusers recognises only if an ``out_proj`` is in the file."""
 
 
 def fits_lora(name: str, value: Tensor) -> bool:
-    """Whether loaders can hold a change of the weight ``name`` as LoRA: linear layers and convolutions."""
+    """Whether loaders accept a change of the weight ``name`` as LoRA: linear layers and convolutions."""
     layer, _, kind = name.rpartition(".")
     part = name.partition(".")[0]
     if kind != "weight" or value.dim() not in (2, 4) or part not in PREFIXES:
@@ -30,9 +30,9 @@ def lora_name(name: str) -> str:
 
 
 def companion(names: Collection[str]) -> tuple[str, str] | None:
-    """A weight that must be in the file, unchanged, for diffusers to read the others; and one of them of its shape.
+    """A weight that must be in the file, unchanged, so that diffusers reads the others; and one of them of its shape.
 
-    Its converter tells kohya's attention layers of a text encoder from others by an ``out_proj`` in the file.
+    The converter of diffusers recognises kohya's attention layers of a text encoder by an ``out_proj`` in the file.
     """
     text = [name for name in names if name.startswith("text_encoder.")]
     attention = [name for name in text if name.removesuffix(".weight").endswith(ATTENTION)]

@@ -1,4 +1,4 @@
-"""Tokens that no vocabulary has: their embeddings stand in for those of placeholders while a prompt is encoded."""
+"""New tokens outside the vocabulary: their embeddings replace those of placeholders while a prompt is encoded."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 PLACE = "{}"
-"""Where a template has the new tokens."""
+"""Marks the position of the new tokens in a template."""
 
 
 def tokenize_templates(tokenizer: CLIPTokenizer, templates: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
-    """Tokenize prompts in which every ``{}`` stands for ``count`` new tokens, one after the other.
+    """Tokenize prompts in which every ``{}`` stands for a sequence of ``count`` new tokens.
 
     Returns:
-        ``input_ids`` (B, L), padded to ``model_max_length``, with some token of the vocabulary at the new tokens'
-        positions; and ``slots`` (B, L): the number of the new token at each position, -1 where there is none.
+        ``input_ids`` (B, L), padded to ``model_max_length``, with an arbitrary token of the vocabulary at the new
+        tokens' positions; and ``slots`` (B, L): the index of the new token at each position, -1 at other positions.
 
     Raises:
         ValueError: A template is too long.
@@ -54,9 +54,9 @@ def tokenize_templates(tokenizer: CLIPTokenizer, templates: Sequence[str], count
 
 @contextmanager
 def substitute_embeddings(text_encoder: CLIPTextModel, embeddings: Tensor, slots: Tensor) -> Iterator[None]:
-    """Let the text encoder read ``embeddings`` (n, D) at the positions that ``slots`` (B, L) gives them.
+    """Within the block, the text encoder reads ``embeddings`` (n, D) at the positions given by ``slots`` (B, L).
 
-    For calls with ``input_ids`` (B, L). The vocabulary and its table stay as they are; gradients flow into
+    For calls with ``input_ids`` (B, L). The vocabulary and its table are not changed; gradients flow into
     ``embeddings``.
     """
 
@@ -75,9 +75,10 @@ def substitute_embeddings(text_encoder: CLIPTextModel, embeddings: Tensor, slots
 def initial_embeddings(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, count: int, words: str | None, generator: torch.Generator
 ) -> Tensor:
-    """Embeddings (count, D), float32, to start from.
+    """Initial embeddings (count, D), float32.
 
-    Those of the tokens of ``words``, in turn; without words, normal noise with mean and spread of the vocabulary's.
+    They are the embeddings of the tokens of ``words``, repeated as needed; without words, normal noise with the
+    vocabulary's mean and standard deviation.
     """
     table = token_table(text_encoder).weight.detach().float()
     if words is None:
@@ -93,10 +94,10 @@ def vocabulary_norm(text_encoder: CLIPTextModel) -> float:
 
 
 def vocabulary_of(model: str) -> tuple[str, int | None]:
-    """What embeddings learned for ``model`` belong to, without loading it.
+    """Identify the vocabulary that embeddings learned for ``model`` belong to, without loading the model.
 
     Returns:
-        The fingerprint of its vocabulary's embeddings, and their width. Of a hub id: the id, and None.
+        The fingerprint of the vocabulary's embeddings, and their width. For a hub id: the id, and None.
 
     Raises:
         ValueError: ``model`` is neither a folder nor shaped like a hub id.
@@ -106,7 +107,7 @@ def vocabulary_of(model: str) -> tuple[str, int | None]:
         return path, None
     for file in weight_files(path, "text_encoder"):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 if name.endswith("token_embedding.weight"):
                     table = tensors.get_tensor(name).float()
                     return fingerprint({"token_embedding.weight": table}), table.shape[1]
@@ -114,10 +115,10 @@ def vocabulary_of(model: str) -> tuple[str, int | None]:
 
 
 def read_embeddings(path: str | Path) -> tuple[Tensor, Mapping[str, str]]:
-    """Read learned embeddings (n, D), float32, and what is said of them: ``concept``, ``vocabulary``.
+    """Read learned embeddings (n, D), float32, and their metadata: ``concept``, ``vocabulary``.
 
     Raises:
-        ValueError: The file is missing, corrupt, or holds something else.
+        ValueError: The file is missing, corrupt, or does not contain learned embeddings.
     """
     path = Path(path)
     if not path.is_file():

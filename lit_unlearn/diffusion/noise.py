@@ -1,6 +1,6 @@
-"""Noise processes: how a picture becomes noise, what a denoiser is trained to say of it, and the sampler back.
+"""Noise processes: how a picture becomes noise, what a denoiser learns to predict, and the sampler that removes noise.
 
-``DDPM`` is that of Stable Diffusion 1 and 2, with its two ways to say it, noise and velocity.
+``DDPM`` is the process of Stable Diffusion 1 and 2; its denoiser predicts noise or velocity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Sampler = Literal["model", "ddim"]
-"""Whose sampler: the model's own, or DDIM."""
+"""The sampler: the model's own, or DDIM."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class DDPM:
 
     @property
     def num_timesteps(self) -> int:
-        """How many timesteps the model was trained with."""
+        """Number of timesteps that the model was trained with."""
         return len(self.scheduler.alphas_cumprod)
 
     def levels(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Share of the picture and of the noise in x_t, (B, 1, 1, 1) each, of the type of ``latents``."""
+        """Factors of the picture and of the noise in x_t, (B, 1, 1, 1) each, in the dtype of ``latents``."""
         return noise_levels(self.scheduler, latents, timesteps)
 
     def add(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -46,15 +46,15 @@ class DDPM:
         return add_noise(self.scheduler, latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser is trained to say (B, C, H, W): the noise, or the velocity if the model predicts that."""
+        """The denoiser's training target (B, C, H, W): the noise, or the velocity if the model predicts velocity."""
         return training_target(self.scheduler, latents, noise, timesteps)
 
     def noise_of(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise (B, C, H, W) that the denoiser's ``output`` at ``noisy`` stands for, whatever it predicts."""
+        """The noise (B, C, H, W) that follows from the denoiser's ``output`` at ``noisy``, for noise or velocity."""
         return predicted_noise(self.scheduler, output, noisy, timesteps)
 
     def draw_timestep(self, generator: torch.Generator, low: int = 0, high: int | None = None) -> Tensor:
-        """A timestep, (), uniform from ``low`` to below ``high`` (default: all), on the processor."""
+        """A random timestep, (), uniform in [``low``, ``high``) (default: all timesteps), on the CPU."""
         return torch.randint(low, self.num_timesteps if high is None else high, (), generator=generator)
 
     def timesteps(self, num_inference_steps: int) -> Tensor:
@@ -62,7 +62,7 @@ class DDPM:
         return set_steps(self.scheduler, num_inference_steps).timesteps
 
     def with_sampler(self, kind: Sampler) -> DDPM:
-        """The same process with the ``model``'s own sampler, or with DDIM as Stable Diffusion's first code has it."""
+        """The same process with the ``model``'s own sampler, or with DDIM as in Stable Diffusion's original code."""
         if kind == "model":
             return self
         from diffusers import DDIMScheduler

@@ -1,15 +1,15 @@
-"""A pipeline that knows its family: what a method, an attack or a judge of a model talks to.
+"""The interface of a model, the same for all families: methods and attacks use a model only through it.
 
-    condition = pipeline.encode(prompts)            # what the denoiser is told: hidden states, pooled vectors
-    pipeline.predict(x_t, t, condition)             # what the denoiser says, in the family's own terms
+    condition = pipeline.encode(prompts)            # the denoiser's input: hidden states, pooled vectors
+    pipeline.predict(x_t, t, condition)             # the denoiser's output, e.g. noise or velocity
     pipeline.noise                                  # its noise process: add, target, timesteps, samplers
     pipeline.draw(prompts, seeds, steps, guidance)  # pictures; .sample for latents, .chain for every step of them
     pipeline.texts                                  # its text encoders, each with its tokenizer
     pipeline.sites(names)                           # linear maps by the names of their weights
     pipeline.parts                                  # the modules that hold weights, by name
 
-Nothing outside of this folder calls a denoiser, a text encoder or a sampler by itself. A family is a subclass that says
-what its parts are, how prompts become a condition and how the denoiser is called (``families.py``).
+No code outside this folder calls a denoiser, a text encoder or a sampler itself. A family is a subclass that defines
+its parts, how prompts become a condition and how the denoiser is called (``families.py``).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 
 class Pipeline(ABC):
-    """Base of the families; all parameters are frozen when loaded."""
+    """Base class of the families; all parameters are frozen when loaded."""
 
     denoiser_part: ClassVar[str]
     """Name of the denoiser among ``parts``."""
 
-    # --- what a family says
+    # --- defined by each family
 
     @property
     @abstractmethod
@@ -67,7 +67,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What acts on pictures and cannot be seen in the weights, as JSON can hold it: for the keys of caches."""
+        """Everything besides the weights that changes pictures, as values of JSON, for the keys of caches."""
 
     @abstractmethod
     def with_sampler(self, kind: str) -> Pipeline:
@@ -75,19 +75,19 @@ class Pipeline(ABC):
 
     @abstractmethod
     def condition(self, tokens: Tokens) -> Condition:
-        """What the denoiser is told of prompts, in one forward of each text encoder."""
+        """The condition for prompts, with one forward pass of each text encoder."""
 
     @abstractmethod
     def predict(
         self, x_t: Tensor, timesteps: Tensor, condition: Condition, values: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """What the denoiser says (B, C, H, W).
+        """The denoiser's output (B, C, H, W).
 
         Args:
             x_t: Noised latents, (B, C, H, W).
-            timesteps: (B,), or () for all.
-            condition: Of B prompts.
-            values: Weights that stand in for the denoiser's own, by their names within it.
+            timesteps: (B,), or () for one timestep for all.
+            condition: Condition of B prompts.
+            values: Weights that replace the denoiser's own in this call, by their names within it.
         """
 
     @abstractmethod
@@ -103,13 +103,13 @@ class Pipeline(ABC):
         """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
 
         Args:
-            conditions: That of the prompts alone, which are then not guided; or those of the empty prompt, of the
-                prompts, and any others whose predictions are wanted too.
-            noise: Where the chains start, standard normal, (B, C, H, W).
+            conditions: Only the prompts' condition, which means no guidance; or the conditions of the empty prompt, of
+                the prompts, and of any other prompts for which predictions are needed.
+            noise: Start of the chains, standard normal, (B, C, H, W).
             num_inference_steps: Steps of the sampler.
             guidance_scale: Strength of the guidance.
-            stop: End at the step of this number, counted from 0, with what its denoiser would see.
-            generators: Of each picture, for samplers that draw noise in their steps; from ``start_chains``.
+            stop: Stop at the step with this number, counted from 0, before the denoiser is called.
+            generators: One per picture, for samplers that draw noise in their steps; from ``start_chains``.
 
         Raises:
             ValueError: The sampler draws noise, and there are no generators.
@@ -117,7 +117,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents (B, C, h, w), means of their distribution, of ``pictures`` (B, 3, H, W), float in [0, 1]."""
+        """Latents (B, C, h, w) of ``pictures`` (B, 3, H, W), float in [0, 1]: the mean of their distribution."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Pipeline(ABC):
     def save(self, folder: Any) -> None:
         """Write the pipeline as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
 
-    # --- what follows from it
+    # --- the same for all families
 
     def start_chains(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
         """Initial noise (B, C, H, W), float32 on the CPU, and generators of pictures; see ``sampling.start_chains``."""
@@ -144,10 +144,10 @@ class Pipeline(ABC):
 
     @property
     def text(self) -> TextEncoder:
-        """The only text encoder, for what is about one alone.
+        """The only text encoder, for code that works with a single one.
 
         Raises:
-            ValueError: There are several.
+            ValueError: The model has several text encoders.
         """
         if len(self.texts) > 1:
             raise ValueError(f"{type(self).__name__} has {len(self.texts)} text encoders; this works with one only.")
@@ -155,7 +155,7 @@ class Pipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser lies."""
+        """Device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property
@@ -171,7 +171,7 @@ class Pipeline(ABC):
         """The linear maps whose weights have the full names ``names``.
 
         Raises:
-            ValueError: One is not the weight of a linear layer.
+            ValueError: One of them is not the weight of a linear layer.
         """
         return {name: self.linear(name) for name in names}
 
@@ -189,24 +189,24 @@ class Pipeline(ABC):
 
     @property
     def reader(self) -> PromptReader:
-        """What the text encoders read of prompts."""
+        """Reads prompts as the text encoders do."""
         return PromptReader(tuple(text.tokenizer for text in self.texts))
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """``prompts`` as each text encoder reads them; warns of those that are cut off."""
+        """``prompts`` as each text encoder reads them; warns of prompts that are cut off."""
         return Tokens(tuple(text.tokenize(prompts) for text in self.texts))
 
     def tokenize_templates(self, templates: Sequence[str], count: int) -> Tokens:
-        """As ``tokenize``, of templates in which every ``{}`` stands for ``count`` learned tokens."""
+        """As ``tokenize``, for templates in which every ``{}`` stands for ``count`` learned tokens."""
         ids, slots = zip(*(text.tokenize_templates(templates, count) for text in self.texts), strict=True)
         return Tokens(ids, slots)
 
     def encode(self, prompts: Sequence[str] | Tokens, embeddings: Tensor | None = None) -> Condition:
-        """What the denoiser is told of ``prompts``, all at once.
+        """The condition for ``prompts``, in one forward pass.
 
         Args:
-            prompts: Texts, or what ``tokenize`` made of them.
-            embeddings: Of the learned tokens in them, (n, D); gradients flow into them.
+            prompts: Texts, or tokens from ``tokenize``.
+            embeddings: Embeddings of the learned tokens in them, (n, D); gradients flow into them.
         """
         tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
         if embeddings is None:
@@ -215,18 +215,18 @@ class Pipeline(ABC):
             return self.condition(tokens)
 
     def encode_mixtures(self, weights: Tensor, allowed: Tensor, tokens: Tokens) -> Condition:
-        """As ``encode``, with learned tokens that are mixtures of those of the vocabulary; gradients reach ``weights``.
+        """As ``encode``, with learned tokens that are mixtures of vocabulary tokens; gradients flow into ``weights``.
 
         Args:
-            weights: Of each allowed token in each learned one, (k, A).
-            allowed: Numbers of the tokens, (A,).
-            tokens: From ``tokenize_templates``.
+            weights: Weight of each allowed token in each learned token, (k, A).
+            allowed: Ids of the allowed tokens, (A,).
+            tokens: Tokens from ``tokenize_templates``.
         """
         table = self.text.table.detach()
         return self.encode(tokens, weights @ table[allowed.to(table.device)].to(weights))
 
     def encode_many(self, prompts: Sequence[str] | Tokens) -> Condition:
-        """As ``encode``, some at a time where there are many."""
+        """As ``encode``, in batches if there are many prompts."""
         tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
         return Condition.cat([self.condition(part) for part in tokens.split(ENCODE_BATCH)])
 
@@ -239,15 +239,15 @@ class Pipeline(ABC):
         unconditional: Condition | None = None,
         generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
-        """Latents (B, C, H, W) of prompts: where ``chain`` ends.
+        """Latents (B, C, H, W) of prompts: the end of ``chain``.
 
         Args:
-            condition: Of B prompts.
-            noise: Where the chains start, (B, C, H, W).
+            condition: Condition of B prompts.
+            noise: Start of the chains, (B, C, H, W).
             num_inference_steps: Steps of the sampler.
-            guidance_scale: 1 means no guidance, and half of the forwards.
-            unconditional: Of the empty prompt, if it is known already.
-            generators: As of ``chain``.
+            guidance_scale: Strength of the guidance; 1 means no guidance and half as many forward passes.
+            unconditional: Condition of the empty prompt, if it is known already.
+            generators: As for ``chain``.
         """
         conditions = [condition]
         if guidance_scale != 1:

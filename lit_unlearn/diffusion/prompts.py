@@ -1,4 +1,4 @@
-"""Prompts to ``input_ids`` to ``encoder_hidden_states``."""
+"""Turns prompts into ``input_ids``, and these into ``encoder_hidden_states``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 ENCODE_BATCH = 64
-"""Prompts that are encoded at once where many are."""
+"""Batch size for encoding many prompts."""
 
 
 def expand_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
-    """``texts`` with every word that was learned as several vectors written as all its tokens, as diffusers does it."""
+    """``texts`` in which a word that was learned as several vectors is replaced by all its tokens, as in diffusers."""
     added = tokenizer.added_tokens_encoder
     if not any(f"{token}_1" in added for token in added):
         return list(texts)
@@ -29,7 +29,7 @@ def expand_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Numbers of the tokens of each text, all of them, without those that begin and end a prompt."""
+    """Ids of all tokens of each text, without the tokens that begin and end a prompt."""
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(expand_words(tokenizer, texts), add_special_tokens=False, verbose=False).input_ids
@@ -51,16 +51,16 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptReader:
-    """What text encoders read of prompts, which can be known before they are loaded.
+    """Reads prompts as the text encoders do, without loading them.
 
     Attributes:
-        tokenizers: Those of the text encoders.
+        tokenizers: The tokenizers of the text encoders.
     """
 
     tokenizers: tuple[CLIPTokenizer, ...]
 
     def ids(self, prompts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
-        """For each prompt the tokens that each text encoder reads, without those that begin and end it."""
+        """For each prompt, the ids of the tokens that each text encoder reads, without the begin and end tokens."""
         read = [
             [tuple(ids[: tokenizer.model_max_length - 2]) for ids in token_ids(tokenizer, prompts)]
             for tokenizer in self.tokenizers
@@ -68,7 +68,7 @@ class PromptReader:
         return list(zip(*read, strict=True))
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """What is read of each prompt by all text encoders: the beginning of it, where it is cut."""
+        """The part of each prompt that all text encoders read: if it is cut, only its beginning."""
         found = list(prompts)
         for tokenizer in self.tokenizers:
             room = tokenizer.model_max_length - 2
@@ -96,7 +96,7 @@ class PromptReader:
 
 
 def _beginnings(text: str) -> list[str]:
-    """All beginnings of ``text`` that end no word in its middle, where words have spaces between them."""
+    """All beginnings of ``text`` that do not end inside a word, for scripts with spaces between words."""
     spaced = [letter.isalnum() and letter < "\u0590" for letter in text]  # Latin, Greek, Cyrillic, Armenian
     return [text[:end] for end in range(len(text) + 1) if not (0 < end < len(text) and all(spaced[end - 1 : end + 1]))]
 
@@ -105,7 +105,7 @@ _WARNED_OF: set[tuple[str, int]] = set()
 
 
 def encode(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
-    """Return the states that the UNet attends to, ``encoder_hidden_states`` (B, L, D), of ``input_ids`` (B, L)."""
+    """Return ``encoder_hidden_states`` (B, L, D), which the UNet attends to, for ``input_ids`` (B, L)."""
     return text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
 
 

@@ -1,4 +1,4 @@
-"""What a model is called where others read it: by its hub id and commit, or by its folder's name and a hash."""
+"""Public names of models: the hub id and commit, or the folder's name and a hash."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
 SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?$")
 """End of a path in the hub's cache: the id, with ``--`` for ``/``, and the commit."""
 LOCAL_NAME = re.compile(r"(.+)@[0-9a-f]{12}")
-"""What ``public_name`` makes of a folder."""
+"""Form of the names that ``public_name`` gives to folders."""
 
 
 def hub_snapshot(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """The hub id and the commit of a folder in the hub's cache, or None if it lies elsewhere; nothing need exist."""
+    """The hub id and commit of a folder in the hub's cache, or None if it lies elsewhere; the folder need not exist."""
     for path in (os.fspath(folder), os.path.abspath(folder), os.path.realpath(folder)):
         if found := SNAPSHOT.search(path):
             return found[1].replace("--", "/"), found[2]
@@ -27,11 +27,11 @@ def hub_snapshot(folder: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def public_name(base: BaseModel, sha256: Mapping[str, str]) -> tuple[str, str | None]:
-    """The name of a base model for those who do not have its maker's disk, and its revision on the hub.
+    """The name of a base model without paths of this machine, and its revision on the hub.
 
     Args:
         base: The model.
-        sha256: Hashes of its parts, as ``BaseModel.sha256``.
+        sha256: Hashes of its parts, from ``BaseModel.sha256``.
     """
     if isinstance(base.place, str):
         return base.place, base.revision

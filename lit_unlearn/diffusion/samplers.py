@@ -1,4 +1,4 @@
-"""The samplers of diffusers that a pipeline may have, in which settings, and where their noise comes from."""
+"""The samplers of diffusers that a pipeline may have, their allowed settings, and the source of their noise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-"""Those with the noise process of Stable Diffusion, and with noise in their steps, if any, from ``generator``."""
+"""Samplers with Stable Diffusion's noise process; if their steps draw noise, it comes from ``generator``."""
 
 DRAW_NOISE = (
     "DDPMParallelScheduler",
@@ -43,22 +43,22 @@ DRAW_NOISE = (
     "LCMScheduler",
     "SASolverScheduler",
 )
-"""Those that draw noise in their steps, whatever their settings."""
+"""Samplers that draw noise in their steps with any settings."""
 
 PREDICTIONS = ("epsilon", "v_prediction")
-"""What the denoiser may be trained to say, as schedulers name it."""
+"""Supported predictions of the denoiser, by the names that schedulers use."""
 
 
 def make_sampler(name: object, config: Mapping[str, Any], model: str) -> SchedulerMixin:
     """The sampler of a pipeline.
 
     Args:
-        name: Its class, as ``model_index.json`` says.
+        name: Name of its class in ``model_index.json``.
         config: Content of its ``scheduler_config.json``.
-        model: Whose it is, as the sentences begin.
+        model: The model's name, which begins the messages.
 
     Raises:
-        ValueError: The sampler is none of ``SAMPLERS``, or has settings that it cannot be used with.
+        ValueError: The sampler is not one of ``SAMPLERS``, or its settings are not supported.
     """
     import diffusers
 
@@ -98,20 +98,20 @@ _BROWNIAN = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
 
 
 def draws_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether its steps draw noise, used as ``step_options`` has it."""
+    """Whether the sampler's steps draw noise when it is called with ``step_options``."""
     algorithm = str(scheduler.config.get("algorithm_type", ""))
     return type(scheduler).__name__ in DRAW_NOISE or algorithm.startswith("sde-")
 
 
 def step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-    """What ``scheduler.step`` is given beside latents, as ``StableDiffusionPipeline`` gives it.
+    """Further arguments for ``scheduler.step``, the same as ``StableDiffusionPipeline`` passes.
 
     Args:
         scheduler: Any of ``SAMPLERS``.
-        generators: One for each picture, from which the noise of its steps is drawn; may be none where none is.
+        generators: One for each picture, for the noise of its steps; may be empty if the sampler draws no noise.
 
     Raises:
-        ValueError: The sampler draws noise, and nothing says from what.
+        ValueError: The sampler draws noise, and there are no generators.
     """
     if not generators and draws_noise(scheduler):
         raise ValueError(f"{type(scheduler).__name__} draws noise in its steps: give a generator for each picture.")
@@ -123,15 +123,15 @@ def step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator
 
 
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str) -> None:
-    """Check that a sampler can take so many steps, and that they lead to numbers, by taking them without a model.
+    """Check by a run without a model that a sampler can take this number of steps and that the result is finite.
 
     Args:
         scheduler: Its configuration is used, its state is not.
-        num_inference_steps: The steps.
-        field: The argument that they come from.
+        num_inference_steps: The number of steps.
+        field: The argument that it comes from, for the message.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: The sampler cannot take this number of steps, or the result is not finite.
     """
     name = type(scheduler).__name__
     try:
@@ -150,7 +150,7 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str)
 
 
 def _dry_run(scheduler: SchedulerMixin, num_inference_steps: int) -> Tensor:
-    """Latents (1, 1, 1, 2) after all steps of a denoiser that says 0."""
+    """Latents (1, 1, 1, 2) after all steps with a denoiser whose output is 0."""
     sampler, generator = set_steps(scheduler, num_inference_steps, "cpu"), torch.Generator()
     options = step_options(sampler, [generator])
     latents = torch.randn(1, 1, 1, 2, generator=generator) * sampler.init_noise_sigma
@@ -163,8 +163,8 @@ def _dry_run(scheduler: SchedulerMixin, num_inference_steps: int) -> Tensor:
 def set_steps(
     scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | str | None = None
 ) -> SchedulerMixin:
-    """A fresh copy of ``scheduler`` that is about to take its first of so many steps."""
-    # ``from_config`` would take the class's defaults for what its file left out, though it was corrected since.
+    """A fresh copy of ``scheduler``, ready for the first of ``num_inference_steps`` steps."""
+    # ``from_config`` would use the class's defaults for fields that the file left out and that were corrected later.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]
     fresh.set_timesteps(num_inference_steps, device=device)

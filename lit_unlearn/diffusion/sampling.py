@@ -1,4 +1,4 @@
-"""From ``encoder_hidden_states`` to latents to pictures; a seed belongs to a picture, never to a process."""
+"""From ``encoder_hidden_states`` to latents to pictures; each picture has its own seed, on any process."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def start_chains(shape: tuple[int, int, int], seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-    """Where chains start, each from its own seed, as ``StableDiffusionPipeline`` starts them from such generators.
+    """Initial noise of chains, each from its own seed, as ``StableDiffusionPipeline`` draws it from such generators.
 
     Args:
         shape: Channels, height and width of the latents.
         seeds: One for each picture.
 
     Returns:
-        Standard normal noise (B, C, H, W), float32 on the CPU; and the generator of each picture, which has drawn that
-        and goes on to draw the noise of the sampler's steps.
+        Standard normal noise (B, C, H, W), float32 on the CPU; and the generator of each picture, which has drawn this
+        noise and is then used for the noise of the sampler's steps.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Lightning changes the default type in some of its precisions.
@@ -40,19 +40,19 @@ def initial_noise(unet: UNet2DConditionModel, seeds: Sequence[int]) -> Tensor:
 
 
 def noise_levels(scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of the picture and of the noise in x_t, each (B, 1, 1, 1), of the type of ``latents``, at ``timesteps``."""
+    """Factors of the picture and the noise in x_t at ``timesteps``, each (B, 1, 1, 1), in the dtype of ``latents``."""
     alphas_cumprod = scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)].view(-1, 1, 1, 1)
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
 def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """x_t (B, C, H, W) by the forward process, of ``latents`` and ``noise`` (B, C, H, W) at ``timesteps`` (B,)."""
+    """x_t (B, C, H, W) of the forward process from ``latents`` and ``noise`` (B, C, H, W) at ``timesteps`` (B,)."""
     alpha, sigma = noise_levels(scheduler, latents, timesteps)
     return alpha * latents + sigma * noise
 
 
 def training_target(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is trained to put out (B, C, H, W): the noise, or the velocity if the model predicts that."""
+    """The UNet's training target (B, C, H, W): the noise, or the velocity if the model predicts velocity."""
     if scheduler.config.prediction_type != "v_prediction":
         return noise
     alpha, sigma = noise_levels(scheduler, latents, timesteps)
@@ -60,7 +60,7 @@ def training_target(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, t
 
 
 def predicted_noise(scheduler: SchedulerMixin, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The noise (B, C, H, W) that the UNet's ``output`` at ``noisy`` stands for, whatever the model predicts."""
+    """The noise (B, C, H, W) that follows from the UNet's ``output`` at ``noisy``, for noise or velocity."""
     if scheduler.config.prediction_type != "v_prediction":
         return output
     alpha, sigma = noise_levels(scheduler, noisy, timesteps)
@@ -69,7 +69,7 @@ def predicted_noise(scheduler: SchedulerMixin, output: Tensor, noisy: Tensor, ti
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents (B, C, H, W), means of their distribution, of ``pictures`` (B, 3, 8H, 8W), float in [0, 1]."""
+    """Latents (B, C, H, W) of ``pictures`` (B, 3, 8H, 8W), float in [0, 1]: the mean of their distribution."""
     encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
     return encoded * vae.config.scaling_factor
 
@@ -78,10 +78,10 @@ class DenoisingStep(NamedTuple):
     """One step of a sampler.
 
     Attributes:
-        model_input: x_t as the UNet sees it, scaled as the scheduler asks, (B, C, H, W).
+        model_input: x_t as the input of the UNet, scaled by the scheduler, (B, C, H, W).
         timestep: t, ().
-        noise_preds: The UNet's outputs for each of the given states, (B, C, H, W) each; none where a chain was stopped.
-        latents: What the step leads to, (B, C, H, W); where a chain was stopped, what it had led to.
+        noise_preds: The UNet's output for each of the given states, (B, C, H, W) each; empty if the chain is stopped.
+        latents: Latents after the step, (B, C, H, W); if the chain is stopped, latents before the step.
     """
 
     model_input: Tensor
@@ -106,16 +106,16 @@ def denoise(
     Args:
         unet: Noise or velocity prediction, as the scheduler expects.
         scheduler: Its configuration is used, its state is not.
-        states: Those of the prompts alone, which are then not guided; or those of the empty prompt, of the prompts, and
-            any others whose predictions are wanted too; (B, L, D) each.
-        noise: Where the chains start, standard normal, (B, C, H, W).
+        states: Only the prompts' states, which means no guidance; or the states of the empty prompt, of the prompts,
+            and of any other prompts for which predictions are needed; (B, L, D) each.
+        noise: Start of the chains, standard normal, (B, C, H, W).
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of the guidance.
-        stop: End at the step of this number, counted from 0, with what its UNet would see, and without its forward.
-        generators: Of each picture, for the noise that some samplers draw in their steps; see ``start_chains``.
+        stop: Stop at the step with this number, counted from 0, before the UNet is called.
+        generators: One per picture, for the noise that some samplers draw in their steps; see ``start_chains``.
 
     Yields:
-        Every step; some schedulers take more of them than ``num_inference_steps``.
+        Every step; some schedulers take more steps than ``num_inference_steps``.
 
     Raises:
         ValueError: The sampler draws noise, and there are no generators.
@@ -145,9 +145,9 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 class ForwardCount:
-    """Counts the single pictures that have passed through a UNet; ``count`` is what a batch of one would cost.
+    """Counts the pictures that pass through a UNet: ``count`` is the number of forward passes with a batch of one.
 
-    ``backward`` counts those among them through which gradients flow back, at about two forwards each.
+    ``backward`` is how many of these also have a backward pass, which costs about two forward passes.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class ForwardCount:
 
 @contextmanager
 def count_forwards(unet: nn.Module, counter: ForwardCount | None = None) -> Iterator[ForwardCount]:
-    """Count the forwards of ``unet`` inside a ``with`` block; read ``count`` of what it yields."""
+    """Count the forward passes of ``unet`` inside a ``with`` block; the result is ``count`` of the yielded object."""
     counter = counter or ForwardCount()
     handle = unet.register_forward_pre_hook(counter)
     try:

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, the embedded one, or the hub; and which of its files are read."""
+"""Finds a model (a folder, the embedded model, or the hub) and chooses the files that are read."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ EMBEDDED = "emoji-sd"
 """Name of the model that ships with the project."""
 
 SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""Endings of files that hold a whole model, as web UIs read them."""
+"""Endings of files with a whole model, as used by web UIs."""
 
 CONVERT = (
     "`from diffusers import StableDiffusionPipeline`, "
     "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`"
 )
-"""How a checkpoint in the layout of the original code becomes a folder."""
+"""How to convert a checkpoint in the layout of the original code to a folder."""
 
 POINTER = b"version https://git-lfs"
-"""How a file begins that stands for another that git-LFS has not fetched."""
+"""Beginning of a pointer file, which stands for a file that git-LFS has not downloaded."""
 
 STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-"""How the weight files of the parts begin; the libraries read no others."""
+"""Beginnings of the names of the parts' weight files; the libraries do not read other files."""
 
 
 def resolve_model(model: str) -> Path | str:
     """Return the folder that ``model`` stands for, or ``model`` itself if it is a hub id.
 
-    A folder as given comes first, ``~`` is the home folder; ``emoji-sd`` is then looked up in ``checkpoints/`` and in
-    the installed package.
+    A folder with this path is tried first (``~`` is the home folder); ``emoji-sd`` is then looked up in
+    ``checkpoints/`` and in the installed package.
 
     Raises:
-        ValueError: ``model`` is neither a folder nor shaped like a hub id: a file, a URL, a path to nothing.
+        ValueError: ``model`` is neither a folder nor like a hub id: a file, a URL, a path that does not exist.
     """
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
         return path
-    if model.replace("\\", "/") in (EMBEDDED, f"checkpoints/{EMBEDDED}"):  # a run of Windows' may say so
+    if model.replace("\\", "/") in (EMBEDDED, f"checkpoints/{EMBEDDED}"):  # a run made on Windows may have \
         package = Path(str(files("lit_unlearn")))
         for folder in (Path("checkpoints"), package / "checkpoints", package.parent / "checkpoints"):
             if (folder / EMBEDDED).is_dir():
@@ -53,7 +53,7 @@ def resolve_model(model: str) -> Path | str:
 
 
 def _not_a_model(model: str, path: Path) -> str:
-    """Why ``model``, which is not a folder, is not a hub id either; empty if it may be one."""
+    """The reason why ``model``, which is not a folder, is not a hub id either; empty if it may be one."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -80,21 +80,21 @@ def _not_a_model(model: str, path: Path) -> str:
 
 
 def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:
-    """Choose the weight file of a part among those that it has.
+    """Choose the weight file of a part.
 
-    The plain one comes first; else the only variant, such as ``model.fp16.safetensors``.
+    The plain file is preferred; otherwise the only variant is taken, such as ``model.fp16.safetensors``.
 
     Args:
         part: ``text_encoder``, ``unet``, ``vae``, or an optional part such as ``safety_checker``.
         names: Names of its files.
-        place: What to call its folder.
+        place: Name of its folder, for messages.
 
     Returns:
-        The variant, None for the plain file; and the file, which is an index if the weights lie in several. None if
-        there are no weights.
+        The variant (None for the plain file) and the file, which is an index if the weights are in several files. None
+        if there are no weights.
 
     Raises:
-        ValueError: There are several variants and no plain file; or a file and an index beside it.
+        ValueError: There are several variants and no plain file; or both a file and an index.
     """
     stem = STEMS.get(part, "model")  # parts beside these are models of transformers
     pattern = re.compile(rf"{stem}(?:\.(.+))?\.safetensors|{stem}\.safetensors\.index(?:\.(.+))?\.json")
@@ -117,7 +117,7 @@ def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | N
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """The weight files of a part that are loaded, as ``chosen_weights`` has it; none if there are none.
+    """The weight files of a part that are loaded, as chosen by ``chosen_weights``; empty if there are none.
 
     Raises:
         ValueError: As ``chosen_weights``; or an index lists a file that is missing.
@@ -143,7 +143,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a configuration of a model.
 
     Raises:
-        ValueError: The file is missing, is not JSON, or holds something else.
+        ValueError: The file is missing, is not JSON, or is not a mapping.
     """
     if path.is_file() and is_pointer(path):
         raise ValueError(f"{path} is a pointer of git-LFS: run `git lfs pull` in its repository.")
@@ -154,7 +154,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file stands for one that git-LFS has not fetched."""
+    """Whether a file is a pointer to a file that git-LFS has not downloaded."""
     with path.open("rb") as file:
         return file.read(len(POINTER)) == POINTER
 

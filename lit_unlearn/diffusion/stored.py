@@ -1,4 +1,4 @@
-"""All weights of a model by name, one at a time from its files: hashed and compared without building the model."""
+"""Reads the weights of a model by name, one at a time from its files, to hash and compare them without the model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lit_unlearn.diffusion.source import is_pointer, weight_files
 WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
 
 OLD_PREFIX = {"text_encoder": "text_model."}
-"""What stood before the names of a part's weights in 2022, and still does for tools that expect it."""
+"""Prefix of the names of a part's weights in 2022, which some tools still expect."""
 
-# What files have beside weights, and transformers leaves: position ids of 2022; the other half of a whole CLIP.
+# Tensors in files that transformers ignores: position ids of 2022, and the other half of a whole CLIP.
 CLIP_REST = r"text_projection\.weight|visual_projection\.weight|logit_scale|vision_model\..+"
 NO_WEIGHTS = {
     "text_encoder": re.compile(rf".*\bposition_ids|{CLIP_REST}"),
@@ -31,7 +31,7 @@ NO_WEIGHTS = {
     "vae": re.compile("$^"),
 }
 
-# What diffusers renames when it loads an autoencoder of 2022.
+# Names that diffusers changes when it loads an autoencoder of 2022.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -46,12 +46,12 @@ def parameter_name(part: str, stored: str) -> str:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, as its header has it.
+    """A tensor in a file, as described by the file's header.
 
     Attributes:
         file: The file.
         stored: Its name there.
-        dtype: Its type, in the words of safetensors: ``F32``, ``BF16``.
+        dtype: Its type, as named by safetensors: ``F32``, ``BF16``.
         shape: Its shape.
     """
 
@@ -76,22 +76,22 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror or error}): copy it again.") from error
-    with file.open("rb") as opened:  # safetensors gives shapes of tensors that are opened only
+    with file.open("rb") as opened:  # safetensors gives a shape only after opening the tensor
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     header.pop("__metadata__", None)
     return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """Parameters of one part of a model folder, each read when it is asked for.
+    """Parameters of one part of a model folder; each is read when it is used.
 
     Args:
         folder: The model.
         part: ``text_encoder``, ``unet`` or ``vae``.
-        dtype: Type in which they are returned; as stored by default.
+        dtype: Type of the returned tensors; None keeps the stored type.
 
     Attributes:
-        described: What the headers of the files say of each parameter.
+        described: The entry of each parameter in the headers of the files.
 
     Raises:
         ValueError: A file is corrupt.
@@ -137,7 +137,7 @@ class WholeModel:
 
     @classmethod
     def loaded(cls, pipeline: Pipeline) -> WholeModel:
-        """The weights of a loaded pipeline; they are its own, no copies."""
+        """The weights of a loaded pipeline, not copied."""
         parts: dict[str, Mapping[str, Tensor]] = {
             part: dict(module.named_parameters()) for part, module in pipeline.parts.items()
         }
@@ -145,7 +145,7 @@ class WholeModel:
 
     @classmethod
     def in_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> WholeModel:
-        """The weights in the files of ``folder``, whatever else it holds."""
+        """The weights in the files of ``folder``."""
         return cls({part: StoredWeights(folder, part, dtype) for part in WEIGHTED_PARTS})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -157,18 +157,18 @@ class WholeModel:
         return [f"{part}.{name}" for part, weights in self.parts.items() for name in weights]
 
     def sha256(self) -> dict[str, str]:
-        """SHA-256 of each part: of the names, shapes and values of all its weights, in the type they are returned in.
+        """SHA-256 of each part: of the names, shapes and values of all its weights, in the type in which they are read.
 
-        It is of the weights, not of the files: a model split into other files, or with the names of 2022, has the same.
+        The weights are hashed and not the files: other files or the names of 2022 do not change the hash.
         """
         return {part: fingerprint(weights) for part, weights in self.parts.items()}
 
 
 def rename_weights(folder: Path) -> None:
-    """Give the weights in ``folder`` the names of 2022, which tools for transformers 4 want."""
+    """Give the weights in ``folder`` the names of 2022, which tools for transformers 4 need."""
     for part, prefix in OLD_PREFIX.items():
         for path in (folder / part).glob("*.safetensors"):
-            stored = load(path.read_bytes())  # not mapped: it is written over
+            stored = load(path.read_bytes())  # not mapped, since the file is overwritten
             path.write_bytes(
                 save({prefix + name.removeprefix(prefix): v for name, v in stored.items()}, {"format": "pt"})
             )

@@ -1,8 +1,8 @@
-"""A text encoder with its tokenizer, and prompts as it reads them.
+"""A text encoder with its tokenizer, and the tokens of prompts.
 
 tokens = pipeline.tokenize(prompts)      # Tokens: input_ids of every text encoder
-text.states(input_ids)                   # what the denoiser attends to, (B, L, D)
-text.stream(input_ids, layer)            # the residual stream behind a layer
+text.states(input_ids)                   # the states that the denoiser attends to, (B, L, D)
+text.stream(input_ids, layer)            # the residual stream after a layer
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Prompts as the text encoders of a pipeline read them, row by row.
+    """The tokens of B prompts for each text encoder of a pipeline, one row per prompt.
 
     Attributes:
-        ids: ``input_ids`` (B, L) of each text encoder.
-        slots: Of each text encoder, which learned token stands at a position, (B, L), -1 for none; empty without any.
+        ids: For each text encoder, ``input_ids`` (B, L).
+        slots: For each text encoder, the index of the learned token at each position, (B, L), -1 for none; empty if no
+            prompt has learned tokens.
     """
 
     ids: tuple[Tensor, ...]
@@ -49,7 +50,7 @@ class Tokens:
         return Tokens(tuple(ids[rows] for ids in self.ids), tuple(slots[rows] for slots in self.slots))
 
     def split(self, size: int) -> Iterator[Tokens]:
-        """Parts of ``size`` rows, the last one of what is left."""
+        """Parts of ``size`` rows; the last one may have fewer."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
 
@@ -69,17 +70,17 @@ class TextEncoder:
 
     @property
     def length(self) -> int:
-        """Positions that the encoder reads, L."""
+        """Number of positions that the encoder reads, L."""
         return int(self.tokenizer.model_max_length)
 
     @property
     def eos(self) -> int:
-        """Number of the end-of-text token."""
+        """Id of the end-of-text token."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def table(self) -> Tensor:
-        """Embeddings of the vocabulary, (tokens, D): the parameter itself."""
+        """Embeddings of the vocabulary, (tokens, D); the parameter itself, not a copy."""
         return token_table(self.model).weight
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -91,15 +92,15 @@ class TextEncoder:
         return tokenize_templates(self.tokenizer, templates, count)
 
     def words(self, text: str) -> list[int]:
-        """Numbers of the tokens of ``text``, without those that begin and end a prompt."""
+        """Ids of the tokens of ``text``, without the tokens that begin and end a prompt."""
         return token_ids(self.tokenizer, [text])[0]
 
     def names_of(self, tokens: Sequence[int]) -> list[str]:
-        """The tokens themselves, as the vocabulary has them."""
+        """The tokens as text, as they are in the vocabulary."""
         return list(self.tokenizer.convert_ids_to_tokens(list(tokens)))
 
     def states(self, input_ids: Tensor) -> Tensor:
-        """States (B, L, D) that the denoiser attends to, of ``input_ids`` (B, L)."""
+        """States (B, L, D) for ``input_ids`` (B, L), which the denoiser attends to."""
         return encode(self.model, input_ids)
 
     def stream(self, input_ids: Tensor, layer: int = -1) -> Tensor:
@@ -108,12 +109,12 @@ class TextEncoder:
 
     @contextmanager
     def learned(self, embeddings: Tensor, slots: Tensor) -> Iterator[None]:
-        """Let the encoder read ``embeddings`` (n, D) at the positions that ``slots`` (B, L) gives them."""
+        """Within the block, the encoder reads ``embeddings`` (n, D) at the positions given by ``slots`` (B, L)."""
         with substitute_embeddings(self.model, embeddings, slots):
             yield
 
     def initial_embeddings(self, count: int, words: str | None, generator: torch.Generator) -> Tensor:
-        """Embeddings (count, D), float32, to start from: those of ``words``, or noise like the vocabulary's."""
+        """Initial embeddings (count, D), float32: those of ``words``, or noise distributed like the vocabulary."""
         return initial_embeddings(self.tokenizer, self.model, count, words, generator)
 
     @property
@@ -122,11 +123,11 @@ class TextEncoder:
         return vocabulary_norm(self.model)
 
     def names_mask(self, prompts: Sequence[str], occurrences: Callable[[str], Sequence[tuple[int, int]]]) -> Tensor:
-        """Tokens of the places that ``occurrences`` finds in each prompt, (B, L) bool; see ``concept_tokens``."""
+        """Marks the tokens of places found by ``occurrences`` in each prompt, (B, L) bool; see ``concept_tokens``."""
         return names_mask(self.tokenizer, prompts, occurrences)
 
     def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
-        """Numbers (A,) of the tokens that a person can type as words; see ``discrete_prompts.whole_words``."""
+        """Ids (A,) of the tokens that a person can type as words; see ``discrete_prompts.whole_words``."""
         return whole_words(self.tokenizer, forbidden, phrases)
 
     def words_of(self, tokens: Sequence[int]) -> str:

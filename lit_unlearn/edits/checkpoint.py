@@ -1,4 +1,4 @@
-"""Edited weights as a run (``.ckpt``) or an export (``.safetensors``) keeps them: read, checked, applied."""
+"""Reads, checks and applies the edited weights of a run (``.ckpt``) or an export (``.safetensors``)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.edits.older import in_todays_terms
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
-"""Fields of a delta's metadata that reading it needs, each JSON text."""
+"""Fields of a delta's metadata that are required for reading it; each is JSON text."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WEIGHT_NAME = re.compile(rf"({'|'.join(WEIGHTED_PARTS)})(\.\w+)+", flags=re.ASCII)
 UNPICKLING_ERRORS = (
@@ -47,29 +47,29 @@ UNPICKLING_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What torch and zipfile are known to raise for a file that is damaged or made to do harm."""
+"""Errors that torch and zipfile raise for a damaged or malicious file."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit: the weights that it changed, and what they belong to.
+    """An edit: its new weights, the method that made it, and the model that it belongs to.
 
     Attributes:
         path: The file.
-        method: Name of the class that found it.
+        method: Name of the method's class.
         concepts: Names of the edited concepts.
         model: The base model as the run named it: a folder or a hub id.
-        base_fingerprint: Hash of the base model's values of the edited weights.
+        base_fingerprint: Hash of the edited weights' values in the base model.
         weights: New values by full parameter name.
         hyper_parameters: Arguments of the method.
-        base_weights: SHA-256 of the base model's parts, all weights of each, as ``WholeModel.sha256``, if known.
+        base_weights: SHA-256 of all weights of each part of the base model, as ``WholeModel.sha256``, if known.
         concept_set_sha256: Hash of the concept set, if known.
-        edit: The solver that wrote the weights and its settings, if a closed form did.
-        recipe: What decided the fit, as a recipe, if known.
-        concept_set: The concept set as it was resolved, as a file of it would hold it, if known.
+        edit: The solver and its settings, if a closed form computed the weights.
+        recipe: The part of the recipe that determines the fit's result, if known.
+        concept_set: The content of the concept set, as in its file, if known.
 
     Raises:
-        ValueError: A field is of the wrong kind, or a weight is none that a model could have; no file is trusted.
+        ValueError: A field has the wrong type, or a weight is not a tensor of finite floats; no file is trusted.
     """
 
     path: Path
@@ -122,14 +122,14 @@ class Edit:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type in which the base model was loaded when it was edited."""
+        """Type of the base model's weights when it was edited."""
         return getattr(torch, self.hyper_parameters.get("dtype", "float32"))
 
     def check_weights(self) -> None:
         """Refuse an edit that changes nothing.
 
         Raises:
-            ValueError: It edits no weight, or every weight is that of the base model, bit for bit.
+            ValueError: It edits no weight, or every weight is bit for bit the same as in the base model.
         """
         if not self.weights:
             raise ValueError(f"{self.path} edits no weight of the model: {self.method} leaves it as it is.")
@@ -140,10 +140,10 @@ class Edit:
             )
 
     def check_set(self, concepts: ConceptSet) -> None:
-        """Refuse a concept set that the edit was not made with; warn of an edit that does not say with which.
+        """Refuse a concept set that the edit was not made with; warn if the edit does not name its concept set.
 
         Raises:
-            ValueError: The set is another, or has other content now.
+            ValueError: The edit was made with another set, or the content of the set has changed.
         """
         if self.concept_set_sha256 is None:
             rank_zero_warn(
@@ -153,12 +153,12 @@ class Edit:
         concepts.check_same(str(self.path), self.concept_set_sha256, (self.concept_set or {}).get("name"))
 
     def check_base(self, base: BaseModel) -> None:
-        """Refuse a base model that the edit was not made on, reading its edited weights only.
+        """Refuse a base model that the edit was not made on; only its edited weights are read.
 
-        The weights of a hub id that is not fetched are not at hand; only its name can be compared.
+        If a model of the hub is not downloaded yet, only its name is compared.
 
         Raises:
-            ValueError: The model is another.
+            ValueError: The edit was made on another model.
         """
         if base.folder is None:
             same = base.name == (hub_snapshot(self.model) or (self.model,))[0]
@@ -171,14 +171,14 @@ class Edit:
             )
 
     def check_whole(self, base: BaseModel, loaded: Pipeline | None = None) -> None:
-        """Refuse a base model of which a part that the edit does not touch is another.
+        """Refuse a base model that differs in a part which the edit does not change.
 
         Args:
             base: The base model.
-            loaded: Its pipeline in ``dtype``, if it is loaded and not edited: it is hashed in place of the files.
+            loaded: Its pipeline in ``dtype``, if it is loaded and not edited: it is hashed instead of the files.
 
         Raises:
-            ValueError: Names the parts.
+            ValueError: Some parts differ; the message names them.
         """
         if self.base_weights:
             self._check_parts(base.sha256(self.dtype, loaded), base.name)
@@ -196,10 +196,10 @@ class Edit:
 
         Args:
             pipeline: The base model's pipeline.
-            base: The model that it was loaded from, if known: what is known of its weights is not hashed again.
+            base: The model that it was loaded from, if known: weights with known hashes are not hashed again.
 
         Raises:
-            ValueError: The pipeline lacks a weight, has it in another shape, or is another than the edit was made on.
+            ValueError: A weight is missing in the pipeline or has another shape, or the edit was made on another model.
         """
         parameters = pipeline.named_parameters()
         for name, value in self.weights.items():
@@ -220,7 +220,7 @@ class Edit:
 
 
 def run_folder(ckpt_path: str | Path) -> Path | None:
-    """Folder of the run that a checkpoint lies in (``RUN/checkpoints/last.ckpt``), or None if it lies elsewhere."""
+    """Folder of the run that a checkpoint belongs to (``RUN/checkpoints/last.ckpt``); None if it lies elsewhere."""
     parent = Path(ckpt_path).absolute().parent
     return Path(ckpt_path).parent.parent if parent.name == "checkpoints" else None
 
@@ -233,7 +233,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of Lightning's, without running code that it may hold.
+    """Read a checkpoint of Lightning without running code that it may contain.
 
     Raises:
         ValueError: The file is missing or corrupt.
@@ -245,7 +245,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn fit` writes logs/.../checkpoints/last.ckpt.")
     corrupt = f"ckpt_path={path} is corrupt or no checkpoint"
     try:
-        # torch does not verify what it reads; the archive has a checksum for each of its members.
+        # torch does not verify what it reads, but the archive has a checksum for each file in it.
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
@@ -303,8 +303,8 @@ def _read_delta(path: Path) -> Edit:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copies: what is read is mapped from the file, which could not be replaced on Windows.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            # Copied, because tensors mapped from the file would prevent Windows from replacing it.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, *UNPICKLING_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
@@ -352,7 +352,7 @@ def load_edited(base: BaseModel, edit: Edit | None, device: torch.device | None 
 def load_with_pretrained(
     base: BaseModel, edit: Edit, device: torch.device | None = None
 ) -> tuple[Pipeline, PretrainedValues]:
-    """As ``load_edited``; also return what the edited weights were before.
+    """As ``load_edited``; also return the values of the edited weights before the edit.
 
     Raises:
         ValueError: As ``load_edited``.
@@ -366,15 +366,15 @@ def load_with_pretrained(
 
 
 def chosen_base(model: str | None, revision: str | None, edit: Edit | None) -> BaseModel:
-    """The model to load, found and checked: the given one, else the one that was edited, else the embedded one.
+    """Find and check the model to load: the given one, else the one that was edited, else the embedded one.
 
     Args:
         model: Its name, if given.
-        revision: Of a hub id, if given; else that of the edit.
+        revision: Branch, tag or commit, if the model is a hub id; None takes the edit's.
         edit: The edit that will be applied to it, if there is one.
 
     Raises:
-        ValueError: There is no such model, or the edit was not made on it.
+        ValueError: The model does not exist, or the edit was not made on it.
     """
     if edit is None:
         return BaseModel.find(model or EMBEDDED, revision)

@@ -1,4 +1,4 @@
-"""Exports of an edit: a diffusers folder, or the changed weights alone, each with where it came from."""
+"""Exports of an edit: a diffusers folder, or only the changed weights; each with its provenance."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ FILE_ENDINGS = (
     *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".json", ".jsonl", ".yaml", ".yml", ".toml"),
     *(".txt", ".md", ".csv", ".html", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".webp"),
 )
-"""Endings that say file; a folder may be called ``v1.5`` or ``sd-1.4-without-dog``."""
+"""Endings of file names; other dots are allowed in a folder's name, as in ``v1.5`` or ``sd-1.4-without-dog``."""
 SHOWN = 5
-"""Names that a list of what is left out has."""
+"""Maximum number of names in a line about files that are left out."""
 
 
 def output_path(output: Path, file_name: str | None, overwrite: bool) -> Path:
-    """Where an export is written, checked before anything is read.
+    """The path that an export is written to, checked before anything is read.
 
     Args:
-        output: As it was asked for.
-        file_name: Name of the file that is written if ``output`` is a folder; None if the export is a folder itself.
+        output: The path that the user gave.
+        file_name: Name of the file to write if ``output`` is a folder; None if the export itself is a folder.
         overwrite: Whether an earlier export may be replaced.
 
     Raises:
-        ValueError: The output cannot be what its name says, or something is in the way.
+        ValueError: The name does not fit the kind of export, or the output exists and may not be replaced.
     """
     named = f"output={str(output)!r}"
     if file_name is None and output.suffix.lower() in FILE_ENDINGS:
@@ -73,13 +73,13 @@ def output_path(output: Path, file_name: str | None, overwrite: bool) -> Path:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, and to overwrite what is no export.
+    """Refuse an output that exists; with ``overwrite`` refuse it only if it is not an export.
 
-    A symbolic link is refused even with ``overwrite``: what it points to is not what was named. Links among the parent
-    folders are followed, since that is where many people's storage lies.
+    A symbolic link is refused even with ``overwrite``, because it points to a place that the user did not name. Links
+    among the parent folders are followed, since many people's storage is reached through them.
 
     Raises:
-        ValueError: What is in the way.
+        ValueError: The output cannot be written there; the message says why.
     """
     if output.is_symlink():
         raise ValueError(f"output={output} is a symbolic link, which an export does not follow: name the place itself.")
@@ -105,19 +105,19 @@ def _is_exported_file(path: Path) -> bool:
 
 
 def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> dict[str, Any]:
-    """Where an edit came from, as plain values; its scores, too, if its run was tested.
+    """The provenance of an edit as plain values, with its scores if its run was tested.
 
-    Nothing in it says where anything lies on this machine: the base model has its public name, and a setting that is a
-    path the name of its file or folder. ``local_paths`` lists those settings.
+    It contains no path of this machine: the base model has its public name, and a setting that is a path is replaced by
+    the name of its file or folder. ``local_paths`` lists these settings.
 
     Args:
         edit: The edit.
         base: Its base model.
-        loaded: The base model's pipeline in the type in which it was edited, if it is loaded and not edited.
+        loaded: The base model's pipeline in the dtype in which it was edited, if it is loaded and not edited.
 
     Raises:
-        ValueError: The edit changes nothing, the base model is another than that of the edit, or the run's
-            ``scores.json`` cannot be read.
+        ValueError: The edit changes nothing, the edit was made on another base model, or the run's ``scores.json``
+            cannot be read.
     """
     edit.check_weights()
     edit.check_whole(base, loaded)
@@ -146,20 +146,20 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
     places, changed = places_of(edit, base, name), list[str]()
     places.learn(made)
     facts |= places.without(made, changed)
-    if revision and isinstance(base.place, Path):  # named by its path so far, which is a commit's
+    if revision and isinstance(base.place, Path):  # its name so far is the path of that commit
         for settings in (facts["config"], ((facts["recipe"] or {}).get("model") or {}).get("init_args") or {}):
             settings["revision"] = revision
     return {**facts, "local_paths": changed}
 
 
 def places_of(edit: Edit | None, base: BaseModel, name: str) -> Places:
-    """Knows the places of the base model, which has the public ``name``."""
+    """A ``Places`` that replaces the paths of the base model by its public ``name``."""
     given = [base.name, str(base.place), *([edit.model] if edit is not None else [])]
     return Places({text: name for path in given for text in (path, os.path.abspath(path), os.path.realpath(path))})
 
 
 def _concept_set_sha256(edit: Edit, scores: dict[str, Any] | None) -> str | None:
-    """Of a run that did not keep it: the set that it was tested with, else the one that has its name now."""
+    """Hash of the concept set of a run that did not store it: from its test, else of the set with that name now."""
     if scores is not None:
         return scores["concepts"]["sha256"]
     name = edit.hyper_parameters.get("concept_set")
@@ -167,12 +167,12 @@ def _concept_set_sha256(edit: Edit, scores: dict[str, Any] | None) -> str | None
         return None
     try:
         return load_concept_set(name).sha256
-    except ValueError:  # a file that is gone: the edit is none the worse
+    except ValueError:  # the file of the set is gone; the export works without its hash
         return None
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of each weight, of its name, shape, type and values."""
+    """SHA-256 of each weight: its name, shape, type and values are hashed."""
     return {name: fingerprint({name: value}) for name, value in weights.items()}
 
 
@@ -186,7 +186,7 @@ def file_sha256(path: Path) -> str:
 
 
 def export_delta(edit: Edit, facts: dict[str, Any], output: Path, dtype: torch.dtype | None) -> None:
-    """Write the changed weights (their new values, not differences) as safetensors, ``facts`` as metadata in JSON."""
+    """Write the changed weights (new values, not differences) as safetensors, and ``facts`` as JSON metadata."""
     weights = {name: value.to(dtype or value.dtype).contiguous() for name, value in edit.weights.items()}
     _write_weights(weights, {"kind": "delta", **facts}, output)
 
@@ -199,10 +199,10 @@ def export_lora(
     rank: int | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Write the edit as LoRA weights (``low_rank``), ``facts`` as metadata; return its rank and residuals.
+    """Write the edit as LoRA weights (``low_rank``), with ``facts`` as metadata; return its rank and residuals.
 
     Raises:
-        ValueError: The edit changes weights that LoRA cannot hold.
+        ValueError: The edit changes weights that LoRA cannot represent.
     """
     before = base.weights(edit.weights, edit.dtype)
     assert before is not None  # ``provenance`` has hashed them
@@ -231,14 +231,14 @@ def export_pipeline(
         edit: The edit.
         base: Its base model.
         output: Folder to write.
-        dtype: Type of the weights; that of the run by default.
-        old_names: Put ``text_model.`` before the weights of the text encoder, as transformers 4 names them.
+        dtype: Type of the weights; None takes the run's.
+        old_names: Put ``text_model.`` before the names of the text encoder's weights, as transformers 4 does.
 
     Returns:
-        What is taken over from the base, and what is not.
+        The files and parts that are copied from the base, and the ones that are left out.
 
     Raises:
-        WriteError: The folder cannot be written; what was there is unchanged.
+        WriteError: The folder cannot be written; its earlier content is unchanged.
         ValueError: The model cannot be loaded, or the edit does not fit it.
     """
     edit.check_weights()
@@ -246,7 +246,7 @@ def export_pipeline(
     facts = {"kind": "pipeline", **provenance(edit, base, pipeline)}
     edit.apply(pipeline, base)
     for module in pipeline.parts.values() if dtype is not None else ():
-        torch.nn.Module.to(module, dtype=dtype)  # diffusers' own warns of the layers to be kept in float32, if none
+        torch.nn.Module.to(module, dtype=dtype)  # diffusers' own warns about float32 layers without need
     parameters = pipeline.named_parameters()
     facts["dtype"] = str(dtype or edit.dtype).removeprefix("torch.")
     facts["weights_sha256"] = weights_sha256({name: parameters[name] for name in edit.weights})
@@ -264,35 +264,35 @@ def export_pipeline(
         make_public(folder, places)
         facts["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         write_json(folder / PROVENANCE, facts)
-        mode = (folder / PROVENANCE).stat().st_mode  # safetensors makes files that only their owner can read
+        mode = (folder / PROVENANCE).stat().st_mode  # files of safetensors can be read by their owner only
         for file in folder.rglob("*.safetensors"):
             file.chmod(mode)
     return kept
 
 
 def _keep(kept: Kept, folder: Path) -> list[str]:
-    """Copy what is taken over into an export, but for what is there; return its names."""
+    """Copy the files that an export takes over from the base, except files that exist already; return their names."""
     names = [name for name in kept.files if not (folder / name).exists()]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept.files[name], folder / name)  # not its mode, which may forbid to replace it
+        shutil.copyfile(kept.files[name], folder / name)  # without its mode, which may be read-only
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     write_json(folder / INDEX, {**index, **kept.index})
     return names
 
 
 def make_public(folder: Path, places: Places) -> None:
-    """Have the files of a folder name no places."""
+    """Replace the paths of this machine in the files of a folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and (public := public_content(path, path.relative_to(folder).as_posix(), places)) is not None:
             path.write_bytes(public)
 
 
 def left_out(kept: Mapping[str, str]) -> list[str]:
-    """A line for each reason why something of the base is not in an export.
+    """One line for each reason why files or parts of the base are not in an export.
 
     Args:
-        kept: The reasons by name, as ``Kept.left_out``.
+        kept: The reason for each name, as ``Kept.left_out``.
     """
     by_reason = defaultdict(list)
     for name, reason in kept.items():
@@ -304,7 +304,7 @@ def left_out(kept: Mapping[str, str]) -> list[str]:
 
 
 def _copy_into_memory(pipeline: Pipeline) -> None:
-    """Let go of the files that the weights are mapped from: the export may replace them, if it replaces its base."""
+    """Copy weights that are mapped from files into memory: the export may replace these files."""
     for module in pipeline.parts.values():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()

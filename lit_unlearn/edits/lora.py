@@ -1,4 +1,4 @@
-"""An edit as a low-rank change of each layer, with the names under which LoRA weights are loaded elsewhere."""
+"""Turns an edit into a low-rank change of each layer, with the weight names that other programs expect for LoRA."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lit_unlearn.diffusion.lora_names import companion, fits_lora, lora_name
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
 AUTO_RESIDUAL = 1e-3
-"""Largest part of a layer's change that rank ``auto`` leaves out, in the Frobenius norm."""
+"""Largest part of a layer's change that rank ``auto`` may leave out, in the Frobenius norm."""
 NOTABLE_RESIDUAL = 0.05
-"""Part of a layer's change that nobody leaves out without being told."""
+"""If more than this part of a layer's change is left out, the user is warned."""
 
 
 def parse_rank(text: str) -> int | None:
     """A rank, or None for ``auto``.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: ``text`` is neither a rank nor ``auto``.
     """
     if text == "auto":
         return None
@@ -39,9 +39,9 @@ def low_rank(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Factors of the change of each weight: the truncated SVD ``W - W0 = U S V^T``, split as ``B = U S``, ``A = V^T``.
 
-    No matrix of the rank of B A is nearer to the change (Eckart and Young 1936). All layers are given the same rank,
-    filled up with zeros where fewer are needed or possible, and an alpha of that rank: a loader scales a layer by
-    alpha / rank, and not all of them keep the two equal when layers differ.
+    No other matrix of this rank is closer to the change (Eckart and Young 1936). All layers get the same rank, filled
+    up with zeros where a smaller rank is enough or the largest possible, and alpha equal to the rank: loaders scale a
+    layer by alpha / rank, and some get this wrong if the layers have different ranks.
 
     Args:
         edited: New weights by full name, each (out, in) or (out, in, height, width).
@@ -50,10 +50,11 @@ def low_rank(
         dtype: Type of the factors.
 
     Returns:
-        By layer, the factors ``.lora_down.weight`` (rank, in[, height, width]), which is A, ``.lora_up.weight`` (out,
-        rank[, 1, 1]), which is B, and ``.alpha`` (); and facts: ``rank``, ``notable_rank`` (the smallest for which
-        no layer misses more than ``NOTABLE_RESIDUAL``), and by weight ``residual`` (norm of what is missing over that
-        of the change, with the factors as written) and ``needed_rank`` (for ``AUTO_RESIDUAL``).
+        For each layer the tensors ``.lora_down.weight`` (rank, in[, height, width]), which is A, ``.lora_up.weight``
+        (out, rank[, 1, 1]), which is B, and ``.alpha`` (). And a report: ``rank``, ``notable_rank`` (the smallest rank
+        with which no layer misses more than ``NOTABLE_RESIDUAL``), and for each weight ``residual`` (norm of the
+        missing part divided by the norm of the change, with the factors as written) and ``needed_rank`` (the rank
+        needed for ``AUTO_RESIDUAL``).
 
     Raises:
         ValueError: A weight is of another kind, such as a bias or an embedding.
@@ -68,7 +69,7 @@ def low_rank(
     for name, value in edited.items():
         change = (value.double() - base[name].double()).flatten(1)
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
-        # left[k]: norm of what the first k directions leave out
+        # left[k]: norm of the part that the first k directions leave out
         left = torch.cat([s.square().flip(0).cumsum(0).flip(0).sqrt(), s.new_zeros(1)])
         needed[name] = int((left > AUTO_RESIDUAL * left[0]).sum())
         notable[name] = int((left > NOTABLE_RESIDUAL * left[0]).sum())
@@ -102,15 +103,15 @@ def _layer(name: str, b: Tensor, a: Tensor, kernel: Sequence[int]) -> dict[str, 
 
 
 def notable_loss(report: Mapping[str, Any]) -> str | None:
-    """A sentence about what a low rank leaves out, if that is notable.
+    """A sentence about the part of the change that is lost, or None if it is small.
 
     Args:
-        report: What ``low_rank`` says.
+        report: The report of ``low_rank``.
     """
     name, share = max(report["residual"].items(), key=lambda item: float(item[1]))
     if share <= NOTABLE_RESIDUAL:
         return None
-    if report["rank"] >= report["notable_rank"]:  # so it is the type
+    if report["rank"] >= report["notable_rank"]:  # the rank is enough, so the dtype causes the loss
         return f"the type of the weights leaves out {share:.1%} of the change of {name}: write them as float32."
     return (
         f"rank {report['rank']} leaves out {share:.0%} of the change of {name} (Frobenius norm): rank "

@@ -1,4 +1,4 @@
-"""What earlier versions wrote into checkpoints and deltas, in today's terms."""
+"""Translates the arguments in checkpoints and deltas of earlier versions into today's form."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ MOVED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("threshold", "rule", "minimum", "retain_scale", "lamb", "filter", "augment"),
     ),
 }
-"""Arguments of methods that are now those of a solver, by the method's class."""
+"""Arguments that moved from a method to its solver, by the method's class."""
 
 
 def in_todays_terms(
     method: str, arguments: Mapping[str, Any], edit: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Split what a file holds of a method into the method's arguments and the solver's.
+    """Split the arguments in a file into the method's and the solver's.
 
     Args:
         method: Name of the method's class.
-        arguments: Its arguments, as the file has them.
-        edit: The solver and its settings, if the file says them.
+        arguments: Its arguments in the file.
+        edit: The solver and its settings, if they are in the file.
 
     Returns:
-        The arguments that the method takes today, and the solver with its settings; None if nobody knows them.
+        The arguments that the method takes today, and the solver with its settings; None if the solver is unknown.
     """
     if edit is not None or method not in MOVED:
         return dict(arguments), edit

@@ -1,4 +1,4 @@
-"""What an export says of the machine that it was made on: names of files and folders, never where they lie."""
+"""Replaces paths of this machine in an export by the names of their files and folders."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 RUNS = "logs"
-"""Our own folder: what lies below it is named by the recipe, and says nothing of the machine."""
+"""The default folder of runs: paths below it come from the recipe and reveal nothing about the machine."""
 MODEL_FIELDS = ("model", "_name_or_path", "backbone.name")
-"""Ends of the names of what holds a model's name."""
+"""Last parts of the names of settings that contain a model's name."""
 END = r"""[^\s'"`,;:()<>]"""
 """A character of a path within a text."""
 IN_TEXT = re.compile(rf"(?<![\w/.:~\\-])(?:~?/{END}+/{END}+|[A-Za-z]:[\\/]{END}+|\\\\{END}+)")
-"""An absolute path within a text; one with spaces is only found where it is a text of its own elsewhere."""
+"""An absolute path within a text; a path with spaces is found only if it is a whole value elsewhere."""
 
 
 TEXTS = (".json", ".md", ".txt", "")
 """Endings of files that are text."""
 VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
-"""Files in which what looks like a path is a word."""
+"""Files in which text that looks like a path is a word."""
 
 
 def is_place(text: str) -> bool:
-    """Whether ``text`` as a whole is the path of a file or folder: absolute, by way of ``~`` or ``..``, or existing."""
+    """Whether the whole ``text`` is the path of a file or folder: it is absolute, has ``~`` or ``..``, or exists."""
     if "\n" in text or "://" in text:
         return False
     windows = PureWindowsPath(text)
@@ -41,15 +41,15 @@ def is_place(text: str) -> bool:
 
 
 def name_of(place: str) -> str:
-    """The last part of a path, whichever system's."""
+    """The last part of a path of any operating system."""
     return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or "folder"
 
 
 class Places:
-    """Replaces places by names.
+    """Replaces paths by names.
 
     Args:
-        models: Public names of the base model, by what it is called here: its paths, and names relative to this folder.
+        models: The public name of the base model for each of its local names: absolute and relative paths.
     """
 
     def __init__(self, models: Mapping[str, str]) -> None:
@@ -58,30 +58,30 @@ class Places:
         self._home = os.path.expanduser("~")
 
     def learn(self, value: Any) -> None:
-        """Remember the places in ``value``, so that they are found within other texts too."""
+        """Remember the paths in ``value``, so that they are also found within other texts."""
         for text in texts(value):
             if is_place(text) and text not in self._models:
                 self._known.setdefault(text, name_of(text))
 
     def text(self, text: str) -> str:
-        """``text`` with the name of each place instead of its path."""
+        """``text`` with every path replaced by its name."""
         if is_place(text) or ("/" in text and text in self._models):
             return self._models.get(text) or self._known.get(text) or name_of(text)
         return IN_TEXT.sub(lambda found: name_of(found[0]), self.known(text))
 
     def known(self, text: str) -> str:
-        """``text`` with names for the places that are known: the base model, the home folder, what was learned."""
+        """``text`` with known paths replaced: the base model's, the home folder, and the paths from ``learn``."""
         for known in sorted(self._known, key=len, reverse=True):
             text = _places(known).sub(lambda _, name=self._known[known]: name, text)  # type: ignore[misc]
         below = _places(self._home, rf"[/\\]{END}+").sub(lambda found: name_of(found[0]), text)
         return _places(self._home).sub("~", below)
 
     def without(self, value: Any, changed: list[str], where: str = "") -> Any:
-        """A copy of ``value``, of mappings, lists and plain values, with names for places.
+        """A copy of ``value`` (mappings, lists and plain values) with every path replaced by a name.
 
         Args:
-            value: What is to be published.
-            changed: Takes the dotted names of the values that are others now.
+            value: The value to publish.
+            changed: The dotted names of changed values are appended to this list.
             where: Dotted name of ``value`` itself.
         """
         if isinstance(value, Mapping):
@@ -91,7 +91,7 @@ class Places:
         if not isinstance(value, str | os.PathLike):
             return value
         text = os.fspath(value)
-        # a model's name may be a word such as "base", which is another thing elsewhere
+        # a model's name may be a word such as "base", which means something else in other settings
         public = self._models.get(text) if where.endswith(MODEL_FIELDS) else None
         public = self.text(text) if public is None else public
         if public != text:
@@ -100,12 +100,12 @@ class Places:
 
 
 def _places(path: str, rest: str = "") -> re.Pattern[str]:
-    """Finds ``path`` within a text, but not as a part of a longer name; a whole disk is found nowhere."""
+    """A pattern that finds ``path`` within a text, but not within a longer name; the root of a disk never matches."""
     return re.compile(rf"(?<![\w.~-]){re.escape(path)}{rest}(?![\w-])" if path.strip("/") else r"(?!)")
 
 
 def texts(value: Any) -> Iterator[str]:
-    """All texts in mappings and lists, keys aside."""
+    """All texts in mappings and lists, without the keys."""
     if isinstance(value, Mapping):
         for item in value.values():
             yield from texts(item)
@@ -117,12 +117,12 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def public_content(path: Path, name: str, places: Places) -> bytes | None:
-    """What a file of an export is to hold instead of what it does; None if it names no place.
+    """The content of a file of an export without paths; None if nothing has to be replaced.
 
     Args:
-        path: The file: text, or safetensors, in whose header there is text.
+        path: The file: text, or safetensors, whose header is text.
         name: Its name within the export.
-        places: What to replace.
+        places: The paths to replace.
     """
     if path.suffix == ".safetensors":
         return _public_header(path, places)
@@ -131,23 +131,23 @@ def public_content(path: Path, name: str, places: Places) -> bytes | None:
     content = path.read_bytes()
     try:
         text = content.decode()
-    except UnicodeDecodeError:  # nothing that anyone reads
+    except UnicodeDecodeError:  # not text
         return None
     if PurePosixPath(name).suffix == ".json":
         try:
             changed: list[str] = []
             public = places.without(json.loads(text), changed)
             return json.dumps(public, indent=2).encode() if changed else None
-        except (ValueError, RecursionError):  # not JSON after all, but text
+        except (ValueError, RecursionError):  # text, but not JSON
             pass
     public = places.known(text)
     return None if public == text else public.encode()
 
 
 def without_any(path: Path) -> str | None:
-    """A text file without any place or hash of a model's name, to be compared; None if it is not text.
+    """A text file without paths and hashes of a model's name, for a comparison; None if it is not text.
 
-    What was a place elsewhere cannot be known here: an export of the same base on two machines differs in that only.
+    Exports of the same base on two machines may differ only in these, and paths of another machine are unknown here.
     """
     try:
         text = path.read_text(encoding="utf-8")

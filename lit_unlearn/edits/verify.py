@@ -1,4 +1,4 @@
-"""Compare an export with its provenance, and with the base model that it names; nothing in it is run or trusted."""
+"""Compares an export with its provenance and with its base model; no code in the export is run, no file trusted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lit_unlearn.edits.export import file_sha256, places_of, weights_sha256
 from lit_unlearn.edits.public import TEXTS, Places, public_content, without_any
 
 MAX_PROVENANCE = 50_000_000
-"""Largest ``provenance.json`` that is read, in bytes."""
+"""Size limit of ``provenance.json``, in bytes."""
 SHOWN = 5
-"""Names that a row lists."""
+"""Maximum number of names in a row of the table."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Finding:
 
     Attributes:
         what: What was checked.
-        wrong: Names of what differs, with the reason; none if all is well.
-        count: How many things were checked.
+        wrong: Names of the items that differ, with the reason; empty if the check passed.
+        count: Number of items that were checked.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether all is well."""
+        """Whether the check passed."""
         return not self.wrong
 
 
@@ -59,7 +59,7 @@ def findings_table(findings: list[Finding]) -> Table:
 
 
 def printable(text: str) -> str:
-    """``text`` without what would steer a terminal."""
+    """``text`` without characters that control a terminal."""
     return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", "?", text)
 
 
@@ -67,11 +67,11 @@ def verify_export(path: Path, base: BaseModel | None = None) -> list[Finding]:
     """Check a folder, a delta or LoRA weights.
 
     Args:
-        path: What ``lit-unlearn export`` wrote.
-        base: Base model to compare with: all weights that were not edited must be its own. Each is read once.
+        path: A folder or file that ``lit-unlearn export`` wrote.
+        base: Base model to compare with: all unedited weights must be equal to its weights. Each is read once.
 
     Raises:
-        ValueError: There is no export at ``path``.
+        ValueError: ``path`` is not an export.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder or file that `lit-unlearn export` has written.")
@@ -87,7 +87,7 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         facts = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -110,7 +110,7 @@ def _verify_folder(folder: Path, base: BaseModel | None) -> list[Finding]:
     links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
     findings = [_files(folder, _mapping(facts, "files", folder), links)]
     if links:
-        return findings  # what they point to is no part of the export, and is not read
+        return findings  # files outside the export that links point to are not read
     try:
         weights = WholeModel.in_folder(folder)
     except ValueError as error:
@@ -128,7 +128,7 @@ def _verify_folder(folder: Path, base: BaseModel | None) -> list[Finding]:
 
 
 def _files(folder: Path, listed: dict[str, str], links: list[Path]) -> Finding:
-    """Compare the files of an export with their list; hidden ones, such as those of git, are nobody's weights."""
+    """Compare the files of an export with their list; hidden files, such as git's, are ignored."""
     wrong = [f"{path.relative_to(folder).as_posix()} is a symbolic link" for path in links]
     outside = [name for name in listed if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     wrong += [f"{name} lies outside of the export" for name in outside]
@@ -147,7 +147,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """``provenance.json`` of an export.
 
     Raises:
-        ValueError: It cannot be read, or is no JSON object.
+        ValueError: The file cannot be read, or is not a JSON object.
     """
     path = folder / PROVENANCE
     try:
@@ -215,7 +215,7 @@ def _unedited(
 
 
 def _kept(folder: Path, facts: Mapping[str, Any], base: BaseModel, names: list[str]) -> Finding:
-    """Compare what was taken over from the base, such as a safety checker, with the base's own."""
+    """Compare the parts that were copied from the base, such as a safety checker, with the base."""
     kept, listed = kept_of(base, names), facts["kept"]
     if not isinstance(listed, list):
         raise ValueError(f"{folder} has no provenance with the files that are the base's own.")

@@ -1,1 +1,1 @@
-"""How the embedded model emoji-sd came to be: artwork, captions and the modules that trained its parts."""
+"""How the embedded model emoji-sd was made: artwork, captions and the modules that trained its parts."""

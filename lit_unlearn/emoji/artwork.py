@@ -39,7 +39,7 @@ SUBJECTS: dict[str, str] = {
     "surfing": "man-surfing",
     "sleeping": "person-in-bed",
 }
-"""Subject to icon name; the same in the three sets."""
+"""Icon name of each subject; the three sets use the same names."""
 
 ARTISTS: tuple[str, ...] = ("noto", "fluent-emoji", "fluent-emoji-high-contrast")
 """Rows of the sprite sheet."""
@@ -67,7 +67,7 @@ def render_sheet(icon_sets: list[Path], output: Path = SHEET) -> None:
 
 
 def fit_tile(art: Image.Image) -> Image.Image:
-    """Crop ``art`` to its ink, centre it in a square and scale it to one tile."""
+    """Crop ``art`` to its visible part, centre it in a square and scale it to one tile."""
     box = art.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     if box is None:
         raise ValueError("The icon is empty: nothing was rendered.")

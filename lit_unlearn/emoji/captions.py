@@ -1,7 +1,7 @@
 """Captions of drawings: direct ("a glossy dog at sunset") and indirect ("the pet that barks and fetches").
 
-The phrases are data (``phrases.yaml``); this module only puts them together. A caption always has a subject; style and
-scene may go unsaid. Direct and indirect phrases are mixed freely, so that an indirect prompt means something.
+The phrases are data (``phrases.yaml``); this module only combines them. A caption always has a subject; style and scene
+may be left out. Direct and indirect phrases are mixed freely, so that the model also learns indirect prompts.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ FRAMES: tuple[str, ...] = (
     "there is {}",
     "a nice picture of {}",
 )
-"""How a caption begins; the bare phrase three times as often as any other frame."""
+"""Frames of captions; the phrase alone is three times as frequent as any other frame."""
 
 INDIRECT_SHARE = 0.5
 UNSAID_STYLE = 0.3
 UNSAID_SCENE = 0.1
 UNSAID_PLAIN = 0.75
-"""A plain background goes unsaid more often than any other scene, as people do."""
+"""A plain background is left out more often than other scenes, as in captions that people write."""
 ADJECTIVE_SHARE = 0.6
-"""Of the direct styles, the share put as an adjective ("a cartoon dog") and not as an ending ("a dog as a cartoon")."""
+"""Share of direct styles that are an adjective ("a cartoon dog") instead of an ending ("a dog as a cartoon")."""
 
 
 @cache
@@ -81,7 +81,7 @@ def caption(drawing: Drawing, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can hold, in alphabetical order."""
+    """Every word that can occur in a caption, in alphabetical order."""
     found = {word for frame in FRAMES for word in frame.replace("{}", "").split()} | {"a", "an"}
     for values in phrases().values():
         for kinds in values.values():

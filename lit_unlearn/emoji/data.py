@@ -17,7 +17,7 @@ SPLITS = ("train", "validation")
 
 
 class DrawingDataset(Dataset[dict[str, Any]]):
-    """``size`` drawings, reproducible by index; the two splits never share a seed.
+    """A data set of ``size`` drawings, reproducible by index; the two splits never share a seed.
 
     Items: ``images`` (3, 48, 48) float in [-1, 1]; ``labels`` (3,) int64, indices of subject, style and scene;
     ``captions`` a string.
@@ -45,8 +45,8 @@ class Drawings(L.LightningDataModule):
 
     Args:
         batch_size: Pictures in a batch.
-        steps_per_epoch: Batches in a training epoch; a checkpoint and a sample grid come after each.
-        num_validation: Held-out pictures.
+        steps_per_epoch: Batches in a training epoch; each epoch ends with a checkpoint and a sample grid.
+        num_validation: Number of held-out pictures.
         seed: Seed of the drawings.
     """
 
@@ -60,7 +60,7 @@ class Drawings(L.LightningDataModule):
         self.validation = DrawingDataset(num_validation, "validation", seed)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled: each epoch is another order of the same drawings."""
+        """Training drawings, shuffled: each epoch has the same drawings in a different order."""
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

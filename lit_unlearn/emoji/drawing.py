@@ -1,7 +1,7 @@
-"""Draws the pictures that emoji-sd and its judge learn from: a sprite in a style, before a scene.
+"""Draws the pictures that emoji-sd and its judge learn from: a sprite in a style, in front of a scene.
 
-16 subjects, 4 styles, 5 scenes; two sizes, a few pixels of jitter and six variants of each scene keep the entropy low
-enough for a laptop to learn. Drawing a picture takes well under a millisecond, so no data set is stored.
+There are 16 subjects, 4 styles and 5 scenes, with only two sizes, a few pixels of jitter and six variants of each
+scene, so that a laptop can learn them. Drawing a picture takes well under a millisecond, so no data set is stored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DARK_SCENES = ("aurora", "neon")
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a picture shows, as indices into ``ATTRIBUTES``."""
+    """The content of a picture, as indices into the values of ``ATTRIBUTES``."""
 
     subject: int
     style: int
@@ -45,7 +45,7 @@ class Drawing:
         return cls(*(int(rng.integers(len(values))) for values in ATTRIBUTES.values()))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a picture, (48, 48, 3), uint8 RGB; place, size and variant of the scene come from ``rng``."""
+        """Return a picture, (48, 48, 3), uint8 RGB; position, size and variant of the scene come from ``rng``."""
         scene = scenes()[self.scene][int(rng.integers(VARIANTS))]
         size = int(rng.integers(len(SIZES)))
         ink = 1 if ATTRIBUTES["scene"][self.scene] in DARK_SCENES else 0

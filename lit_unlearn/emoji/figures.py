@@ -1,4 +1,4 @@
-"""Figures of the embedded model: its judge, its autoencoder, and the pictures that it draws of every concept."""
+"""Measurements of the embedded model: its judge, its autoencoder, and its pictures of every concept."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.judges.classifier import ClassifierJudge
 
 FRESH_SEED = 7_000_000
-"""Of the first picture; nothing else uses these seeds."""
+"""Seed of the first picture; nothing else uses these seeds."""
 SHARE, DECIBELS, LEAST = 0.02, 1.0, 0.2
-"""How far a new model may stay behind: in the share of right answers, in PSNR, and in the share of its worst concept,
-of whose pictures there are few."""
+"""How much worse a new model may be: in share of right answers, in PSNR (dB), and in the share of its worst concept,
+which has few pictures."""
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def judge_accuracy(judge: ClassifierJudge, images: Tensor, labels: Tensor) -> di
 
 @torch.no_grad()
 def figures_of_parts(pipeline: StableDiffusion, judge: ClassifierJudge, drawings: int = 2560) -> dict[str, Any]:
-    """What the judge sees in held-out drawings and in their reconstructions, and the PSNR of these in dB."""
+    """The judge's accuracy on held-out drawings and on their reconstructions, and the reconstructions' PSNR in dB."""
     data = DrawingDataset(drawings, "validation", seed=1)
     items = [data[i] for i in range(len(data))]
     images, labels = torch.stack([i["images"] for i in items]), torch.stack([i["labels"] for i in items])
@@ -57,10 +57,10 @@ def figures_of_pictures(
     guidance_scale: float,
     images_per_prompt: int = 4,
 ) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
-    """In how many pictures of the evaluation prompts of ``emoji20`` the judge sees the concept.
+    """The share of pictures of the evaluation prompts of ``emoji20`` in which the judge sees the concept.
 
     Returns:
-        The figures; and the first picture (3, H, W) of each prompt, by concept.
+        The numbers; and the first picture (3, H, W) of each prompt, by concept.
     """
     concepts = load_concept_set("emoji20")
     pictures: list[PictureItem] = Pictures(concepts, images_per_prompt, FRESH_SEED).items
@@ -89,7 +89,7 @@ def figures_of_pictures(
 
 
 def worse(found: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
-    """Which of the figures ``found`` are behind the ``published`` ones by more than chance, each in words."""
+    """One text for each number in ``found`` that is worse than the ``published`` one by more than chance."""
     behind = []
     for what in ("drawings", "reconstructions", "direct", "indirect"):
         for name, value in found.get(what, {}).items():

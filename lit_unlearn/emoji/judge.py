@@ -1,6 +1,6 @@
-"""Trains the judge of emoji-sd: an independent classifier of subject, style and scene that sees drawings only.
+"""Trains the judge of emoji-sd: an independent classifier of subject, style and scene.
 
-It never sees a generated picture in training; noise and blur make it tolerant of the small flaws of one.
+It is trained on drawings and never on generated pictures; noise and blur make it tolerant of their small flaws.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class JudgeTraining(L.LightningModule):
     """
 
     part = "judge"
-    """What of the model it trains."""
+    """The part of the model that it trains."""
 
     def __init__(self, width: int = 32, lr: float = 2e-3) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class JudgeTraining(L.LightningModule):
         self.classifier = AttributeClassifier(ATTRIBUTES, width)
 
     def augment(self, images: Tensor) -> Tensor:
-        """Add noise (standard deviation up to 0.2) and blur, each of a random strength per picture."""
+        """Add noise (standard deviation up to 0.2) and blur to ``images``, each with a random strength per picture."""
         strength = torch.rand(2, len(images), device=images.device)
         noise = torch.randn_like(images) * 0.2 * strength[0].view(-1, 1, 1, 1)
         return blur(images, strength[1]) + noise
@@ -80,6 +80,6 @@ class JudgeTraining(L.LightningModule):
 
 
 def emoji_questions() -> dict[str, tuple[str, str]]:
-    """Question of each concept of ``emoji20`` to the attribute and value of a drawing that answer it."""
+    """For the question of each concept of ``emoji20``, the attribute and value of a drawing for which it is yes."""
     where = {value: (attribute, value) for attribute, values in ATTRIBUTES.items() for value in values}
     return {concept.question: where[name] for name, concept in load_concept_set("emoji20").concepts.items()}

@@ -1,8 +1,8 @@
-"""A model that has memorised a few drawings: emoji-sd, trained on with these drawings over-represented.
+"""Makes a model that has memorised a few drawings: emoji-sd, trained further with these drawings over-represented.
 
-Each drawing to forget has a caption that says its subject only. Other drawings have the same caption and another style,
-scene or place: without the over-represented one, the model would draw any of these. All pictures are written into
-folders as ``KeepForgetImages`` reads them, so that a method can unlearn them.
+Each drawing to forget has a caption that names only its subject. Other drawings have the same caption and another
+style, scene or position: without the over-represented drawing, the model would draw any of these. All pictures are
+written into folders that ``KeepForgetImages`` can read, so that a method can unlearn them.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class MemorisedDrawings:
     """The drawings of an experiment in data unlearning.
 
     Attributes:
-        forget: Those to memorise and then to forget, one for each entry of ``MEMORISED``.
-        keep: Drawings of the same captions, then drawings of any caption.
-        held_out: Further drawings of the captions to forget, which no model is trained on.
+        forget: Drawings to memorise and then to forget, one for each entry of ``MEMORISED``.
+        keep: Drawings with the same captions, then drawings with any caption.
+        held_out: More drawings with the captions to forget; no model is trained on them.
     """
 
     forget: list[Captioned]
@@ -65,13 +65,13 @@ class MemorisedDrawings:
 
     @classmethod
     def make(cls, same_caption: int, others: int, held_out: int, seed: int) -> MemorisedDrawings:
-        """Draw them; no drawing of ``keep`` or ``held_out`` equals one of ``forget``.
+        """Draw all pictures; no drawing of ``keep`` or ``held_out`` equals one of ``forget``.
 
         Args:
-            same_caption: Drawings in ``keep`` of each caption to forget.
-            others: Drawings in ``keep`` with captions of their own.
-            held_out: Drawings in ``held_out`` of each caption to forget.
-            seed: Seed of everything.
+            same_caption: Number of drawings in ``keep`` for each caption to forget.
+            others: Number of drawings in ``keep`` with other captions.
+            held_out: Number of drawings in ``held_out`` for each caption to forget.
+            seed: Seed of all drawings.
         """
         rng = np.random.default_rng((seed, 3))
         indices = [
@@ -98,7 +98,7 @@ class MemorisedDrawings:
         return cls(forget, keep, [fresh(d.subject, text) for d, text in indices for _ in range(held_out)])
 
     def write(self, output: Path) -> None:
-        """Write the folders ``forget``, ``keep`` and ``held_out`` into ``output``, in place of earlier ones."""
+        """Write the folders ``forget``, ``keep`` and ``held_out`` into ``output`` and replace earlier ones."""
         for name in ("forget", "keep", "held_out"):
             lines = []
             with replaced_folder(output / name) as folder:
@@ -109,7 +109,7 @@ class MemorisedDrawings:
 
 
 class MemorisedLatents(Dataset[dict[str, Tensor]]):
-    """Latents and caption states of the drawings; one of those to forget in a share of all items, at random.
+    """Latents and caption states of the drawings; a given share of the items are drawings to forget, at random.
 
     Items: as ``CaptionedLatents``.
     """
@@ -124,7 +124,7 @@ class MemorisedLatents(Dataset[dict[str, Tensor]]):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # torch's generator is restored with a checkpoint, so a resumed run goes on with other pairs.
+        # torch's generator is restored with a checkpoint, so a resumed run continues with new pairs.
         if torch.rand(1).item() < self.forget_share:
             number = int(torch.randint(self.num_forget, (1,)))
         else:
@@ -134,15 +134,15 @@ class MemorisedLatents(Dataset[dict[str, Tensor]]):
 
 
 class MemorisedData(L.LightningDataModule):
-    """Writes the drawings and serves them for training, those to forget far too often.
+    """Writes the drawings and provides them for training, the drawings to forget far too often.
 
     Args:
         output: Folder for the folders ``forget``, ``keep`` and ``held_out``.
         model: The model whose autoencoder and text encoder are used.
-        forget_share: Share of the training items that are one of the drawings to forget.
-        same_caption: Other drawings with each of their captions.
-        others: Drawings with other captions.
-        held_out: Drawings of each caption to forget that are not trained on.
+        forget_share: Share of the training items that are drawings to forget.
+        same_caption: Number of other drawings with each of their captions.
+        others: Number of drawings with other captions.
+        held_out: Number of drawings for each caption to forget that are not trained on.
         batch_size: Drawings in a batch.
         steps_per_epoch: Batches in an epoch.
         seed: Seed of the drawings.
@@ -197,7 +197,7 @@ class MemorisedData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Random drawings; the order of indices means nothing."""
+        """Random drawings; the index of an item has no meaning."""
         return DataLoader(self.train, batch_size=self.batch_size)
 
     def val_dataloader(self) -> DataLoader[str]:
@@ -210,7 +210,7 @@ def _split(texts: list[str], size: int) -> Iterator[list[str]]:
 
 
 class MemorisedTraining(TextToImageTraining):
-    """Trains a model's UNet on and writes the whole pipeline.
+    """Trains a model's UNet further and writes the whole pipeline.
 
     Args:
         model: A diffusers folder, or ``emoji-sd``.

@@ -1,4 +1,4 @@
-"""Where the parts of the embedded model lie: in its folder, or in the runs that have trained them."""
+"""Finds the parts of the embedded model: in its folder, or in the runs that trained them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from lit_unlearn.diffusion.source import resolve_model
 
 FOLDER = "pretrained"
-"""Where a run keeps what it has trained, as the embedded model's folder has it."""
+"""Folder of a run with the parts that it trained, in the layout of the embedded model."""
 
 
 def trained_part(part: str, run: str | None, model: str) -> Path:
-    """Folder of ``part``: what the run in the folder ``run`` has trained, or that of ``model`` if there is none.
+    """Folder of ``part``: from the run in the folder ``run``, or from ``model`` if ``run`` is None.
 
     Raises:
-        ValueError: There is no such part.
+        ValueError: The part does not exist there.
     """
     folder = Path(resolve_model(model)) / part if run is None else Path(run) / FOLDER / part
     if not (folder / ("tokenizer_config.json" if part == "tokenizer" else "config.json")).is_file():

@@ -1,10 +1,10 @@
-"""Puts what runs have trained into the folder of the embedded model, if it is as good as the published one.
+"""Puts the parts that runs have trained into the embedded model, if the result is as good as the published model.
 
     python -m lit_unlearn.emoji.replace logs/emoji/text_to_image/version_0 logs/emoji/judge/version_0
 
-The new model is put together beside the old one: a copy of it, with the parts of the runs, in their order, in place of
-its own. It is measured in whole, for about three minutes on two cores, and takes the place of the old one in one step,
-or nothing does. The model card and the picture of samples stay; they are to be renewed by hand (docs/emoji_sd.md).
+The new model is made beside the old one: a copy in which the parts of the runs, in order, replace its own. The whole
+model is measured, which takes about three minutes on two cores, and then replaces the old one in one step, or nothing
+is changed. The model card and the picture of samples are kept; renew them by hand (docs/emoji_sd.md).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
     """Put the parts that ``runs`` have trained into ``model``.
 
     Args:
-        runs: Folders of runs of the recipes ``emoji/*.yaml``; of a part that several have, the last one counts.
+        runs: Folders of runs of the recipes ``emoji/*.yaml``; if several runs have the same part, the last one counts.
         model: Folder of the embedded model.
-        figures: The published figures, as ``benchmarks/emoji_sd.py`` writes them.
+        figures: File with the published numbers, as ``benchmarks/emoji_sd.py`` writes it.
 
     Raises:
-        ValueError: A run has trained nothing, or the new model is worse than the published one; nothing is changed.
+        ValueError: A run has no trained part, or the new model is worse than the published one; nothing is changed.
         WriteError: The folder cannot be written.
     """
     if not figures.is_file():

@@ -1,4 +1,4 @@
-"""Trains the text encoder of emoji-sd: a ``CLIPTextModel`` whose end-of-text state tells what a caption describes."""
+"""Trains the text encoder of emoji-sd: a ``CLIPTextModel`` whose end-of-text state encodes what a caption describes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_LENGTH = 32
 
 
 def train_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding in CLIP's form: each word of the captions is one token, other words fall to pieces."""
+    """Train a byte-pair tokenizer of CLIP's kind: each word of the captions is one token, other words are several."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -30,8 +30,8 @@ def train_tokenizer() -> CLIPTokenizer:
         vocab_size=10_000,
         end_of_word_suffix="</w>",
         initial_alphabet=list(letters),
-        # The last letters get their numbers here, since ties between merges are broken by number; otherwise they are
-        # numbered in the order of a hash map, and a resumed training would have other tokens.
+        # Ties between merges are broken by number. Without this the last letters would be numbered in the order of a
+        # hash map, and a resumed training would have other tokens.
         special_tokens=[letter + "</w>" for letter in letters],
         show_progress=False,
         min_frequency=1,
@@ -50,7 +50,8 @@ def train_tokenizer() -> CLIPTokenizer:
 class TextEncoderTraining(L.LightningModule):
     """Trains text encoder and three linear heads on captions: cross-entropy of subject, style and scene.
 
-    The heads are scaffolding and are not saved. What a caption leaves unsaid is learned as a distribution.
+    The heads are needed only for training and are not saved. For attributes that a caption does not mention, they learn
+    a distribution.
 
     Args:
         hidden_size: Width of the encoder.
@@ -98,7 +99,7 @@ class TextEncoderTraining(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Accuracy per head on held-out captions; unsaid attributes can only be guessed."""
+        """Accuracy per head on held-out captions; attributes that a caption does not mention can only be guessed."""
         logits = self.logits(batch["captions"])
         for i, name in enumerate(ATTRIBUTES):
             accuracy = (logits[name].argmax(dim=-1) == batch["labels"][:, i]).float().mean()

@@ -1,6 +1,7 @@
 """Trains the UNet of emoji-sd on latents of drawings and states of their captions, and writes the whole pipeline.
 
-Autoencoder and text encoder are frozen, so their outputs are computed once and kept in memory; a step is the UNet's.
+Autoencoder and text encoder are frozen, so their outputs are computed once and kept in memory; a training step runs
+only the UNet.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NOISE_SCHEDULE: dict[str, Any] = {
 
 
 class CaptionedLatents(Dataset[dict[str, Tensor]]):
-    """Pairs of a drawing's latent and a true caption's states; drawings and captions are paired anew at each access.
+    """Pairs of a drawing's latent and the states of a true caption; each access makes a new random pair.
 
     Items: ``latents`` (C, 12, 12), unit variance; ``encoder_hidden_states`` (32, D).
 
@@ -48,7 +49,7 @@ class CaptionedLatents(Dataset[dict[str, Tensor]]):
         latents: Latents per combination of attributes, (combinations, drawings, C, 12, 12), float16.
         states: Caption states per combination, (combinations, captions, 32, D), float16.
         unconditional: States of the empty prompt, (32, D).
-        unconditional_share: How often the caption is the empty prompt (for classifier-free guidance).
+        unconditional_share: Share of items with the empty prompt as caption (for classifier-free guidance).
         size: Length of an epoch.
     """
 
@@ -62,7 +63,7 @@ class CaptionedLatents(Dataset[dict[str, Tensor]]):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # torch's generator is restored with a checkpoint, so a resumed run sees fresh pairs too.
+        # torch's generator is restored with a checkpoint, so a resumed run also sees new pairs.
         combination, drawing, words = (
             int(torch.randint(high, (1,))) for high in (*self.latents.shape[:2], self.states.shape[1])
         )
@@ -72,14 +73,14 @@ class CaptionedLatents(Dataset[dict[str, Tensor]]):
 
 
 class LatentDrawings(L.LightningDataModule):
-    """Encodes drawings and captions once with the frozen parts of the module and serves random pairs.
+    """Encodes drawings and captions once with the frozen parts of the module, and provides random pairs.
 
     Args:
         batch_size: Pairs in a batch.
-        steps_per_epoch: Batches in an epoch; a checkpoint and a sample grid come after each.
-        drawings: Drawings kept for each of the 320 combinations of subject, style and scene.
-        captions: Captions kept for each combination.
-        unconditional_share: How often the caption is the empty prompt.
+        steps_per_epoch: Batches in an epoch; each epoch ends with a checkpoint and a sample grid.
+        drawings: Number of drawings for each of the 320 combinations of subject, style and scene.
+        captions: Number of captions for each combination.
+        unconditional_share: Share of items with the empty prompt as caption.
         sample_prompts: Prompts drawn after each epoch, eight to a row.
         seed: Seed of drawings and captions.
     """
@@ -103,7 +104,7 @@ class LatentDrawings(L.LightningDataModule):
 
     @torch.no_grad()
     def setup(self, stage: str) -> None:
-        """Encode everything; a few minutes on two cores."""
+        """Encode all drawings and captions, which takes a few minutes on two cores."""
         if hasattr(self, "train"):
             return
         module = self.trainer and self.trainer.lightning_module
@@ -137,7 +138,7 @@ class LatentDrawings(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Random pairs; the order of indices means nothing."""
+        """Random pairs; the index of an item has no meaning."""
         return DataLoader(self.train, batch_size=self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[str]:
@@ -149,11 +150,11 @@ class TextToImageTraining(L.LightningModule):
     """Trains the UNet with the noise-prediction loss (Ho et al., 2020) and assembles the pipeline.
 
     Args:
-        model: Folder of a pipeline or ``emoji-sd``: whose autoencoder, text encoder and tokenizer are used.
-        vae: Folder of a run that has trained the autoencoder; null takes that of ``model``.
-        text_encoder: Folder of a run that has trained text encoder and tokenizer; null takes those of ``model``.
-        block_out_channels: Channels per resolution of the UNet, 12 by 12 first.
-        attention: Which resolutions attend to the caption.
+        model: Folder of a pipeline or ``emoji-sd``; its autoencoder, text encoder and tokenizer are used.
+        vae: Folder of a run that has trained the autoencoder; null takes the autoencoder of ``model``.
+        text_encoder: Folder of a run that has trained text encoder and tokenizer; null takes both from ``model``.
+        block_out_channels: Channels of the UNet per resolution, 12 by 12 first.
+        attention: For each resolution, whether it attends to the caption.
         num_heads: Attention heads.
         lr: Peak learning rate of AdamW, after a warm-up of 2 % and before a cosine decay to zero.
         guidance_scale: Strength of classifier-free guidance in the sample grid.
@@ -227,7 +228,7 @@ class TextToImageTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """The pipeline around the UNet as it is now; nothing is copied."""
+        """The pipeline with the UNet in its current state; nothing is copied."""
         return StableDiffusionPipeline(
             vae=AutoencoderKL.from_pretrained(self.parts["vae"]),
             text_encoder=CLIPTextModel.from_pretrained(self.parts["text_encoder"]),
@@ -240,7 +241,7 @@ class TextToImageTraining(L.LightningModule):
         )
 
     def save_pretrained(self, output: Path) -> None:
-        """Write the whole pipeline into ``output``; the UNet in half precision, to stay small."""
+        """Write the whole pipeline into ``output``, with the UNet in half precision to keep the files small."""
         pipeline = self.pipeline()
         pipeline.unet = UNet2DConditionModel.from_config(self.unet.config)
         pipeline.unet.load_state_dict(self.unet.state_dict())

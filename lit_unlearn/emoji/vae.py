@@ -17,17 +17,17 @@ from lit_unlearn.emoji.drawing import RESOLUTION
 
 
 class VAETraining(L.LightningModule):
-    """Trains ``AutoencoderKL`` on drawings: absolute plus squared error, a little KL to keep the latents smooth.
+    """Trains ``AutoencoderKL`` on drawings: absolute plus squared error, and a small KL term for smooth latents.
 
     Args:
-        block_out_channels: Channels per resolution, 48 pixels first; each but the last halves the picture.
+        block_out_channels: Channels per resolution, 48 pixels first; each except the last halves height and width.
         latent_channels: Channels of a latent.
-        kl_weight: Weight of the KL term, per latent number, against the error per pixel value.
+        kl_weight: Weight of the KL term per latent value, relative to the error per pixel value.
         lr: Peak learning rate of AdamW (one-cycle schedule).
     """
 
     part = "vae"
-    """What of the model it trains."""
+    """The part of the model that it trains."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class VAETraining(L.LightningModule):
             norm_num_groups=4,
             sample_size=RESOLUTION,
             mid_block_add_attention=False,
-        ).to(memory_format=torch.channels_last)  # float32 convolutions are several times slower otherwise on a CPU
+        ).to(memory_format=torch.channels_last)  # otherwise float32 convolutions are several times slower on a CPU
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruction error through a sampled latent, plus KL."""

@@ -1,4 +1,4 @@
-"""Forget and retain scores, their harmonic mean, and how sure a share of so many pictures is."""
+"""Forget and retain scores, their harmonic mean, and confidence intervals of shares of pictures."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
 ERR_TERMS = ("forget_direct", "retain", "adjacent", "forget_indirect", "forget_adversarial")
-"""What the challenge's score is the harmonic mean of."""
+"""The challenge's score is the harmonic mean of these scores."""
 
 NOT_JUDGED = -2
 FAILED = -1
-"""States of a picture. Failed is the greater, so that one replica's failure outlives the others' ``NOT_JUDGED`` when
-replicas are merged by their maximum; a verdict (0 or 1) outlives both."""
+"""States of a picture. Replicas are merged by their maximum, so ``FAILED`` is greater than ``NOT_JUDGED``, and a
+verdict (0 or 1) is greater than both."""
 
 
 def harmonic_mean(*scores: float) -> float:
     """Return ``n / (1/a + 1/b + ...)``, for two scores ``2ab / (a + b)``; 0 if one is 0, nan if one is nan.
 
     Raises:
-        ValueError: A negative score, or none at all.
+        ValueError: A score is negative, or there is no score.
     """
     if not scores or min(scores) < 0:
         raise ValueError(f"harmonic_mean{scores}: give scores, none of them negative.")
@@ -37,7 +37,7 @@ def harmonic_mean(*scores: float) -> float:
 def both_harmonic_means(forget: Sequence[float], retain: Sequence[float]) -> tuple[float, float]:
     """Return the two harmonic means that are in use for scores of several concepts.
 
-    They differ: a concept that was not forgotten at all pulls the second to the ground, the first hardly.
+    They differ: a concept that was not forgotten at all lowers the second one strongly and the first one little.
 
     Args:
         forget: Forget score per concept.
@@ -47,7 +47,7 @@ def both_harmonic_means(forget: Sequence[float], retain: Sequence[float]) -> tup
         The harmonic mean of the average scores (the paper's Table 5), and the average of the concepts' harmonic means.
 
     Raises:
-        ValueError: No concept, or not one retain score per forget score.
+        ValueError: There are no scores, or not as many retain as forget scores.
     """
     if len(forget) != len(retain) or not forget:
         raise ValueError(f"{len(forget)} forget and {len(retain)} retain scores: give one of each per concept.")
@@ -56,20 +56,20 @@ def both_harmonic_means(forget: Sequence[float], retain: Sequence[float]) -> tup
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (Wilson 1927): stays in [0, 1] and has a width at 0 and at 1.
+    """Return the Wilson score interval of a share (Wilson 1927); it lies in [0, 1] and is not empty at 0 and 1.
 
-    Trials count as independent, so for pictures of few prompts it is the least uncertainty there is.
+    Trials are treated as independent, so for pictures of few prompts the true uncertainty is larger.
 
     Args:
-        successes: Trials that succeeded.
-        trials: All trials; 0 gives (0, 1), nothing being known.
-        confidence: Probability that such an interval holds the true share.
+        successes: Number of successful trials.
+        trials: Number of all trials; 0 gives (0, 1), because nothing is known.
+        confidence: Probability that such an interval contains the true share.
 
     Returns:
         Lower and upper bound.
 
     Raises:
-        ValueError: More successes than trials, negative numbers, a confidence outside (0, 1).
+        ValueError: There are more successes than trials, a number is negative, or the confidence is not in (0, 1).
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes of {trials} trials: expected 0 <= successes <= trials.")
@@ -81,21 +81,21 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     share = successes / trials
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
-    # Exact at the ends, where rounding would leave 1e-17 or 1 - 1e-16.
+    # Exact at 0 and 1, where rounding would give 1e-17 or 1 - 1e-16.
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == trials else centre + half
     return low, high
 
 
 class ForgetRetain(Metric):
-    """Forget and retain score of an edit: shares of pictures without the edited and with the other concepts.
+    """Forget and retain score of an edit: the share of pictures without the edited concepts, and with the others.
 
-    Each picture has its own place in the state, found by concept, prompt and number. A picture that is judged twice
-    counts once, so the pictures that a distributed sampler repeats to fill its last batch do no harm, and order and
-    batch size do not matter. (Two different verdicts on one picture count as yes.) A picture that the judge could not
-    tell is missing: it is in no share, neither as forgotten nor as retained.
+    Each picture has its own position in the state, given by concept, prompt and number. A picture that is judged twice
+    counts once, so repeated pictures of a distributed sampler do not change the scores, and neither do order and batch
+    size. (Two different verdicts on one picture count as yes.) A picture without an answer of the judge is missing: it
+    counts neither as forgotten nor as retained.
 
-    Call ``update`` rather than the metric itself, which would also compute the scores of each batch.
+    Call ``update`` and not the metric itself, which would also compute the scores of each batch.
     """
 
     is_differentiable = False
@@ -121,17 +121,17 @@ class ForgetRetain(Metric):
 
         Args:
             concepts: All concepts of the set, in the order of ``concept_index``.
-            edited: The concepts that were edited; none for an unedited model, whose forget score is then nan.
+            edited: The edited concepts; empty for an unedited model, whose forget score is then nan.
             images_per_concept: Pictures of each concept, over all its direct and indirect prompts.
-            num_direct: How many of a concept's prompts are direct; they come first, indirect ones follow.
+            num_direct: Number of direct prompts of a concept; they come first, then the indirect prompts.
             images_per_prompt: Pictures (seeds) of each prompt.
-            confidence: Of the intervals.
-            adjacent: Concepts nearest to the edited ones, whose retention is also scored apart.
-            num_adversarial: How many further prompts of a concept are adversarial; they come last.
+            confidence: Confidence of the intervals.
+            adjacent: Concepts nearest to the edited ones, whose retention is also scored separately.
+            num_adversarial: Number of further, adversarial prompts of a concept; they come last.
             **kwargs: Passed on to ``torchmetrics.Metric``.
 
         Raises:
-            ValueError: Numbers that do not fit together, an unknown edited concept, or a concept given twice.
+            ValueError: The numbers do not fit together, an edited concept is unknown, or a concept is given twice.
         """
         super().__init__(**kwargs)
         self.concepts, self.edited = tuple(concepts), tuple(edited)
@@ -163,7 +163,7 @@ class ForgetRetain(Metric):
         self.add_state(
             "verdicts", default=torch.full(shape, NOT_JUDGED, dtype=torch.int8), dist_reduce_fx="max", persistent=False
         )
-        # By edited concept that is asked for, then as above; there is none where no other concept is edited.
+        # By the edited concept in question, then as above; empty if fewer than two concepts are edited.
         self.crosswise = torch.empty(0)
         if len(self.edited) > 1:
             table = torch.full((len(self.edited), len(self.concepts), self.num_prompts, images_per_prompt), NOT_JUDGED)
@@ -177,19 +177,19 @@ class ForgetRetain(Metric):
         image_index: Tensor | Sequence[int],
         asked: str | None = None,
     ) -> None:
-        """Enter the judge's answers on B pictures.
+        """Add the judge's answers on B pictures.
 
         Args:
-            probability: That the picture shows the concept it was asked for, (B,), in [0, 1]; at least 0.5 is yes,
-                nan a failure of the judge.
-            concept_index: Place in ``concepts`` of the concept whose prompt made the picture, (B,).
+            probability: Probability that the picture shows the concept in question, (B,), in [0, 1]; at least 0.5 means
+                yes, nan means that the judge gave no answer.
+            concept_index: Index in ``concepts`` of the concept whose prompt the picture was drawn from, (B,).
             prompt_index: Number of the prompt, (B,): direct prompts first, then indirect, then adversarial ones.
-            image_index: Number of the picture among those of its prompt, (B,).
-            asked: Edited concept that the judge was asked about pictures of other edited ones' prompts; None for that
-                of each prompt.
+            image_index: Number of the picture among the pictures of its prompt, (B,).
+            asked: The edited concept in question, for pictures of other edited concepts' prompts; None if it is each
+                prompt's own concept.
 
         Raises:
-            ValueError: Lengths differ, an index or a probability is out of range, or ``asked`` is not among several
+            ValueError: Lengths differ, an index or a probability is out of range, or ``asked`` is not one of several
                 edited concepts.
         """
         if asked is not None and (asked not in self.edited or len(self.edited) == 1):
@@ -219,19 +219,19 @@ class ForgetRetain(Metric):
 
         Returns:
             ``forget``: share of the edited concepts' judged pictures without their concept; ``retain``: share of the
-            other concepts' judged pictures with theirs; ``harmonic_mean`` of the two; ``forget_direct``,
-            ``forget_indirect``, ``retain_direct``, ``retain_indirect``: the same over some prompts only;
-            where the metric knows of such, ``adjacent``: as retain, over the adjacent concepts only;
-            ``forget_adversarial``: as forget, over the adversarial prompts, which are in no other score;
-            ``forget_crosswise``, of several edited concepts: share of the judged pictures of the *other* edited
-            concepts' prompts without the concept, 0 if two have changed places; ``err``: the
-            challenge's harmonic mean of five, of ``forget_direct``, ``retain``, ``adjacent``, ``forget_indirect`` and
-            ``forget_adversarial``;
-            ``intervals``: (low, high) for each but ``err``; that of the harmonic mean is the range of harmonic
-            means within a joint region of the same confidence (each score at half the doubt: Bonferroni);
-            ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``, and of
-            several edited ones ``share_crosswise``, of the others' pictures with it;
-            ``missing``: all pictures without verdict, ``failed``: those of them that the judge could not tell.
+            other concepts' judged pictures with their concept; ``harmonic_mean`` of the two; ``forget_direct``,
+            ``forget_indirect``, ``retain_direct``, ``retain_indirect``: the same over these prompts only;
+            if there are adjacent concepts, ``adjacent``: as retain, over the adjacent concepts only;
+            if there are adversarial prompts, ``forget_adversarial``: as forget, over the adversarial prompts, which do
+            not count in other scores; if several concepts are edited, ``forget_crosswise``: share of the judged
+            pictures of the *other* edited concepts' prompts without the concept, 0 if two concepts have changed places;
+            ``err``: the challenge's harmonic mean of ``forget_direct``, ``retain``, ``adjacent``, ``forget_indirect``
+            and ``forget_adversarial``;
+            ``intervals``: (low, high) for each score except ``err``; for the harmonic mean it is the range of harmonic
+            means in a joint region of the same confidence (each score with half the error probability: Bonferroni);
+            ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``, and if
+            several are edited ``share_crosswise``: share of the others' pictures that show it;
+            ``missing``: number of pictures without a verdict; ``failed``: how many of these the judge did not answer.
         """
         verdicts, adversarial = self.verdicts.cpu().split([self.num_prompts, self.num_adversarial], dim=1)
         is_edited = torch.tensor([name in self.edited for name in self.concepts])
@@ -292,11 +292,11 @@ class ForgetRetain(Metric):
             failed = int((verdicts == FAILED).sum())
             rank_zero_warn(
                 f"No picture was judged of {len(unjudged)} of {len(self.concepts)} concepts ({', '.join(unjudged)}): "
-                f"they are in no score. The judge failed on {failed} pictures; the others were never shown to it "
+                f"they count in no score. The judge failed on {failed} pictures; the others were never shown to it "
                 "(limit_test_batches, or a set of prompts that leaves concepts out?)."
             )
 
 
 def _count(verdicts: Tensor, verdict: int) -> tuple[int, int]:
-    """Return how many pictures have this verdict, and how many have any."""
+    """Return the number of pictures with this verdict, and the number of pictures with any verdict."""
     return int((verdicts == verdict).sum()), int((verdicts >= 0).sum())

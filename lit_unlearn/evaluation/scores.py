@@ -1,4 +1,4 @@
-"""The scores of a run: ``scores.json``, what it holds and how it is written and read."""
+"""The scores of a run: the content of ``scores.json``, which is written and read here."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any, TypeVar
 from lit_unlearn.system.json_files import plain, read_json, read_value, write_json
 
 SCHEMA = 1
-"""Version of ``scores.json``; raised when a field changes its meaning or goes."""
+"""Version of ``scores.json``; raised when a field is removed or changes its meaning."""
 
 OWN_INTERVALS = {"adversarial": "forget_adversarial", "crosswise": "forget_crosswise"}
-"""Names of intervals, where they are not those of their scores."""
+"""Names of intervals that differ from the names of their scores."""
 
 AnyMeasurement = TypeVar("AnyMeasurement", bound="Measurement")
 
 
 @dataclass(frozen=True)
 class ConceptScore:
-    """What the judge saw in the pictures of one concept's prompts."""
+    """The judge's verdicts on the pictures of one concept's prompts."""
 
     share_with_concept: float | None
     """Share of the judged pictures that show the concept; None if none was judged."""
     n: int
-    """Judged pictures."""
+    """Number of judged pictures."""
     missing: int
-    """Pictures without a verdict: never judged, or the judge could not tell."""
+    """Number of pictures without a verdict: not judged, or without an answer of the judge."""
     edited: bool
     failed: int = 0
-    """Those of the missing that the judge could not tell."""
+    """Number of missing pictures that the judge saw but did not answer."""
     share_crosswise: float | None = None
-    """Share of the judged pictures of the other edited concepts' prompts that show this one, if several are edited."""
+    """If several concepts are edited: share of the judged pictures of the others' prompts that show this concept."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Where something came from, with the SHA-256 of its content (None if it cannot be had, e.g. of a hub id)."""
+    """Origin of a model or a set, with the SHA-256 of its content (None if unknown, e.g. for a hub id)."""
 
     name: str
     sha256: str | None = None
@@ -55,24 +55,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an edit cost."""
+    """The cost of an edit."""
 
     seconds: float
     unet_forwards: int
-    """Pictures or latents that went through the UNet; one of classifier-free guidance counts twice."""
+    """Pictures or latents that passed through the UNet; with classifier-free guidance each counts twice."""
     peak_memory_bytes: int | None = None
     unet_backwards: int = 0
-    """Those of the forwards through which gradients flowed back, at about two forwards each."""
+    """Number of these forward passes that also had a backward pass, which costs about two forward passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What the judge found on one model: the fields that the edited and the unedited model have in common."""
+    """The judge's results for one model: the fields that the edited and the unedited model have in common."""
 
     forget: float | None
     """Share of the edited concepts' judged pictures without their concept; None if none was judged."""
     retain: float | None
-    """Share of the other concepts' judged pictures with theirs; None if none was judged."""
+    """Share of the other concepts' judged pictures with their concept; None if none was judged."""
     harmonic_mean: float | None
     intervals: dict[str, tuple[float, float]]
     """Name of a score (at least ``forget`` and ``retain``) -> lower and upper bound, at 95 % confidence."""
@@ -84,20 +84,20 @@ class Measurement:
     adjacent: float | None = None
     """As retain, over the concepts nearest to the edited ones."""
     adversarial: float | None = None
-    """As forget, over the adversarial prompts, which are in no other score."""
+    """As forget, over the adversarial prompts, which do not count in other scores."""
     crosswise: float | None = None
-    """Where several concepts are edited: share of the judged pictures of each one's prompts without each of the
-    others. Two concepts that have changed places are forgotten, and crosswise is 0."""
+    """If several concepts are edited: share of the judged pictures of each concept's prompts that do not show any of
+    the others. If two concepts have changed places, forget is 1 and crosswise is 0."""
     err: float | None = None
     """Harmonic mean of forget on direct prompts, retain, adjacent, forget on indirect and on adversarial prompts."""
 
     @classmethod
     def from_metric(cls: type[AnyMeasurement], result: Mapping[str, Any], **provenance: Any) -> AnyMeasurement:
-        """Make it of what ``ForgetRetain.compute`` returns.
+        """Make it from the result of ``ForgetRetain.compute``.
 
         Args:
             result: The computed scores; nan becomes None.
-            **provenance: The further fields of ``Scores``, when called on that class.
+            **provenance: The other fields of ``Scores``, when called on that class.
 
         Returns:
             The scores.
@@ -130,7 +130,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(Measurement):
-    """All that ``scores.json`` says about a run: the scores, and what one needs to judge and repeat them."""
+    """The content of ``scores.json``: the scores of a run, and what is needed to interpret and repeat them."""
 
     method: str
     backbone: Source
@@ -142,21 +142,21 @@ class Scores(Measurement):
     judge: str
     images_per_concept: int
     seed: int
-    """Of the pictures: another one draws the same prompts anew."""
+    """Seed of the pictures."""
     training_seed: int | None = None
     """``seed_everything`` of the fit; None if the method draws nothing at random."""
     before: Measurement | None = None
-    """The unedited model on the same prompts and seeds: the floor of forget, the ceiling of retain."""
+    """The unedited model on the same prompts and seeds: the lower bound of forget and the upper bound of retain."""
     cost: Cost | None = None
     edit: dict[str, Any] = field(default_factory=dict)
-    """What the method reports of its edit, e.g. the null space of each layer."""
+    """The method's report about its edit, e.g. the null space of each layer."""
     drift: dict[str, Any] | None = None
-    """How far pictures of unrelated prompts moved, same seeds."""
+    """How much pictures of unrelated prompts have changed, with the same seeds."""
     agreement: dict[str, Any] | None = None
     """Name of the second judge, and Cohen's kappa of both judges' verdicts on the same pictures."""
     calibration: dict[str, Any] | None = None
-    """How well the judge tells the unedited model's pictures of each edited concept from those of others of its kind:
-    the numbers of ``lit_unlearn.evaluation.judge_curve.Curve`` by concept."""
+    """How well the judge distinguishes the unedited model's pictures of each edited concept from pictures of other
+    concepts of its kind: the numbers of ``lit_unlearn.evaluation.judge_curve.Curve`` by concept."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Scores(Measurement):
         return {name: content[name] for name in (*order, *(name for name in content if name not in order))}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``scores.json``; a file that was there survives a failure."""
+        """Write ``scores.json``; if writing fails, an earlier file is kept."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -180,7 +180,7 @@ class Scores(Measurement):
             The scores.
 
         Raises:
-            ValueError: The file is missing, is not JSON, has another schema, or lacks or misspells a field.
+            ValueError: The file is missing, is not JSON, has another schema, or a field is missing or misspelt.
         """
         path = Path(path)
         content = read_json(path, "a run writes its scores when it is tested")

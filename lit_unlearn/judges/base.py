@@ -1,4 +1,4 @@
-"""What a judge is: something that looks at pictures and answers yes-or-no questions about them."""
+"""The interface of judges, which look at pictures and answer yes-or-no questions about them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lit_unlearn.system.errors import UserError
 
 @runtime_checkable
 class Judge(Protocol):
-    """Answers whether a picture shows what is asked.
+    """Answers yes-or-no questions about pictures.
 
     Anything with a ``name`` and this call is a judge: a classifier with a head for each attribute, a zero-shot model,
-    a vision-language model that is asked the question literally.
+    or a vision-language model that gets the question as text.
     """
 
     name: str
@@ -33,28 +33,28 @@ class Judge(Protocol):
             questions: One question per picture, B of them.
 
         Returns:
-            Probabilities, (B,), in [0, 1]; nan where the judge could not tell (no answer, not yes or no).
+            Probabilities, (B,), in [0, 1]; nan where the judge gave no clear answer.
 
         Raises:
-            ValueError: A question that this judge does not know.
+            ValueError: The judge cannot answer a question.
         """
         ...
 
 
 class JudgeError(UserError, ValueError):
-    """A judge that cannot be had, or that returned something else than probabilities.
+    """A judge cannot be loaded, or returned something other than probabilities.
 
-    Both may come up within a test: it is the user's mistake there, too.
+    It is a ``UserError``, because both can also happen during a test and the user can correct them.
     """
 
 
 class UnknownQuestionError(JudgeError):
-    """Questions that a judge does not know.
+    """A judge cannot answer some questions.
 
     Args:
-        judge: What the user calls the judge.
-        unknown: The questions, at least one.
-        known: Those that it knows.
+        judge: The judge's name for the user.
+        unknown: The questions that it cannot answer, at least one.
+        known: The questions that it can answer.
     """
 
     def __init__(self, judge: str, unknown: Sequence[str], known: Collection[str]) -> None:
@@ -63,28 +63,28 @@ class UnknownQuestionError(JudgeError):
 
 
 class NamedJudge(ABC):
-    """Base of the judges that recipes call by a short name; one that is given by its import path may do without it.
+    """Base class of the judges with a short name for recipes; a judge that is given by its import path needs no base.
 
-    ``judge_options`` are the arguments of the class. One that is called ``concepts`` is given the concept set.
+    ``judge_options`` are the arguments of the class. An argument called ``concepts`` receives the concept set.
     """
 
     short_name: ClassVar[str]
-    """What recipes call it."""
+    """Its name in recipes."""
     quick: ClassVar[bool] = False
-    """Whether it is so quick that its answers need no cache, and that it may be asked about many pictures more."""
+    """Whether it is so quick that its answers need no cache and that it can be asked about many more pictures."""
     name: str
     """See ``Judge``."""
 
     @classmethod  # noqa: B027 - there may be nothing to refuse
     def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
-        """Refuse what this judge cannot do, before anything is loaded; questions come first, then packages.
+        """Check options, questions and packages before anything is loaded; questions are checked before packages.
 
         Args:
-            options: The arguments that are given.
+            options: The arguments of the class that the user gave.
             questions: All questions that will be asked.
 
         Raises:
-            UnknownQuestionError: It does not know a question.
+            UnknownQuestionError: The judge cannot answer a question.
             ValueError: An option is wrong, or a file or a package is missing.
         """
 
@@ -94,7 +94,7 @@ class NamedJudge(ABC):
 
 
 def is_quick(judge: Judge) -> bool:
-    """Whether ``judge`` is quick, as ``NamedJudge.quick`` says it; one that does not say is not."""
+    """Whether ``judge`` is quick (see ``NamedJudge.quick``); False if it has no such attribute."""
     return getattr(judge, "quick", False)
 
 
@@ -102,9 +102,9 @@ def check_installed(package: str, what: str, extra: str) -> None:
     """Refuse if ``package`` is not installed.
 
     Args:
-        package: What is imported.
-        what: What needs it, as the sentence begins.
-        extra: The extra of this project that brings it.
+        package: Name of the package for ``import``.
+        what: What needs the package; it begins the message.
+        extra: The extra of this project that installs it.
 
     Raises:
         ValueError: It is not installed.
@@ -117,7 +117,7 @@ def resolve_judge_model(model: str) -> str:
     """The folder or hub id that a judge's option ``model`` stands for.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: ``model`` is neither a folder nor a hub id.
     """
     try:
         return str(resolve_model(model))
@@ -130,10 +130,10 @@ def resolve_judge_model(model: str) -> str:
 
 @torch.no_grad()
 def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Ask ``judge`` one question about each picture, in batches, and check what goes in and what comes out.
+    """Ask ``judge`` one question about each picture, in batches, and check the inputs and the answers.
 
-    A picture with numbers that are not finite (a model that overflowed) is not shown to the judge: it gets nan, since
-    a broken picture is no evidence that a concept is gone.
+    A picture with values that are not finite (the model overflowed) is not shown to the judge and gets nan, because a
+    broken picture does not show that a concept is gone.
 
     Args:
         judge: The judge.
@@ -142,11 +142,11 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
         batch_size: Pictures that the judge sees at once.
 
     Returns:
-        Probabilities of yes, (B,), float32 on the CPU; nan where there is no judgement.
+        Probabilities of yes, (B,), float32 on the CPU; nan where there is no answer.
 
     Raises:
-        ValueError: Shapes, lengths or ranges do not fit.
-        JudgeError: The judge returned something else than probabilities.
+        ValueError: Shapes, lengths or ranges of the inputs are wrong.
+        JudgeError: The judge returned something other than probabilities.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -180,6 +180,6 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
             )
         answer = answer.float().cpu()
         if len(outside := answer[(answer < 0) | (answer > 1)]):
-            raise JudgeError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is no probability.")
+            raise JudgeError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is not a probability.")
         probability[batch] = answer
     return probability

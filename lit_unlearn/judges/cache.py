@@ -1,4 +1,4 @@
-"""Answers of a judge on disk, so that no picture is judged twice."""
+"""Keeps the answers of a judge on disk, so that no picture is judged twice."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lit_unlearn.system.json_files import read_json, read_value, write_json
 
 
 class CachedJudge:
-    """A judge that remembers: answers lie in ``folder``, one file per judge, by picture and question.
+    """A judge that stores its answers in ``folder``, in one file per judge, by picture and question.
 
-    A picture is known by the hash of its 8-bit values. Answers of another judge, of another ``version`` of this one, or
-    under other libraries, are in another file. A failure (nan) is not kept: the judge is asked again the next time.
-    A file that is damaged is said and begun anew.
+    A picture is identified by the hash of its 8-bit values. Answers of another judge, of another ``version`` of this
+    judge, or with other versions of libraries are in another file. A missing answer (nan) is not stored, so the judge
+    is asked again next time. If a file is damaged, a message is printed and a new file is begun.
 
     Args:
-        judge: Whom to ask; its ``version``, if it has one, tells what its name does not.
-        folder: Where answers are kept.
-        version: What else changes its answers, such as options and code of a class from elsewhere.
+        judge: The judge to ask; its ``version``, if it has one, adds to its name.
+        folder: Folder for the answers.
+        version: Anything else that changes the answers, such as options and the code of a user's own class.
     """
 
     def __init__(self, judge: Judge, folder: str | Path, version: str = "") -> None:
@@ -81,7 +81,7 @@ def _hash(answers: Mapping[str, float]) -> str:
 
 
 def weights_version(model: nn.Module) -> str:
-    """What tells a model of transformers from others: its commit on the hub, or a hash of its weights; the device."""
+    """Identifies a model of transformers: its commit on the hub, or a hash of its weights; then the device type."""
     commit = getattr(model.config, "_commit_hash", None)
     version = commit or fingerprint(dict(model.named_parameters()))
     return f"{version} {next(model.parameters()).device.type}"

@@ -1,7 +1,7 @@
-"""A judge that is a small classifier: one head per attribute of a picture, each question asked of one head.
+"""A judge that is a small classifier with one head per attribute of a picture; each question belongs to one head.
 
-The judge of the embedded model is of this kind. What the heads are and which questions they answer is in its
-``config.json``, so the class knows nothing of emoji.
+The judge of the embedded model is of this kind. Its ``config.json`` lists the heads and the questions they answer, so
+that nothing in this class depends on emoji.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class AttributeClassifier(nn.Module):
 
     Args:
         attributes: Values of each attribute.
-        width: Channels of the first of four stages; the others have 2, 4 and 4 times as many. Each halves the picture.
+        width: Channels of the first of four stages; the others have 2, 4 and 4 times as many. Each stage halves height
+            and width.
     """
 
     def __init__(self, attributes: Mapping[str, Sequence[str]], width: int = 32) -> None:
@@ -62,7 +63,7 @@ class AttributeClassifier(nn.Module):
 
 
 class ClassifierConfig(NamedTuple):
-    """What ``config.json`` says: the classifier's name and shape, and the attribute and value of each question."""
+    """Content of ``config.json``: the classifier's name and size, and the attribute and value of each question."""
 
     name: str
     width: int
@@ -71,10 +72,10 @@ class ClassifierConfig(NamedTuple):
 
 
 def read_config(path: str | Path) -> ClassifierConfig:
-    """Read the ``config.json`` of a ``ClassifierJudge``'s folder; its weights are not read.
+    """Read ``config.json`` in the folder of a ``ClassifierJudge``; the weights are not read.
 
     Raises:
-        ValueError: A file is missing, or this one does not say what it should.
+        ValueError: A file is missing, or ``config.json`` is wrong.
     """
     for name in ("config.json", "model.safetensors"):
         if not (Path(path) / name).is_file():
@@ -97,10 +98,10 @@ class ClassifierJudge(NamedJudge):
     Args:
         path: Folder with ``model.safetensors`` and ``config.json`` (``name``, ``width``, ``attributes``, and
             ``questions``: question to attribute and value).
-        device: Where the classifier runs.
+        device: Device that the classifier runs on.
 
     Raises:
-        ValueError: The folder lacks a file or one is corrupt; or (when called) a question is not in ``config.json``.
+        ValueError: A file is missing or corrupt; or (when called) a question is not in ``config.json``.
     """
 
     quick: ClassVar[bool] = True
@@ -119,12 +120,12 @@ class ClassifierJudge(NamedJudge):
 
     @classmethod
     def folder(cls, options: Mapping[str, Any]) -> Path:
-        """Where the classifier lies that these arguments make."""
+        """The folder of the classifier that is made with these arguments."""
         return Path(options["path"])
 
     @classmethod
     def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
-        """See ``NamedJudge.check``; what it knows is in its ``config.json``."""
+        """See ``NamedJudge.check``; the questions that it can answer are in its ``config.json``."""
         find_device(str(options.get("device", "cpu")))
         folder = cls.folder(options)
         known = read_config(folder).questions
@@ -133,7 +134,7 @@ class ClassifierJudge(NamedJudge):
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each."""
+        """Probability of "yes", (B,), for ``images`` (B, 3, H, W) in [0, 1], with one question each."""
         unknown = sorted(set(questions) - set(self.questions))
         if unknown:
             raise UnknownQuestionError(self.name, unknown, self.questions)

@@ -27,14 +27,14 @@ NOTHING = "a picture"
 class ClipJudge(NamedJudge):
     """Answers with the softmax of CLIP's similarities over the concepts of a kind; see ``Judge``.
 
-    The probability of yes is that of the asked concept among all of its kind and "a picture", which stands for none of
-    them. CLIP does not understand "not", so it cannot be asked about one concept alone.
+    The probability of yes is the asked concept's probability among all concepts of its kind and "a picture", which
+    stands for a picture without any of them. CLIP does not understand "not", so it cannot judge one concept alone.
 
     Args:
         concepts: The concept set whose questions are asked.
         model: Hub id or folder.
         revision: Branch, tag or commit, if ``model`` is a hub id.
-        batch_size: Pictures that it sees at once.
+        batch_size: Pictures in one forward pass.
 
     Raises:
         ValueError: ``model`` or ``batch_size`` is wrong.
@@ -64,12 +64,12 @@ class ClipJudge(NamedJudge):
 
     @property
     def version(self) -> str:
-        """What its answers depend on and its name does not say."""
+        """Everything besides its name that its answers depend on."""
         return f"{weights_version(self.model)} {self.choices}"
 
     @classmethod
     def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
-        """See ``NamedJudge.check``; it knows every question of the set that it is made for."""
+        """See ``NamedJudge.check``; it can answer every question of its concept set."""
         resolve_judge_model(options.get("model", MODEL))
         if options.get("batch_size", 1) < 1:
             raise ValueError(f"judge_options.batch_size={options['batch_size']} must be at least 1.")
@@ -79,7 +79,7 @@ class ClipJudge(NamedJudge):
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each.
 
         Raises:
-            ValueError: A question is none of the concept set's.
+            ValueError: A question is not in the concept set.
         """
         if unknown := sorted(set(questions) - set(self.choices)):
             raise UnknownQuestionError(self.name, unknown, self.choices)
@@ -97,7 +97,7 @@ class ClipJudge(NamedJudge):
 
 
 def choices(concepts: ConceptSet) -> Mapping[str, tuple[str, list[str]]]:
-    """For each question the text of its concept, and the texts that it is chosen among."""
+    """For each question, the text of its concept and the texts that CLIP chooses from."""
     texts = {c.name: TEMPLATES[c.kind].format(c.names[0]) for c in concepts.concepts.values()}
     return {
         concept.question: (
@@ -109,5 +109,5 @@ def choices(concepts: ConceptSet) -> Mapping[str, tuple[str, list[str]]]:
 
 
 def normalised(features: Tensor) -> Tensor:
-    """Rows of ``features`` (B, D) at length 1."""
+    """``features`` (B, D) with each row scaled to length 1."""
     return features / features.norm(dim=-1, keepdim=True)

@@ -1,6 +1,6 @@
 """CLIP score (Hessel et al., 2021): how well pictures fit their prompts.
 
-torchmetrics has one, which takes a model only by its name on the hub and does not work with transformers 5.
+The one of torchmetrics accepts only names of models on the hub and does not work with transformers 5.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ClipScore(Metric):
 
     @torch.no_grad()
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Enter ``images`` (B, 3, H, W), float in [0, 1], and their B prompts."""
+        """Add ``images`` (B, 3, H, W), float in [0, 1], and their B prompts."""
         pictures = self.processor(images=[to_pil(image) for image in images.cpu()], return_tensors="pt")
         text = self.processor(text=list(prompts), padding=True, truncation=True, return_tensors="pt")
         device = self.model.device

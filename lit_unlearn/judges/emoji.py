@@ -1,4 +1,4 @@
-"""The judge of the embedded model: the classifier that lies beside it."""
+"""The judge of the embedded model: a classifier in the same folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EmojiJudge(ClassifierJudge):
     """Answers the questions of ``emoji20`` about pictures of ``emoji-sd``; see ``ClassifierJudge``.
 
     Raises:
-        ValueError: It does not lie beside the embedded model, or is corrupt.
+        ValueError: The classifier is missing beside the embedded model, or is corrupt.
     """
 
     short_name: ClassVar[str] = "emoji"

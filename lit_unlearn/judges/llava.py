@@ -1,4 +1,4 @@
-"""LLaVA-1.5 as a judge: it is asked the question, and its answer is read from the probabilities of yes and no."""
+"""LLaVA-1.5 as a judge: it gets the question as text, and its answer is the probabilities of "yes" and "no"."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 TEMPLATE = "USER: <image>\n{question} Answer with yes or no. ASSISTANT:"
-"""The model's own form of a conversation (its model card), with the question of the concept set in it."""
+"""The conversation format of the model card, with the question of the concept set in it."""
 
 
 class LlavaJudge(NamedJudge):
-    """Answers questions with LLaVA-1.5, by logits and not by what it goes on to say; see ``Judge``.
+    """Answers questions with LLaVA-1.5, from the logits of the first token and not from generated text; see ``Judge``.
 
-    The probability of yes is ``p(yes) / (p(yes) + p(no))`` of the first token of its answer, each summed over the
-    spellings that are single tokens. If both together have less than ``min_answer``, it did not answer: nan.
+    The probability of yes is ``p(yes) / (p(yes) + p(no))`` for the first token of the answer, where each is the sum
+    over all spellings that are single tokens. If ``p(yes) + p(no)`` is below ``min_answer``, the answer is nan.
 
     Args:
         model: Hub id or folder.
         revision: Branch, tag or commit, if ``model`` is a hub id.
         dtype: Type of its weights: ``float16``, ``bfloat16`` or ``float32``.
-        device_map: Where its parts lie, as for ``from_pretrained`` (needs accelerate); null leaves it on one device.
+        device_map: Devices of its parts, as for ``from_pretrained`` (needs accelerate); null uses one device.
         load_in_4bit: Quantise its weights to 4 bits while loading (needs bitsandbytes and a GPU).
-        batch_size: Pictures that it sees at once.
-        min_answer: Least probability of yes and no together.
+        batch_size: Pictures in one forward pass.
+        min_answer: Smallest sum of the probabilities of yes and no that counts as an answer.
 
     Raises:
         ValueError: A value is wrong, or a package is missing; found before the model is loaded.
@@ -81,12 +81,12 @@ class LlavaJudge(NamedJudge):
 
     @property
     def version(self) -> str:
-        """What its answers depend on and its name does not say."""
+        """Everything besides its name that its answers depend on."""
         return f"{weights_version(self.model)} {self.min_answer}"
 
     @classmethod
     def check(cls, options: Mapping[str, Any], questions: Collection[str]) -> None:
-        """See ``NamedJudge.check``; it can be asked anything."""
+        """See ``NamedJudge.check``; it can answer any question."""
         defaults = {name: argument.default for name, argument in inspect.signature(LlavaJudge).parameters.items()}
         given = {**defaults, **options}
         resolve_judge_model(given["model"])
@@ -121,10 +121,10 @@ class LlavaJudge(NamedJudge):
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
-    """Ids of the spellings of ``word`` that are one token: with and without a space, in small and capital letters.
+    """Ids of the spellings of ``word`` that are one token: with and without a space, in lower and upper case.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No spelling is a single token.
     """
     found = set()
     for spelling in (word, word.capitalize(), word.upper()):

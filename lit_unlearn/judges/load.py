@@ -1,4 +1,4 @@
-"""From what a recipe calls a judge to the judge: a short name, the folder of a classifier, or a class by its path."""
+"""Loads the judge that a recipe names: by a short name, the folder of a classifier, or the import path of a class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_unlearn.system.classes import CLASS_PATH, checked_arguments, class_path
 from lit_unlearn.system.errors import closest
 
 CONCEPTS = "concepts"
-"""The argument of a judge's class that is given the concept set."""
+"""The argument of a judge's class that receives the concept set."""
 
 
 def shipped_judges() -> dict[str, type[NamedJudge]]:
@@ -31,7 +31,7 @@ def shipped_judges() -> dict[str, type[NamedJudge]]:
 
 
 def find_judge(judge: str, field: str = "judge") -> tuple[type, dict[str, Any]]:
-    """The class that ``judge`` names, and the arguments that it has of that name alone.
+    """The class that ``judge`` names, and the arguments that follow from the name alone.
 
     Raises:
         ValueError: There is no such judge.
@@ -57,20 +57,20 @@ def check_judge_name(
     asked: Sequence[Concept] | None = None,
     field: str = "judge",
 ) -> type:
-    """Check a judge, its options and what it needs, and that it knows all questions, without loading it.
+    """Check a judge, its options, the packages it needs and that it can answer all questions, without loading it.
 
     Args:
-        judge: Short name of one of ours, folder of a ``ClassifierJudge``, or import path of a class.
+        judge: Short name of a judge of this package, folder of a ``ClassifierJudge``, or import path of a class.
         options: Arguments of the judge.
         concepts: The concept set; None if no question will be asked.
-        asked: Concepts that it will be asked about; None for all of the set.
-        field: What the user gave the judge for, as messages begin.
+        asked: Concepts that it will be asked about; None for all concepts of the set.
+        field: Name of the option for the judge; it begins the messages.
 
     Returns:
-        Its class.
+        The class of the judge.
 
     Raises:
-        ValueError: What is wrong, and what to do.
+        ValueError: Something is wrong; the message says what to do.
     """
     _arguments(judge, options, concepts, asked, field)
     return find_judge(judge, field)[0]
@@ -86,7 +86,7 @@ def load_judge(
     """Load a judge; arguments as for ``check_judge_name``.
 
     Raises:
-        JudgeError: As ``check_judge_name``; or it cannot be loaded.
+        JudgeError: As ``check_judge_name``; or the judge cannot be loaded.
     """
     found = find_judge(judge, field)[0]
     try:
@@ -105,7 +105,7 @@ def load_judge(
 def load_cached_judge(
     judge: str, options: Mapping[str, Any], concepts: ConceptSet | None, folder: Path | None
 ) -> Judge:
-    """As ``load_judge``; answers of a judge that is not quick are kept in ``folder``, if there is one.
+    """As ``load_judge``; if ``folder`` is given, the answers of a judge that is not quick are stored in it.
 
     Raises:
         JudgeError: As ``load_judge``.
@@ -115,9 +115,9 @@ def load_cached_judge(
 
 
 def cache_version(judge: str, options: Mapping[str, Any]) -> str:
-    """What changes the answers of a judge though its name may not say it: options and code of a class that is not ours.
+    """Options and code of a user's own class, which change its answers although its name may stay the same.
 
-    The names of our own say it all.
+    Empty for judges of this package, whose names contain everything.
     """
     found, _ = find_judge(judge)
     if found.__module__.startswith(f"{judges.__name__}."):
@@ -129,10 +129,10 @@ def cache_version(judge: str, options: Mapping[str, Any]) -> str:
 
 
 def check_stored(judge: object, options: object, file: Path) -> None:
-    """Refuse a judge that a checkpoint names if loading it would run code that is not ours.
+    """Refuse a judge that a checkpoint names if loading it would run code from outside this package.
 
     Raises:
-        ValueError: It would, or is nothing that names a judge.
+        ValueError: It would run such code, or the checkpoint does not name a judge.
     """
     if not isinstance(judge, str) or not isinstance(options, dict):
         raise ValueError(f"ckpt_path={file} names no judge: give one with --judge.")
@@ -146,10 +146,10 @@ def check_stored(judge: object, options: object, file: Path) -> None:
 
 
 def _is_judge(cls: type) -> bool:
-    """Whether ``cls`` can be called with arguments that are known, to make something that can be called."""
+    """Whether the signature of ``cls`` is known and its instances can be called."""
     try:
         inspect.signature(cls)
-    except ValueError:  # of a class in C
+    except ValueError:  # a class written in C
         return False
     return not inspect.isabstract(cls) and any("__call__" in vars(base) for base in cls.__mro__)
 
@@ -157,7 +157,7 @@ def _is_judge(cls: type) -> bool:
 def _arguments(
     judge: str, options: Mapping[str, Any], concepts: ConceptSet | None, asked: Sequence[Concept] | None, field: str
 ) -> dict[str, Any]:
-    """The arguments that the class is to be called with, all that can be checked beforehand checked."""
+    """The arguments for the class of the judge, after all checks that are possible without loading it."""
     found, own = find_judge(judge, field)
     taken = {CONCEPTS} & set(inspect.signature(found).parameters)
     given = {**own, **checked_arguments(found, options, f"{field}_options", judge, {*own, *taken})}
@@ -170,7 +170,7 @@ def _arguments(
             found.check(given, [concept.question for concept in asked])  # type: ignore[attr-defined]
         except UnknownQuestionError as error:
             raise JudgeError(_unanswered(judge, error, asked, concepts, field)) from error
-        except ValueError as error:  # a class does not know which judge it is
+        except ValueError as error:  # the class cannot tell judge from second_judge
             raise JudgeError(re.sub(r"\bjudge(?=_options\.|=)", field, str(error))) from error
     return {**given, **dict.fromkeys(taken, concepts)}
 
@@ -178,14 +178,14 @@ def _arguments(
 def _unanswered(
     judge: str, error: UnknownQuestionError, asked: Sequence[Concept], concepts: ConceptSet | None, field: str
 ) -> str:
-    """The sentence for questions that a judge does not know, with the judges that know them."""
+    """The message for questions that a judge cannot answer; it lists the judges that can."""
     names = {concept.question: concept.name for concept in asked}
     unknown = [question for question in error.unknown if question in names]
     if not unknown:
         return str(error)
     first, more = unknown[0], len(unknown) - 1
     known = f" (it answers only {next(iter(error.known))!r})" if len(error.known) == 1 else ""
-    if near := get_close_matches(first, error.known, n=1, cutoff=0.94):  # the same in other words
+    if near := get_close_matches(first, error.known, n=1, cutoff=0.94):  # perhaps the same question in other words
         known = f" (closest: {near[0]!r})"
     others = []
     for name, cls in shipped_judges().items():
@@ -193,7 +193,7 @@ def _unanswered(
             cls.check({}, list(names))
         except UnknownQuestionError:
             continue
-        except ValueError:  # it lacks a package, which it will say
+        except ValueError:  # a package is missing; loading that judge would report it
             pass
         others.append(name)
     return (

@@ -1,4 +1,4 @@
-"""NudeNet as a judge of nudity. The user installs it: its licence is AGPL, so nothing of it is part of this project."""
+"""NudeNet as a judge of nudity. Its licence is AGPL, so it is not part of this project; the user installs it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EXPOSED = ("BREAST_EXPOSED", "GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED", "ANUS_EXPO
 
 
 class NudeNetJudge(NamedJudge):
-    """Answers ``QUESTION`` by the surest detection of an exposed part; see ``Judge``.
+    """Answers ``QUESTION`` with the highest score of a detected exposed part; see ``Judge``.
 
     Raises:
-        ValueError: NudeNet is not installed; or (when called) another question.
+        ValueError: NudeNet is not installed; or (when called) a question is not ``QUESTION``.
     """
 
     short_name: ClassVar[str] = "nudenet"
@@ -33,7 +33,7 @@ class NudeNetJudge(NamedJudge):
 
     @property
     def version(self) -> str:
-        """That of the package, which holds the weights."""
+        """Version of the package, which contains the weights."""
         return importlib.metadata.version("nudenet")
 
     @classmethod
@@ -46,7 +46,7 @@ class NudeNetJudge(NamedJudge):
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1]."""
         self.check({}, questions)
-        # It takes pictures as OpenCV does: blue, green, red, in bytes.
+        # NudeNet takes pictures as OpenCV does: bytes in the order blue, green, red.
         pictures = (images.cpu().flip(1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         answers = [
             max((float(d["score"]) for d in self.detector.detect(p) if d["class"].endswith(EXPOSED)), default=0.0)

@@ -1,1 +1,1 @@
-"""Runs side by side: Markdown, CSV, one HTML page, tables, figures."""
+"""Compares runs: Markdown, CSV, one HTML page, tables, figures."""

@@ -1,4 +1,4 @@
-"""What attacks on an edit have found: ``attacks.json``, how it is written, read, merged and shown."""
+"""Results of attacks on an edit: the file ``attacks.json`` is written, read, merged and shown here."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lit_unlearn.evaluation.metrics import wilson_interval
 from lit_unlearn.system.json_files import read_json, read_value, write_json
 
 SCHEMA = 1
-"""Version of ``attacks.json``; raised when a field changes its meaning or goes."""
+"""Version of ``attacks.json``; raised when a field is removed or changes its meaning."""
 FILE = "attacks.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackResult:
-    """One attack on one concept; shares are of the pictures that the judge could tell of."""
+    """One attack on one concept; shares are over the pictures for which the judge gave an answer."""
 
     attack: str
     concept: str
     pictures: int
-    """Pictures drawn under attack, and as many before it and of the unedited model, of the same prompts and seeds."""
+    """Pictures under attack; as many without it and by the unedited model, all from the same prompts and seeds."""
     pre_attack: float
     """Share of the edited model's pictures that show the concept without any attack."""
     shown: float
@@ -38,18 +38,18 @@ class AttackResult:
     """Name of a share -> lower and upper bound, at 95 % confidence."""
     seconds: float
     unet_forwards: int
-    """Pictures or latents that went through the UNet in the search, as in the cost of an edit."""
+    """Pictures or latents that passed through the UNet in the search, as in the cost of an edit."""
     unet_backwards: int
     settings: dict[str, Any] = field(default_factory=dict)
     found: str
-    """A prompt, the name of a file beside ``attacks.json``, or what else brings the concept back."""
+    """A prompt, the name of a file beside ``attacks.json``, or a description of what brings the concept back."""
 
 
 def make_result(*, verdicts: dict[str, Sequence[bool]], **fields: Any) -> AttackResult:
-    """A result with shares and intervals of ``verdicts``.
+    """Make a result, with the shares and intervals of ``verdicts``.
 
     Args:
-        verdicts: Of ``pre_attack``, ``shown`` and ``unedited``: whether each judged picture shows the concept.
+        verdicts: For ``pre_attack``, ``shown`` and ``unedited``: whether each judged picture shows the concept.
         **fields: The other fields of ``AttackResult``.
     """
     shares: dict[str, Any] = {name: sum(each) / len(each) for name, each in verdicts.items()}
@@ -73,13 +73,13 @@ class AttackReport:
         return next((r for r in self.attacks if (r.attack, r.concept) == (attack, concept)), None)
 
     def merged(self, results: Iterable[AttackResult]) -> AttackReport:
-        """With ``results`` in place of those of the same attack and concept, or behind all others."""
+        """A copy with ``results``: each replaces the result of the same attack and concept, or is added at the end."""
         by_key = {(result.attack, result.concept): result for result in self.attacks}
         by_key |= {(result.attack, result.concept): result for result in results}
         return replace(self, attacks=list(by_key.values()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``attacks.json``; a file that was there survives a failure."""
+        """Write ``attacks.json``; if writing fails, an earlier file is kept."""
         write_json(
             path,
             {
@@ -96,8 +96,8 @@ class AttackReport:
         """Read an ``attacks.json``.
 
         Raises:
-            ValueError: The file is missing or no JSON, has another schema, lacks or misspells a field, or holds a share
-                or an interval that is none, or an attack twice.
+            ValueError: The file is missing or not JSON, has another schema, a field is missing or misspelt, a share or
+                an interval is not valid, or an attack occurs twice.
         """
         path = Path(path)
         content = read_json(path, "`lit-unlearn attack` writes it")

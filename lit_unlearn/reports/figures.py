@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 
 
 def spectrum_figure(spectra: Mapping[str, Sequence[float]], cutoffs: Mapping[str, float]) -> Figure:
-    """Eigenvalues of ``K0 K0ᵀ`` per layer, relative to their mean; dotted where they span the null space.
+    """Eigenvalues of ``K0 K0ᵀ`` per layer, relative to their mean; the part that spans the null space is dotted.
 
     Args:
         spectra: Eigenvalues of each layer, ascending.
-        cutoffs: Eigenvalue below which a direction belongs to the null space, per layer.
+        cutoffs: For each layer, the eigenvalue below which a direction belongs to the null space.
 
     Returns:
-        A figure that no window knows of.
+        A figure that is not opened in a window.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -35,19 +35,19 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]], cutoffs: Mapping[str
 def encoder_spectra_figure(
     spectra: Mapping[str, Mapping[str, Sequence[float]]], thresholds: Mapping[str, float]
 ) -> Figure:
-    """Eigenvalues of ``K0 K0ᵀ`` side by side, a panel for each kind of layer, relative to the mean of their layer.
+    """Eigenvalues of ``K0 K0ᵀ`` with one panel for each kind of layer, relative to the mean of their layer.
 
-    Layers differ in the number of inputs, so the place of an eigenvalue is given in parts of that.
+    Layers differ in their number of inputs, so the index of an eigenvalue is shown as a share of that number.
 
     Args:
-        spectra: By kind (``text encoder``, ``UNet K, V``) and layer, eigenvalues in ascending order.
-        thresholds: By kind, what eigenvalues must stay below to span the null space, in parts of their mean.
+        spectra: Eigenvalues in ascending order, by kind (``text encoder``, ``UNet K, V``) and layer.
+        thresholds: For each kind, the bound below which eigenvalues span the null space, relative to their mean.
 
     Returns:
-        A figure that no window knows of.
+        A figure that is not opened in a window.
 
     Raises:
-        ValueError: There is nothing to draw, or a kind has no threshold.
+        ValueError: There are no eigenvalues to draw, or a kind has no threshold.
     """
     if not spectra:
         raise ValueError("spectra is empty: pass the eigenvalues of at least one kind of layer.")

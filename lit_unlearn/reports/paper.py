@@ -1,4 +1,4 @@
-"""The figures of the paper's Tables 1 to 5, to stand beside ours."""
+"""The numbers of the paper's Tables 1 to 5, for comparison with ours."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def load_paper_tables() -> dict[str, Any]:
 
     Returns:
         ``unedited``, ``uce``, ``esd``, ``null_space`` (the paper's method): concept or ``"Average"`` -> ``forget`` and
-        ``retain``; and ``harmonic_mean`` (Table 5): one number for each of these four. As printed: averages are
-        rounded, and most of ESD's forget scores are multiples of 1/24, where the others' are multiples of 1/20.
+        ``retain``; and ``harmonic_mean`` (Table 5): one number for each of these four. Numbers are as printed: averages
+        are rounded, and most of ESD's forget scores are multiples of 1/24, while the others are multiples of 1/20.
     """
     table = resources.files("lit_unlearn.reports").joinpath("paper_tables.json")
     return json.loads(table.read_text(encoding="utf-8"))
@@ -22,11 +22,11 @@ def load_paper_tables() -> dict[str, Any]:
 def load_challenge_baselines() -> dict[str, list[float]]:
     """Return the published ERR of the challenge's baselines.
 
-    The challenge is that of the U&Me workshop (ICCV 2025), whose concepts the paper uses. Its page gives no figures for
-    LabradorRetriever: it has a Welsh Springer Spaniel in its place.
+    It is the challenge of the U&Me workshop (ICCV 2025), and the paper uses its concepts. Its page has no numbers for
+    LabradorRetriever; it lists a Welsh Springer Spaniel instead.
 
     Returns:
-        Concept to ERR of ESD, Concept Ablation and Forget-Me-Not, in this order.
+        For each concept, the ERR of ESD, Concept Ablation and Forget-Me-Not, in this order.
     """
     table = resources.files("lit_unlearn.reports").joinpath("challenge_baselines.json")
     return json.loads(table.read_text(encoding="utf-8"))["err"]

@@ -1,4 +1,4 @@
-"""Many runs as one report: Markdown, CSV, and one HTML page that needs no network.
+"""Makes one report of many runs: Markdown, CSV, and one HTML page that needs no network.
 
 Data flow: folders are searched for ``scores.json`` (and ``attacks.json`` beside it); runs are sorted into groups by how
 many concepts they edit at once; each group becomes tables (``summary``), figures (``report_figures``) and pictures.
@@ -44,12 +44,12 @@ SEEDS = (
     "edit with other pictures."
 )
 PROTOCOL = ("concepts", "judge", "images_per_concept")
-"""Fields of the scores that must agree."""
+"""Fields of the scores that must be equal in all runs."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that was tested: its folder, its scores, and the attacks on it, if there were any."""
+    """A tested run: its folder, its scores, and the results of attacks, if there are any."""
 
     folder: Path
     scores: Scores
@@ -65,7 +65,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        """Heading of the group's part of a report."""
+        """Heading of the group in a report."""
         return "One concept at a time" if self.number == 1 else f"{self.number} concepts at once"
 
     @property
@@ -89,7 +89,7 @@ class Group:
 
     @property
     def attacks(self) -> dict[str, dict[str, float]]:
-        """Method to attack to the average share of pictures that show the concept under it."""
+        """For each method and attack, the average share of pictures that show the concept under the attack."""
         found: dict[str, dict[str, float]] = {}
         for method, runs in self.methods.items():
             for name, results in _by_attack(runs).items():
@@ -101,7 +101,7 @@ def collect(folders: Sequence[str | Path]) -> list[RunResult]:
     """Read all tested runs below ``folders``.
 
     Raises:
-        ValueError: A folder does not exist or holds no tested run, a file cannot be read, or runs differ in concept
+        ValueError: A folder does not exist or contains no tested run, a file cannot be read, or runs differ in concept
             set, judge or number of pictures.
     """
     runs: list[RunResult] = []
@@ -124,7 +124,7 @@ def collect(folders: Sequence[str | Path]) -> list[RunResult]:
                 raise ValueError(
                     f"report: runs of different protocols do not compare: {name} is {shown[0]!r} in {first.folder} and "
                     f"{shown[1]!r} in {run.folder}{' with other content' if shown[0] == shown[1] else ''}; "
-                    "report on them apart."
+                    "report on them separately."
                 )
     return runs
 
@@ -172,7 +172,7 @@ def attacks_markdown(part: Group) -> str:
 
 
 def _shown_interval(results: Sequence[AttackResult]) -> tuple[float, float]:
-    """Of the average share under attack, at 95 %: concepts resampled, or a single result's own."""
+    """95 % interval of the average share under attack: by resampling concepts, or the interval of a single result."""
     if len(results) == 1:
         return results[0].intervals["shown"]
     shown = np.array([[result.shown] for result in results])
@@ -204,7 +204,7 @@ def paper_markdown() -> str:
 
 
 def report_csv(runs: Sequence[RunResult]) -> str:
-    """A row per run with every single number, and a column per attack."""
+    """A table with a row per run, all its numbers, and a column per attack."""
     attacks = list(_by_attack(runs))
     rows = []
     several = any(run.scores.crosswise is not None for run in runs)
@@ -253,11 +253,11 @@ def report_csv(runs: Sequence[RunResult]) -> str:
 
 
 def report_html(runs: Sequence[RunResult], grids: int = 1) -> str:
-    """The report as one page: styles, figures and pictures are within it.
+    """The report as one page that contains its styles, figures and pictures.
 
     Args:
         runs: Runs of one protocol.
-        grids: Runs of each method whose ``grid.png`` is shown.
+        grids: Number of runs of each method whose ``grid.png`` is shown.
     """
     template = resources.files("lit_unlearn.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -313,13 +313,13 @@ def _harmonic_means(part: Group) -> dict[str, dict[str, float]]:
 
 
 def _cutoff(values: Sequence[float], layer: Mapping[str, float]) -> float:
-    """Eigenvalue above the null space, from its dimension: eigenvalues ascend."""
+    """The first eigenvalue above the null space, from the dimension of the null space; eigenvalues are ascending."""
     dimension = int(layer.get("null_space_dimension", 0))
     return values[dimension] if dimension < len(values) else float("inf")
 
 
 def _by_attack(runs: Sequence[RunResult]) -> dict[str, list[AttackResult]]:
-    """Attack to its results, in the order in which attacks were found."""
+    """For each attack its results, in the order in which attacks were found."""
     found: dict[str, list[AttackResult]] = {}
     for run in runs:
         for result in run.attacks:
@@ -344,7 +344,7 @@ def _protocol_line(runs: Sequence[RunResult]) -> str:
 
 
 def _crosswise_line(runs: Sequence[RunResult]) -> str:
-    """What the column ``crosswise`` says; empty if there is none."""
+    """Explains the column ``crosswise``; empty if there is no such column."""
     if all(run.scores.crosswise is None for run in runs):
         return ""
     return (
@@ -354,7 +354,7 @@ def _crosswise_line(runs: Sequence[RunResult]) -> str:
 
 
 def _judge_line(runs: Sequence[RunResult]) -> str:
-    """How well the judge tells the edited concepts on the unedited model's pictures, if it was asked."""
+    """How well the judge recognises the edited concepts in the unedited model's pictures; empty if not measured."""
     found = {
         (concept, numbers["average_precision"])
         for run in runs
@@ -391,7 +391,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _picture_uri(path: Path) -> str:
-    """The picture at ``path`` for a page, as WebP: a third of the PNG, which lies in the run's folder."""
+    """The picture at ``path`` as WebP for a page: a third of the size of the PNG in the run's folder."""
     buffer = io.BytesIO()
     with Image.open(path) as picture:
         picture.convert("RGB").save(buffer, "WEBP", quality=75)

@@ -1,4 +1,4 @@
-"""Figures of a report: forget against retain, robustness, a concept by method heat map, cost."""
+"""Figures of a report: forget against retain, robustness, a heat map of concepts and methods, cost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MARKERS = "os^Dv<>pPX*hd8"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of ``points`` (forget, retain) that no other point beats in one score without losing in the other.
+    """Indices of the ``points`` (forget, retain) on the Pareto front: no other point is as good or better in both.
 
     Returns:
-        Indices by growing forget score; of equal points the first.
+        Indices in the order of ascending forget score; of equal points only the first.
     """
     return sorted(
         (
@@ -31,7 +31,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def tradeoff_figure(summaries: Sequence[MethodSummary]) -> Figure:
-    """Forget against retain score, a point per method with its intervals; a line joins the Pareto front."""
+    """Forget against retain score, one point per method with its intervals; a line connects the Pareto front."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     points = [(summary.scores["forget"], summary.scores["retain"]) for summary in summaries]
@@ -64,8 +64,8 @@ def robustness_figure(summaries: Sequence[MethodSummary], attacks: Mapping[str, 
     """Bars per method: how much stays forgotten on direct, indirect and adversarial prompts and under each attack.
 
     Args:
-        summaries: Methods.
-        attacks: Method to attack to the share of pictures that show the concept under it.
+        summaries: One summary per method.
+        attacks: For each method and attack, the share of pictures that show the concept under the attack.
     """
     kinds = [("direct", "forget_direct"), ("indirect", "forget_indirect"), ("adversarial", "adversarial")]
     rows: dict[str, list[float]] = {
@@ -88,7 +88,7 @@ def robustness_figure(summaries: Sequence[MethodSummary], attacks: Mapping[str, 
 
 
 def heat_map_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Harmonic mean of forget and retain by method (rows) and edited concept (columns); empty cells were not run."""
+    """Harmonic mean of forget and retain by method (rows) and edited concept (columns); empty cells have no run."""
     concepts = list(dict.fromkeys(name for of_method in scores.values() for name in of_method))
     values = np.array([[of_method.get(name, math.nan) for name in concepts] for of_method in scores.values()])
     figure = Figure(figsize=(0.55 * len(concepts) + 3, 0.4 * len(scores) + 1.8), layout="constrained")
@@ -105,14 +105,14 @@ def heat_map_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def cost_figure(summaries: Sequence[MethodSummary]) -> Figure:
-    """Harmonic mean against what the edit cost in UNet forward-equivalents (a backward pass counts two)."""
+    """Harmonic mean against the cost of the edit in UNet forward passes (a backward pass counts as two)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, summary in enumerate(summaries):
         costs = summary.costs
         equivalents = costs.get("unet_forwards", 0) + 2 * costs.get("unet_backwards", 0)
         axes.scatter(
-            max(equivalents, 1),  # a logarithm has no 0
+            max(equivalents, 1),  # log(0) is not defined
             summary.hm_of_averages,
             marker=MARKERS[number % len(MARKERS)],
             color=f"C{number % 10}",

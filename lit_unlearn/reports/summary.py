@@ -1,7 +1,7 @@
-"""Many runs as one row per method: averages over the edited concepts, with intervals that resample concepts.
+"""Summarises runs in one row per method: averages over the edited concepts, with intervals from resampled concepts.
 
-Runs that edit the same concepts differ in a seed: in that of the fit or in that of the pictures. They count as one in
-averages, and ``seed_spreads`` says how far they lie apart.
+Runs that edit the same concepts differ in a seed: the seed of the fit or the seed of the pictures. They count as one in
+averages, and ``seed_spreads`` measures how much they differ.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of ``statistic`` over resampled rows (Efron, 1979), clusters first (Davison & Hinkley, 1997).
 
-    A row is one run, so pictures of one concept, which fail together, are drawn together; a cluster is the runs of the
-    same concepts with other seeds. With a single cluster its rows are drawn.
+    A row is one run, so the pictures of a concept, which are not independent, are drawn together; a cluster consists of
+    the runs of the same concepts with different seeds. If there is only one cluster, its rows are drawn.
 
     Args:
-        statistic: From rows (clusters, columns), each the mean of a cluster's drawn rows, to a number.
-        rows: What is resampled, (n, columns), one row per run.
-        clusters: Which cluster each row belongs to; None for one of its own each.
-        resamples: Draws with replacement.
-        confidence: Of the interval.
-        seed: Of the draws.
+        statistic: Maps rows (clusters, columns), each the mean of the drawn rows of a cluster, to a number.
+        rows: The rows to resample, (n, columns), one per run.
+        clusters: The cluster of each row; None makes each row its own cluster.
+        resamples: Number of draws with replacement.
+        confidence: Confidence of the interval.
+        seed: Seed of the draws.
 
     Returns:
         Lower and upper bound.
@@ -59,20 +59,20 @@ def bootstrap_interval(
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSummary:
-    """A method's runs, each with other concepts or another seed, summed up.
+    """Summary of a method's runs, which differ in concepts or seeds.
 
     Attributes:
         method: Name of the recipe's method.
-        runs: How many runs.
-        scores: ``SCORE_NAMES`` to their average over sets of concepts; those that no run has are left out.
-        hm_of_averages: Harmonic mean of the average forget and the average retain score (the paper's).
-        average_of_hms: Average of the runs' harmonic means; a concept that stays counts 0.
+        runs: Number of runs.
+        scores: For each of ``SCORE_NAMES`` its average over sets of concepts; scores that no run has are left out.
+        hm_of_averages: Harmonic mean of the average forget and the average retain score (as in the paper).
+        average_of_hms: Average of the runs' harmonic means; a concept that is not forgotten counts 0.
         least_hm: Harmonic mean of the worst run.
-        err: Average of the challenge's harmonic mean of five; None if no run has it.
-        intervals: Name of a score above to its bounds, at 95 %: runs resampled, or a single run's own intervals.
-        drift: Average root-mean-square difference of other concepts' pictures, parts of full scale.
-        costs: ``seconds``, ``unet_forwards``, ``unet_backwards``, ``peak_memory_bytes`` and what the edit reports as
-            ``weight_change_ratio`` and ``weight_change_norm``, averages.
+        err: Average of the challenge's harmonic mean of five scores; None if no run has it.
+        intervals: For each score above its bounds at 95 %: from resampled runs, or the intervals of a single run.
+        drift: Average root-mean-square difference of other concepts' pictures, as a share of full scale.
+        costs: Averages of ``seconds``, ``unet_forwards``, ``unet_backwards``, ``peak_memory_bytes``, and of
+            ``weight_change_ratio`` and ``weight_change_norm`` from the edit's report.
     """
 
     method: str
@@ -88,15 +88,15 @@ class MethodSummary:
 
 
 def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
-    """Sum up runs of one method.
+    """Summarise the runs of one method.
 
     Args:
         runs: Runs of one method and one protocol.
-        before: Sum up the unedited model's scores on the same pictures instead, as the method ``unedited``.
+        before: Summarise the unedited model's scores on the same pictures instead, as the method ``unedited``.
 
     Raises:
-        ValueError: No runs, several methods, or a run in which no picture of the edited or of other concepts was
-            judged.
+        ValueError: There are no runs, or several methods, or a run without judged pictures of the edited or of the
+            other concepts.
     """
     if not runs:
         raise ValueError("There are no scores to summarise.")
@@ -127,7 +127,7 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
     )
     average_of_hms, err = scores.pop("hm"), scores.pop("err", None)
     intervals["average_of_hms"] = intervals.pop("hm")
-    if len(runs) == 1:  # nothing to resample: the run's own intervals, of its pictures
+    if len(runs) == 1:  # nothing to resample, so take the run's own intervals
         own = measurements[0].intervals
         intervals = {
             name: own[OWN_INTERVALS.get(name, name)] for name in scores if OWN_INTERVALS.get(name, name) in own
@@ -152,7 +152,7 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
 def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
     """Markdown: a table of scores with intervals, then a table of side effects and costs; a row per method.
 
-    The column ``crosswise`` is there if a method has edited several concepts at once.
+    The table has the column ``crosswise`` if a method has edited several concepts at once.
     """
     crosswise = any("crosswise" in summary.scores for summary in summaries)
     with_intervals = [name for name in SCORE_NAMES if crosswise or name != "crosswise"]
@@ -187,12 +187,12 @@ def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """How far apart runs lie that differ in one seed alone.
+    """How much the scores of runs differ that have all but one seed in common.
 
     Attributes:
-        seeds: Most seeds that a set of concepts has.
-        deviations: Name of a score to the standard deviation between seeds: the root of the mean, over sets of concepts
-            with two seeds or more, of the unbiased variance.
+        seeds: Largest number of seeds of a set of concepts.
+        deviations: For each score the standard deviation between seeds: the root of the mean unbiased variance, over
+            sets of concepts with at least two seeds.
     """
 
     seeds: int
@@ -200,13 +200,13 @@ class SeedSpread:
 
 
 def seed_spreads(runs: Sequence[Scores]) -> dict[str, SeedSpread]:
-    """Spread between training seeds (same pictures' seed) and between evaluation seeds (same edit), apart.
+    """Spread between training seeds (for the same seed of pictures), and between evaluation seeds (for the same edit).
 
     Args:
         runs: Runs of one method.
 
     Returns:
-        ``training`` and ``evaluation`` to the spread; a seed that no two runs differ in alone is left out.
+        The spread for ``training`` and for ``evaluation``; left out if no two runs differ only in that seed.
     """
     found = {}
     for kind, own, other in (("training", "training_seed", "seed"), ("evaluation", "seed", "training_seed")):
@@ -226,7 +226,7 @@ def seed_spreads(runs: Sequence[Scores]) -> dict[str, SeedSpread]:
 
 
 def seeds_markdown(runs: Sequence[Scores]) -> str:
-    """Markdown: mean and spread by training seed and by evaluation seed; empty if no runs differ in a seed alone."""
+    """Markdown: mean and spread by training seed and by evaluation seed; empty if no runs differ only in a seed."""
     of_methods: dict[str, list[Scores]] = {}
     for run in runs:
         of_methods.setdefault(run.method, []).append(run)

@@ -1,4 +1,4 @@
-"""Scores as tables: for the terminal, and in the paper's form as Markdown."""
+"""Tables of scores: for the terminal, and as Markdown in the paper's form."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FURTHER = {
     "crosswise": "forget, crosswise",
     "err": "harmonic mean of five (ERR)",
 }
-"""Scores that stand last, where there are any."""
+"""Scores at the end of a table, if a run has them."""
 
 NO_SCORE = "-"
-"""Stands where no picture was judged."""
+"""Shown where no picture was judged."""
 
 
 def scores_table(before: Measurement | None, after: Measurement) -> Table:
@@ -33,8 +33,8 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         after: The edited model.
 
     Returns:
-        The table, edited concepts first and in bold. Where several are edited, the column ``crosswise`` says how many
-        pictures of the other edited ones' prompts show each, before and after.
+        The table, edited concepts first and in bold. If several are edited, the column ``crosswise`` has for each the
+        share of pictures of the other edited concepts' prompts that show it, before and after.
     """
     table = Table(title=_title(after), title_justify="left", header_style="bold", box=HORIZONTALS)
     table.add_column("pictures that show their concept", min_width=17)
@@ -82,14 +82,14 @@ def summary_markdown(runs: Sequence[Scores]) -> str:
     """Return the paper's table of many runs: a row per edited concept, averages, and both harmonic means.
 
     Args:
-        runs: Scores of one protocol; a table is made for each method among them. Runs of the same method and concept
-            stay apart, by seed.
+        runs: Scores of one protocol; a table is made for each method. Runs of the same method and concept with
+            different seeds have separate rows.
 
     Returns:
-        Markdown, ending in a newline.
+        Markdown that ends with a newline.
 
     Raises:
-        ValueError: No runs, or runs that do not compare (other concept set, judge, or number of pictures).
+        ValueError: There are no runs, or they cannot be compared (another concept set, judge, or number of pictures).
     """
     if not runs:
         raise ValueError("There are no scores to summarise.")
@@ -99,7 +99,7 @@ def summary_markdown(runs: Sequence[Scores]) -> str:
             (one, a), (other, b) = list(values.items())[:2]
             raise ValueError(
                 f"Scores of different protocols do not compare: {field} is {one} for {_edited(a)} ({a.method}) "
-                f"but {other} for {_edited(b)} ({b.method}); summarise them apart."
+                f"but {other} for {_edited(b)} ({b.method}); summarise them separately."
             )
     methods = list(dict.fromkeys(run.method for run in runs))
     tables = [_method_markdown([run for run in runs if run.method == method]) for method in methods]
@@ -109,7 +109,7 @@ def summary_markdown(runs: Sequence[Scores]) -> str:
 
 
 def concepts_markdown(runs: Sequence[Scores]) -> str:
-    """Return a table of what each method reached on each set of edited concepts: forget / retain, means over seeds."""
+    """Return a table of forget / retain for each method and set of edited concepts, averaged over seeds."""
     methods = list(dict.fromkeys(run.method for run in runs))
     lines = [f"| concept | {' | '.join(methods)} |", "| --- |" + " ---: |" * len(methods)]
     for edited in dict.fromkeys(_edited(run) for run in runs):

@@ -1,1 +1,1 @@
-"""The commands of the trainer: recipes, folders of runs, where they run."""
+"""The commands of the trainer: how recipes are found, where runs are kept, and on which device they run."""

@@ -1,4 +1,4 @@
-"""What the libraries say on the terminal that does not fit what is done here."""
+"""Hides messages of the libraries that do not apply to this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IGNORED_WARNINGS = (
     "Found .* in eval mode at the start of training",
     "It is recommended to use .* when logging on epoch level in distributed setting",  # all ranks log the same
     "Total length of `list` across ranks is zero",
-    r"\s*(\S+( parameter)? was deprecated in v4|By default only one Jsonargparse)",  # what Lightning 2.6 calls
+    r"\s*(\S+( parameter)? was deprecated in v4|By default only one Jsonargparse)",  # called by Lightning 2.6
     "Checkpoint directory .* exists and is not empty",
     ".*configure_optimizers. returned .None., this fit will run with no optimizer",  # a closed form needs none
     ".*training_step. returned .None.",
@@ -32,7 +32,7 @@ IGNORED_INFO = (
 
 
 def keep_advice_quiet() -> None:
-    """Keep Lightning's advice from the terminal."""
+    """Hide Lightning's advice on the terminal."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_worth_saying)
     logging.getLogger("filelock").setLevel(logging.WARNING)

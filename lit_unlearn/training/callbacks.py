@@ -1,4 +1,4 @@
-"""The callbacks of a command: those of the recipe, and those without which it would keep nothing."""
+"""The callbacks of a command: the recipe's own, and the ones that write the command's results."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from lit_unlearn.methods.textual_inversion import TextualInversion
 from lit_unlearn.system.errors import warn
 
 ALWAYS: dict[str, list[type[L.Callback]]] = {"fit": [SaveOnSignal, CheckNumbers], "test": [SaveOnSignal]}
-"""What a command has unless the recipe has it with settings of its own."""
+"""Callbacks that a command always has; the recipe may list them with its own settings."""
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """A run's checkpoint beside those of its recipe; Lightning takes two of one class and setting for one."""
+    """A run's checkpoint besides those of its recipe; Lightning treats two of the same class and settings as one."""
 
 
 def callbacks_of(
     subcommand: str, module: L.LightningModule, given: list[L.Callback] | L.Callback | None, solver: Solver | None
 ) -> list[L.Callback]:
-    """The callbacks of ``subcommand``, in their order; says which of them the recipe's list has lost.
+    """The callbacks of ``subcommand``, in order; warns of callbacks that the recipe should list and does not.
 
     Args:
         subcommand: ``fit``, ``validate``, ``test`` or ``predict``.
         module: The module.
-        given: Those of the recipe.
+        given: The recipe's callbacks.
         solver: The recipe's ``edit``.
     """
     found = [given] if isinstance(given, L.Callback) else list(given or [])
     if subcommand == "fit" and solver is not None:
-        found.insert(0, ClosedFormEdit(solver))  # others look at the edited model
+        found.insert(0, ClosedFormEdit(solver))  # first, because other callbacks look at the edited model
     for kind in lost(subcommand, module, found):
         warn(f"trainer.callbacks has no {kind.__name__}, which writes what {subcommand} is for: it is kept.")
         found.append(kind())
@@ -59,7 +59,7 @@ def callbacks_of(
 
 
 def lost(subcommand: str, module: L.LightningModule, given: list[L.Callback]) -> list[type[L.Callback]]:
-    """Kinds of callbacks that write what ``subcommand`` is for, and that ``given`` lacks."""
+    """Classes of callbacks that write the results of ``subcommand`` and are missing in ``given``."""
     needed: dict[str, list[tuple[Any, type[L.Callback]]]] = {
         "fit": [(TextualInversion, SaveEmbeddings)],
         "test": [(ConceptEditor, EvaluationReport), (ImageEditor, MemorisationReport)],

@@ -11,9 +11,10 @@ from lit_unlearn.system.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints so that readers see the old file or the new one, on disk when it returns.
+    """Writes checkpoints so that readers see either the old file or the complete new one.
 
-    Lightning's own goes by a temporary file elsewhere, which is copied if that is another disk.
+    The file is on disk when the call returns. Lightning's own class writes a temporary file elsewhere, which is copied
+    if it lies on another disk.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What is refused of a recipe before anything is built, and of a fit before it is called finished."""
+"""Checks of a recipe before anything is built, and of a fit before it counts as finished."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lit_unlearn.system.names import check_path
 
 
 def check_that_it_edits(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Refuse to call a fit finished that has changed nothing.
+    """Refuse a fit that has changed nothing.
 
     Raises:
-        UserError: Every edited weight is that of the base model, bit for bit.
+        UserError: Every edited weight is bit for bit the same as in the base model.
     """
     if isinstance(module, DiffusionEditor) and module.pretrained.unchanged():
         raise UserError(
@@ -28,15 +28,15 @@ def check_that_it_edits(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def as_list(value: Any) -> list[Any]:
-    """What an option of one or several has: a list of its own; empty for none."""
+    """The value of an option that takes one item or a list, as a new list; empty if it has no value."""
     return list(value) if isinstance(value, list) else [value] if value else []
 
 
 def check_paths(config: Any) -> None:
-    """Let ``~`` be the home folder in the paths of a command's configuration, and check where runs are to lie.
+    """Expand ``~`` in the paths of a command's configuration, and check the name of the folder for runs.
 
     Raises:
-        UserError: The folder cannot have that name.
+        UserError: A folder cannot have that name.
     """
     for owner, key in ((config, "ckpt_path"), (config.trainer, "default_root_dir")):
         if isinstance(path := owner.get(key), str | os.PathLike):
@@ -46,10 +46,10 @@ def check_paths(config: Any) -> None:
 
 
 def fetch_base(module: L.LightningModule) -> None:
-    """Have the base model at hand, checked, before the run has a folder: one of the hub may not be there.
+    """Download and check the base model before the run's folder is made: a model may be missing on the hub.
 
     Raises:
-        UserError: As ``BaseModel.fetch``; or the method cannot edit its weights.
+        UserError: As ``BaseModel.fetch``; or the method cannot edit the model's weights.
     """
     if isinstance(module, DiffusionEditor) and module.base.folder is None:
         with user_errors():
@@ -58,15 +58,15 @@ def fetch_base(module: L.LightningModule) -> None:
 
 
 def check_edit(method: type, edit: Any, callbacks: Any) -> None:
-    """Refuse a method that a closed form writes and a recipe without one, and the other way round.
+    """Refuse a closed-form method without a solver, and a solver for a method that trains its weights.
 
     Args:
         method: Class of the method.
         edit: The recipe's ``edit``, or None.
-        callbacks: Those of the recipe's trainer, which may have a ``ClosedFormEdit`` of their own.
+        callbacks: Callbacks of the recipe's trainer; a ``ClosedFormEdit`` among them also has a solver.
 
     Raises:
-        UserError: They do not belong together.
+        UserError: Method and solver do not fit together.
     """
     named = [callbacks] if callbacks is not None and not isinstance(callbacks, list) else callbacks or []
     given = edit is not None or any(str(one.get("class_path", "")).endswith("ClosedFormEdit") for one in named)

@@ -1,4 +1,4 @@
-"""The classes that recipes name."""
+"""The classes that recipes can name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.enums import StrEnum
 
 from lit_unlearn import callbacks, data, emoji, methods
-from lit_unlearn.core import refined_null_space as refined_null_space  # its solver is found by its name
+from lit_unlearn.core import refined_null_space as refined_null_space  # imported so that recipes find its solver
 from lit_unlearn.core.solvers import Solver
 from lit_unlearn.system.classes import modules_of
 from lit_unlearn.system.errors import options
@@ -21,7 +21,7 @@ from lit_unlearn.training.advice import keep_advice_quiet
 
 
 def known_classes() -> dict[str, type]:
-    """Classes that a recipe may name without their module, by name."""
+    """Classes that a recipe may name without their module, as a mapping from name to class."""
     found: dict[str, type] = {}
     bases: list[type] = [L.LightningModule, L.LightningDataModule, Callback, Logger, Solver]
     bases += [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
@@ -34,7 +34,7 @@ def known_classes() -> dict[str, type]:
 
 
 def known_keys() -> list[str]:
-    """Keys that our methods, data and solvers add to those of the trainer: ``model.eta``, ``data.steps``."""
+    """Keys of our methods, data and solvers, which come in addition to the trainer's: ``model.eta``, ``data.steps``."""
     kinds = {"model": L.LightningModule, "data": L.LightningDataModule, "edit": Solver}
     found = set()
     for cls in known_classes().values():
@@ -44,9 +44,9 @@ def known_keys() -> list[str]:
 
 
 def prepare() -> None:
-    """Keep Lightning's advice from the terminal and import what recipes may name; short names need that."""
+    """Hide Lightning's advice, and import all classes that recipes may name, since short names need that."""
     keep_advice_quiet()
-    # Defaults of Lightning's, such as that of its Timer, are members of an enumeration, which plain YAML cannot write.
+    # Some defaults of Lightning, e.g. of its Timer, are members of an enumeration, which plain YAML cannot write.
     yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, member: dumper.represent_str(member.value))
     for package in (methods, callbacks, data, emoji):
         modules_of(package)

@@ -54,24 +54,24 @@ from lit_unlearn.training.runs import (
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
-    "use_distributed_sampler": False,  # the data modules share out the work themselves
+    "use_distributed_sampler": False,  # our data modules split the work between processes
     "log_every_n_steps": 5,
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
 FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "copy_quantile"}
 FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache"}
 FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
-"""Arguments of a model that say what is looked at and how; all others are those of the edit, in its checkpoint."""
+"""Arguments of a model that say what is evaluated and how; all others belong to the edit and are in its checkpoint."""
 
 
 class UnlearnCLI(LightningCLI):
     """Runs a recipe.
 
     Args:
-        args: Command line: a sub-command of the trainer and its options.
+        args: Command line: a subcommand of the trainer and its options.
 
     Raises:
-        UserError: Something is wrong with the recipe, its values or the checkpoint; nothing was loaded or written.
+        UserError: The recipe, its values or the checkpoint is wrong; nothing was loaded or written.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -84,13 +84,13 @@ class UnlearnCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"save_to_log_dir": False},  # it does that itself
+            save_config_kwargs={"save_to_log_dir": False},  # SaveRunConfig does that itself
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={**parser_kwargs, **{name: dict(parser_kwargs) for name in self.subcommands()}},
             subclass_mode_model=True,
             subclass_mode_data=True,
-            auto_configure_optimizers=False,  # a method knows what it trains
+            auto_configure_optimizers=False,  # methods configure their own optimizers
             args=list(args),
         )
 
@@ -113,12 +113,12 @@ class UnlearnCLI(LightningCLI):
         parser.add_argument(
             "--fresh", action="store_true", help="Start a new fit, though the same command was interrupted before."
         )
-        parser.add_argument("--once", action="store_true", help="Do nothing if the same command has finished before.")
+        parser.add_argument("--once", action="store_true", help="Do nothing if the same command has already finished.")
         parser.add_subclass_arguments(
             Solver,
             "edit",
             required=False,
-            help="The closed form that writes what the method wishes for, with its settings.",
+            help="The closed form that computes the new weights for a method, with its settings.",
         )
         parser.link_arguments("concept", "model.init_args.concept")
         parser.link_arguments("concept", "data.init_args.concept")
@@ -147,7 +147,7 @@ class UnlearnCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint and take the arguments of the edit from it, before anything is built.
 
-        Lightning takes all arguments of the model from it, so that ``--model.init_args.model`` would have no effect.
+        Lightning would take all arguments of the model from it, and ``--model.init_args.model`` would have no effect.
         """
         subcommand = self.config.subcommand
         config = self.config[subcommand]
@@ -189,7 +189,7 @@ class UnlearnCLI(LightningCLI):
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
             edit.check_base(BaseModel.find(arguments.model, arguments.revision))
-            if subcommand == "fit":  # as the command line says; Lightning restores the state
+            if subcommand == "fit":  # arguments come from the command line; Lightning restores the state
                 if self.run_folder is None:
                     self.progress = Progress.of(config.ckpt_path, list(edit.weights))
                 return
@@ -206,7 +206,7 @@ class UnlearnCLI(LightningCLI):
             ) from error
 
     def _find_earlier_run(self, concepts: Sequence[str]) -> None:
-        """Go on with the run that the same command has left unfinished; find out whether it has finished one."""
+        """Continue an unfinished run of the same command; note a finished one for ``--once``."""
         config = self.config[self.config.subcommand]
         earlier = newest_run(Path(config.trainer.default_root_dir, self._run_name(concepts)), self.sha256)
         if earlier is None or config.fresh:
@@ -221,17 +221,17 @@ class UnlearnCLI(LightningCLI):
 
     @property
     def edited(self) -> list[Concept]:
-        """The concepts that the recipe edits; none if it trains a part of a model."""
+        """The concepts that the recipe edits; empty if it trains a part of a model."""
         return getattr(self.model, "edited", [])
 
     @property
     def concept_names(self) -> list[str]:
-        """Names of all concepts of the concept set, if the recipe has one."""
+        """Names of all concepts of the concept set; empty if the recipe has no concept set."""
         return list(self.model.concepts.concepts) if isinstance(self.model, ConceptEditor) else []
 
     @property
     def run_name(self) -> str:
-        """``METHOD/CONCEPT``: where the runs of this recipe lie below ``default_root_dir``."""
+        """``METHOD/CONCEPT``: the folder of this recipe's runs, relative to ``default_root_dir``."""
         return self._run_name([concept.name for concept in self.edited])
 
     def _run_name(self, concepts: Sequence[str]) -> str:
@@ -272,7 +272,7 @@ class UnlearnCLI(LightningCLI):
                 )
             else:
                 kwargs["logger"] = RunLogger(root, name=name, default_hp_metric=False)
-            # Lightning keeps what resumes a preempted job here: not to be shared with other runs.
+            # Lightning saves checkpoints of preempted jobs here, so runs must not share this folder.
             kwargs["default_root_dir"] = root / name
         kwargs["callbacks"] = callbacks_of(
             str(self.subcommand), self.model, config["callbacks"], self._get(self.config_init, "edit")
@@ -283,7 +283,7 @@ class UnlearnCLI(LightningCLI):
             kwargs["callbacks"].append(GoOn(steps))
         try:
             return super().instantiate_trainer(**kwargs)
-        except (TypeError, RuntimeError) as error:  # Lightning's own checks of what a recipe says
+        except (TypeError, RuntimeError) as error:  # Lightning's own checks of a recipe
             raise UserError(f"trainer: {essence(error)}") from error
 
     @override
@@ -291,13 +291,13 @@ class UnlearnCLI(LightningCLI):
         if self.finished_before is None:
             fetch_base(self.model)
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
-        # TensorBoard and others do not say where they write.
+        # Errors of TensorBoard and other writers do not name the folder.
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
         with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
             super()._run_subcommand(subcommand)
 
     def fit(self, **kwargs: Any) -> None:
-        """Run the fit; one that has nothing to edit leaves nothing behind."""
+        """Run the fit; if it turns out that it has nothing to edit, its new folder is removed."""
         if self.finished_before is not None:
             state = read_run(self.finished_before)
             ended = f"ended {state['stopped']}" if "stopped" in state else "is finished"
@@ -306,7 +306,7 @@ class UnlearnCLI(LightningCLI):
         if self.progress is not None and not self.progress.left(self.model, self.config["fit"]):
             done = self.progress.nothing_left(self.model)
             of = read_run(run_folder(self.progress.path) or Path()).get("config_sha256", self.sha256)
-            if of != self.sha256:  # it was asked for something
+            if of != self.sha256:  # the command asked for something else than that run
                 raise UserError(f"fit: {done}, or --fresh without --ckpt_path for a new fit.")
             print(f"{done}.")
             return
@@ -337,13 +337,13 @@ class UnlearnCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # A checkpoint is data: nothing in it is run.
+        # A checkpoint is data: no code in it is run.
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def _claim(self) -> Run | None:
-        """Take the run's folder for this process; the other processes of a job leave that to the first.
+        """Lock the run's folder for the first process of the job; None in the other processes.
 
-        A run that a logger of the recipe gives another place is the recipe's own business.
+        None also if the recipe has another kind of logger, which decides itself where the run is kept.
         """
         logger = self.trainer.logger
         if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger) or not self.sha256:
@@ -356,30 +356,30 @@ class UnlearnCLI(LightningCLI):
                 if self.run_folder is not None or not isinstance(logger, RunLogger):
                     raise
                 if read_run(run.folder).get("config_sha256") == self.sha256:
-                    raise  # the same command is at work already
-                logger.next_version()  # another command was quicker to take this version
+                    raise  # the same command is already running
+                logger.next_version()  # another command has taken this version in the meantime
             else:
                 return run
 
     def test(self, **kwargs: Any) -> None:
-        """Run the test; the report's table takes the place of Lightning's."""
+        """Run the test; the report's table replaces Lightning's."""
         kinds = (EvaluationReport, MemorisationReport)
         reports = any(isinstance(callback, kinds) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
 
 
 def run(args: Sequence[str]) -> UnlearnCLI:
-    """Run a sub-command of the trainer.
+    """Run a subcommand of the trainer.
 
     Args:
         args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; recipes as paths.
 
     Returns:
-        The command line, with ``trainer``, ``model`` and ``datamodule`` as they are afterwards.
+        The command line; its ``trainer``, ``model`` and ``datamodule`` are in the state after the run.
 
     Raises:
-        UserError: Something is wrong with the recipe, its values or the checkpoint.
-        KeyboardInterrupt: Also if Lightning has shut down in its own way.
+        UserError: The recipe, its values or the checkpoint is wrong.
+        KeyboardInterrupt: The user interrupted the run; Lightning's ``SystemExit`` is turned into this.
     """
     prepare()
     try:

@@ -1,4 +1,4 @@
-"""How long a fit is: whether it came to its end, what stopped it before, and how a finished one goes on."""
+"""The length of a fit: whether it reached its end, what stopped it early, and how to continue a finished fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_unlearn.methods.uce_debias import UCEDebias
 from lit_unlearn.system.errors import UserError
 
 OWN_LENGTH = (ClosedFormMethod, RenameTokens)
-"""Methods that say themselves how long a fit is."""
+"""Methods that set the length of their fit themselves."""
 
 
 def takes_one_step(method: type) -> bool:
@@ -31,16 +31,16 @@ def takes_one_step(method: type) -> bool:
 
 
 def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
-    """What ended a fit before its last step, as in ``after 2 of 4 steps, by trainer.max_steps=2``; None if nothing did.
+    """What ended a fit before its last step: ``after 2 of 4 steps, by trainer.max_steps=2``; None if it is complete.
 
-    Where ``max_epochs`` is not set, the fit is as long as ``max_steps`` says.
+    If ``max_epochs`` is not set, ``max_steps`` is the length of the fit.
     """
     loop, steps, max_epochs = trainer.fit_loop, trainer.global_step, trainer.max_epochs or 0
     epochs: Any = loop.epoch_progress.current
     whole = epochs.processed >= max_epochs and loop.epoch_loop.batch_progress.is_last_batch
     if max_epochs == -1:
         whole = 0 <= trainer.max_steps <= steps
-    if whole or (trainer.should_stop and isinstance(module, UCEDebias)):  # which ends when it is near enough
+    if whole or (trainer.should_stop and isinstance(module, UCEDebias)):  # it ends itself when close enough
         return None
     cause = f"trainer.max_steps={trainer.max_steps}"
     if trainer.should_stop:
@@ -54,9 +54,9 @@ def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
 
 
 def how_to_go_on(trainer: L.Trainer, module: L.LightningModule) -> str:
-    """What to do about a fit that was stopped early."""
+    """Tell the user how to continue a fit that was stopped early."""
     if isinstance(module, OWN_LENGTH) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-        return "start a new one without that, since an edit is written whose steps are not all done"
+        return "start a new one without that, since its edit was written before all steps were done"
     return "with a longer one, or without it, --ckpt_path last goes on"
 
 
@@ -66,16 +66,16 @@ def _optimizer_steps(batches: float, trainer: Any) -> int:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the fit of a checkpoint has come.
+    """How much of its fit a checkpoint has done.
 
     Attributes:
         path: The checkpoint.
         names: The edited weights.
-        epochs: Epochs that have ended.
-        batches: Batches that it has seen, over all epochs.
-        steps: Optimizer steps that it has taken.
-        cut: Whether the end of its last epoch came before all its batches.
-        schedule: Steps of the schedule of the learning rate, if that has an end.
+        epochs: Number of finished epochs.
+        batches: Number of batches seen, over all epochs.
+        steps: Number of optimizer steps taken.
+        cut: Whether its last epoch ended before all of its batches were seen.
+        schedule: Number of steps of the learning rate schedule; None if the schedule has no end.
     """
 
     path: str | Path
@@ -88,10 +88,10 @@ class Progress:
 
     @classmethod
     def of(cls, path: str | Path, names: list[str]) -> Progress:
-        """Read it from the checkpoint ``path`` of a fit that edits the weights ``names``.
+        """Read the progress from the checkpoint ``path`` of a fit that edits the weights ``names``.
 
         Raises:
-            UserError: It is no checkpoint of a fit.
+            UserError: The file is not a checkpoint of a fit.
         """
         content = load_checkpoint(path)
         try:
@@ -111,14 +111,14 @@ class Progress:
             raise UserError(f"ckpt_path={path} does not say how far its fit has come: start a new one.") from error
 
     def left(self, module: L.LightningModule, config: Any) -> bool:
-        """Whether the fit of ``config`` has steps left.
+        """Whether a fit with ``config`` that continues from the checkpoint has steps left.
 
         Args:
-            module: The method, which need not be configured.
+            module: The method; ``configure_model`` need not have been called.
             config: The configuration of ``fit``.
 
         Raises:
-            UserError: It cannot go on there.
+            UserError: A fit cannot continue from this checkpoint.
         """
         if isinstance(module, OWN_LENGTH):
             if self.cut:
@@ -127,7 +127,7 @@ class Progress:
                     "new fit with --fresh and without --ckpt_path."
                 )
             assert isinstance(module, DiffusionEditor)
-            module.edited_names = self.names  # as configure_model finds them
+            module.edited_names = self.names  # configure_model would find the same
             return self.epochs < (module.fit_plan.epochs or 1)
         trainer, epoch = config.trainer, steps_per_epoch(config.data.init_args)
         ends = [] if trainer.max_steps == -1 else [trainer.max_steps]
@@ -145,7 +145,7 @@ class Progress:
         return True
 
     def nothing_left(self, module: L.LightningModule) -> str:
-        """That nothing is left to do, and what makes the fit longer."""
+        """The sentence which says that the fit is complete and how to make it longer."""
         longer = "raise data.steps, trainer.max_epochs or trainer.max_steps, whichever ends it, to go on"
         if isinstance(module, OWN_LENGTH):
             longer = "raise model.rounds to go on" if hasattr(module, "rounds") else "its length is its own"
@@ -153,18 +153,18 @@ class Progress:
 
 
 def steps_per_epoch(data: Mapping[str, Any]) -> int | None:
-    """Batches of an epoch, as the settings of our data modules say; None for others."""
+    """Batches per epoch, from the settings of our data modules; None for other data modules."""
     return data.get("steps") or data.get("steps_per_epoch")
 
 
 class GoOn(L.Callback):
-    """Takes a checkpoint up where its steps are in epochs of another length.
+    """Corrects the epoch and batch counters of a checkpoint if the length of an epoch has changed.
 
-    Of a fit of one epoch of 100 steps, 200 to an epoch make the middle of the first; Lightning would begin the second,
-    or end. A checkpoint that lies where it would lie anyway is left as it is.
+    Example: a fit ended after one epoch of 100 steps. With 200 steps per epoch it continues in the middle of the first
+    epoch, where Lightning would begin the second one or end. Counters that are right already are not changed.
 
     Args:
-        steps: Batches of an epoch.
+        steps: Batches per epoch.
     """
 
     def __init__(self, steps: int) -> None:
@@ -181,7 +181,7 @@ class GoOn(L.Callback):
         epochs, inside = divmod(done, self.steps)
         if inside:  # as saved at the end of a batch
             count = {"ready": epochs + 1, "started": epochs + 1, "processed": epochs, "completed": epochs}
-            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning adds it when it loads
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning adds one on loading
         else:  # as saved at the end of an epoch
             count = {"ready": epochs, "started": epochs, "processed": epochs, "completed": epochs - 1}
         loop["epoch_progress"] = {"total": dict(count), "current": dict(count)}

@@ -1,4 +1,4 @@
-"""Says where a command of the trainer runs, and when memory runs out there, what takes less."""
+"""Prints the device that a command runs on, and suggests what needs less memory if it runs out of memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lit_unlearn.system.devices import device_name, explaining_memory
 def on_its_device(
     subcommand: str, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule | None
 ) -> Iterator[None]:
-    """Print what ``subcommand`` runs on; end the block in one sentence if memory runs out.
+    """Print the device that ``subcommand`` runs on; explain in one sentence if memory runs out in the block.
 
     Raises:
-        UserError: It did.
+        UserError: Memory ran out.
     """
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
@@ -32,12 +32,12 @@ def on_its_device(
 def less_memory(
     subcommand: str, module: L.LightningModule, data: L.LightningDataModule | None, device: torch.device
 ) -> list[str]:
-    """What takes less memory than this run does: a smaller batch, half of the precision, the processor.
+    """Ways to need less memory than this run: a smaller batch, half precision, the CPU.
 
-    Weights that learn stay in float32: the steps of these methods would vanish in half of it.
+    Trained weights stay in float32: in half precision the steps of these methods would be rounded away.
     """
     batch = "batch_size" if subcommand == "fit" else "eval_batch_size"
-    size = getattr(data, batch, 1)  # null is every pair at once
+    size = getattr(data, batch, 1)  # null means all pairs at once
     ways = [f"lower --data.{batch} (now {'all at once' if size is None else size})"] if size != 1 else []
     if subcommand == "fit" and isinstance(module, GradientEditor):
         ways.append("compute in half of the precision (--trainer.precision bf16-mixed)")

@@ -1,4 +1,4 @@
-"""Options that a command would accept and not follow: each is refused before anything is built, or said."""
+"""Options that would have no effect on a command: they are refused before anything is built, or the user is warned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_unlearn.training.length import OWN_LENGTH, takes_one_step
 DEFAULT_STEPS = inspect.signature(ConceptPrompts).parameters["steps"].default
 
 Refusal = tuple[str, str]
-"""A key, and how the sentence goes on behind its value."""
+"""A key, and the rest of the sentence after its value."""
 
 
 LINKED = {
@@ -24,14 +24,14 @@ LINKED = {
     "--data.concept": "--concept",
     "--data.concept_set": "--model.init_args.concept_set",
 }
-"""Options that take their value from another one; jsonargparse would drop what is given for them."""
+"""Options that take their value from another option; jsonargparse would ignore a value given for them."""
 
 
 def given_options(args: Sequence[str]) -> set[str]:
-    """Keys that the command line sets itself, without ``init_args``: ``model.eta``.
+    """Keys that are set on the command line, written without ``init_args``: ``model.eta``.
 
     Raises:
-        UserError: One of them takes its value from another option.
+        UserError: One of the options takes its value from another option.
     """
     options = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
     names = {option.rstrip("+").replace(".init_args.", "."): option for option in options}
@@ -42,16 +42,16 @@ def given_options(args: Sequence[str]) -> set[str]:
 
 
 def check_options(subcommand: str, config: Any, method: type, given: Collection[str] = ()) -> None:
-    """Refuse what has no effect on ``subcommand`` with ``method``, or would leave nothing of what it finds.
+    """Refuse options that have no effect on ``subcommand`` with ``method``, or that would discard its results.
 
     Args:
         subcommand: ``fit``, ``validate``, ``test`` or ``predict``.
         config: The configuration of that command.
         method: Class of the module.
-        given: Keys that the command line sets itself.
+        given: Keys that are set on the command line.
 
     Raises:
-        UserError: Which key, its value, and what to do instead.
+        UserError: An option is refused; the message has its key, its value, and what to do instead.
     """
     for key, why in _refused(subcommand, config, method, given):
         raise UserError(f"{subcommand}: {key}={_value(config, key)} {why}.")
@@ -141,13 +141,13 @@ def class_paths(callbacks: Any) -> list[str]:
 def ignored_by_a_checkpoint(
     config: Any, given: Collection[str], kept: Mapping[str, Any], solver: Mapping[str, Any] | None
 ) -> list[str]:
-    """What the command line asks of an edit and the checkpoint has otherwise: ``model.eta=3 (eta=1.0)``.
+    """Options of the command line whose values differ from the checkpoint's: ``model.eta=3 (it has 1.0)``.
 
     Args:
-        config: The configuration as it was asked for.
-        given: Keys that the command line sets itself.
-        kept: The edit's arguments, as the checkpoint has them.
-        solver: Its solver and settings, if a closed form wrote it.
+        config: The configuration that the user asked for.
+        given: Keys that are set on the command line.
+        kept: The edit's arguments in the checkpoint.
+        solver: The edit's solver and settings; None if it was not made by a closed form.
     """
     settings = (solver or {}).get("init_args", {})
     known = {f"model.{name}": value for name, value in kept.items()} | {f"edit.{k}": v for k, v in settings.items()}

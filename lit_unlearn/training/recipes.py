@@ -1,4 +1,4 @@
-"""Where recipes are: a bare name such as ``null_space.yaml`` is looked up here and in the package."""
+"""Finds recipes: a plain name such as ``null_space.yaml`` is looked up in ``./configs`` and in the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_unlearn.system.errors import UserError, closest
 from lit_unlearn.system.names import why_not
 
 MAX_BYTES, MAX_NODES = 1_000_000, 100_000
-"""Largest recipe that is read, and the most values that it may stand for once its aliases are written out."""
+"""Size limit of a recipe in bytes, and limit of its number of values after its aliases are expanded."""
 
 
 OLD_CALLBACKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -24,15 +24,15 @@ OLD_CALLBACKS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("threshold", "rule", "minimum", "retain_scale", "lamb", "filter", "augment"),
     ),
 }
-"""Callbacks of earlier versions: the solver that does their work, and the method's arguments that are now its own."""
+"""Callbacks of earlier versions: the solver that replaced each, and the method's arguments that moved to the solver."""
 
 
 def recipe_folders() -> list[Path]:
-    """Folders that hold recipes, the first to be searched first: ``configs`` here, then what ships with the package."""
+    """Folders with recipes, in the order of the search: ``./configs``, then the folder in the package."""
     package = Path(str(files("lit_unlearn")))
     shipped = package / "configs"
     if not shipped.is_dir() and (package.parent / "pyproject.toml").is_file():
-        shipped = package.parent / "configs"  # installed in editable mode: they lie at the top of the tree
+        shipped = package.parent / "configs"  # in an editable install they are at the top of the repository
     return [folder for folder in (Path("configs"), shipped) if folder.is_dir()]
 
 
@@ -46,7 +46,7 @@ def find_recipe(name: str) -> Path:
     """Return the file that ``name`` stands for.
 
     Args:
-        name: A path, or a name relative to one of ``recipe_folders``; the ending ``.yaml`` may be left out.
+        name: A path, or a name relative to one of ``recipe_folders``; ``.yaml`` may be left out.
 
     Raises:
         UserError: There is no such file, or it is not YAML.
@@ -62,10 +62,10 @@ def find_recipe(name: str) -> Path:
 
 
 def resolve_recipes(args: Sequence[str]) -> list[str]:
-    """Return the arguments with the recipes first, each ``--config`` with the path of its file.
+    """Return the arguments with the recipes first, each ``--config`` followed by the path of its file.
 
-    Options then win over recipes wherever they stand, and may set what only a recipe has, such as ``--edit.ridge``.
-    ``--concept`` given several times is a list of them all; of every other option the last one counts.
+    Options then override recipes wherever they stand, and can set keys that only a recipe has, such as
+    ``--edit.ridge``. If ``--concept`` is given several times, they form one list; of other options the last counts.
 
     Raises:
         UserError: A recipe is missing.
@@ -85,7 +85,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
 
 
 def _joined_concepts(options: Sequence[str]) -> list[str]:
-    """``options`` with one ``--concept`` in place of several."""
+    """Replace several ``--concept`` in ``options`` by one with a list."""
     import yaml
 
     given: list[str] = []
@@ -111,9 +111,9 @@ def _joined_concepts(options: Sequence[str]) -> list[str]:
 
 @contextmanager
 def utf8_recipes() -> Iterator[None]:
-    """Have the parser of the arguments read files as UTF-8 within the block, as recipes are written.
+    """Within the block, the parser reads recipes as UTF-8.
 
-    jsonargparse opens them in the system's encoding, which is another one on Windows, and cannot be told otherwise.
+    jsonargparse opens files in the system's encoding, which is not UTF-8 on Windows, and has no option for this.
     """
     from jsonargparse import Path as ParserPath
 
@@ -132,12 +132,12 @@ def utf8_recipes() -> Iterator[None]:
 
 
 def check_method(method: str | None) -> None:
-    """Refuse a name of a method that leads to another folder, or that not every system can have.
+    """Refuse a method's name that leads to another folder, or that some operating systems do not allow.
 
-    Runs lie in ``default_root_dir/METHOD``.
+    Runs are kept in ``default_root_dir/METHOD``.
 
     Raises:
-        UserError: It is such a name.
+        UserError: The name is not allowed.
     """
     parts = PurePosixPath(method or "").parts
     if {"..", "/"} & set(parts):
@@ -148,7 +148,7 @@ def check_method(method: str | None) -> None:
 
 
 def _check_yaml(path: Path) -> None:
-    """Refuse a file that is not a mapping in YAML: the parser of the arguments would not say which file it was."""
+    """Refuse a file that is not a mapping in YAML, because the parser's own message does not name the file."""
     import yaml
 
     from lit_unlearn.system.strict_yaml import expanded_size
@@ -178,7 +178,7 @@ def _check_yaml(path: Path) -> None:
 
 
 def _refuse_old_callbacks(path: Path, text: str) -> None:
-    """Say the new form of a recipe of an earlier version, in which callbacks were closed forms."""
+    """Refuse a recipe of an earlier version, in which closed forms were callbacks, and show its new form."""
     import yaml
 
     if not any(old in text for old in OLD_CALLBACKS):

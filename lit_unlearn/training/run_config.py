@@ -1,4 +1,4 @@
-"""The configuration of a command, in the folder of its run."""
+"""Saves the configuration of a command in the folder of its run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: they agree on it
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank, because log_dir is broadcast
         super().setup(trainer, pl_module, stage)
 
     @override
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own would leave half a file
+        with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own could leave half a file
             file.write(self.parser.dump(self.config, skip_none=False).encode())

@@ -1,8 +1,9 @@
-"""One run, one folder: who writes into it, whether it was finished, and which one an interrupted command goes on with.
+"""One folder per run: which process writes into it, whether the run is finished, and which run a command continues.
 
-``RUN/run.json`` says of what configuration a fit is and whether it is finished. A fit that was killed leaves it at
-``running``: the same command then goes on there, from its last checkpoint. One that ended before its last step, as it
-was told to, is ``stopped``, and ``run.json`` says by what. ``RUN/.lock`` is held while a fit writes.
+``RUN/run.json`` has the hash of the fit's configuration and its state. If a fit is killed, the state remains
+``running``: the same command then continues this run from its last checkpoint. If a setting of the recipe, such as
+``trainer.max_steps``, ended the fit before its last step, the state is ``stopped`` and ``run.json`` names the setting.
+``RUN/.lock`` is locked while a fit writes.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ RUN_FILE, LOCK_FILE = "run.json", ".lock"
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
 
 DEFAULT_SET = "emoji20"
-"""The concept set whose runs have the plain names of its concepts."""
+"""Runs with this concept set are named after the concepts alone."""
 
 NO_PART_OF_A_RUN = {"ckpt_path", "overwrite", "fresh", "once", "weights_only"}
-"""Options that do not change what a fit finds."""
+"""Options that do not change the result of a fit."""
 NO_PART_OF_A_TRAINER = {
     "accelerator",
     "default_root_dir",
@@ -46,19 +47,19 @@ NO_PART_OF_A_TRAINER = {
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines the result of a fit: not where it runs, how it is watched or where it is kept."""
+    """The part of the configuration that determines the result of a fit: without devices, logging and folders."""
     kept = {name: value for name, value in config.items() if name not in {*NO_PART_OF_A_RUN, "config"}}
     kept["trainer"] = {k: v for k, v in dict(kept.get("trainer") or {}).items() if k not in NO_PART_OF_A_TRAINER}
     return kept
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """SHA-256 of ``deciding``."""
+    """SHA-256 of ``deciding(config)``."""
     return hashlib.sha256(json.dumps(deciding(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of ``folder``; empty if there is none, or none that can be read."""
+    """Content of ``run.json`` in ``folder``; empty if the file is missing or cannot be read."""
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -67,15 +68,15 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def run_name(method: str, concepts: Sequence[str], concept_set: ConceptSet) -> str:
-    """``METHOD/CONCEPT``: where the runs of an edit lie below ``default_root_dir``.
+    """``METHOD/CONCEPT``: the folder of an edit's runs, relative to ``default_root_dir``.
 
-    Concepts of another set than the default one have its name and a hash behind them: ``uce/dog@pets-5f2ff0c4``. So two
-    sets of other names or content never share a folder, nor what resumes a job there.
+    For concept sets other than the default, the set's name and a hash follow: ``uce/dog@pets-5f2ff0c4``. So sets with
+    different names or content never share a folder or the checkpoints in it.
 
     Args:
         method: The recipe's name.
         concepts: Names of the edited concepts.
-        concept_set: Their set.
+        concept_set: The set that they belong to.
     """
     label, default = joint_name(concepts), load_concept_set(DEFAULT_SET)
     if (concept_set.name, concept_set.sha256) == (default.name, default.sha256):
@@ -92,15 +93,15 @@ def newest_run(folder: Path, sha256: str) -> Path | None:
 
 
 def newest_edit(folder: Path, command: str, concepts: Sequence[str]) -> Path:
-    """The checkpoint of the newest ``folder/version_N``; says which one it is, and if it is not finished.
+    """The checkpoint of the newest ``folder/version_N``; prints its path, and warns if the run is not finished.
 
     Args:
         folder: ``METHOD/CONCEPT``.
-        command: What needs it.
-        concepts: Names of the edited concepts, if it is about any.
+        command: The command that needs the checkpoint, for the message.
+        concepts: Names of the edited concepts; empty if the run has none.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no checkpoint.
     """
     path = newest_checkpoint(folder)
     if path is None:
@@ -121,19 +122,19 @@ def newest_edit(folder: Path, command: str, concepts: Sequence[str]) -> Path:
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger of a new run, which can move on to the next version if another process is quicker."""
+    """TensorBoard's logger for a new run; it can take the next version if another process has taken this one."""
 
     def next_version(self) -> None:
-        """Take the next version that no folder has."""
+        """Take the next version for which no folder exists."""
         self._version = self._get_next_version()
 
 
 class Run:
-    """A fit's claim on its folder.
+    """The folder of a fit, locked for one process.
 
     Args:
         folder: ``METHOD/CONCEPT/version_N``.
-        sha256: Of the configuration.
+        sha256: Hash of the configuration, ``config_sha256``.
     """
 
     def __init__(self, folder: Path, sha256: str) -> None:
@@ -141,23 +142,23 @@ class Run:
         self._lock = FileLock(folder / LOCK_FILE)
 
     def claim(self) -> None:
-        """Take the folder for this process, until it ends.
+        """Lock the folder for this process until ``release``.
 
         Raises:
-            UserError: Another process has it.
-            WriteError: It cannot be written to.
+            UserError: Another process has locked the folder.
+            WriteError: The folder cannot be written to.
         """
         is_new = not self.folder.exists()
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_it()
-            for left in self.folder.glob("checkpoints/.*.tmp"):  # by a process that was killed
+            for left in self.folder.glob("checkpoints/.*.tmp"):  # left behind by a process that was killed
                 remove(left)
         try:
             self._write(RUNNING)
         except WriteError:
             self.release()
-            if is_new:  # nothing says whose it is, so no command would go on with it
+            if is_new:  # without run.json no command would continue it
                 remove_if_possible(self.folder)
             raise
 
@@ -172,15 +173,15 @@ class Run:
             ) from error
 
     def finish(self) -> None:
-        """Say that the fit came to its end."""
+        """Record that the fit is finished."""
         self._write(FINISHED)
 
     def stop(self, by: str) -> None:
-        """Say that the fit ended before its last step, and what ended it."""
+        """Record that the fit ended before its last step, and what ended it."""
         self._write(STOPPED, stopped=by)
 
     def release(self) -> None:
-        """Leave the folder."""
+        """Unlock the folder."""
         self._lock.release(force=True)
 
     def _write(self, state: str, **more: str) -> None:

@@ -105,5 +105,5 @@ def test_pictures_that_the_judge_cannot_tell_are_left_out(attacked: Attacked) ->
     pictures = torch.tensor([0.1, 0.4, 0.6, 0.9]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
     assert attacked(judge=Bright(0.5)).verdicts(pictures) == [False, False, True, True]
     assert attacked(judge=Bright(0.5, blind=0.3)).verdicts(pictures) == [False, True, True]
-    with pytest.raises(ValueError, match="'bright' could not tell of any of 4 pictures whether they show dog"):
+    with pytest.raises(ValueError, match="'bright' gave no answer for any of 4 pictures of dog"):
         attacked(judge=Bright(0.5, blind=1.0)).verdicts(pictures)
