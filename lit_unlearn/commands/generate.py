@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import plain_warnings, user_errors
+from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
 from lit_unlearn.system.names import check_prompts
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
             if value is not None and value < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
         device = find_device(options.device)
-        edit = read_edit(options.ckpt_path) if options.ckpt_path else None
+        edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
         base = chosen_base(options.model, options.revision, edit)
         hyper_parameters = edit.hyper_parameters if edit else {}
         steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
@@ -77,6 +77,11 @@ def run(options: argparse.Namespace) -> None:
     seeds = list(range(options.seed, options.seed + options.num))
     with plain_warnings(), explaining_memory("generate", device, ways):
         pictures = draw(pipeline, options.prompts, seeds, steps, guidance_scale, options.batch_size)
+    if not pictures.isfinite().all():
+        raise UserError(
+            f"generate: pictures by {base.name} with guidance_scale={guidance_scale:g} and num_inference_steps={steps} "
+            "are not finite, so nothing is written: the model, its scheduler's settings or the edit are broken."
+        )
     scale = options.scale or -(-MIN_SIDE // min(pictures.shape[-2:]))
     if len(pictures) == 1:
         image = to_pil(pictures[0])

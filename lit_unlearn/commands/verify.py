@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from lit_unlearn.edits.verify import findings_table, verify_export
 
     with user_errors():
-        base = BaseModel.find(options.base, options.revision) if options.base else None
+        base = BaseModel.find(options.base, options.revision) if options.base is not None else None
         findings = verify_export(Path(options.export), base)
     Console(soft_wrap=True).print(findings_table(findings))
     wrong = [finding for finding in findings if not finding.ok]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.check import load_scheduler, read_tokenizer
+from lit_unlearn.diffusion.check import load_mended_scheduler, read_tokenizer
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.hub import cached_snapshot
 from lit_unlearn.diffusion.load import check_folder, fetch, load_parts
@@ -101,7 +101,7 @@ class BaseModel:
             ValueError: The sampler cannot take this number of steps.
         """
         if self.folder is not None:
-            scheduler = load_scheduler(self.folder, self.name)
+            scheduler = load_mended_scheduler(self.folder, self.name)
             check_steps(DDPM(scheduler).with_sampler(kind).scheduler, num_inference_steps, field)
 
     @cached_property

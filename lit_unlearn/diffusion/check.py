@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "scheduler": (),
 }
 """Parts of a pipeline, each with the classes that it can be loaded as; there are many classes of schedulers."""
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of these parts come from."""
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that do not change the pictures."""
 
@@ -187,6 +190,18 @@ def load_scheduler(path: Path, model: str) -> SchedulerMixin:
     return make_sampler(name, read_config(path / "scheduler" / "scheduler_config.json"), model)
 
 
+def load_mended_scheduler(path: Path, model: str) -> SchedulerMixin:
+    """As ``load_scheduler``, with a configuration of 2022 corrected as diffusers does when it loads the pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    scheduler = load_scheduler(path, model)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that the files should be corrected: said on loading
+        StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
+    return scheduler
+
+
 def _check_index(path: Path, model: str) -> None:
     """Check which parts a folder has, and their classes in ``model_index.json``."""
     if not (path / "model_index.json").is_file():
@@ -197,11 +212,12 @@ def _check_index(path: Path, model: str) -> None:
             f"layout has it and {', '.join(PARTS)}; to convert a single file: {CONVERT}."
         )
     index = read_config(path / "model_index.json")
-    parts = {
-        name: entry[1]
+    entries = {
+        name: entry
         for name, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
     }
+    parts = {name: entry[1] for name, entry in entries.items()}
     if "_class_name" not in index:
         raise ValueError(f"model={model!r}: {path / 'model_index.json'} has no _class_name: copy it again.")
     others = [name for name in parts if name not in (*PARTS, *OPTIONAL)]
@@ -219,6 +235,11 @@ def _check_index(path: Path, model: str) -> None:
             raise ValueError(
                 f"model={model!r} has the {part} {parts[part]!r:.100} by its model_index.json: only {kinds[0]} is "
                 "supported."
+            )
+        if (library := entries[part][0]) not in LIBRARIES:
+            raise ValueError(
+                f"model={model!r} has the {part} {parts[part]!r:.100} of {library!r:.100} by model_index.json, which"
+                f" is code of its own: only classes of {' and '.join(LIBRARIES)} are loaded."
             )
 
 

@@ -377,13 +377,13 @@ def chosen_base(model: str | None, revision: str | None, edit: Edit | None) -> B
         ValueError: The model does not exist, or the edit was not made on it.
     """
     if edit is None:
-        return BaseModel.find(model or EMBEDDED, revision)
+        return BaseModel.find(EMBEDDED if model is None else model, revision)
     local = LOCAL_NAME.fullmatch(edit.model)
     if model is None and local is not None and not Path(edit.model).is_dir():
         raise ValueError(
             f"{edit.path} edits a model in a folder called {local[1]!r} and does not say where that lies: name it with "
             "--model."
         )
-    base = BaseModel.find(model or edit.model, revision or edit.hyper_parameters.get("revision"))
+    base = BaseModel.find(edit.model if model is None else model, revision or edit.hyper_parameters.get("revision"))
     edit.check_base(base)
     return base

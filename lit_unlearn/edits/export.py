@@ -186,8 +186,13 @@ def file_sha256(path: Path) -> str:
 
 
 def export_delta(edit: Edit, facts: dict[str, Any], output: Path, dtype: torch.dtype | None) -> None:
-    """Write the changed weights (new values, not differences) as safetensors, and ``facts`` as JSON metadata."""
+    """Write the changed weights (new values, not differences) as safetensors, and ``facts`` as JSON metadata.
+
+    Raises:
+        ValueError: ``dtype`` cannot hold a weight.
+    """
     weights = {name: value.to(dtype or value.dtype).contiguous() for name, value in edit.weights.items()}
+    _check_finite(weights, dtype)
     _write_weights(weights, {"kind": "delta", **facts}, output)
 
 
@@ -202,13 +207,24 @@ def export_lora(
     """Write the edit as LoRA weights (``low_rank``), with ``facts`` as metadata; return its rank and residuals.
 
     Raises:
-        ValueError: The edit changes weights that LoRA cannot represent.
+        ValueError: The edit changes weights that LoRA cannot represent, or ``dtype`` cannot hold the factors.
     """
     before = base.weights(edit.weights, edit.dtype)
     assert before is not None  # ``provenance`` has hashed them
     factors, report = low_rank(edit.weights, before, rank, dtype or edit.dtype)
+    _check_finite(factors, dtype)
     _write_weights(factors, {"kind": "lora", **facts, "lora": report}, output)
     return report
+
+
+def _check_finite(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Refuse what a narrower type has made of weights that are too large for it; they were finite before."""
+    for name, value in weights.items() if dtype is not None else ():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"dtype={str(dtype).removeprefix('torch.')} cannot hold {name}, whose numbers are too large for"
+                " it: export as bfloat16 or float32."
+            )
 
 
 def _write_weights(weights: Mapping[str, Tensor], facts: dict[str, Any], output: Path) -> None:
@@ -239,7 +255,7 @@ def export_pipeline(
 
     Raises:
         WriteError: The folder cannot be written; its earlier content is unchanged.
-        ValueError: The model cannot be loaded, or the edit does not fit it.
+        ValueError: The model cannot be loaded, the edit does not fit it, or ``dtype`` cannot hold a weight.
     """
     edit.check_weights()
     pipeline = base.load(edit.dtype)
@@ -248,6 +264,7 @@ def export_pipeline(
     for module in pipeline.parts.values() if dtype is not None else ():
         torch.nn.Module.to(module, dtype=dtype)  # diffusers' own warns about float32 layers without need
     parameters = pipeline.named_parameters()
+    _check_finite(parameters, dtype)
     facts["dtype"] = str(dtype or edit.dtype).removeprefix("torch.")
     facts["weights_sha256"] = weights_sha256({name: parameters[name] for name in edit.weights})
     kept = kept_of(base, parameters)

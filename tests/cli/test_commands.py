@@ -60,6 +60,26 @@ def test_generate_applies_the_edit(run_folder: Path, recipe: Path, tiny_sd: Path
     assert Path("stronger.png").read_bytes() != Path("plain.png").read_bytes()
 
 
+def test_generate_writes_no_picture_that_is_not_finite(
+    broken_model: Callable[..., Path], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damage(folder: Path) -> None:
+        file = folder / "vae/diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["decoder.conv_in.weight"].fill_(3e38)
+        save_file(weights, file, metadata={"format": "pt"})
+
+    model = str(broken_model(damage))
+    assert cli.main(["generate", "a dog", "-o", "a.png", "--model", model, "--num_inference_steps", "1"]) == 2
+    assert "are not finite" in capsys.readouterr().err
+    assert not Path("a.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--ckpt_path"])
+def test_an_empty_name_is_not_taken_as_none(option: str, workplace: Path, refuses: Callable[..., str]) -> None:
+    assert f"{option.removeprefix('--')}=" in refuses("generate", "a dog", "-o", "a.png", option, "")
+
+
 def test_generate_warns_of_a_prompt_that_is_cut_off(workplace: Path, tiny_sd: Path) -> None:
     prompt = "a dog in the rain " * 20
     with pytest.warns(UserWarning, match=f"The prompt '{prompt}' has"):
@@ -113,7 +133,7 @@ def test_the_demo_says_what_it_does_and_where_it_lies(
     [
         (
             ["export", "--ckpt_path", "a", "-o", "model.safetensors"],
-            "output=model.safetensors names a .safetensors file",
+            "output='model.safetensors' is the name of a file",
         ),
         (["export", "--ckpt_path", "a", "--delta", "-o", "x.ckpt"], "output=x.ckpt names a .ckpt file, but"),
         (["report", "logs", "-o", "report.html"], "output=report.html names a .html file, but"),

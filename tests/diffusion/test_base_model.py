@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from helpers import LAYERS
 from lit_unlearn.diffusion import base_model
@@ -93,6 +97,30 @@ def test_weights_that_it_lacks(tiny_sd: Path) -> None:
     base = BaseModel.find(str(tiny_sd))
     assert base.weights(["unet.extra"], torch.float32) is None
     assert base.fingerprint(["unet.extra"], torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("num_inference_steps", "config"),
+    [
+        # to the epsilon of a picture without any signal, which clip_sample of 2022 would hide
+        (4, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": True}),
+        # the last timestep is there with steps_offset=0 of 2022, and not with 1
+        (1000, {"clip_sample": False, "steps_offset": 0}),
+    ],
+)
+def test_steps_are_checked_with_the_configuration_that_is_drawn_with(
+    num_inference_steps: int, config: dict[str, Any], broken_model: Callable[..., Path]
+) -> None:
+    def damage(folder: Path) -> None:
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **config)
+        scheduler.save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index["scheduler"] = ["diffusers", "DDIMScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+    base = BaseModel.find(str(broken_model(damage)))
+    with pytest.raises(ValueError, match=f"steps={num_inference_steps} "):
+        base.check_steps(num_inference_steps, "steps")
 
 
 def test_a_model_of_the_hub_is_fetched_once_for_its_weights(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:

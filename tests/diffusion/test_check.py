@@ -101,6 +101,10 @@ BROKEN = {
     # classes
     "another autoencoder": (edit("model_index.json", vae=["diffusers", "AutoencoderTiny"]), "vae 'AutoencoderTiny'"),
     "an autoencoder left out": (edit("model_index.json", vae=[None, None]), "lacks vae"),
+    "code of one's own": (
+        edit("model_index.json", unet=["mine", "UNet2DConditionModel"]),
+        "unet 'UNet2DConditionModel' of .mine. .* code of its own",
+    ),
     "a UNet of one's own": (edit("model_index.json", unet=["mine", "MyUNet"]), "unet 'MyUNet'"),
     "SDXL": (
         edit("model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=["transformers", "CLIP"]),

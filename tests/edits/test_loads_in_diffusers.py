@@ -153,3 +153,19 @@ def test_the_converter_of_kohyas_names_knows_every_layer(components: StableDiffu
         state = {f"{lora_name(name)}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
         found, _ = StableDiffusionPipeline.lora_state_dict(state)
         assert {key.partition(".")[0] for key in found} == {name.partition(".")[0]}
+
+
+@pytest.mark.parametrize("options", [(), ("--delta",), ("--lora", "auto")], ids=" ".join)
+def test_weights_too_large_for_a_type_are_not_written_as_infinite(
+    options: tuple[str, ...], tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt_path = checkpoint(tiny_sd, KV[:1], tmp_path / "edit.ckpt")
+    content = torch.load(ckpt_path, weights_only=True)
+    content["state_dict"][KV[0]][0, 0] = 1e6
+    torch.save(content, ckpt_path)
+    output = tmp_path / "out"
+    arguments = ["export", "--ckpt_path", str(ckpt_path), "-o", str(output), *options]
+    assert cli.main([*arguments, "--dtype", "float16"]) == 2
+    assert "dtype=float16 cannot hold " in capsys.readouterr().err
+    assert not output.exists()
+    assert cli.main([*arguments, "--dtype", "bfloat16"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, matc
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
 from lit_unlearn.methods.shared.processes import Processes
+from lit_unlearn.system.errors import plain_warnings
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
 
@@ -255,8 +257,16 @@ class DiffusionEditor(L.LightningModule):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed."""
-        return to_uint8(self.pipeline.draw(prompts, seeds, self.num_inference_steps, self.guidance_scale))
+        """Pictures (B, 3, H, W), uint8 on the CPU, of ``prompts``, each from its own seed; black if not finite."""
+        pictures = self.pipeline.draw(prompts, seeds, self.num_inference_steps, self.guidance_scale)
+        if not pictures.isfinite().all():
+            with plain_warnings():
+                warnings.warn(
+                    "Pictures that are not finite are drawn as black ones, which show no concept: the edit or the base "
+                    "model is broken, or the precision is too low for it.",
+                    stacklevel=1,
+                )
+        return to_uint8(pictures)
 
     def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
         """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.

@@ -137,6 +137,14 @@ def test_a_picture_is_its_prompt_and_seed(editor: Editor) -> None:
     assert (pictures[0].int() - pictures[2].int()).abs().max() > 4
 
 
+def test_pictures_that_are_not_finite_are_said(editor: Editor) -> None:
+    module = editor()
+    with torch.no_grad():
+        module.pipeline.named_parameters()["vae.decoder.conv_in.weight"].fill_(3e38)
+    with pytest.warns(UserWarning, match="Pictures that are not finite are drawn as black"):
+        assert not module.generate(["a dog"], [1]).any()
+
+
 def test_steps_and_guidance_are_the_methods(editor: Editor) -> None:
     for arguments, forwards in (
         ({"num_inference_steps": 3}, 6),
