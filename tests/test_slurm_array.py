@@ -90,3 +90,10 @@ def test_another_model_has_overlays_of_its_own(commands: dict[str, str]) -> None
     assert "There is no overlay mine_esd.yaml" in cell(commands, "esd", OVERLAY="mine.yaml").stderr
     (here / "mine_esd.yaml").write_text("method: x", encoding="utf-8")
     assert overlays(cell(commands, "esd", OVERLAY="mine").stdout.splitlines()[0]) == ["mine.yaml", "mine_esd.yaml"]
+
+
+def test_a_recipe_is_named_with_or_without_its_ending_and_must_exist(commands: dict[str, str]) -> None:
+    assert overlays(cell(commands, "esd.yaml").stdout.splitlines()[0]) == ["sd14.yaml", "sd14_esd.yaml"]
+    unknown = cell(commands, "uce_20244")
+    assert unknown.returncode == 2 and unknown.stdout == ""
+    assert unknown.stderr.startswith("There is no recipe uce_20244.yaml, which METHODS names")

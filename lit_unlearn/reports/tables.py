@@ -36,12 +36,15 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         The table, edited concepts first and in bold. If several are edited, the column ``crosswise`` has for each the
         share of pictures of the other edited concepts' prompts that show it, before and after.
     """
-    table = Table(title=_title(after), title_justify="left", header_style="bold", box=HORIZONTALS)
-    table.add_column("pictures that show their concept", min_width=17)
+    crossed = after.crosswise is not None  # a column more: all of them are to fit into 80 characters
+    table = Table(
+        title=_title(after), title_justify="left", header_style="bold", box=HORIZONTALS, collapse_padding=crossed
+    )
+    table.add_column("pictures that show their concept", min_width=12 if crossed else 17)
     columns = [("before", before), ("after", after)] if before else [("share", after)]
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
-    if after.crosswise is not None:
+    if crossed:
         table.add_column("crosswise", justify="right", no_wrap=True)
     table.add_column("judged", justify="right", no_wrap=True)
 
@@ -51,7 +54,7 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         for _, measurement in columns:
             score = measurement.per_concept.get(name)
             shares.append(_number(score.share_with_concept if score else None, 2))
-        if after.crosswise is not None:
+        if crossed:
             crosswise = [m.per_concept[name].share_crosswise for _, m in columns if name in m.per_concept]
             shares.append(" → ".join(_number(share, 2) for share in crosswise) if concept.edited else "")
         label = Text(f"{name} (edited)" if concept.edited else name, style="bold magenta" if concept.edited else "")

@@ -199,7 +199,9 @@ def _reason(reason: str, owner: str, classes: Mapping[str, type], keys: Iterable
     if found := re.fullmatch(r"unrecognized arguments: (.+)", reason):
         option = found[1].split("=")[0].split()[0]
         known = closest_key(option.lstrip("-"), keys) if option.startswith("-") else ""
-        return f"there is no option {option}{known}" if option.startswith("-") else f"{found[1]!r} is not expected"
+        if option.startswith("-"):
+            return f"there is no option {option}{known}"
+        return f"{found[1]!r} is not expected: several values are one list in quotes, as in --concept '[dog, cat]'"
     if found := re.fullmatch(EXPECTED, reason):
         wanted = re.sub(r"^Literal\[", "one of [", found[1])
         return f"{wanted} expected, got {found[2]}"

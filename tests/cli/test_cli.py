@@ -79,7 +79,7 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
         (["--model.init_args.model", "nowhere"], "model='nowhere' is no folder and no hub id"),
         (["--trainer.accelerator", "abacus"], "You selected an invalid accelerator name"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path=nowhere.ckpt does not exist"),
-        (["dog"], "'dog' is not expected."),
+        (["dog"], "'dog' is not expected: several values are one list in quotes, as in --concept '[dog, cat]'."),
     ],
 )
 def test_bad_input_of_a_fit(refuses: Callable[..., str], recipe: Path, args: list[str], message: str) -> None:

@@ -153,3 +153,12 @@ def test_a_row_per_concept_with_means_over_seeds() -> None:
     text = concepts_markdown(runs).splitlines()
     assert text[0] == "| concept | null_space | uce |"
     assert text[2:] == ["| dog | 0.80 / 0.80 | 0.50 / 0.80 |", "| cat | 1.00 / - | - |"]
+
+
+def test_the_column_of_several_edited_concepts_fits_into_80_characters() -> None:
+    per_concept = {name: ConceptScore(0.0, 100, 0, True, share_crosswise=1.0) for name in ("soccer ball", "cat")}
+    intervals = {name: (0.5, 0.9) for name in ("forget", "retain", "forget_crosswise")}
+    scores = run(1.0, 0.9, per_concept=per_concept, intervals=intervals, crosswise=0.0)
+    lines = printed(scores_table(scores, scores), width=80)
+    assert row(lines, "cat (edited)")[-4:] == ["1.00", "→", "1.00", "100/100"]
+    assert [line.split()[-2:] for line in lines if "judged" in line][-1] == ["crosswise", "judged"]

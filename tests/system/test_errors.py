@@ -80,7 +80,10 @@ NESTED = """Parser key "model":
             "unrecognized arguments: --trainer.device 2",
             "there is no option --trainer.device (closest: trainer.devices).",
         ),
-        ("unrecognized arguments: dog", "'dog' is not expected."),
+        (
+            "unrecognized arguments: dog",
+            "'dog' is not expected: several values are one list in quotes, as in --concept '[dog, cat]'.",
+        ),
         (
             "the following arguments are required: fit.data, fit.model",
             "name a recipe that says what to run, e.g. --config null_space.yaml.",
