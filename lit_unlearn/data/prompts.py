@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -26,8 +25,7 @@ MAX_PAIRS = 12
 """Most pairs of concepts that a warning names."""
 
 
-@dataclass(frozen=True)
-class PictureItem:
+class PictureItem(NamedTuple):  # Lightning cannot walk through a frozen dataclass in its true precisions
     """One picture to generate and judge; its seed is its own."""
 
     prompt: str
@@ -252,7 +250,7 @@ class ConceptPrompts(L.LightningDataModule):
         return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed, adversarial=edited))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch of tensors; picture items hold none, and Lightning does not take frozen dataclasses apart."""
+        """Move a batch of tensors; picture items hold none."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
 
     def predict_dataloader(self) -> DataLoader[Any]:
