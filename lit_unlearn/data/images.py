@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -141,8 +141,7 @@ def digest(images: list[CaptionedImage]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class CaptionItem:
+class CaptionItem(NamedTuple):  # as ``PictureItem``
     """One picture to generate from a caption, with its own seed.
 
     Attributes:
@@ -369,7 +368,7 @@ class KeepForgetImages(L.LightningDataModule):
         return self.test_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move tensors only; caption items contain none, and Lightning cannot move frozen dataclasses."""
+        """Move a batch of tensors; caption items contain none."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
 
 

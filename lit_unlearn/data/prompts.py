@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -26,8 +25,7 @@ MAX_PAIRS = 12
 """Maximum number of pairs of concepts that a warning lists."""
 
 
-@dataclass(frozen=True)
-class PictureItem:
+class PictureItem(NamedTuple):  # Lightning cannot walk through a frozen dataclass in its true precisions
     """One picture to generate and judge, with its own seed."""
 
     prompt: str
@@ -253,7 +251,7 @@ class ConceptPrompts(L.LightningDataModule):
         return self._pictures(Pictures(self.concepts, self.images_per_prompt, self.seed, adversarial=edited))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move tensors only; picture items contain none, and Lightning cannot move frozen dataclasses."""
+        """Move a batch of tensors; picture items contain none."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Tensor) else batch
 
     def predict_dataloader(self) -> DataLoader[Any]:

@@ -168,7 +168,7 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
             "Pictures in [-1, 1] become so by (images / 2 + 0.5).clamp(0, 1)."
         )
     shown = finite.nonzero().flatten().tolist()
-    probability = torch.full((len(images),), torch.nan)
+    probability = torch.full((len(images),), torch.nan, dtype=torch.float32)  # Lightning changes the default
     for start in range(0, len(shown), batch_size):
         batch = shown[start : start + batch_size]
         answer = judge(images[batch], [questions[index] for index in batch])

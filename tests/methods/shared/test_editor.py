@@ -258,6 +258,19 @@ def test_predict_returns_the_edited_pictures(editor: Editor, trainer_with: Train
     assert torch.equal(pictures, module.generate([item.prompt for item in items], [item.seed for item in items]))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_pictures_are_judged_in_every_precision(
+    precision: str, editor: Editor, trainer_with: TrainerWith, pets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = editor()
+    monkeypatch.setattr(module, "load_judge", BrightnessJudge)
+    keep = Keep()
+    trainer_with(keep, precision=precision).test(
+        module, ConceptPrompts("dog", pets, images_per_prompt=1), verbose=False
+    )
+    assert len(keep.seen) > 0
+
+
 def test_the_judge_is_a_folder(editor: Editor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
         editor(load=False, judge=str(tmp_path)).load_judge()
