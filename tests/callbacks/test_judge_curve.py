@@ -42,7 +42,7 @@ def test_prompts_that_name_the_concept_are_no_negatives() -> None:
     dog, owl = concepts.get("dog"), list(concepts.concepts).index("owl")
     items = [item for item in Pictures(concepts, 1, 0).items if item.concept_index == owl]
     assert len(known_answers(dog, concepts, items, None)) == 10
-    named = [type(item)("an owl and a dog", *list(vars(item).values())[1:]) for item in items]
+    named = [item._replace(prompt="an owl and a dog") for item in items]
     assert known_answers(dog, concepts, named, None) == []
 
 
