@@ -283,7 +283,7 @@ class UnlearnCLI(LightningCLI):
             kwargs["callbacks"].append(GoOn(steps))
         try:
             return super().instantiate_trainer(**kwargs)
-        except (TypeError, RuntimeError) as error:  # Lightning's own checks of a recipe
+        except (TypeError, RuntimeError, ImportError) as error:  # Lightning's own checks of a recipe
             raise UserError(f"trainer: {essence(error)}") from error
 
     @override
