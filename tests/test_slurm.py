@@ -21,7 +21,7 @@ import yaml
 
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.training.runs import read_run
+from lit_unlearn.system.run_file import read_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "configs" / "slurm"

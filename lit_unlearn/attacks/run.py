@@ -24,7 +24,7 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit
+from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit, warn_unfinished
 from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.judges.base import Judge
 from lit_unlearn.judges.load import check_stored, load_judge
@@ -91,6 +91,7 @@ def attack_run(
     if seed < 0:
         raise ValueError(f"seed={seed} must be zero or larger.")
     edit = read_edit(ckpt_path)
+    warn_unfinished(ckpt_path)
     concept_set = _concept_set(edit)
     targets = _edited_concepts(edit, concepts, concept_set)
     folder = _output_folder(edit, output)

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """
     import torch
 
-    from lit_unlearn.edits.checkpoint import chosen_base, read_edit
+    from lit_unlearn.edits.checkpoint import chosen_base, read_edit, warn_unfinished
     from lit_unlearn.edits.export import export_delta, export_lora, export_pipeline, left_out, output_path, provenance
     from lit_unlearn.edits.lora import FILE_NAME, notable_loss, parse_rank
 
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
         file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
         output = output_path(Path(options.output), file_name, options.overwrite)
         edit = read_edit(options.ckpt_path)
+        warn_unfinished(options.ckpt_path)
         base = chosen_base(options.model, options.revision, edit)
         if options.delta:
             export_delta(edit, provenance(edit, base), output, dtype)

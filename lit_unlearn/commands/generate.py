@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from PIL import Image
 
-    from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit
+    from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit, warn_unfinished
     from lit_unlearn.evaluation.grids import image_grid
     from lit_unlearn.system.devices import explaining_memory, find_device
     from lit_unlearn.system.pixels import save_png, to_pil
@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> None:
                 raise ValueError(f"{field}={value} must be at least 1.")
         device = find_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
+        if edit is not None:
+            warn_unfinished(options.ckpt_path)
         base = chosen_base(options.model, options.revision, edit)
         hyper_parameters = edit.hyper_parameters if edit else {}
         steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)

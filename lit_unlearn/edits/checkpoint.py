@@ -26,6 +26,8 @@ from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
 from lit_unlearn.edits.older import in_todays_terms
+from lit_unlearn.system.errors import warn
+from lit_unlearn.system.run_file import unfinished
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
 """Fields of a delta's metadata that are required for reading it; each is JSON text."""
@@ -223,6 +225,13 @@ def run_folder(ckpt_path: str | Path) -> Path | None:
     """Folder of the run that a checkpoint belongs to (``RUN/checkpoints/last.ckpt``); None if it lies elsewhere."""
     parent = Path(ckpt_path).absolute().parent
     return Path(ckpt_path).parent.parent if parent.name == "checkpoints" else None
+
+
+def warn_unfinished(ckpt_path: str | Path) -> None:
+    """Say that the run of a checkpoint is not finished, if it is not."""
+    folder = run_folder(ckpt_path)
+    if folder is not None and (state := unfinished(folder)) is not None:
+        warn(f"{folder} {state}; its edit is that of the last checkpoint.")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -28,6 +28,7 @@ from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.reports.attack_results import FILE as ATTACKS_FILE
 from lit_unlearn.reports.attack_results import AttackReport, AttackResult
 from lit_unlearn.reports.figures import spectrum_figure
+from lit_unlearn.reports.notes import notes
 from lit_unlearn.reports.paper import load_challenge_baselines, load_paper_tables
 from lit_unlearn.reports.report_figures import cost_figure, heat_map_figure, robustness_figure, tradeoff_figure
 from lit_unlearn.reports.summary import (
@@ -139,7 +140,7 @@ def report_markdown(runs: Sequence[RunResult]) -> str:
     """The report's tables as Markdown."""
     first = runs[0].scores
     lines = ["# Report", "", _protocol_line(runs), ""]
-    lines += [_crosswise_line(runs), ""] if _crosswise_line(runs) else []
+    lines += [line for note in notes([(run.folder, run.scores) for run in runs]) for line in (note, "")]
     for part in group(runs):
         unedited = part.unedited
         rows = ([unedited] if unedited else []) + part.summaries
@@ -265,7 +266,11 @@ def report_html(runs: Sequence[RunResult], grids: int = 1) -> str:
     paper = Markup(_table(paper_markdown())) if runs[0].scores.concepts.name == "paper20" else None
     page = environment.from_string(template)
     return page.render(
-        protocol=_protocol_line(runs), parts=parts, paper=paper, seeds_say=SEEDS, crosswise=_crosswise_line(runs)
+        protocol=_protocol_line(runs),
+        parts=parts,
+        paper=paper,
+        seeds_say=SEEDS,
+        notes=notes([(run.folder, run.scores) for run in runs]),
     )
 
 
@@ -340,16 +345,6 @@ def _protocol_line(runs: Sequence[RunResult]) -> str:
         f"{len(runs)} runs on {models}; concept set {first.concepts.name}, {first.images_per_concept} pictures per "
         f"concept, judge {first.judge}, evaluation seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
         f"{_judge_line(runs)}Intervals: 95 %, sets of concepts resampled, then their runs (bootstrap)."
-    )
-
-
-def _crosswise_line(runs: Sequence[RunResult]) -> str:
-    """Explains the column ``crosswise``; empty if there is no such column."""
-    if all(run.scores.crosswise is None for run in runs):
-        return ""
-    return (
-        "Crosswise: pictures of each edited concept's prompts that do not show another edited one. Two concepts that "
-        "have changed places are forgotten, and crosswise is 0."
     )
 
 

@@ -25,11 +25,12 @@ from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import BrokenWeightsError
-from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder
+from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
+from lit_unlearn.system.run_file import FINISHED, STOPPED, read_run
 from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
@@ -40,15 +41,12 @@ from lit_unlearn.training.options import check_options, given_options, ignored_b
 from lit_unlearn.training.recipes import check_method, utf8_recipes
 from lit_unlearn.training.run_config import SaveRunConfig
 from lit_unlearn.training.runs import (
-    FINISHED,
-    STOPPED,
     Run,
     RunLogger,
     config_sha256,
     deciding,
     newest_edit,
     newest_run,
-    read_run,
     run_name,
 )
 
@@ -161,6 +159,8 @@ class UnlearnCLI(LightningCLI):
             if config.ckpt_path not in (None, "best", "hpc"):
                 with user_errors():
                     load_checkpoint(config.ckpt_path)
+                if subcommand != "fit":
+                    warn_unfinished(config.ckpt_path)
                 super()._parse_ckpt_path()
                 self.progress = Progress.of(config.ckpt_path, []) if subcommand == "fit" else None
             return
@@ -183,6 +183,8 @@ class UnlearnCLI(LightningCLI):
             if config.ckpt_path is None:
                 return
             edit = read_edit(config.ckpt_path)
+            if subcommand != "fit":
+                warn_unfinished(config.ckpt_path)
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
             if concept_set is not None:
                 edit.check_set(concept_set)

@@ -19,14 +19,14 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
-from lit_unlearn.edits.checkpoint import newest_checkpoint, run_folder
-from lit_unlearn.system.errors import UserError, warn
+from lit_unlearn.edits.checkpoint import newest_checkpoint
+from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.files import WriteError, naming, remove, remove_if_possible
 from lit_unlearn.system.json_files import write_json
 from lit_unlearn.system.names import LONGEST_LABEL, file_name, joint_name
+from lit_unlearn.system.run_file import FINISHED, RUN_FILE, RUNNING, STOPPED, read_run
 
-RUN_FILE, LOCK_FILE = "run.json", ".lock"
-RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
+LOCK_FILE = ".lock"
 
 DEFAULT_SET = "emoji20"
 """Runs with this concept set are named after the concepts alone."""
@@ -56,15 +56,6 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
 def config_sha256(config: Mapping[str, Any]) -> str:
     """SHA-256 of ``deciding(config)``."""
     return hashlib.sha256(json.dumps(deciding(config), sort_keys=True, default=str).encode()).hexdigest()
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Content of ``run.json`` in ``folder``; empty if the file is missing or cannot be read."""
-    try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def run_name(method: str, concepts: Sequence[str], concept_set: ConceptSet) -> str:
@@ -113,10 +104,6 @@ def newest_edit(folder: Path, command: str, concepts: Sequence[str]) -> Path:
             f"{f' ({others[0]} is of another concept set)' if others else ''}: run `lit-unlearn fit` first, "
             "or give another run's file with --ckpt_path."
         )
-    found = read_run(run := run_folder(path) or path)
-    if found.get("state") in (RUNNING, STOPPED):
-        ended = f": it ended {found['stopped']}" if "stopped" in found else ""
-        warn(f"{run} is not finished{ended}; its edit is that of the last checkpoint.")
     print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")
     return path
 

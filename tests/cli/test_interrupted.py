@@ -21,8 +21,9 @@ from lit_unlearn import cli
 from lit_unlearn.callbacks import preemption
 from lit_unlearn.callbacks.preemption import SaveOnSignal
 from lit_unlearn.edits.checkpoint import read_edit
+from lit_unlearn.system.run_file import read_run
 from lit_unlearn.system.signals import note_signal
-from lit_unlearn.training.runs import Run, read_run
+from lit_unlearn.training.runs import Run
 
 RUN = Path("logs/null_space/dog")
 

@@ -12,7 +12,7 @@ import yaml
 
 from lit_unlearn import cli
 from lit_unlearn.edits.checkpoint import read_edit
-from lit_unlearn.training.runs import read_run
+from lit_unlearn.system.run_file import read_run
 
 ESD = Path("logs/esd/dog")
 
@@ -124,6 +124,8 @@ def test_a_fit_that_ends_before_its_last_step_is_not_finished(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"lit-unlearn: warning: {run} is not finished: the fit ended {ended}; ")
     assert (read_run(run)["state"], read_run(run)["stopped"]) == ("stopped", ended)
+    assert cli.main(["export", "--ckpt_path", str(run / "checkpoints/last.ckpt"), "-o", "early"]) == 0
+    assert f"{run} is not finished: it ended {ended}; its edit is that of the last" in capsys.readouterr().err
     # It ended as it was told to, so that the same command has nothing to do, and a longer one goes on.
     assert cli.main(["fit", "--config", esd, *options, "--once"]) == 0
     assert f"ended {ended}: nothing to do" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from lit_unlearn import cli
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system import files
 from lit_unlearn.system.files import WriteError, atomic_write, os_error, remove, replaced_folder
-from lit_unlearn.training.runs import read_run
+from lit_unlearn.system.run_file import read_run
 
 RUN = Path("logs/null_space/dog/version_0")
 SHOWN = "Δ σ"

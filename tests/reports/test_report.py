@@ -221,3 +221,13 @@ def test_a_person_sees_tables_figures_and_pictures(browser: Any, logs: Path, tmp
     assert loaded == [40]
     # Nothing wider than the window makes the whole page scroll sideways.
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_runs_that_are_not_finished_are_named(logs: Path) -> None:
+    folder = next(iter(sorted(logs.rglob("scores.json")))).parent
+    said = f"{folder.as_posix()} is not finished: it ended after 1 of 40 steps, by trainer.max_steps=1."
+    assert said not in report_markdown(collect([logs]))
+    state = {"state": "stopped", "stopped": "after 1 of 40 steps, by trainer.max_steps=1"}
+    (folder / "run.json").write_text(json.dumps(state), encoding="utf-8")
+    assert said in report_markdown(collect([logs]))
+    assert said in report_html(collect([logs]))

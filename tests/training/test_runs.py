@@ -17,7 +17,8 @@ from lit_unlearn.data.concepts import ConceptSet, load_concept_set
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.files import WriteError
 from lit_unlearn.system.names import LONGEST_LABEL
-from lit_unlearn.training.runs import FINISHED, RUNNING, Run, config_sha256, newest_edit, newest_run, read_run, run_name
+from lit_unlearn.system.run_file import FINISHED, RUNNING, read_run
+from lit_unlearn.training.runs import Run, config_sha256, newest_edit, newest_run, run_name
 
 CONFIG = {
     "model": {"class_path": "ESD", "init_args": {"eta": 1.0}},
