@@ -79,7 +79,13 @@ def drawing(request: pytest.FixtureRequest, components: StableDiffusion) -> Stab
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.algorithm_types dpmsolver and sde-dpmsolver:FutureWarning")
-every_setting = pytest.mark.parametrize("drawing", SETTINGS, ids=named, indirect=True)
+every_setting = pytest.mark.parametrize(
+    "drawing",
+    # Every scheduler as it comes is quick; its other settings are for the slow tests.
+    [settings if len(settings) == 1 else pytest.param(settings, marks=pytest.mark.slow) for settings in SETTINGS],
+    ids=named,
+    indirect=True,
+)
 
 
 @pytest.fixture
