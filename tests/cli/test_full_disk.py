@@ -170,7 +170,7 @@ def test_attacks_survive_another_on_a_full_disk(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [["--delta"], ["--lora", "1"], []], ids=["delta", "lora", "pipeline"])
+@pytest.mark.parametrize("kind", [["--delta"], ["--lora", "auto"], []], ids=["delta", "lora", "pipeline"])
 def test_an_export_survives_another_on_a_full_disk(
     kind: list[str], disk: Disk, finished: Path, workplace: Path, fails: Callable[..., str]
 ) -> None:
