@@ -101,7 +101,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
                 raise ValueError(f"model.{field}={value} must be at least 1.")
         if prior_weight < 0:
             raise ValueError(f"model.prior_weight={prior_weight} must not be negative: 0 leaves the regulariser out.")
-        if objective == "model" and reference == "live" and (circle := anchored_in_circle(self.edited)):
+        if objective == "model" and reference == "live" and (circle := anchored_in_circle(self.repaired)):
             raise ValueError(
                 f"model.reference=live has no fixed target for {', '.join(circle)}, since each is an anchor of "
                 "another: set model.reference to frozen."
@@ -113,8 +113,8 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.anchor_folder, self.anchor_batch_size = anchor_folder, anchor_batch_size
         self.prior_weight, self.augmentation = prior_weight, augmentation
         self.freeze_bos, self.scale_lr = freeze_bos, scale_lr
-        self.pairs = [ablation_pairs(concept, prompts) for concept in self.edited]
-        self.targets_of_edited = list(zip(self.edited, self.pairs, strict=True))
+        self.pairs = [ablation_pairs(concept, prompts) for concept in self.repaired]
+        self.targets_of_edited = list(zip(self.repaired, self.pairs, strict=True))
         self.words = WORDS if augmentation else WORDS[:1]
         endings = [(mine, theirs, words) for words in self.words for pair in self.pairs for mine, theirs in pair]
         self.concept_prompts = [mine + words for mine, _, words in endings]

@@ -116,8 +116,8 @@ class ESD(GradientEditor, ConceptEditor):
         self.start_guidance, self.num_chain_steps, self.chain_sampler = start_guidance, num_chain_steps, chain_sampler
         self.states_from, self.states_per_chain = states_from, states_per_chain
         self.chains, self.passes = chains, passes
-        self.targets_of_edited = [(c, [("", erase_from)] if erase_from else []) for c in self.edited]
-        of_concepts = [c.names if prompts == "names" else c.edit_prompts for c in self.edited]
+        self.targets_of_edited = [(c, [("", erase_from)] if erase_from else []) for c in self.repaired]
+        of_concepts = [c.names if prompts == "names" else c.edit_prompts for c in self.repaired]
         # Concepts take turns, so that any few consecutive prompts contain each concept equally often.
         self.prompts = [own[i % len(own)] for i in range(max(map(len, of_concepts))) for own in of_concepts]
         self.num_pairs = len(self.prompts)

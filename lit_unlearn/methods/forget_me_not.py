@@ -88,7 +88,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         self.embeddings: Tensor | None = None if embeddings is None else self._read_embeddings(embeddings)
         self.edit_prompts: list[str] = []
         self.owners: list[int] = []  # the concept of each prompt
-        for number, concept in enumerate(self.edited):
+        for number, concept in enumerate(self.repaired):
             own = list(concept.edit_prompts)
             if prompts == "names":
                 names = [PLACE] if embeddings else concept.names
@@ -162,7 +162,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             prompts = [prompt for prompt, owner in zip(self.edit_prompts, self.owners, strict=True) if owner == number]
             mask[rows] = text.names_mask(prompts, concept.occurrences)
         if not self.named:
-            targets = text.tokenize([prompt for concept in self.edited for prompt in concept.target_prompts])
+            targets = text.tokenize([prompt for concept in self.repaired for prompt in concept.target_prompts])
             differs = difference_mask(input_ids, targets, text.eos)
             mask = torch.where(mask.any(-1, keepdim=True), mask, differs)
         content = positions_mask(input_ids, text.eos, "content")

@@ -27,7 +27,7 @@ class RenameTokens(ConceptEditor):
 
     def __init__(self, edited_parameters: str = "embedding", **kwargs: object) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        self.targets_of_edited = [(concept, [(concept.name, concept.target)]) for concept in self.edited]
+        self.targets_of_edited = [(concept, [(concept.name, concept.target)]) for concept in self.repaired]
 
     def select(self, names: Sequence[str]) -> list[str]:
         """The vocabulary's embedding table.
@@ -58,8 +58,8 @@ class RenameTokens(ConceptEditor):
         """Map each token of a concept's name to the target's token at the same place, or to the target's last one."""
         text = self.pipeline.text
         found: dict[int, int] = {}
-        for concept in self.edited:
-            target = text.words(concept.target)
+        for concept, of_set in zip(self.repaired, self.edited, strict=True):
+            target = text.words(concept.target or of_set.target)  # a token cannot become nothing
             for name in concept.names:
                 for place, token in enumerate(text.words(name)):
                     found.setdefault(token, target[min(place, len(target) - 1)])

@@ -14,7 +14,7 @@ from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
 from lit_unlearn.methods.shared.cross_attention import select_keys_and_values, text_states
 from lit_unlearn.system.devices import for_solving
 
@@ -63,7 +63,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         edited: list[str] = []
         anchors: list[str] = []
         pairs = []
-        for concept in self.edited:
+        for concept in self.repaired:
             texts = concept.names if prompts == "names" else concept.edit_prompts
             if towards == "target":
                 into = [concept.target] * len(texts) if prompts == "names" else list(concept.target_prompts)
@@ -82,13 +82,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
             ValueError: ``extra`` names an edited concept, or nothing is left.
         """
         labels = self.edited_labels
-        for text in extra:
-            for concept in self.edited:
-                if name := concept.find_name(text):
-                    raise ValueError(
-                        f"model.retain has {text!r}, which names the edited concept {concept.name} ({name!r}): "
-                        "take it out of the list."
-                    )
+        check_retained(extra, self.edited)
         if prompts == "edit_prompts":
             texts = self.concepts.retain_prompts(labels)
         else:

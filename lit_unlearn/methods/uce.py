@@ -20,7 +20,7 @@ from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
 from lit_unlearn.methods.shared.cross_attention import select_keys_and_values, text_states
 from lit_unlearn.system.devices import for_solving
 
@@ -91,13 +91,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
                     f"{self.concepts.name}: edit fewer concepts at once, or set it to null."
                 )
             return prompts
-        for prompt in preserve:
-            for concept in self.edited:
-                if name := concept.find_name(prompt):
-                    raise ValueError(
-                        f"model.preserve has {prompt!r}, which names the edited concept {concept.name!r} "
-                        f"({name!r}): take it out, since a preserved prompt cannot be edited."
-                    )
+        check_retained(preserve, self.edited, "preserve")
         return list(preserve)
 
     def on_fit_start(self) -> None:
@@ -186,8 +180,8 @@ class UCE(PhraseMap):
         if expand and prompts != "names":
             raise ValueError(f"model.expand=true puts names into templates, but prompts={prompts!r}: choose names.")
         guides = self._given_guides(guide)
-        of_concepts = [self._pairs(concept, given) for concept, given in zip(self.edited, guides, strict=True)]
-        self.targets_of_edited = list(zip(self.edited, of_concepts, strict=True))
+        of_concepts = [self._pairs(concept, given) for concept, given in zip(self.repaired, guides, strict=True)]
+        self.targets_of_edited = list(zip(self.repaired, of_concepts, strict=True))
         pairs = [pair for own in of_concepts for pair in own]
         self.phrases = [phrase for phrase, _ in pairs]
         self.guides = [[guide for _, guide in pairs]]

@@ -29,7 +29,7 @@ from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
 from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
@@ -52,6 +52,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             ``residual``.
         pairs: Which pairs are edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or
             ``names`` (the bare name of the concept and that of its target, as in the authors' code).
+        retain: Further prompts to retain, besides the edit prompts of the set's other concepts.
         pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
         min_timestep: Smallest timestep at which the UNet's predictions are compared.
         max_timestep: Largest timestep, exclusive.
@@ -71,6 +72,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         values: Literal["refined", "target", "residual"] = "refined",
         start: Literal["output", "target", "residual"] = "output",
         pairs: Literal["prompts", "names"] = "prompts",
+        retain: list[str] | None = None,
         pull: float = 0.0,
         min_timestep: int = 50,
         max_timestep: int = 1000,
@@ -91,20 +93,21 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.latents_per_prompt, self.seed, self.optimizer = latents_per_prompt, seed, optimizer
         if pairs == "prompts":
-            self.edit_prompts = [prompt for concept in self.edited for prompt in concept.edit_prompts]
-            self.target_prompts = [prompt for concept in self.edited for prompt in concept.target_prompts]
+            self.edit_prompts = [prompt for concept in self.repaired for prompt in concept.edit_prompts]
+            self.target_prompts = [prompt for concept in self.repaired for prompt in concept.target_prompts]
         else:
-            self.edit_prompts = [concept.names[0] for concept in self.edited]
-            self.target_prompts = [concept.target for concept in self.edited]
-        by_prompts = [list(zip(c.edit_prompts, c.target_prompts, strict=True)) for c in self.edited]
-        by_names = [[(c.name, c.target)] for c in self.edited]
-        self.targets_of_edited = list(zip(self.edited, by_prompts if pairs == "prompts" else by_names, strict=True))
+            self.edit_prompts = [concept.names[0] for concept in self.repaired]
+            self.target_prompts = [concept.target for concept in self.repaired]
+        by_prompts = [list(zip(c.edit_prompts, c.target_prompts, strict=True)) for c in self.repaired]
+        by_names = [[(c.name, c.target)] for c in self.repaired]
+        self.targets_of_edited = list(zip(self.repaired, by_prompts if pairs == "prompts" else by_names, strict=True))
         self.num_pairs = len(self.edit_prompts)
-        self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited])
+        check_retained(retain or [], self.edited)
+        self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited]) + (retain or [])
         if not self.retain_prompts:
             raise ValueError(
                 f"concept={', '.join(concept.name for concept in self.edited)} leaves no prompt of "
-                f"{self.concepts.name} to retain: edit fewer concepts at once."
+                f"{self.concepts.name} to retain: edit fewer concepts at once, or name what to keep in model.retain."
             )
         self.state: LayerState | None = None
         self.errors: list[Tensor] = []  # one for each step of this layer

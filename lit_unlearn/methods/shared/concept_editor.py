@@ -7,18 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
+from lit_unlearn.data.pairs import repaired, said_of
 from lit_unlearn.data.prompts import PictureItem, edited_concepts, warn_of_edited_targets
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.load import check_judge_name, load_cached_judge
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 from lit_unlearn.system.errors import user_errors
+
+
+def check_retained(prompts: Sequence[str], edited: Sequence[Concept], field: str = "retain") -> None:
+    """Refuse prompts to retain that name an edited concept.
+
+    Raises:
+        ValueError: One does; the message has the prompt, the concept and the remedy.
+    """
+    for prompt in prompts:
+        for concept in edited:
+            if name := concept.find_name(prompt):
+                raise ValueError(
+                    f"model.{field} has {prompt!r}, which names the edited concept {concept.name!r} ({name!r}): take "
+                    "it out, since what is edited cannot be kept."
+                )
 
 
 class ConceptEditor(DiffusionEditor):
@@ -33,6 +50,8 @@ class ConceptEditor(DiffusionEditor):
         second_judge: Another judge of the same pictures, whose agreement with the first is measured; null for none.
         second_judge_options: Arguments of its class.
         judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
+        repair_pairs: Of several concepts, leave out pairs that name another edited one, and choose targets that are not
+            edited (``lit_unlearn.data.pairs``); false takes the set's pairs as they are.
         **kwargs: See ``DiffusionEditor``.
 
     Raises:
@@ -51,10 +70,13 @@ class ConceptEditor(DiffusionEditor):
         second_judge: str | None = None,
         second_judge_options: dict[str, Any] | None = None,
         judge_cache: str | None = "logs/judged",
+        repair_pairs: bool = True,
         **kwargs: object,
     ) -> None:
         self.concepts = load_concept_set(concept_set)
         self.edited = edited_concepts(concept, self.concepts)
+        self.repair_pairs = repair_pairs
+        self.repaired = repaired(self.edited, self.concepts) if repair_pairs else list(self.edited)
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
         self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
         check_judge_name(judge, self.judge_options, self.concepts)
@@ -85,8 +107,10 @@ class ConceptEditor(DiffusionEditor):
         return [concept.name for concept in self.edited]
 
     def setup(self, stage: str) -> None:
-        """Before anything is loaded, say which concepts are edited into others that are edited too."""
+        """Before anything is loaded, say which pairs and targets are replaced, and which are edited all the same."""
         if stage == TrainerFn.FITTING:
+            if said := said_of(self.edited, self.repaired):
+                rank_zero_info(said)
             warn_of_edited_targets(self.targets_of_edited)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,247 @@
+"""The pairs of an edit of several concepts, repaired: no pair keeps or brings back what another pair removes.
+
+    repaired(edited, concepts) -> the edited concepts, with the pairs, targets and anchors that a fit should use
+
+Two things go wrong when the pairs of a set are used as they are. "An apple at sunset" -> "a lemon at sunset" keeps the
+sunset that another pair removes; such pairs are left out. And "surfing" becomes "walking" while walking is edited too:
+the concept is renamed, not removed. Such targets are followed to a concept that is not edited (surfing -> walking ->
+standing); where they go round in a circle (rain -> sunset -> rain), another concept of the same kind takes their place.
+Target prompts are reworded for it, with the phrases of the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_unlearn.data.concepts import Concept, ConceptSet
+from lit_unlearn.data.names import find_names, read, replace_spans
+
+ARTICLES = ("a", "an", "the")
+PREPOSITIONS = (
+    *("as", "at", "by", "drawn", "during", "from", "front", "in", "like", "of", "on", "that", "under", "when"),
+    *("while", "who", "with"),
+)
+"""Words before a name that belong to its phrase: "drawn as a cartoon", "in front of rain", "the man who surfs"."""
+ATTRIBUTES = ("style", "scene")
+"""Kinds of concepts without which a picture is still a picture, so that their phrase can be left out."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an edited concept becomes.
+
+    Attributes:
+        name: Name of a concept of the set that is not edited, free text, or "" to leave the concept's phrase out.
+        owner: The edited concept whose ``target`` this is; None if the set's own concept ``name`` was chosen.
+    """
+
+    name: str
+    owner: Concept | None
+
+
+def repaired(edited: Sequence[Concept], concepts: ConceptSet) -> list[Concept]:
+    """``edited`` with the pairs that an edit of all of them should use; a single concept is returned as it is.
+
+    Pairs whose edit prompt names another edited concept are left out. If a concept has no other pairs, they stay, and
+    their target prompts get the targets of all the concepts that they name. Targets, anchors and target prompts that
+    name an edited concept are replaced; see ``resolved_target``.
+
+    Args:
+        edited: Concepts of ``concepts``.
+        concepts: The set.
+    """
+    if len(edited) == 1:
+        return list(edited)
+    targets = {concept.name: resolved_target(concept, edited, concepts) for concept in edited}
+    return [_repaired(concept, edited, concepts, targets) for concept in edited]
+
+
+def resolved_target(concept: Concept, edited: Sequence[Concept], concepts: ConceptSet) -> Target:
+    """What ``concept`` becomes when all of ``edited`` are: the first of these that exists.
+
+    1. Its target, or the target of its target and so on, that does not name an edited concept.
+    2. In a circle: a concept of the same kind that is not edited, an adjacent one if there is one.
+    3. Such a target of another edited concept of the same kind, an adjacent one if there is one.
+    4. Nothing, for a style or a scene: a picture without it.
+    5. Its own target, as the set has it.
+    """
+    if (found := _followed(concept, edited)) is not None:
+        return found
+    near = [concepts.concepts[name] for name in concept.adjacent]
+    same_kind = [c for c in (*near, *concepts.concepts.values()) if c.kind == concept.kind and c is not concept]
+    names = {c.name for c in edited}
+    for other in same_kind:
+        if other.name not in names:
+            return Target(other.name, None)
+    for other in same_kind:
+        if other.name in names and (found := _followed(other, edited)) is not None:
+            return found
+    return Target("" if concept.kind in ATTRIBUTES else concept.target, None if concept.kind in ATTRIBUTES else concept)
+
+
+def said_of(edited: Sequence[Concept], made: Sequence[Concept]) -> str:
+    """What ``repaired`` changed when it made ``made`` of ``edited``, in a sentence or two; "" for nothing."""
+    counts = [sum(len(concept.edit_prompts) for concept in concepts) for concepts in (edited, made)]
+    said = []
+    if counts[1] < counts[0]:
+        said.append(f"{counts[0] - counts[1]} of {counts[0]} pairs name another edited concept and are left out.")
+    new = [
+        f"{old.name} \u2192 {own.target or 'nothing'} (not {old.target})"
+        for old, own in zip(edited, made, strict=True)
+        if own.target != old.target
+    ]
+    if new:
+        said.append(f"Targets that are edited too are replaced: {', '.join(new)}.")
+    return " ".join(said)
+
+
+def _followed(concept: Concept, edited: Sequence[Concept]) -> Target | None:
+    """The end of the chain of targets that begins at ``concept``; None if it is a circle."""
+    seen = [concept]
+    while (after := _named(seen[-1].target, edited)) is not None:
+        if after in seen:
+            return None
+        seen.append(after)
+    return Target(seen[-1].target, seen[-1])
+
+
+def _named(text: str, concepts: Sequence[Concept]) -> Concept | None:
+    return next((concept for concept in concepts if concept.find_name(text)), None)
+
+
+def _repaired(
+    concept: Concept, edited: Sequence[Concept], concepts: ConceptSet, targets: dict[str, Target]
+) -> Concept:
+    others = [other for other in edited if other is not concept]
+    target = targets[concept.name]
+    rewords = target.name != concept.target
+    phrases = phrases_of(target, concepts)
+    pairs = []
+    for text, into in zip(concept.edit_prompts, concept.target_prompts, strict=True):
+        leads_on = any(other.find_name(into) and not other.find_name(text) for other in others)
+        pairs.append((text, reworded(text, into, concept, phrases) if rewords or leads_on else into))
+    kept = [(text, into) for text, into in pairs if _named(text, others) is None]
+    if not kept:
+        rank_zero_warn(
+            f"Every edit prompt of {concept.name} names another edited concept, so all stay, with the targets of "
+            f"both; edit prompts that name {concept.name} alone would serve it better."
+        )
+        kept = [(text, _without(into, others, targets)) for text, into in pairs]
+    anchor = concept.anchor
+    if rewords and (spans := find_names(anchor, [concept.target])):
+        anchor = reworded(replace_spans(anchor, spans, concept.names[0]), anchor, concept, phrases) or "a picture"
+    return replace(
+        concept,
+        target=target.name,
+        anchor=anchor,
+        edit_prompts=tuple(text for text, _ in kept),
+        target_prompts=tuple(into for _, into in kept),
+    )
+
+
+def _without(text: str, others: Sequence[Concept], targets: dict[str, Target]) -> str:
+    for other in others:
+        text = other.replace_names(text, targets[other.name].name)
+    return " ".join(text.split())
+
+
+# --- rewording
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words that name something in a prompt.
+
+    Attributes:
+        before: The articles and prepositions that belong to it: "in front of an".
+        words: The rest: "aurora".
+    """
+
+    before: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+def phrases_of(target: Target, concepts: ConceptSet) -> list[Phrase]:
+    """How the prompts of ``concepts`` name ``target``, with articles and prepositions; empty for no target.
+
+    If they do not, it is the name alone.
+    """
+    if not target.name:
+        return []
+    own = target.owner or concepts.get(target.name)
+    found = []
+    for text, into in zip(own.edit_prompts, own.target_prompts, strict=True):
+        prompt, other = (text, into) if target.owner is None else (into, text)
+        _, phrase, _ = split(prompt, other, own.kind)
+        if read(" ".join(phrase.words)).letters == read(target.name).letters:
+            found.append(phrase)
+    return list(dict.fromkeys(found)) or [Phrase((), tuple(target.name.split()))]
+
+
+def reworded(text: str, into: str, concept: Concept, phrases: Sequence[Phrase]) -> str:
+    """``into`` with one of ``phrases`` in place of the words in which it differs from ``text``.
+
+    Args:
+        text: An edit prompt of ``concept``.
+        into: Its target prompt.
+        concept: The edited concept.
+        phrases: Phrases of the new target; empty to leave the words out.
+    """
+    start, old, end = split(into, text, concept.kind, is_description=concept.find_name(text) is None)
+    if not phrases:
+        return " ".join((*start, *end))
+
+    # The same preposition or article fits best, else one that begins alike, else any.
+    def fit(phrase: Phrase) -> tuple[bool, bool, bool]:
+        return phrase.before == old.before, phrase.before[:1] == old.before[:1], bool(phrase.before) == bool(old.before)
+
+    best = max(phrases, key=fit)
+    return " ".join((*start, *(best.before if old.before else ()), *best.words, *end))
+
+
+def split(
+    text: str, other: str, kind: str, is_description: bool = False
+) -> tuple[tuple[str, ...], Phrase, tuple[str, ...]]:
+    """Split ``text`` into the words before, in and after the phrase in which it differs from ``other``.
+
+    For an object, an article before the words that differ belongs to the phrase. For a style or a scene so do articles
+    and prepositions, unless the phrase stands before a noun ("a cartoon dog"), and the word "style" after it.
+
+    Args:
+        text: A prompt.
+        other: The prompt of the same pair.
+        kind: Kind of the concept that the pair edits.
+        is_description: Whether the pair describes the concept without naming it. Then the phrase begins earlier, for an
+            object with the article ("the furry pal that ..."), for an action after its subject, and it ends before the
+            next preposition.
+    """
+    words, theirs = text.split(), other.split()
+    shortest = min(len(words), len(theirs))
+    first = 0
+    while first < shortest and words[first] == theirs[first]:
+        first += 1
+    last = 0
+    while last < shortest - first and words[-1 - last] == theirs[-1 - last]:
+        last += 1
+    end = len(words) - last
+    if kind in ATTRIBUTES and words[end : end + 1] == ["style"]:
+        end += 1
+    if is_description:
+        while end < len(words) and words[end] not in (*ARTICLES, *PREPOSITIONS):
+            end += 1
+    stands_free = end == len(words) or words[end] in (*ARTICLES, *PREPOSITIONS)
+    begin = first
+    if is_description and kind == "object" and (articles := [i for i in range(first) if words[i] in ARTICLES]):
+        begin = articles[-1]
+    elif kind in ATTRIBUTES or is_description:
+        while stands_free and begin > 0 and words[begin - 1] in (*ARTICLES, *PREPOSITIONS):
+            begin -= 1
+    elif kind == "object" and begin > 0 and words[begin - 1] in ARTICLES:
+        begin -= 1
+    inside = begin
+    while inside < end - 1 and words[inside] in (*ARTICLES, *PREPOSITIONS):
+        inside += 1
+    return tuple(words[:begin]), Phrase(tuple(words[begin:inside]), tuple(words[inside:end])), tuple(words[end:])
