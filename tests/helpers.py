@@ -21,8 +21,9 @@ from torch.func import functional_call
 from transformers import CLIPTokenizer
 
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
+from lit_unlearn.core.null_space_solver import NullSpace
 from lit_unlearn.core.refined_null_space import RefinedNullSpace
-from lit_unlearn.core.solvers import LeastSquares, NullSpace, RidgeMap
+from lit_unlearn.core.solvers import LeastSquares, RidgeMap
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline

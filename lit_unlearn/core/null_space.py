@@ -1,4 +1,8 @@
-"""The null space of the retained keys: the input directions an edit may use (paper Sec. 4)."""
+"""The null space of the retained keys: the input directions an edit may use (paper Sec. 4).
+
+A cut divides the directions into free and retained ones. ``soft_null_space`` has no cut: every direction is free to the
+extent that retained keys do not use it.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +27,39 @@ class NullSpaceBasis:
     """The input directions that retained keys (almost) do not use."""
 
     basis: Tensor
-    """U, orthonormal columns, (d_in, k), float64."""
+    """U, orthonormal columns, (d_in, k), float64; of a soft null space the columns are shorter than 1."""
     eigenvalues: Tensor
     """All eigenvalues of K0 K0^T, (d_in,), ascending, float64. The first k belong to ``basis``."""
     cutoff: float
-    """Directions whose eigenvalue is below this are in the null space; in units of ``eigenvalues``."""
+    """Directions whose eigenvalue is below this are in the null space; in units of ``eigenvalues``. In a soft null
+    space, directions with this eigenvalue are half free."""
+    is_soft: bool = False
+    """Whether it was made by ``soft_null_space``."""
 
     @property
     def dimension(self) -> int:
-        """Number of free directions k."""
-        return self.basis.shape[1]
+        """Number of free directions k; those of a soft null space are counted if they are at least half free."""
+        return int((self.eigenvalues < self.cutoff).sum()) if self.is_soft else self.basis.shape[1]
 
     @property
     def projection(self) -> Tensor:
         """P = U U^T, (d_in, d_in), float64."""
         return self.basis @ self.basis.mT
+
+    def narrowed(self, cutoff: float) -> NullSpaceBasis:
+        """The null space of the same keys for a smaller ``cutoff``."""
+        if not self.is_soft:
+            inside = int((self.eigenvalues[: self.dimension] < cutoff).sum())
+            return NullSpaceBasis(self.basis[:, :inside], self.eigenvalues, cutoff)
+        free = cutoff / (self.eigenvalues + cutoff)
+        before = self.cutoff / (self.eigenvalues + self.cutoff)
+        return NullSpaceBasis(self.basis * (free / before).sqrt(), self.eigenvalues, cutoff, is_soft=True)
+
+    def narrower_cutoffs(self) -> list[float]:
+        """Cutoffs up to that of this null space, ascending, to search the widest null space with some property."""
+        if self.is_soft:
+            return [self.cutoff * 10 ** (step / 16 - 4) for step in range(65)]
+        return [float(value) for value in self.eigenvalues[1 : self.dimension]] + [self.cutoff]
 
 
 def null_space(
@@ -65,6 +87,36 @@ def null_space(
         EmptyNullSpaceError: No eigenvalue passes; the message shows the spectrum.
         ValueError: Unknown rule, threshold out of range, or ``moment`` is not finite, symmetric and positive.
     """
+    return _select(*_spectrum(moment), threshold, rule, num_keys, minimum)
+
+
+def soft_null_space(moment: Tensor, threshold: float) -> NullSpaceBasis:
+    """The soft null space: ``P = c (K0 K0^T + c I)^-1`` with ``c = threshold`` times the mean eigenvalue.
+
+    A direction of eigenvalue e is free to the share ``c / (e + c)``: unused directions entirely, directions of the
+    eigenvalue c by half. P is symmetric with eigenvalues in (0, 1], and the closed form with it stays exact:
+    ``Delta = R K1^T P (K1 K1^T P + c I)^-1 = R K1^T (K1 K1^T + K0 K0^T + c I)^-1``, which minimises
+    ``||(W + D) K1 - V1||^2 + ||D K0||^2 + c ||D||^2`` (by ``P^-1 = K0 K0^T / c + I``).
+
+    Args:
+        moment: K0 K0^T as a sum over keys, (d_in, d_in).
+        threshold: c in units of the mean eigenvalue, positive.
+
+    Raises:
+        ValueError: The threshold is not positive, or ``moment`` is not finite, symmetric and positive.
+    """
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold={threshold} must be positive for rule='soft'.")
+    eigenvalues, eigenvectors = _spectrum(moment)
+    if eigenvalues[-1] <= 0:
+        raise ValueError("There are no retained keys, or all are zero: pass at least one retained prompt.")
+    cutoff = threshold * float(eigenvalues.mean())
+    free = cutoff / (eigenvalues + cutoff)
+    return NullSpaceBasis(eigenvectors * free.sqrt(), eigenvalues, cutoff, is_soft=True)
+
+
+def _spectrum(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of ``moment``, ascending and not negative, and its eigenvectors in columns."""
     moment = checked_moment("moment", moment)
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
     if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs():
@@ -72,7 +124,7 @@ def null_space(
             f"moment has the negative eigenvalue {eigenvalues[0]:.3g} (largest {eigenvalues[-1]:.3g}), so it is not a "
             "sum over keys. When one concept's moment is subtracted from a total, keep both in float64."
         )
-    return _select(eigenvalues.clamp(min=0.0), eigenvectors, threshold, rule, num_keys, minimum)
+    return eigenvalues.clamp(min=0.0), eigenvectors
 
 
 def null_space_from_keys(

@@ -15,24 +15,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import (
-    RidgeRule,
-    edit_report,
     least_squares_condition,
     least_squares_update,
-    null_space_update,
 )
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.matrices import SingularSystemError
-from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis, NullSpaceRule, null_space
+from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
 from lit_unlearn.core.uce import map_condition, map_report, map_updates
-from lit_unlearn.system.devices import solving_device
 
 Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 """Calls each function on one process and sends the results to all processes: ``Processes.solved_once``."""
@@ -187,65 +182,6 @@ def each(writes: Sequence[Write], solve: Callable[[Write], Solved]) -> list[Solv
         with naming_weight(write.name):
             solved.append(solve(write))
     return solved
-
-
-class NullSpace(Solver):
-    """Edits within the null space of the retained keys (paper, Sec. 4): ``Δ = R K1ᵀ P (K1 K1ᵀ P + ridge I)⁻¹``.
-
-    Args:
-        threshold: Eigenvalues of ``K0 K0ᵀ`` below it span the null space; see ``rule``.
-        rule: What the threshold is relative to: ``mean`` or ``max`` eigenvalue, ``absolute`` (on the mean second
-            moment), ``energy`` (fraction of the trace kept out), ``count`` (number of directions).
-        minimum: Use at least this many directions, those with the smallest eigenvalues.
-        ridge: Weight of the penalty on the size of the edit; the paper uses 1, the authors' code 200.
-        ridge_rule: ``absolute``, or ``mean_diagonal``: relative to the mean diagonal of ``K1ᵀ P K1``.
-
-    Raises:
-        EmptyNullSpaceError: No eigenvalue is below the threshold.
-    """
-
-    def __init__(
-        self,
-        threshold: float = 1e-2,
-        rule: NullSpaceRule = "mean",
-        minimum: int = 0,
-        ridge: float = 1.0,
-        ridge_rule: RidgeRule = "absolute",
-    ) -> None:
-        self.threshold, self.rule, self.minimum = threshold, rule, minimum
-        self.ridge, self.ridge_rule = ridge, ridge_rule
-        self.null_spaces: dict[Retained, NullSpaceBasis] = {}
-
-    def prepare(
-        self, retained: Mapping[str, Retained], share: Share, device: torch.device
-    ) -> Mapping[Retained, NullSpaceBasis]:
-        """Find the null spaces, once: edits within them do not change the retained outputs, so K0 stays valid."""
-        super().prepare(retained, share, device)
-        names: dict[Retained, str] = {}
-        for name, own in retained.items():
-            names.setdefault(own, name)
-        found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
-        self.null_spaces = {own: NullSpaceBasis(*fields) for own, fields in zip(names, found, strict=True)}
-        return self.null_spaces
-
-    def _null_space_of(self, name: str, retained: Retained, device: torch.device) -> tuple[Tensor, Tensor, float]:
-        assert retained.moment is not None
-        with naming_weight(name):
-            space = null_space(retained.moment.to(device), self.threshold, self.rule, retained.count, self.minimum)
-        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # so that a GPU holds only one at a time
-
-    def solve(self, writes: Sequence[Write]) -> list[Solved]:
-        """See ``Solver.solve``."""
-        return each(writes, self._solve)
-
-    def _solve(self, write: Write) -> Solved:
-        space, settings = self.null_spaces[write.retained], (self.ridge, self.ridge_rule)
-        sums = KeySums.of_many(write.weight, write.keys, write.values)
-        change = null_space_update(write.weight, write.keys, write.values, space, *settings, sums=sums)
-        moment = write.retained.moment
-        assert moment is not None
-        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, *settings, sums=sums)
-        return Solved(change, report)
 
 
 class LeastSquares(Solver):

@@ -112,9 +112,7 @@ def _named(text: str, concepts: Sequence[Concept]) -> Concept | None:
     return next((concept for concept in concepts if concept.find_name(text)), None)
 
 
-def _repaired(
-    concept: Concept, edited: Sequence[Concept], concepts: ConceptSet, targets: dict[str, Target]
-) -> Concept:
+def _repaired(concept: Concept, edited: Sequence[Concept], concepts: ConceptSet, targets: dict[str, Target]) -> Concept:
     others = [other for other in edited if other is not concept]
     target = targets[concept.name]
     rewords = target.name != concept.target

@@ -41,8 +41,9 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     Args:
         rounds: How often every layer is edited; the paper edits each layer ten times and finds one round reasonable.
-        first_layer: First text layer that is edited, counted from 0; the paper edits all except the first.
-        last_layer: Last text layer that is edited; null edits up to the last one.
+        first_layer: First text layer that is edited, counted from 0, or from the end if it is negative: -1 edits only
+            the last one. The paper edits all except the first.
+        last_layer: Last text layer that is edited, counted in the same way; null edits up to the last one.
         positions: Token positions that are edited: ``all``, ``no_bos``, ``content`` or ``eot`` (the end-of-text token
             and the padding after it).
         values: How V1 is found: ``refined`` (Algorithm 1); or, without gradient descent, ``target`` (``W K1*``, the
@@ -124,8 +125,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         selected = self.select_only(
             names, lambda name: bool(of_text_layers.match(name)), ": only weights of text layers."
         )
-        last = self.last_layer if self.last_layer is not None else max(map(layer_index, selected))
-        kept = [name for name in selected if self.first_layer <= layer_index(name) <= last]
+        end = max(map(layer_index, selected)) + 1
+        first, last = (
+            end + n if n < 0 else n for n in (self.first_layer, -1 if self.last_layer is None else self.last_layer)
+        )
+        kept = [name for name in selected if first <= layer_index(name) <= last]
         if not kept:
             layers = sorted({layer_index(name) for name in selected})
             raise ValueError(

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.enums import StrEnum
 
 from lit_unlearn import callbacks, data, emoji, methods
-from lit_unlearn.core import refined_null_space as refined_null_space  # imported so that recipes find its solver
+from lit_unlearn.core import null_space_solver as null_space_solver  # imported so that recipes find their solvers
+from lit_unlearn.core import refined_null_space as refined_null_space
 from lit_unlearn.core.solvers import Solver
 from lit_unlearn.system.classes import modules_of
 from lit_unlearn.system.errors import options

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from helpers import LAYERS, by_least_squares, by_null_space
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
-from lit_unlearn.core.solvers import NullSpace, Retained, Solved, Solver, Write
+from lit_unlearn.core.null_space_solver import NullSpace
+from lit_unlearn.core.solvers import Retained, Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor

@@ -16,8 +16,9 @@ from helpers import KV, LAYERS, changed, states, weights
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.callbacks.numbers import NumericalError
 from lit_unlearn.core.closed_form import ridge_map_update
+from lit_unlearn.core.null_space_solver import NullSpace
 from lit_unlearn.core.refined_null_space import RefinedNullSpace
-from lit_unlearn.core.solvers import LeastSquares, NullSpace, Retained, RidgeMap, Solver
+from lit_unlearn.core.solvers import LeastSquares, Retained, RidgeMap, Solver
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.speed import SPEED

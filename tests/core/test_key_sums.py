@@ -20,7 +20,8 @@ from lit_unlearn.core.closed_form import (
     second_moment,
 )
 from lit_unlearn.core.key_sums import MANY, KeySums
-from lit_unlearn.core.solvers import LeastSquares, NullSpace, Retained, Solver, Write
+from lit_unlearn.core.null_space_solver import NullSpace
+from lit_unlearn.core.solvers import LeastSquares, Retained, Solver, Write
 
 D_OUT, D_IN, MANY_KEYS = 6, 20, 500
 WEIGHT = normal(D_OUT, D_IN, seed=1)

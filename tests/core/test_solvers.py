@@ -15,17 +15,9 @@ from torch.utils._pytree import tree_map_only
 from helpers import normal
 from lit_unlearn.core.closed_form import ridge_map_update, second_moment
 from lit_unlearn.core.null_space import EmptyNullSpaceError
+from lit_unlearn.core.null_space_solver import NullSpace
 from lit_unlearn.core.refined_null_space import RefinedNullSpace
-from lit_unlearn.core.solvers import (
-    LeastSquares,
-    NullSpace,
-    Retained,
-    RidgeMap,
-    Solved,
-    Solver,
-    UnsolvableError,
-    Write,
-)
+from lit_unlearn.core.solvers import LeastSquares, Retained, RidgeMap, Solved, Solver, UnsolvableError, Write
 
 D_OUT, D_IN = 5, 12
 EYE = torch.eye(D_IN, dtype=torch.float64)
@@ -34,7 +26,7 @@ RETAINED = Retained(second_moment(KEPT), len(KEPT), KEPT, INVARIANTS, prompts=3)
 NOTHING = Retained()
 
 NON_DEFAULT: list[Solver] = [
-    NullSpace(0.5, "max", 2, 7.0, "mean_diagonal"),
+    NullSpace(0.5, "max", 2, 7.0, "mean_diagonal", True, 10.0),
     LeastSquares(0.3, 2.0, "mean"),
     RidgeMap(0.7, None, 0.2),
     RefinedNullSpace(0.2, "mean", 3, 0.5, 0.1, False, 4),
@@ -225,7 +217,15 @@ def test_settings_are_those_that_make_the_solver_again(solver: Solver) -> None:
 def test_settings_say_every_argument() -> None:
     assert NullSpace(0.5, "max", 2, 7.0, "mean_diagonal").settings() == {
         "class_path": "NullSpace",
-        "init_args": {"threshold": 0.5, "rule": "max", "minimum": 2, "ridge": 7.0, "ridge_rule": "mean_diagonal"},
+        "init_args": {
+            "threshold": 0.5,
+            "rule": "max",
+            "minimum": 2,
+            "ridge": 7.0,
+            "ridge_rule": "mean_diagonal",
+            "forget_unused": False,
+            "tolerance": None,
+        },
     }
     for solver, default in zip(NON_DEFAULT, (NullSpace, LeastSquares, RidgeMap, RefinedNullSpace), strict=True):
         ours, theirs = solver.settings()["init_args"], default().settings()["init_args"]

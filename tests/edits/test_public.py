@@ -190,7 +190,10 @@ def test_public_names(tiny_sd: Path, tiny_sd2: Path, tmp_path: Path) -> None:
         ("file:///secret/home/models/x", "file://x"),
         ("my judge in /secret/home", "my judge in ~"),
         *((text, text) for text in ("owner/name", "a dog / a cat", "AC/DC", "/imagine a dog", "https://a.b/c/d")),
-        *((text, text) for text in ("logs/judged", "lit_unlearn.core.solvers.NullSpace", "", ".", "1/2", "w/o a dog")),
+        *(
+            (text, text)
+            for text in ("logs/judged", "lit_unlearn.core.null_space_solver.NullSpace", "", ".", "1/2", "w/o a dog")
+        ),
     ],
 )
 def test_what_is_a_place(text: str, public: str, monkeypatch: pytest.MonkeyPatch) -> None:

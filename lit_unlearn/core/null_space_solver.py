@@ -1,0 +1,155 @@
+"""The null-space edit as a solver (paper, Sec. 4), with the choice of the null space that belongs to it.
+
+    edit: {class_path: NullSpace, init_args: {rule: soft, threshold: 1.0, ridge: null, tolerance: 0.06}}
+
+Data flow: ``prepare`` finds the null space of each site's retained keys, as ``rule`` and ``threshold`` say. With a
+``tolerance``, each solve narrows it until the change moves the retained outputs by no more than that. With
+``forget_unused``, what no retained key uses is taken out of the weight before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.core.closed_form import RidgeRule, edit_report, null_space_update
+from lit_unlearn.core.key_sums import KeySums
+from lit_unlearn.core.null_space import NullSpaceBasis, null_space, soft_null_space
+from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight
+from lit_unlearn.system.devices import solving_device
+
+
+class NullSpace(Solver):
+    """Edits within the null space of the retained keys (paper, Sec. 4): ``Δ = R K1ᵀ P (K1 K1ᵀ P + ridge I)⁻¹``.
+
+    Args:
+        threshold: Eigenvalues of ``K0 K0ᵀ`` below it span the null space; see ``rule``.
+        rule: What the threshold is relative to: ``mean`` or ``max`` eigenvalue, ``absolute`` (on the mean second
+            moment), ``energy`` (fraction of the trace kept out), ``count`` (number of directions). ``soft``: relative
+            to the mean eigenvalue, but without a cut: ``P = c (K0 K0ᵀ + c I)⁻¹`` with c = threshold × mean.
+        minimum: Use at least this many directions, those with the smallest eigenvalues; not with ``soft``.
+        ridge: Weight of the penalty on the size of the edit; the paper uses 1, the authors' code 200. null, only with
+            ``soft``, takes c: edited and retained keys then have the same weight.
+        ridge_rule: ``absolute``, or ``mean_diagonal``: relative to the mean diagonal of ``K1ᵀ P K1``.
+        forget_unused: First take out of the weight what no retained key uses, ``W − W P``, so that only the retained
+            prompts and the new values are left in it. A learned token finds less of the concept; prompts that nothing
+            retains suffer.
+        tolerance: The largest change of the retained outputs, ``||Δ K0|| / ||W K0||``; the null space is narrowed,
+            site by site, until a change stays within it. null sets none.
+
+    Raises:
+        EmptyNullSpaceError: No eigenvalue is below the threshold.
+        ValueError: Settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 1e-2,
+        rule: Literal["max", "mean", "absolute", "energy", "count", "soft"] = "mean",
+        minimum: int = 0,
+        ridge: float | None = 1.0,
+        ridge_rule: RidgeRule = "absolute",
+        forget_unused: bool = False,
+        tolerance: float | None = None,
+    ) -> None:
+        if rule == "soft" and minimum:
+            raise ValueError(f"edit.minimum={minimum} has no effect with rule=soft, which has no cut: leave it out.")
+        if ridge is None and (rule != "soft" or ridge_rule != "absolute"):
+            raise ValueError("edit.ridge=null is possible with rule=soft and ridge_rule=absolute only: give a number.")
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(f"edit.tolerance={tolerance} must be positive, or null for no bound.")
+        self.threshold, self.rule, self.minimum = threshold, rule, minimum
+        self.ridge, self.ridge_rule = ridge, ridge_rule
+        self.forget_unused, self.tolerance = forget_unused, tolerance
+        self.null_spaces: dict[Retained, NullSpaceBasis] = {}
+
+    def prepare(
+        self, retained: Mapping[str, Retained], share: Share, device: torch.device
+    ) -> Mapping[Retained, NullSpaceBasis]:
+        """Find the null spaces, once: edits within them do not change the retained outputs, so K0 stays valid."""
+        super().prepare(retained, share, device)
+        names: dict[Retained, str] = {}
+        for name, own in retained.items():
+            names.setdefault(own, name)
+        found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
+        spaces = [NullSpaceBasis(basis, values, cutoff, self.rule == "soft") for basis, values, cutoff in found]
+        self.null_spaces = dict(zip(names, spaces, strict=True))
+        return self.null_spaces
+
+    def _null_space_of(self, name: str, retained: Retained, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        assert retained.moment is not None
+        moment = retained.moment.to(device)
+        with naming_weight(name):
+            if self.rule == "soft":
+                space = soft_null_space(moment, self.threshold)
+            else:
+                space = null_space(moment, self.threshold, self.rule, retained.count, self.minimum)
+        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # so that a GPU holds only one at a time
+
+    def solve(self, writes: Sequence[Write]) -> list[Solved]:
+        """See ``Solver.solve``."""
+        return each(writes, self._solve)
+
+    def _solve(self, write: Write) -> Solved:
+        space = self.null_spaces[write.retained]
+        if self.tolerance is not None:
+            space = self._within_tolerance(write, space)
+        change, sums = self._change(write, space)
+        moment = write.retained.moment
+        assert moment is not None
+        settings = self._ridge(space), self.ridge_rule
+        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, *settings, sums=sums)
+        if self.tolerance is not None:
+            report["cutoff"] = space.cutoff / float(space.eigenvalues.mean())
+        return Solved(change, report)
+
+    def _ridge(self, space: NullSpaceBasis) -> float:
+        return space.cutoff if self.ridge is None else self.ridge
+
+    def _change(self, write: Write, space: NullSpaceBasis) -> tuple[Tensor, KeySums | None]:
+        """The change (d_out, d_in) within ``space``, and the sums that it was solved from, if keys are many."""
+        weight = write.weight
+        if self.forget_unused:
+            factor = space.basis.to(weight)
+            weight = weight - (weight @ factor) @ factor.mT
+        sums = KeySums.of_many(weight, write.keys, write.values)
+        settings = self._ridge(space), self.ridge_rule
+        change = null_space_update(weight, write.keys, write.values, space, *settings, sums=sums)
+        return (change + (weight - write.weight) if self.forget_unused else change), sums
+
+    def _within_tolerance(self, write: Write, widest: NullSpaceBasis) -> NullSpaceBasis:
+        """The widest null space, up to ``widest``, whose change moves the retained outputs by at most ``tolerance``.
+
+        It is found by bisection, so it is the widest if a wider null space moves them more, as it does but for small
+        exceptions.
+
+        Raises:
+            ValueError: Even the narrowest one moves them more.
+        """
+        assert self.tolerance is not None and write.retained.moment is not None
+        moment = write.retained.moment.to(write.weight)
+
+        def leak(cutoff: float) -> float:
+            try:
+                change, _ = self._change(write, widest.narrowed(cutoff))
+            except ValueError:  # so narrow that no edited key has a part in it
+                return 0.0
+            norms = [((matrix @ moment) * matrix).sum().clamp_min(0).sqrt() for matrix in (change, write.weight)]
+            return float(norms[0] / norms[1])
+
+        cutoffs = widest.narrower_cutoffs()
+        least, above = -1, len(cutoffs)  # cutoffs[least] is within the tolerance, cutoffs[above] is not
+        while above - least > 1:
+            middle = (least + above) // 2
+            least, above = (middle, above) if leak(cutoffs[middle]) <= self.tolerance else (least, middle)
+        if least < 0:
+            needed = leak(cutoffs[0])
+            raise ValueError(
+                f"edit.tolerance={self.tolerance:g} is less than {needed:.2g}, by which even the narrowest null space "
+                "moves the retained outputs: raise it, or retain fewer prompts"
+            )
+        return widest.narrowed(cutoffs[least])

@@ -1,0 +1,124 @@
+"""The solver of the null-space edit: soft null spaces, forgetting of unused directions, and tolerances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.null_space import null_space, soft_null_space
+from lit_unlearn.core.null_space_solver import NullSpace
+from lit_unlearn.core.solvers import Retained, Solved, UnsolvableError, Write
+
+D_IN, D_OUT = 10, 6
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+WEIGHT, KEYS, VALUES = normal(D_OUT, D_IN, seed=0), normal(5, D_IN, seed=1), normal(5, D_OUT, seed=2)
+SCALES = torch.logspace(0, -4, D_IN, dtype=torch.float64)
+KEPT = normal(40, D_IN, seed=3) * SCALES
+"""Retained keys that use all directions, but the last ones hardly."""
+RANK_4 = normal(40, 4, seed=4) @ normal(4, D_IN, seed=5)
+"""Retained keys that leave six directions free."""
+
+
+def solve(solver: NullSpace, kept: Tensor) -> Solved:
+    retained = Retained(second_moment(kept), len(kept))
+    write = Write("a.weight", WEIGHT, torch.float64, KEYS, VALUES, retained)
+    solver.prepare({"a.weight": retained}, lambda calls: [call() for call in calls], torch.device("cpu"))
+    (solved,) = solver.solve([write])
+    return solved
+
+
+def gradient(change: Tensor, objective: Any) -> Tensor:
+    free = change.clone().requires_grad_(True)
+    (found,) = torch.autograd.grad(objective(free), [free])
+    return found
+
+
+def test_a_soft_projector_is_the_share_that_retained_keys_do_not_use() -> None:
+    moment = second_moment(KEPT)
+    space = soft_null_space(moment, 0.1)
+    c = 0.1 * moment.trace() / D_IN
+    assert space.cutoff == pytest.approx(float(c), rel=1e-12)
+    expected = c * torch.linalg.inv(moment + c * torch.eye(D_IN, dtype=torch.float64))
+    assert_close(space.projection, expected, rtol=1e-9, atol=1e-12)
+    hard = null_space(moment, 0.1, "mean")
+    assert space.dimension == hard.dimension  # directions that are at least half free
+    small = soft_null_space(second_moment(RANK_4), 1e-9).projection  # without a compromise the two agree
+    assert_close(small, null_space(second_moment(RANK_4), 1e-6, "mean").projection, rtol=0, atol=1e-6)
+
+
+def test_a_soft_edit_minimises_its_objective() -> None:
+    change = solve(NullSpace(0.1, "soft", ridge=None), KEPT).change
+    c = 0.1 * second_moment(KEPT).trace() / D_IN
+
+    def objective(delta: Tensor) -> Tensor:
+        edited = (KEYS @ (WEIGHT + delta).mT - VALUES).square().sum()
+        return edited + (KEPT @ delta.mT).square().sum() + c * delta.square().sum()
+
+    assert gradient(change, objective).abs().max() < 1e-9 * gradient(torch.zeros_like(change), objective).abs().max()
+
+
+def test_forgetting_first_pulls_the_weight_to_zero_instead() -> None:
+    change = solve(NullSpace(0.1, "soft", ridge=None, forget_unused=True), KEPT).change
+    c = 0.1 * second_moment(KEPT).trace() / D_IN
+
+    def objective(delta: Tensor) -> Tensor:
+        edited = (KEYS @ (WEIGHT + delta).mT - VALUES).square().sum()
+        return edited + (KEPT @ delta.mT).square().sum() + c * (WEIGHT + delta).square().sum()
+
+    assert gradient(change, objective).abs().max() < 1e-9 * gradient(torch.zeros_like(change), objective).abs().max()
+
+
+def test_what_no_retained_key_uses_is_gone_and_retained_outputs_stay() -> None:
+    change = solve(NullSpace(1e-6, "mean", ridge=1e-6, forget_unused=True), RANK_4).change
+    new = WEIGHT + change
+    assert_close(RANK_4 @ new.mT, RANK_4 @ WEIGHT.mT, rtol=0, atol=1e-9)
+    assert_close(KEYS @ new.mT, VALUES, rtol=0, atol=1e-4)
+    # A key that is neither in the span of the retained keys nor in that of the edited ones has no output.
+    span = torch.linalg.qr(torch.cat([RANK_4[:4], KEYS]).mT)[0]
+    unused = normal(1, D_IN, seed=6)
+    unused = unused - (unused @ span) @ span.mT
+    assert (unused @ WEIGHT.mT).norm() > 0.1
+    assert (unused @ new.mT).norm() < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["mean", "soft"])
+@pytest.mark.parametrize("forget_unused", [False, True])
+def test_a_tolerance_takes_the_widest_null_space_that_keeps_it(rule: Any, forget_unused: bool) -> None:
+    settings: dict[str, Any] = {"rule": rule, "ridge": 1.0, "forget_unused": forget_unused}
+    widest = solve(NullSpace(2.0, **settings), KEPT)
+    tolerance = 0.3 * widest.report["leak"]
+    found = solve(NullSpace(2.0, tolerance=tolerance, **settings), KEPT)
+    assert found.report["leak"] <= tolerance
+    again = solve(NullSpace(found.report["cutoff"], **settings), KEPT)  # the reported cutoff makes the same edit
+    assert_close(again.change, found.change, rtol=1e-9, atol=1e-12)
+    wider = found.report["cutoff"] * (1.16 if rule == "soft" else 1.0)
+    if rule == "mean":  # one more direction
+        moment = second_moment(KEPT)
+        values = torch.linalg.eigvalsh(moment)
+        wider = float(values[values > found.report["cutoff"] * values.mean()].min() / values.mean()) * 1.001
+    assert solve(NullSpace(wider, **settings), KEPT).report["leak"] > tolerance
+    loose = solve(NullSpace(2.0, tolerance=2 * widest.report["leak"], **settings), KEPT)
+    assert_close(loose.change, widest.change, rtol=1e-9, atol=1e-12)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"edit\.minimum=3 has no effect with rule=soft"):
+        NullSpace(rule="soft", minimum=3)
+    with pytest.raises(ValueError, match=r"edit\.ridge=null is possible with rule=soft"):
+        NullSpace(ridge=None)
+    with pytest.raises(ValueError, match=r"edit\.tolerance=0 must be positive"):
+        NullSpace(tolerance=0)
+    with pytest.raises(UnsolvableError, match=r"a\.weight: edit\.tolerance=1e-12 is less than .*: raise it"):
+        solve(NullSpace(2.0, tolerance=1e-12), KEPT)
+    with pytest.raises(UnsolvableError, match="threshold=0 must be positive for rule='soft'"):
+        solve(NullSpace(0, "soft"), KEPT)
