@@ -35,20 +35,13 @@ from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, known_classes, known_keys, prepare
+from lit_unlearn.training.ledger import take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.options import check_options, given_options, ignored_by_a_checkpoint
 from lit_unlearn.training.recipes import check_method, utf8_recipes
 from lit_unlearn.training.run_config import SaveRunConfig
-from lit_unlearn.training.runs import (
-    Run,
-    RunLogger,
-    config_sha256,
-    deciding,
-    newest_edit,
-    newest_run,
-    run_name,
-)
+from lit_unlearn.training.runs import Run, RunLogger, config_sha256, deciding, newest_edit, newest_run, run_name
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -103,6 +96,12 @@ class UnlearnCLI(LightningCLI):
             help="Name of the concept to edit, or several: '[dog, cat]'.",
         )
         parser.add_argument(
+            "--after",
+            type=str | list[str] | None,
+            default=None,
+            help="Checkpoints or deltas whose concepts are edited again, together with the new ones.",
+        )
+        parser.add_argument(
             "--method", type=str | None, default=None, help="Name of the recipe in logs/METHOD/CONCEPT/version_N."
         )
         parser.add_argument(
@@ -151,6 +150,8 @@ class UnlearnCLI(LightningCLI):
         config = self.config[subcommand]
         arguments = config.model.init_args
         kind = class_of(config.model.class_path)
+        config.after = as_list(config.after)
+        take_earlier(config, kind)
         check_options(subcommand, config, kind, self.given)
         if not issubclass(kind, DiffusionEditor):
             if config.ckpt_path == "last":

@@ -52,6 +52,8 @@ class ConceptEditor(DiffusionEditor):
         judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
         repair_pairs: Of several concepts, leave out pairs that name another edited one, and choose targets that are not
             edited (``lit_unlearn.data.pairs``); false takes the set's pairs as they are.
+        earlier: Those of the concepts that an earlier run has edited; set with ``--after``. Scores say how many of
+            them come back.
         **kwargs: See ``DiffusionEditor``.
 
     Raises:
@@ -71,11 +73,14 @@ class ConceptEditor(DiffusionEditor):
         second_judge_options: dict[str, Any] | None = None,
         judge_cache: str | None = "logs/judged",
         repair_pairs: bool = True,
+        earlier: list[str] | None = None,
         **kwargs: object,
     ) -> None:
         self.concepts = load_concept_set(concept_set)
         self.edited = edited_concepts(concept, self.concepts)
-        self.repair_pairs = repair_pairs
+        self.earlier = [item.name for item in edited_concepts(earlier, self.concepts)] if earlier else []
+        if others := [name for name in self.earlier if name not in self.edited_labels]:
+            raise ValueError(f"model.earlier names {others[0]!r}, which is not edited: take it out, or edit it too.")
         self.repaired = repaired(self.edited, self.concepts) if repair_pairs else list(self.edited)
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
         self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
