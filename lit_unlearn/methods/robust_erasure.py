@@ -1,0 +1,292 @@
+"""A null-space edit of keys and values that resists learned tokens: it attacks itself and closes what it finds.
+
+Data flow: one epoch is one round. Every round solves anew from the pretrained weights, for all layers at once: the
+states of the edit prompts (K1) get the outputs of the target prompts' states (V1 = W K1*). In every round after the
+first a token is learned for each concept, on the model as the round before has left it and from pictures by the
+unedited model; it stands in for the concept's name. At the end of the epoch the states of the named edit prompts, with
+that token, become further keys, with the same targets. All edited layers have the same keys, and no edit moves them.
+
+Styles and scenes are also edited in the empty prompt ("guidance edit"). A picture has some style, also if no word asks
+for one, so a token can bring a style back as "none of the others". Classifier-free guidance pushes away from the empty
+prompt's prediction. With the concept's direction added to the empty prompt's values, it pushes away from the concept,
+as a negative prompt does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lit_unlearn.core.alignment import align_tokens, positions_mask
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.solvers import Retained, Write
+from lit_unlearn.data.concepts import Concept
+from lit_unlearn.data.fit_plan import FitPlan
+from lit_unlearn.data.pairs import ATTRIBUTES
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.new_tokens import PLACE
+from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.diffusion.text import Tokens
+from lit_unlearn.methods.forget_me_not import templates_of
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.concept_editor import check_retained
+from lit_unlearn.methods.shared.cross_attention import select_keys_and_values
+from lit_unlearn.methods.shared.reference_images import ReferenceImages
+from lit_unlearn.system.devices import for_solving
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPrompts:
+    """The named edit prompts of a concept with a learned token instead of its name.
+
+    Attributes:
+        tokens: Tokens of the n prompts, with one learned token each.
+        targets: Tokens of their target prompts.
+        aligned: For each position of a prompt, the position of the target prompt whose output it gets, (n, L).
+    """
+
+    tokens: Tokens
+    targets: Tokens
+    aligned: Tensor
+
+
+class RobustErasure(ClosedFormMethod, ReferenceImages):
+    """Edits keys and values of the cross-attention, in rounds of attack and edit.
+
+    Args:
+        rounds: Rounds of attack after the first edit; 0 only edits, which takes a second.
+        found_weight: Weight of the keys that attacks have found, relative to those of the edit prompts.
+        found_prompts: Largest number of named edit prompts of each concept in which a learned token is used.
+        guidance_edit: How far the empty prompt's values move towards each style and scene, in units of the distance
+            between edit and target prompts at the positions after the text; 0 leaves the empty prompt as it is. It is
+            otherwise retained, with the weight of all retained prompts together.
+        retain: Further prompts to retain, besides the edit prompts of the set's other concepts.
+        seed: Seed of the attacks: initial tokens, pictures, timesteps and noise.
+        optimizer: Optimizer of the learned tokens, reset in each round.
+        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
+        **kwargs: See ``ReferenceImages`` and ``ConceptEditor``; the reference images are what the tokens learn from.
+
+    Raises:
+        ValueError: A field is wrong; found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 2,
+        found_weight: float = 3.0,
+        found_prompts: int = 8,
+        guidance_edit: float = 0.5,
+        retain: list[str] | None = None,
+        seed: int = 0,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        edited_parameters: str = "xattn-kv",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
+        for field, value, least in (("rounds", rounds, 0), ("found_prompts", found_prompts, 1)):
+            if value < least:
+                raise ValueError(f"model.{field}={value} must be at least {least}.")
+        for field, number in (("found_weight", found_weight), ("guidance_edit", guidance_edit)):
+            if not 0 <= number < float("inf"):
+                raise ValueError(f"model.{field}={number} must be zero or a positive number.")
+        if rounds and not found_weight:
+            raise ValueError(f"model.found_weight=0 makes no use of {rounds} rounds: set model.rounds to 0.")
+        self.rounds, self.found_weight, self.found_prompts = rounds, found_weight, found_prompts
+        self.guidance_edit, self.seed, self.optimizer = guidance_edit, seed, optimizer
+        self.pushed = [c for c in self.repaired if guidance_edit and c.kind in ATTRIBUTES]
+        self.targets_of_edited = [(c, pairs_of(c)) for c in self.repaired]
+        self.pairs = [pair for concept in self.repaired for pair in pairs_of(concept)]
+        check_retained(retain or [], self.edited)
+        self.retain_prompts = self.concepts.retain_prompts(self.edited_labels) + (retain or [])
+        if not self.retain_prompts:
+            raise ValueError(
+                f"concept={', '.join(self.edited_labels)} leaves no prompt of {self.concepts.name} to retain: edit "
+                "fewer concepts at once, or name what to keep in model.retain."
+            )
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
+
+        Raises:
+            ValueError: It selects another weight.
+        """
+        return select_keys_and_values(self, names)
+
+    @property
+    def fit_plan(self) -> FitPlan:
+        """An epoch for each round; an item of a batch is one noised picture of every concept."""
+        return FitPlan(
+            epochs=self.rounds + 1, steps=None if self.rounds else 1, num_pairs=self.num_items, seed=self.seed
+        )
+
+    @property
+    def num_items(self) -> int:
+        """Largest number of prompts with a learned token that a concept can have."""
+        return max(self.found_prompts, self.num_images)
+
+    def values_shape(self) -> tuple[int, int, int]:
+        """The learned tokens: (rounds, concepts, D), at least one round."""
+        return max(self.rounds, 1), len(self.edited), self.pipeline.text.table.shape[1]
+
+    def own_state(self) -> list[str]:
+        """The learned tokens."""
+        return ["values"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimizer of the learned tokens; those of other rounds have no gradient."""
+        return self.optimizer([self.values])
+
+    # --- set-up
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Encode edit, target and retained prompts; draw the pictures that the tokens learn from."""
+        super().on_fit_start()
+        self.keys, self.target_keys = self.edited_states(self.pairs)
+        empty = self.pipeline.encode_many([""]).states[0].float()
+        retained = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
+        moment, count = second_moment(retained).cpu(), len(retained)
+        if self.pushed:
+            # As many empty prompts as there are pairs, since each picture of a pair has one in its guidance.
+            scale = len(self.pairs) ** 0.5
+            self.keys = torch.cat([self.keys, scale * empty])
+            self.target_keys = torch.cat([self.target_keys, scale * (empty + self.guidance_edit * self.push())])
+        else:
+            moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
+        own = Retained(moment, count, prompts=len(self.retain_prompts))
+        self.retained = dict.fromkeys(self.edited_names, own)
+        if self.rounds:
+            self.prompts = [self.token_prompts(concept) for concept in self.repaired]
+            with self.pretrained.restored():
+                named = [[text for text, _ in self.named_pairs(concept)] for concept in self.repaired]
+                self.latents = self.reference_latents(named)
+
+    def edited_states(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """K1 and K1*, (n L, D) float32: states of edit prompts, and of their target prompts at aligned positions."""
+        tokens, targets = (self.pipeline.tokenize([pair[side] for pair in pairs]) for side in (0, 1))
+        goals = self.pipeline.encode_many(targets).states.float()
+        keys = self.pipeline.encode_many(tokens).states.float()
+        return keys.flatten(0, 1), taken(goals, self.aligned(tokens, targets)).flatten(0, 1)
+
+    def aligned(self, tokens: Tokens, targets: Tokens) -> Tensor:
+        """For each position of ``tokens``, the position of ``targets`` whose output it gets, (n, L)."""
+        eos, rows = self.pipeline.text.eos, zip(tokens.ids[0].tolist(), targets.ids[0].tolist(), strict=True)
+        return torch.tensor([align_tokens(edit, target, eos) for edit, target in rows])
+
+    def push(self) -> Tensor:
+        """The directions of all pushed concepts, (L, D): edit minus target states after the text, a mean each."""
+        total = torch.zeros(1)
+        for concept in self.pushed:
+            pairs = pairs_of(concept)
+            keys, goals = self.edited_states(pairs)
+            ids = self.pipeline.tokenize([text for text, _ in pairs]).ids[0]
+            after = positions_mask(ids, self.pipeline.text.eos, "eot").flatten().to(keys.device)
+            total = total.to(keys) + (keys - goals)[after].mean(0)
+        push = total.expand(self.pipeline.text.length, -1).clone()
+        push[0] = 0  # the first token is the same in every prompt
+        return push
+
+    def named_pairs(self, concept: Concept) -> list[tuple[str, str]]:
+        """Pairs of ``concept`` whose edit prompt names it, at most ``found_prompts``; from templates if none does."""
+        named = [pair for pair in pairs_of(concept) if concept.find_name(pair[0])]
+        if not named:
+            templates = templates_of(concept, None)
+            named = [(text.replace(PLACE, concept.names[0]), text.replace(PLACE, concept.target)) for text in templates]
+        return named[: self.found_prompts]
+
+    def token_prompts(self, concept: Concept) -> TokenPrompts:
+        """The prompts in which a learned token stands for ``concept``."""
+        pairs = self.named_pairs(concept)
+        tokens = self.pipeline.tokenize_templates([concept.replace_names(text, PLACE) for text, _ in pairs], 1)
+        targets = self.pipeline.tokenize([into for _, into in pairs])
+        return TokenPrompts(tokens, targets, self.aligned(tokens, targets))
+
+    # --- the attack of a round
+
+    @torch.no_grad()
+    def on_train_epoch_start(self) -> None:
+        """Begin the round's tokens as noise that is distributed like the vocabulary."""
+        if self.current_epoch == 0:
+            return
+        for number in range(len(self.edited)):
+            generator = seeded(self.seed, "token", self.current_epoch, number)
+            self.values[self.current_epoch - 1, number] = self.pipeline.text.initial_embeddings(1, None, generator)[0]
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Error of the edited model's predictions on noised pictures of every concept, with its token in the prompt.
+
+        Args:
+            batch: Numbers of items, (B,); each takes one prompt and one picture of every concept.
+            batch_idx: Number of the step within the round.
+        """
+        if self.current_epoch == 0:
+            return self.values.sum() * 0
+        errors = []
+        for number, prompts in enumerate(self.prompts):
+            generators = [seeded(self.seed, self.current_epoch, batch_idx, number, item) for item in batch.tolist()]
+            latents, noise, timesteps = self.noised(self.latents[number], generators)
+            rows = (batch.cpu() % self.num_items) % len(prompts.tokens)
+            condition = self.condition(prompts.tokens[rows], self.values[self.current_epoch - 1, number])
+            output = self.pipeline.predict(self.pipeline.noise.add(latents, noise, timesteps), timesteps, condition)
+            errors.append(F.mse_loss(output.float(), self.pipeline.noise.target(latents, noise, timesteps).float()))
+        total = torch.stack(errors).sum()  # each token has only its own error's gradient
+        self.log_losses({"train/error": total / len(errors)}, batch)
+        return total
+
+    def condition(self, tokens: Tokens, embedding: Tensor) -> Condition:
+        """Condition of prompts with one learned token, whose embedding is (D,); gradients flow into it."""
+        return self.pipeline.encode(tokens, embedding[None])
+
+    def noised(self, latents: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        """For each generator one of ``latents`` (n, C, H, W) and noise, (B, C, H, W) each, and a timestep, (B,)."""
+        chosen = [int(torch.randint(len(latents), (), generator=generator)) for generator in generators]
+        timesteps = torch.stack([self.pipeline.noise.draw_timestep(generator) for generator in generators])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        return latents[chosen], noise.to(latents), timesteps.to(latents.device)
+
+    # --- the edit at the end of a round
+
+    @torch.no_grad()
+    def found_states(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Keys that the attacks up to ``epoch`` have found, and the keys whose outputs they get, (m, D) each."""
+        keys, goals = [self.keys[:0]], [self.keys[:0]]
+        for number, prompts in enumerate(self.prompts if epoch else ()):
+            goal = taken(self.pipeline.encode_many(prompts.targets).states.float(), prompts.aligned)
+            for embedding in self.values[:epoch, number]:
+                keys.append(self.condition(prompts.tokens, embedding).states.float().flatten(0, 1))
+                goals.append(goal.flatten(0, 1))
+        scale = self.found_weight**0.5
+        return scale * torch.cat(keys), scale * torch.cat(goals)
+
+    def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
+        """All layers at once, from their pretrained weights."""
+        found, goals = self.found_states(epoch)
+        keys, targets = (for_solving(torch.cat(rows)) for rows in ([self.keys, found], [self.target_keys, goals]))
+        group = []
+        for name, layer in self.layers.items():
+            weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
+            group.append(Write(name, weight, layer.weight.dtype, keys, targets @ weight.mT, self.retained[name]))
+        yield group
+
+    def after_writes(self, epoch: int, is_last: bool) -> None:
+        """Report the number of keys, and how much the weights have changed."""
+        found = sum(len(prompts.tokens) * self.pipeline.text.length for prompts in self.prompts) if epoch else 0
+        self.report["edited_states"] = len(self.keys) + epoch * found
+        super().after_writes(epoch, is_last)
+
+
+def pairs_of(concept: Concept) -> list[tuple[str, str]]:
+    """Pairs of an edit prompt and its target prompt."""
+    return list(zip(concept.edit_prompts, concept.target_prompts, strict=True))
+
+
+def taken(rows: Tensor, positions: Tensor) -> Tensor:
+    """``rows`` (n, L, D) at ``positions`` (n, L) of each text."""
+    return rows.gather(1, positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
