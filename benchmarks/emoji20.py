@@ -44,6 +44,7 @@ from pathlib import Path
 from quiet import QUIET, output_to
 
 from lit_unlearn.reports.report import collect, report_markdown
+from lit_unlearn.system.names import joint_name
 
 RECIPES = (
     "null_space.yaml",
@@ -104,9 +105,7 @@ class Cell:
         return self.folder / "version_0" / "scores.json"
 
     def _folder(self, root: Path) -> Path:
-        from lit_unlearn.training.cli import run_label
-
-        return root / self.recipe.removesuffix(".yaml") / run_label(self.concepts)
+        return root / self.recipe.removesuffix(".yaml") / joint_name(self.concepts)
 
     def make(self, extra: Sequence[str]) -> None:
         """Fit and test, or test the edit of another cell."""

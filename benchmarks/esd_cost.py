@@ -24,6 +24,8 @@ from typing import Any
 
 from quiet import QUIET, output_to
 
+from lit_unlearn.system.names import joint_name
+
 POLICIES = ("all", "one")
 HELD_OUT_CHAINS = 30
 """Number of chains of the frozen model for measuring the loss on their states; training does not use these chains."""
@@ -63,11 +65,11 @@ def run_cell(cell: tuple[str, str, int, str, str, tuple[str, ...]]) -> str:
 
     torch.set_num_threads(1)
     from lit_unlearn.system.files import atomic_write
-    from lit_unlearn.training.cli import run, run_label
+    from lit_unlearn.training.cli import run
     from lit_unlearn.training.recipes import find_recipe
 
     top = Path(root, policy, f"seed_{seed}")
-    folder = top / "esd" / run_label([concept])
+    folder = top / "esd" / joint_name([concept])
     scores, cost = folder / "version_0" / "scores.json", folder / "version_0" / "esd_cost.json"
     if not (scores.exists() and cost.exists()):
         shutil.rmtree(folder, ignore_errors=True)
@@ -135,12 +137,10 @@ COLUMNS = {
 
 def summary(root: Path, concepts: list[str], seeds: list[int], command: str) -> str:
     """Return Markdown with means of both policies and their paired differences, then every cell."""
-    from lit_unlearn.training.cli import run_label
-
     cells: dict[tuple[str, int, str], dict[str, float]] = {}
     for concept in concepts:
         for seed in seeds:
-            folders = {p: root / p / f"seed_{seed}" / "esd" / run_label([concept]) / "version_0" for p in POLICIES}
+            folders = {p: root / p / f"seed_{seed}" / "esd" / joint_name([concept]) / "version_0" for p in POLICIES}
             if all((folder / "esd_cost.json").exists() for folder in folders.values()):
                 cells |= {(concept, seed, policy): read_cell(folder) for policy, folder in folders.items()}
     lines = [

@@ -20,6 +20,8 @@ from typing import Any
 
 from quiet import QUIET, output_to
 
+from lit_unlearn.system.names import joint_name
+
 FROM_OUTPUT = [
     "--model.init_args.values",
     "refined",
@@ -46,9 +48,7 @@ SPECTRA = ("text", "kv", "ffn")
 
 def cell_folder(root: Path, setting: str, concept: str, rounds: int) -> Path:
     """Folder that ``fit`` and ``test`` write to."""
-    from lit_unlearn.training.cli import run_label
-
-    return root / f"rounds_{rounds}" / setting / run_label([concept])
+    return root / f"rounds_{rounds}" / setting / joint_name([concept])
 
 
 def run_chain(chain: tuple[str, str, list[int], str, list[str]]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.emoji.data import blur
 from lit_unlearn.emoji.drawing import ATTRIBUTES
-from lit_unlearn.judges.classifier import AttributeClassifier
+from lit_unlearn.judges.classifier import Architecture, AttributeClassifier
 
 
 class JudgeTraining(L.LightningModule):
@@ -28,16 +28,18 @@ class JudgeTraining(L.LightningModule):
     Args:
         width: Channels of the first stage of the classifier.
         lr: Peak learning rate of AdamW (one-cycle schedule).
+        architecture: ``convolution``, or ``transformer`` for the second judge; see ``AttributeClassifier``.
     """
 
     part = "judge"
     """The part of the model that it trains."""
 
-    def __init__(self, width: int = 32, lr: float = 2e-3) -> None:
+    def __init__(self, width: int = 32, lr: float = 2e-3, architecture: Architecture = "convolution") -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.width, self.lr = width, lr
-        self.classifier = AttributeClassifier(ATTRIBUTES, width)
+        self.width, self.lr, self.architecture = width, lr, architecture
+        self.part = "judge" if architecture == "convolution" else "second_judge"
+        self.classifier = AttributeClassifier(ATTRIBUTES, width, architecture)
 
     def augment(self, images: Tensor) -> Tensor:
         """Add noise (standard deviation up to 0.2) and blur to ``images``, each with a random strength per picture."""
@@ -71,8 +73,9 @@ class JudgeTraining(L.LightningModule):
         output.mkdir(parents=True, exist_ok=True)
         save_file(self.classifier.state_dict(), output / "model.safetensors")
         config = {
-            "name": "emoji-cnn",
+            "name": "emoji-cnn" if self.architecture == "convolution" else "emoji-transformer",
             "width": self.width,
+            "architecture": self.architecture,
             "attributes": ATTRIBUTES,
             "questions": emoji_questions(),
         }

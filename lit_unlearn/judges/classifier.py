@@ -7,10 +7,10 @@ that nothing in this class depends on emoji.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -20,21 +20,50 @@ from torch import Tensor, nn
 from lit_unlearn.judges.base import NamedJudge, UnknownQuestionError
 from lit_unlearn.system.devices import find_device
 
+Architecture = Literal["convolution", "transformer"]
+
+
+class PatchTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al., 2021) on pictures of 48 × 48 pixels, without a class token.
+
+    Args:
+        dim: Width of a token; a token is a patch of 6 × 6 pixels.
+        depth: Number of layers.
+    """
+
+    def __init__(self, dim: int, depth: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 6, stride=6)
+        self.positions = nn.Parameter(0.02 * torch.randn(64, dim))
+        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens as a map (B, dim, 8, 8) of ``images`` (B, 3, 48, 48)."""
+        tokens: Tensor = self.layers(self.patches(images).flatten(2).mT + self.positions)
+        return tokens.mT.unflatten(2, (8, 8))
+
 
 class AttributeClassifier(nn.Module):
-    """Convolutional network with a linear head for each attribute.
+    """An image network with a linear head for each attribute.
 
     Args:
         attributes: Values of each attribute.
-        width: Channels of the first of four stages; the others have 2, 4 and 4 times as many. Each stage halves height
-            and width.
+        width: Channels of the first of four convolutional stages; the others have 2, 4 and 4 times as many. Each stage
+            halves height and width. A transformer's tokens are 4 times as wide.
+        architecture: ``convolution``, or ``transformer``: ``PatchTransformer``.
     """
 
-    def __init__(self, attributes: Mapping[str, Sequence[str]], width: int = 32) -> None:
+    def __init__(
+        self,
+        attributes: Mapping[str, Sequence[str]],
+        width: int = 32,
+        architecture: Architecture = "convolution",
+    ) -> None:
         super().__init__()
         self.attributes = {name: tuple(values) for name, values in attributes.items()}
         widths = [3, width, 2 * width, 4 * width, 4 * width]
-        self.stages = nn.ModuleList(
+        stages: Iterable[nn.Module] = (
             nn.Sequential(
                 nn.Conv2d(inside, outside, 3, stride=2, padding=1),
                 nn.GroupNorm(8, outside),
@@ -45,6 +74,7 @@ class AttributeClassifier(nn.Module):
             )
             for inside, outside in pairwise(widths)
         )
+        self.stages = nn.ModuleList([PatchTransformer(widths[-1])] if architecture == "transformer" else stages)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(2 * widths[-1], len(values)) for name, values in self.attributes.items()}
         )
@@ -63,10 +93,11 @@ class AttributeClassifier(nn.Module):
 
 
 class ClassifierConfig(NamedTuple):
-    """Content of ``config.json``: the classifier's name and size, and the attribute and value of each question."""
+    """Content of ``config.json``: name, kind and size of the classifier, and attribute and value of each question."""
 
     name: str
     width: int
+    architecture: Architecture
     attributes: dict[str, list[str]]
     questions: dict[str, tuple[str, str]]
 
@@ -86,7 +117,9 @@ def read_config(path: str | Path) -> ClassifierConfig:
         questions = {key: (attribute, value) for key, (attribute, value) in content["questions"].items()}
         for attribute, value in questions.values():
             attributes[attribute].index(value)
-        return ClassifierConfig(str(content["name"]), int(content["width"]), attributes, questions)
+        if (kind := content.get("architecture", "convolution")) not in get_args(Architecture):
+            raise ValueError(f"architecture {kind!r} is none of {', '.join(get_args(Architecture))}")
+        return ClassifierConfig(str(content["name"]), int(content["width"]), kind, attributes, questions)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"its config.json: {type(error).__name__}: {error}"
         raise ValueError(f"judge={str(path)!r} cannot be read ({reason}): copy it again.") from error
@@ -109,7 +142,7 @@ class ClassifierJudge(NamedJudge):
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
         config = read_config(path)
         self.path, self.name, self.questions = Path(path), config.name, config.questions
-        self.classifier = AttributeClassifier(config.attributes, config.width)
+        self.classifier = AttributeClassifier(config.attributes, config.width, config.architecture)
         try:
             self.classifier.load_state_dict(load_file(self.path / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:

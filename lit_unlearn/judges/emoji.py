@@ -26,3 +26,14 @@ class EmojiJudge(ClassifierJudge):
     def folder(cls, options: Mapping[str, Any]) -> Path:
         """The folder ``judge`` beside the embedded model."""
         return Path(resolve_model(EMBEDDED)) / "judge"
+
+
+class SecondEmojiJudge(EmojiJudge):
+    """The second judge of ``emoji-sd``: the same questions, another architecture (a vision transformer)."""
+
+    short_name: ClassVar[str] = "emoji_second"
+
+    @classmethod
+    def folder(cls, options: Mapping[str, Any]) -> Path:
+        """The folder ``second_judge`` beside the embedded model."""
+        return Path(resolve_model(EMBEDDED)) / "second_judge"
