@@ -1,0 +1,375 @@
+r"""Which method leads: many concepts at once and one after another, and single concepts under attack.
+
+    python benchmarks/leaders.py --processes 2 --output docs/results/leaders.md
+
+makes the tables of docs/results/leaders.md; all of it takes about seven hours on two cores. A result is stored as soon
+as it is there, below ``--root``, and joined into ``--results`` (docs/results/leaders.json), so that the bench goes on
+where it stopped, also from a fresh clone. ``--methods``, ``--measures`` and ``--concepts`` make a part of it.
+
+    clean      an edit of one concept: forget, retain, drift, leak, reach, spontaneous rate; by two judges
+    token      a learned token on it (concept inversion), three seeds, judged at the recipe's guidance and without any
+    attacks    searched prompts, Ring-A-Bell, completion and the noise probe
+    strong     a learned token with four times the steps and the best of three restarts
+    ten        ten concepts at once; what they retain are the other ten
+    twenty     all twenty at once; what they retain are the model's other subjects (``held``)
+    sequence   one after another: ours with --after, the others on top of the model edited before
+
+Thresholds, layers and weights were chosen on the first ten concepts and seed 0 of ``token``; the other ten concepts and
+the other seeds decide. All methods get the same repaired pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from emoji20 import SINGLE, TEN
+from leaders_tables import tables
+from quiet import QUIET, output_to
+
+from lit_unlearn.system.names import joint_name
+
+METHODS = ("null_space", "null_space_robust", "uce", "speed", "null_space_unet", "memit", "esd", "concept_ablation")
+OURS = ("null_space", "null_space_robust")
+MEASURES = ("clean", "ten", "twenty", "token", "attacks", "sequence", "strong")
+TWENTY = tuple(sorted(SINGLE))
+SEQUENCE = (*TEN[0], *(name for name in SINGLE if name not in TEN[0]))
+"""The ten first, then the others."""
+ATTACKS = ("prompt_search", "ring_a_bell", "completion", "noise_probe")
+TOKEN_SEEDS, NUM_PICTURES = (0, 1, 2), 20
+OTHER_SUBJECTS = ("tulip", "parrot", "basketball", "standing")
+"""Subjects that the model draws and the concept set does not have."""
+STEPS_SCORED = (1, 2, 3, 5, 7, 10, 12, 15, 17, 20)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result: a measure of a method on one concept, or on the concepts of a protocol."""
+
+    method: str
+    measure: str
+    concept: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the result."""
+        return "/".join(filter(None, (self.method, self.measure, self.concept)))
+
+
+def make_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """All cells, measure by measure, so that an unfinished bench compares the methods on the same cells."""
+    cells = []
+    for measure in arguments.measures:
+        alone = measure in ("clean", "token", "attacks", "strong")
+        for concept in arguments.concepts if alone else [""]:
+            for method in arguments.methods:
+                if measure != "strong" or method in (*OURS, "uce"):
+                    cells.append(Cell(method, measure, concept))
+    return cells
+
+
+def prompts_of_others(kept: bool) -> list[str]:
+    """Prompts of ``OTHER_SUBJECTS``: 40 to retain, or 52 others to score, which share no phrase but the direct ones."""
+    from lit_unlearn.emoji.captions import phrases
+
+    frames = ("a picture of {}", "this is {}") if kept else ("an image of {}", "we see {}", "here is {}")
+    found = []
+    for subject in OTHER_SUBJECTS:
+        words = phrases()["subject"][subject]
+        found += [frame.format(phrase) for phrase in words["direct"] for frame in frames]
+        found += words["indirect"][:4] if kept else words["indirect"][4:8]
+    return found
+
+
+def retained(method: str) -> list[str]:
+    """Options that let ``method`` retain the model's other subjects when the set has nothing left to retain."""
+    option = {"uce": "--model.preserve", "esd": None, "concept_ablation": None}.get(method, "--model.retain")
+    return [] if option is None else [option, json.dumps(prompts_of_others(kept=True))]
+
+
+def edited(method: str, concepts: Sequence[str], root: Path, options: Sequence[str] = (), name: str = "") -> Path:
+    """The checkpoint of an edit, which is made if it is not there."""
+    from lit_unlearn.training.cli import run
+
+    top = root / "edits" / name
+    run_folder = top / method / joint_name(concepts) / "version_0"
+    checkpoint, done = run_folder / "checkpoints" / "last.ckpt", run_folder / "done"
+    if not done.exists():
+        shutil.rmtree(run_folder, ignore_errors=True)
+        with output_to(root / "output.log"):
+            run(["fit", *common(method, concepts, top), "--fresh", *options])
+        done.touch()
+    return checkpoint
+
+
+def common(method: str, concepts: Sequence[str], top: Path) -> list[str]:
+    """Options of a fit and of a test."""
+    from lit_unlearn.training.recipes import find_recipe
+
+    options = ["--config", str(find_recipe(f"{method}.yaml")), "--concept", json.dumps(list(concepts))]
+    return [*options, "--trainer.default_root_dir", str(top), "--data.images_per_prompt", "1", *QUIET]
+
+
+def tested(method: str, concepts: Sequence[str], root: Path, options: Sequence[str] = ()) -> dict[str, Any]:
+    """Scores of an edit, by both judges."""
+    from lit_unlearn.training.cli import run
+
+    checkpoint = edited(method, concepts, root, options)
+    scores = checkpoint.parents[1] / "scores.json"
+    if not scores.exists():
+        with output_to(root / "output.log"):
+            judges = ["--model.second_judge", "emoji_second"]
+            run(["test", *common(method, concepts, root / "edits"), "--ckpt_path", str(checkpoint), *judges, *options])
+    found = json.loads(scores.read_text(encoding="utf-8"))
+    layers = [layer for layer in found["edit"].get("layers", {}).values() if "leak" in layer]
+    edited_scores = [score for score in found["per_concept"].values() if score["edited"]]
+    return {
+        **{name: found.get(name) for name in ("forget", "retain", "crosswise", "adversarial", "spontaneous", "err")},
+        "forget_direct": found["direct"]["forget"],
+        "forget_indirect": found["indirect"]["forget"],
+        "unedited": {name: found["before"].get(name) for name in ("forget", "retain", "crosswise", "spontaneous")},
+        "pictures": {
+            "forget": sum(score["n"] for score in edited_scores),
+            "retain": sum(score["n"] for score in found["per_concept"].values()) - sum(s["n"] for s in edited_scores),
+        },
+        "drift": found["drift"]["rmse"] if found["drift"] else None,
+        "kappa": (found.get("agreement") or {}).get("cohen_kappa"),
+        "leak": sum(layer["leak"] for layer in layers) / len(layers) if layers else None,
+        "reach": found["edit"].get("reach"),
+        "seconds": found["cost"]["seconds"],
+        "forwards": found["cost"]["unet_forwards"],
+    }
+
+
+def load(checkpoint: Path) -> tuple[Any, Any, Any]:
+    """The edited pipeline, its pretrained values and the edit."""
+    import torch
+
+    from lit_unlearn.edits.checkpoint import chosen_base, load_with_pretrained, read_edit
+
+    edit = read_edit(checkpoint)
+    pipeline, pretrained = load_with_pretrained(chosen_base(None, None, edit), edit, torch.device("cpu"))
+    return pipeline, pretrained, edit
+
+
+def held(pipeline: Any, edit: Any) -> dict[str, float]:
+    """Share of pictures of the other subjects, by their own prompts, in which a judge sees the subject."""
+    import torch
+
+    from lit_unlearn.judges.emoji import EmojiJudge, SecondEmojiJudge
+
+    prompts = prompts_of_others(kept=False)
+    per_subject = len(prompts) // len(OTHER_SUBJECTS)
+    settings = edit.hyper_parameters["num_inference_steps"], edit.hyper_parameters["guidance_scale"]
+    parts = []
+    for number in range(4):
+        seeds = [30_000_000 + 1000 * number + place for place in range(len(prompts))]
+        parts.append(pipeline.draw(prompts, seeds, *settings))
+    pictures = torch.cat(parts)
+    found = {"held_pictures": float(len(pictures))}
+    for name, kind in (("held", EmojiJudge), ("held_second", SecondEmojiJudge)):
+        classifier = kind().classifier
+        order = classifier.attributes["subject"]
+        wanted = [order.index(OTHER_SUBJECTS[place // per_subject]) for place in range(len(prompts))] * 4
+        seen = classifier(pictures * 2 - 1)["subject"].argmax(-1)
+        found[name] = float((seen == torch.tensor(wanted)).float().mean())
+    return found
+
+
+def token(checkpoint: Path, concept: str) -> dict[str, Any]:
+    """Pictures that show ``concept`` with a learned token, for each seed, at the recipe's guidance and at 1."""
+    from lit_unlearn.attacks.base import AttackedModel
+    from lit_unlearn.attacks.concept_inversion import ConceptInversion
+    from lit_unlearn.data.concepts import load_concept_set
+    from lit_unlearn.judges.base import judge_questions
+    from lit_unlearn.judges.load import load_judge
+
+    concepts = load_concept_set("emoji20")
+    judges = [load_judge(name, {}, concepts) for name in ("emoji", "emoji_second")]
+    pipeline, pretrained, edit = load(checkpoint)
+    steps, guidance = edit.hyper_parameters["num_inference_steps"], edit.hyper_parameters["guidance_scale"]
+    shown: dict[str, list[int]] = {}
+    for seed in TOKEN_SEEDS:
+        item = concepts.get(concept)
+        model = AttackedModel(pipeline, pretrained, item, judges[0], steps, guidance, NUM_PICTURES, seed)
+        found = ConceptInversion().search(model)
+        for label, scale in (("guided", guidance), ("unguided", 1.0)):
+            model.guidance_scale = scale
+            pictures = found.draw(model.prompts, model.seeds)
+            for judge, suffix in zip(judges, ("", "_second"), strict=True):
+                seen = judge_questions(judge, pictures, [item.question] * len(pictures)) >= 0.5
+                shown.setdefault(label + suffix, []).append(int(seen.sum()))
+    return {"pictures": NUM_PICTURES, "shown": shown}
+
+
+def attacked(checkpoint: Path, names: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Pictures that show the concept under each attack, of how many."""
+    from lit_unlearn.attacks.run import attack_run
+
+    results = attack_run(checkpoint, names, num_pictures=NUM_PICTURES, existing="keep", **options)
+    return {
+        result.attack: {"shown": result.shown, "pictures": result.pictures, "seconds": result.seconds}
+        for result in results
+    }
+
+
+def sequence(method: str, root: Path) -> dict[str, Any]:
+    """Scores after some of the edits: of all concepts so far, of the earlier ones alone, and of what is held."""
+    from lit_unlearn.cli import main as cli
+
+    steps: dict[str, Any] = {}
+    folder, checkpoint, seconds = None, None, 0.0
+    for number, concept in enumerate(SEQUENCE, 1):
+        options, name = retained(method), f"sequence_{number:02}"
+        started = time.perf_counter()
+        if method in OURS:
+            names = list(SEQUENCE[:number])
+            options += [] if checkpoint is None else ["--model.earlier", json.dumps(names[:-1])]
+        else:
+            names = [concept]
+            options += [] if folder is None else ["--model.model", str(folder)]
+        checkpoint = edited(method, names, root, options, name)
+        seconds += time.perf_counter() - started
+        before, folder = folder, root / "edits" / name / method / "model"
+        if method not in OURS and not (folder / "model_index.json").exists():
+            with output_to(root / "output.log"):
+                code = cli(
+                    [
+                        "export",
+                        "--ckpt_path",
+                        str(checkpoint),
+                        "-o",
+                        str(folder),
+                        "--format",
+                        "folder",
+                        *(["--model", str(before)] if before else []),
+                    ]
+                )
+            if code:
+                raise RuntimeError(f"export of {checkpoint} ended with {code}: see {root / 'output.log'}")
+        if number in STEPS_SCORED:
+            steps[str(number)] = scored(method, checkpoint, folder, SEQUENCE[:number]) | {"seconds": seconds}
+    return {"steps": steps}
+
+
+def scored(method: str, checkpoint: Path, folder: Path | None, concepts: Sequence[str]) -> dict[str, Any]:
+    """Forget, relapse (of all but the last concept), retain and held of the model after the last of ``concepts``."""
+    import torch
+
+    from lit_unlearn.data.concepts import load_concept_set
+    from lit_unlearn.data.prompts import Pictures
+    from lit_unlearn.diffusion.load import load_pipeline
+    from lit_unlearn.judges.base import judge_questions
+    from lit_unlearn.judges.load import load_judge
+
+    pipeline, _, edit = load(checkpoint) if method in OURS else (load_pipeline(str(folder)), None, None)
+    if edit is None:
+        from lit_unlearn.edits.checkpoint import read_edit
+
+        edit = read_edit(checkpoint)
+    concept_set = load_concept_set("emoji20")
+    items = list(Pictures(concept_set, 1, 0))
+    settings = edit.hyper_parameters["num_inference_steps"], edit.hyper_parameters["guidance_scale"]
+    parts = [items[start : start + 40] for start in range(0, len(items), 40)]
+    pictures = torch.cat([pipeline.draw([i.prompt for i in part], [i.seed for i in part], *settings) for part in parts])
+    shows = judge_questions(load_judge("emoji", {}, concept_set), pictures, [item.question for item in items]) >= 0.5
+    names = [list(concept_set.concepts)[item.concept_index] for item in items]
+
+    def share(wanted: Sequence[str]) -> float | None:
+        rows = [row for row, name in enumerate(names) if name in wanted]
+        return float(shows[rows].float().mean()) if rows else None
+
+    others = [name for name in concept_set.concepts if name not in concepts]
+    forget = share(concepts)
+    assert forget is not None
+    return {"forget": 1 - forget, "relapse": share(concepts[:-1]), "retain": share(others), **held(pipeline, edit)}
+
+
+def make(cell: Cell, root: Path) -> dict[str, Any]:
+    """Make a result."""
+    if cell.measure == "sequence":
+        return sequence(cell.method, root)
+    if cell.measure in ("ten", "twenty"):
+        concepts, options = (TEN[0], []) if cell.measure == "ten" else (TWENTY, retained(cell.method))
+        found = tested(cell.method, concepts, root, options)
+        pipeline, _, edit = load(edited(cell.method, concepts, root, options))
+        return {**found, **held(pipeline, edit)}
+    if cell.measure == "clean":
+        return tested(cell.method, [cell.concept], root)
+    checkpoint = edited(cell.method, [cell.concept], root)
+    if cell.measure == "token":
+        return token(checkpoint, cell.concept)
+    if cell.measure == "strong":
+        folder = root / "strong" / cell.method / joint_name([cell.concept])
+        return attacked(checkpoint, ["concept_inversion"], output=folder, budget=4, restarts=3)
+    return attacked(checkpoint, ATTACKS)
+
+
+def run_cell(cell: Cell, root: Path) -> str:
+    """Make a result with one thread and store it; return a line to print."""
+    import torch
+
+    from lit_unlearn.system.json_files import write_json
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    try:
+        result = make(cell, root)
+    except Exception as error:  # any failure of a method is reported, and the bench continues
+        return f"FAILED {cell.key}: {type(error).__name__}: {error}"
+    seconds = time.perf_counter() - started
+    write_json(
+        root / "cells" / f"{cell.key.replace('/', '__')}.json", {"key": cell.key, "result": result, "took": seconds}
+    )
+    short = {name: value for name, value in result.items() if isinstance(value, float) or name == "shown"}
+    return f"{cell.key} ({seconds:.0f} s) {short}"
+
+
+def main() -> None:
+    """Make the results that are missing, then write the tables."""
+    from lit_unlearn.system.json_files import write_json
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="logs/bench/leaders")
+    parser.add_argument("--results", default="docs/results/leaders.json")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES)
+    parser.add_argument("--concepts", nargs="+", default=list(SINGLE), choices=SINGLE)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--output", default=None, help="Markdown file to write")
+    parser.add_argument("--summary_only", action="store_true", help="do not run anything, only write the tables")
+    arguments = parser.parse_args()
+    root, results = Path(arguments.root).absolute(), Path(arguments.results)
+    (root / "cells").mkdir(parents=True, exist_ok=True)
+    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    stored = {path.stem.replace("__", "/") for path in (root / "cells").glob("*.json")}
+    todo = [cell for cell in make_cells(arguments) if cell.key not in known and cell.key not in stored]
+    if not arguments.summary_only:
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
+            for line in pool.imap_unordered(partial(run_cell, root=root), todo):
+                print(line, flush=True)
+    for path in (root / "cells").glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known[content["key"]] = content["result"] | {"took": content["took"]}
+    write_json(results, dict(sorted(known.items())))
+    command = f"python benchmarks/leaders.py {shlex.join(a for a in sys.argv[1:] if a != '--summary_only')}".strip()
+    text = f"# Which method leads\n\nMade until {date.today()} by\n\n    {command}\n\n{tables(known)}"
+    print(text)
+    if arguments.output:
+        Path(arguments.output).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
