@@ -1,4 +1,4 @@
-"""The tables of ``leaders.py``, from its stored results. Shares are pooled over pictures; intervals are Wilson's, 95 %."""
+"""The tables of ``leaders.py``, from its stored results: shares pooled over pictures, with Wilson intervals at 95 %."""
 
 from __future__ import annotations
 
