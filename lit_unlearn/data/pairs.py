@@ -11,6 +11,7 @@ Target prompts are reworded for it, with the phrases of the set.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -120,7 +121,9 @@ def _repaired(concept: Concept, edited: Sequence[Concept], concepts: ConceptSet,
     pairs = []
     for text, into in zip(concept.edit_prompts, concept.target_prompts, strict=True):
         leads_on = any(other.find_name(into) and not other.find_name(text) for other in others)
-        pairs.append((text, reworded(text, into, concept, phrases) if rewords or leads_on else into))
+        if rewords or leads_on:
+            into = renamed(into, others, target.name, concept.kind) or reworded(text, into, concept, phrases)
+        pairs.append((text, into))
     kept = [(text, into) for text, into in pairs if _named(text, others) is None]
     if not kept:
         rank_zero_warn(
@@ -177,6 +180,19 @@ def phrases_of(target: Target, concepts: ConceptSet) -> list[Phrase]:
         if read(" ".join(phrase.words)).letters == read(target.name).letters:
             found.append(phrase)
     return list(dict.fromkeys(found)) or [Phrase((), tuple(target.name.split()))]
+
+
+def renamed(into: str, others: Sequence[Concept], name: str, kind: str) -> str:
+    """``into`` with ``name`` in place of the only one of ``others`` that it names; "" if that makes no sentence.
+
+    It does for objects and actions: "a boy walking through the park", "a boy sitting through the park".
+    """
+    named = [other for other in others if other.find_name(into)]
+    if kind in ATTRIBUTES or len(named) != 1 or not name:
+        return ""
+    found = named[0].replace_names(into, name)
+    article = "an" if name[0].casefold() in "aeiou" else "a"
+    return re.sub(rf"\ban? (?={re.escape(name)}\b)", f"{article} ", found)
 
 
 def reworded(text: str, into: str, concept: Concept, phrases: Sequence[Phrase]) -> str:
