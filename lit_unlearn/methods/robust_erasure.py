@@ -80,7 +80,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         rounds: int = 2,
         found_weight: float = 3.0,
         found_prompts: int = 8,
-        guidance_edit: float = 0.5,
+        guidance_edit: float = 0.25,
         retain: list[str] | None = None,
         seed: int = 0,
         optimizer: OptimizerCallable = torch.optim.Adam,
