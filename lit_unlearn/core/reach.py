@@ -65,7 +65,7 @@ def on_retained_span(weight: Tensor, retained: NullSpaceBasis | Tensor) -> Tenso
         retained: The null space, whose complement is the span; or an orthonormal basis of the span, (d_in, k).
 
     Returns:
-        ``W (I - U U^T)`` with the basis U of the null space, or ``W Q Q^T`` with the basis Q of the span, (d_out, d_in).
+        ``W (I - U U^T)`` with the null space's basis U, or ``W Q Q^T`` with the span's basis Q, (d_out, d_in), float64.
 
     Raises:
         ValueError: Shapes do not match, or values are not finite.
