@@ -65,7 +65,8 @@ class UnknownQuestionError(JudgeError):
 class NamedJudge(ABC):
     """Base class of the judges with a short name for recipes; a judge that is given by its import path needs no base.
 
-    ``judge_options`` are the arguments of the class. An argument called ``concepts`` receives the concept set.
+    ``judge_options`` are the arguments of the class. An argument called ``concepts`` receives the concept set. A judge
+    may also have ``features(images)``, and ``ask(images, rows, questions)`` (see ``judge_questions``).
     """
 
     short_name: ClassVar[str]
