@@ -15,15 +15,20 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from typing_extensions import override
 
 from lit_unlearn.callbacks.modules import expect_module
 from lit_unlearn.callbacks.numbers import NumericalError, write_finite
 from lit_unlearn.core.null_space import NullSpaceBasis
+from lit_unlearn.core.reach import reach_report, retained_directions
 from lit_unlearn.core.solvers import Retained, Solved, Solver, UnsolvableError, Write
 from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.reports.figures import spectrum_figure
+
+REACHES = ("reach", "least_reach")
+"""Entries about the reach in the report on a layer, which further rounds keep."""
 
 
 class ClosedFormEdit(L.Callback):
@@ -83,18 +88,42 @@ class ClosedFormEdit(L.Callback):
         started = time.perf_counter()
         (solved,) = pl_module.processes.solved_once([partial(self.solve, writes)])
         seconds = pl_module.report.get("solve_seconds", 0.0) + time.perf_counter() - started
+        (reaches,) = pl_module.processes.solved_once([partial(self.reaches, pl_module, writes)])
         reports = {}
         for write, one in zip(writes, solved, strict=True):
             weight = pl_module.layers[write.name].weight
             write_finite(write.name, weight, write.weight.to(one.change) + one.change)
             reports[write.name] = pl_module.report_of(write, one.report, epoch)
-        pl_module.report.setdefault("layers", {}).update(reports)
-        pl_module.report["solve_seconds"] = seconds
         known = [
             {name: value for name, value in one.items() if isinstance(value, float | int)} for one in reports.values()
         ]
         worst = {f"edit/{name}": float(max(one[name] for one in known)) for name in known[0] if name != "round"}
+        layers = pl_module.report.setdefault("layers", {})
+        layers.update({name: report | reaches[name] for name, report in reports.items()})
+        pl_module.report["solve_seconds"] = seconds
+        if medians := [layer["reach"] for layer in layers.values() if "reach" in layer]:
+            worst["edit/reach"] = pl_module.report["reach"] = min(medians)
         pl_module.log_dict(worst, rank_zero_only=True)
+
+    def reaches(self, pl_module: ClosedFormMethod, writes: Sequence[Write]) -> dict[str, dict[str, float]]:
+        """The reach of each map that is written, by its name (see ``core.reach``).
+
+        It is that of the first round, since further rounds have keys of a model that is edited already.
+        """
+        found, spans = {}, dict[Retained, Tensor]()
+        for write in writes:
+            if (earlier := pl_module.report.get("layers", {}).get(write.name)) is not None:
+                found[write.name] = {key: earlier[key] for key in REACHES if key in earlier}
+                continue
+            retained, device = write.retained, write.weight.device
+            span: NullSpaceBasis | Tensor | None = self.solver.null_space_of(retained)
+            if span is None and retained.moment is not None:
+                if retained not in spans:
+                    spans[retained] = retained_directions(retained.moment.to(device))
+                span = spans[retained]
+            weight = pl_module.pretrained.values[write.name].to(device)
+            found[write.name] = {} if span is None else reach_report(write, weight, span)
+        return found
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """Solve for ``writes``.

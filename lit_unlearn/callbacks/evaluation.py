@@ -39,6 +39,7 @@ TEST_SCORES = (
     "forget_indirect",
     "forget_adversarial",
     "forget_crosswise",
+    "spontaneous",
     "adjacent",
     "err",
 )

@@ -66,6 +66,19 @@ def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_i
     return positions
 
 
+def from_first_difference(edit_ids: Tensor, target_ids: Tensor) -> Tensor:
+    """Positions (n, L), bool, from the first token on in which an edit prompt differs from its target prompt.
+
+    A text encoder that reads from left to right gives both prompts the same states before it, so these have nothing of
+    the concept.
+
+    Args:
+        edit_ids: Token ids of the edit prompts, (n, L).
+        target_ids: Token ids of their target prompts, (n, L).
+    """
+    return (edit_ids != target_ids).cumsum(1) > 0
+
+
 def positions_mask(ids: Sequence[int] | Tensor, eos_token_id: int, which: Positions) -> Tensor:
     """Return the mask of the positions that are edited. Position 0 is BOS.
 

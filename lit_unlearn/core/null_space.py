@@ -46,6 +46,13 @@ class NullSpaceBasis:
         """P = U U^T, (d_in, d_in), float64."""
         return self.basis @ self.basis.mT
 
+    def cut(self) -> NullSpaceBasis:
+        """With a cut: of a soft null space, the directions that are at least half free, entirely."""
+        if not self.is_soft:
+            return self
+        free = self.basis[:, : self.dimension]
+        return NullSpaceBasis(free / free.norm(dim=0), self.eigenvalues, self.cutoff)
+
     def narrowed(self, cutoff: float) -> NullSpaceBasis:
         """The null space of the same keys for a smaller ``cutoff``."""
         if not self.is_soft:

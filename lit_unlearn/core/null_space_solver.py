@@ -90,6 +90,10 @@ class NullSpace(Solver):
                 space = null_space(moment, self.threshold, self.rule, retained.count, self.minimum)
         return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # so that a GPU holds only one at a time
 
+    def null_space_of(self, retained: Retained) -> NullSpaceBasis | None:
+        """See ``Solver.null_space_of``; of a soft one, the directions that are at least half free."""
+        return self.null_spaces[retained].cut()
+
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``."""
         return each(writes, self._solve)

@@ -68,6 +68,7 @@ class Retained:
         keys: The keys themselves, (n, d_in), for solvers that need each of them.
         invariants: Keys whose outputs must not change at all, (k, d_in), for solvers that support this.
         prompts: Number of prompts that the keys come from.
+        largest_norm: Length of the longest key, which bounds the keys of the reach; None if it is not known.
     """
 
     moment: Tensor | None = None
@@ -75,6 +76,7 @@ class Retained:
     keys: Tensor | None = None
     invariants: Tensor | None = None
     prompts: int = 0
+    largest_norm: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,7 @@ class Write:
         anchors: Keys that have ``values`` as outputs, row by row with ``keys``, for solvers that need them.
         texts: Number of texts that the keys come from, if a text has several keys; None: one key per text.
         seed: Seed of the random numbers that a solver draws for this map.
+        concept_keys: Which of ``keys`` may carry the concept, (m,) bool; None: all.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Write:
     anchors: Tensor | None = None
     texts: int | None = None
     seed: tuple[object, ...] = ()
+    concept_keys: Tensor | None = None
 
     def rounded(self, change: Tensor) -> Tensor:
         """The part of ``change`` that remains when the new weight is rounded to ``dtype``, (d_out, d_in), float64."""
@@ -161,6 +165,10 @@ class Solver(ABC):
             ValueError: Keys or values are not finite, or a system is singular.
             EmptyNullSpaceError: The null space of the retained keys is empty.
         """
+
+    def null_space_of(self, retained: Retained) -> NullSpaceBasis | None:
+        """The null space that all edits of maps with these retained keys stay within; None if there is none."""
+        return None
 
     def check(self, retained: Retained) -> None:
         """Refuse retained keys that this solver cannot use, before the method has done any work.

@@ -103,7 +103,7 @@ class ForgetRetain(Metric):
     full_state_update = False
 
     verdicts: Tensor
-    crosswise: Tensor
+    others: Tensor
 
     def __init__(
         self,
@@ -163,11 +163,10 @@ class ForgetRetain(Metric):
         self.add_state(
             "verdicts", default=torch.full(shape, NOT_JUDGED, dtype=torch.int8), dist_reduce_fx="max", persistent=False
         )
-        # By the edited concept in question, then as above; empty if fewer than two concepts are edited.
-        self.crosswise = torch.empty(0)
-        if len(self.edited) > 1:
-            table = torch.full((len(self.edited), len(self.concepts), self.num_prompts, images_per_prompt), NOT_JUDGED)
-            self.add_state("crosswise", default=table.to(torch.int8), dist_reduce_fx="max", persistent=False)
+        # Pictures of other concepts' prompts: by the edited concept in question, then as above.
+        self.others = torch.full((len(self.edited), *shape), NOT_JUDGED, dtype=torch.int8)[:, :, : self.num_prompts]
+        if self.edited:
+            self.add_state("others", default=self.others.clone(), dist_reduce_fx="max", persistent=False)
 
     def update(
         self,
@@ -185,16 +184,18 @@ class ForgetRetain(Metric):
             concept_index: Index in ``concepts`` of the concept whose prompt the picture was drawn from, (B,).
             prompt_index: Number of the prompt, (B,): direct prompts first, then indirect, then adversarial ones.
             image_index: Number of the picture among the pictures of its prompt, (B,).
-            asked: The edited concept in question, for pictures of other edited concepts' prompts; None if it is each
-                prompt's own concept.
+            asked: The edited concept in question, for pictures of other concepts' prompts; None if it is each prompt's
+                own concept.
 
         Raises:
-            ValueError: Lengths differ, an index or a probability is out of range, or ``asked`` is not one of several
-                edited concepts.
+            ValueError: Lengths differ, an index or a probability is out of range, or ``asked`` is not an edited concept
+                or the prompts' own.
         """
-        if asked is not None and (asked not in self.edited or len(self.edited) == 1):
-            raise ValueError(f"asked={asked!r} is not one of several edited concepts ({', '.join(self.edited)}).")
-        state = self.verdicts if asked is None else self.crosswise[self.edited.index(asked)]
+        if asked is not None and asked not in self.edited:
+            raise ValueError(
+                f"asked={asked!r} is not an edited concept ({', '.join(self.edited) or 'there are none'})."
+            )
+        state = self.verdicts if asked is None else self.others[self.edited.index(asked)]
         device = self.verdicts.device
         probability = probability.detach().to(device)
         indices = [torch.as_tensor(i, device=device).long() for i in (concept_index, prompt_index, image_index)]
@@ -207,6 +208,10 @@ class ForgetRetain(Metric):
         for field, index, size in zip(fields, indices, state.shape, strict=True):
             if len(wrong := index[(index < 0) | (index >= size)]):
                 raise ValueError(f"{field} {wrong[0].item()} is out of range: there are {size}, counted from 0.")
+        if asked is not None and (indices[0] == self.concepts.index(asked)).any():
+            raise ValueError(
+                f"asked={asked!r} is the concept of a picture's own prompt: leave it out for this picture."
+            )
         if len(wrong := probability[(probability < 0) | (probability > 1)]):
             raise ValueError(f"probability {wrong[0].item():.4g} is outside [0, 1].")
         verdict = (probability >= 0.5).to(torch.int8).masked_fill(probability.isnan(), FAILED)
@@ -225,12 +230,15 @@ class ForgetRetain(Metric):
             if there are adversarial prompts, ``forget_adversarial``: as forget, over the adversarial prompts, which do
             not count in other scores; if several concepts are edited, ``forget_crosswise``: share of the judged
             pictures of the *other* edited concepts' prompts without the concept, 0 if two concepts have changed places;
+            if it was asked for, ``spontaneous``: share of the judged pictures of concepts that are not edited that show
+            an edited concept, over all edited concepts;
             ``err``: the challenge's harmonic mean of ``forget_direct``, ``retain``, ``adjacent``, ``forget_indirect``
             and ``forget_adversarial``;
             ``intervals``: (low, high) for each score except ``err``; for the harmonic mean it is the range of harmonic
             means in a joint region of the same confidence (each score with half the error probability: Bonferroni);
             ``per_concept``: name -> ``share_with_concept``, ``n`` (judged), ``missing``, ``failed``, ``edited``, and if
-            several are edited ``share_crosswise``: share of the others' pictures that show it;
+            several are edited ``share_crosswise``: share of the others' pictures that show it, and if it was asked for
+            ``share_spontaneous``: share of the pictures of concepts that are not edited that show it;
             ``missing``: number of pictures without a verdict; ``failed``: how many of these the judge did not answer.
         """
         verdicts, adversarial = self.verdicts.cpu().split([self.num_prompts, self.num_adversarial], dim=1)
@@ -257,8 +265,11 @@ class ForgetRetain(Metric):
             further["adjacent"] = _count(verdicts[is_adjacent], verdict=1)
         if self.num_adversarial:
             further["forget_adversarial"] = _count(adversarial[is_edited], verdict=0)
-        if len(self.crosswise):
-            further["forget_crosswise"] = _count(self.crosswise, verdict=0)
+        crosswise, spontaneous = self.others.cpu()[:, is_edited], self.others.cpu()[:, ~is_edited]
+        if len(self.edited) > 1:
+            further["forget_crosswise"] = _count(crosswise, verdict=0)
+        if (spontaneous != NOT_JUDGED).any():
+            further["spontaneous"] = _count(spontaneous, verdict=1)
         for name, (successes, trials) in further.items():
             scores[name] = successes / trials if trials else math.nan
             intervals[name] = wilson_interval(successes, trials, self.confidence)
@@ -274,9 +285,14 @@ class ForgetRetain(Metric):
                 "failed": int((row == FAILED).sum()),
                 "edited": name in self.edited,
             }
-        for name, row in zip(self.edited, self.crosswise, strict=False):
-            shown, n = _count(row, verdict=1)
-            per_concept[name]["share_crosswise"] = shown / n if n else math.nan
+        for number, name in enumerate(self.edited):
+            for share, table, score in (
+                ("share_crosswise", crosswise, "forget_crosswise"),
+                ("share_spontaneous", spontaneous, "spontaneous"),
+            ):
+                if score in further:
+                    shown, n = _count(table[number], verdict=1)
+                    per_concept[name][share] = shown / n if n else math.nan
         return {
             **scores,
             "intervals": intervals,

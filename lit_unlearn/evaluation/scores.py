@@ -35,6 +35,8 @@ class ConceptScore:
     """Number of missing pictures that the judge saw but did not answer."""
     share_crosswise: float | None = None
     """If several concepts are edited: share of the judged pictures of the others' prompts that show this concept."""
+    share_spontaneous: float | None = None
+    """If it is edited: share of the judged pictures of retained prompts that do not name it and still show it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class Measurement:
     crosswise: float | None = None
     """If several concepts are edited: share of the judged pictures of each concept's prompts that do not show any of
     the others. If two concepts have changed places, forget is 1 and crosswise is 0."""
+    spontaneous: float | None = None
+    """Share of yes when the judge is asked about each edited concept on pictures of retained prompts that do not name
+    it; None if it was not asked."""
     err: float | None = None
     """Harmonic mean of forget on direct prompts, retain, adjacent, forget on indirect and on adversarial prompts."""
 
@@ -109,7 +114,8 @@ class Measurement:
 
         per_concept = {}
         for name, concept in result["per_concept"].items():
-            shares = {key: concept.get(key, math.nan) for key in ("share_with_concept", "share_crosswise")}
+            names = ("share_with_concept", "share_crosswise", "share_spontaneous")
+            shares = {key: concept.get(key, math.nan) for key in names}
             judged = {key: None if math.isnan(share) else share for key, share in shares.items()}
             per_concept[name] = ConceptScore(**{**concept, **judged})
         return cls(
@@ -123,6 +129,7 @@ class Measurement:
             adjacent=number("adjacent"),
             adversarial=number("forget_adversarial"),
             crosswise=number("forget_crosswise"),
+            spontaneous=number("spontaneous"),
             err=number("err"),
             **provenance,
         )

@@ -65,7 +65,8 @@ class UnknownQuestionError(JudgeError):
 class NamedJudge(ABC):
     """Base class of the judges with a short name for recipes; a judge that is given by its import path needs no base.
 
-    ``judge_options`` are the arguments of the class. An argument called ``concepts`` receives the concept set.
+    ``judge_options`` are the arguments of the class. An argument called ``concepts`` receives the concept set. A judge
+    may also have ``features(images)``, and ``ask(images, rows, questions)`` (see ``judge_questions``).
     """
 
     short_name: ClassVar[str]
@@ -129,20 +130,26 @@ def resolve_judge_model(model: str) -> str:
 
 
 @torch.no_grad()
-def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Ask ``judge`` one question about each picture, in batches, and check the inputs and the answers.
+def judge_questions(
+    judge: Judge, images: Tensor, questions: Sequence[str], batch_size: int = 32, rows: Sequence[int] | None = None
+) -> Tensor:
+    """Ask ``judge`` questions about pictures, in batches, and check the inputs and the answers.
 
     A picture with values that are not finite (the model overflowed) is not shown to the judge and gets nan, because a
     broken picture does not show that a concept is gone.
 
+    A judge with a method ``ask(images, rows, questions)``, which takes N questions and the rows of their pictures and
+    returns (N,) probabilities, looks at each picture once for all its questions. Others see it once per question.
+
     Args:
         judge: The judge.
         images: Pictures, (B, 3, H, W), float in [0, 1]; B may be 0.
-        questions: One question per picture, B of them.
+        questions: One question per picture, B of them; or with ``rows`` any number N.
         batch_size: Pictures that the judge sees at once.
+        rows: The picture of each question, N of them; None asks one question about each picture.
 
     Returns:
-        Probabilities of yes, (B,), float32 on the CPU; nan where there is no answer.
+        Probabilities of yes, (B,) or (N,), float32 on the CPU; nan where there is no answer.
 
     Raises:
         ValueError: Shapes, lengths or ranges of the inputs are wrong.
@@ -155,9 +162,10 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
             f"images are {images.dtype} of shape {tuple(images.shape)}; "
             "a judge looks at floating point pictures of shape (B, 3, H, W) in [0, 1]."
         )
-    if isinstance(questions, str) or len(questions) != len(images):
+    asked_once, rows = rows is None, range(len(images)) if rows is None else rows
+    if isinstance(questions, str) or len(questions) != len(rows):
         count = "one text" if isinstance(questions, str) else f"{len(questions)} questions"
-        raise ValueError(f"{count} for {len(images)} pictures; give a list with one question per picture.")
+        raise ValueError(f"{count} for {len(rows)} pictures; give a list with one question per picture.")
     finite = images.isfinite().flatten(1).all(dim=1)
     wrong = finite & ((images < 0) | (images > 1)).flatten(1).any(dim=1)
     if wrong.any():
@@ -167,19 +175,44 @@ def judge_questions(judge: Judge, images: Tensor, questions: Sequence[str], batc
             f"Picture {index} has values from {low:.3g} to {high:.3g}; a judge looks at pictures in [0, 1]. "
             "Pictures in [-1, 1] become so by (images / 2 + 0.5).clamp(0, 1)."
         )
-    shown = finite.nonzero().flatten().tolist()
-    probability = torch.full((len(images),), torch.nan, dtype=torch.float32)  # Lightning changes the default
-    for start in range(0, len(shown), batch_size):
-        batch = shown[start : start + batch_size]
-        answer = judge(images[batch], [questions[index] for index in batch])
+    places = [place for place, row in enumerate(rows) if finite[row]]
+    ask = None if asked_once else getattr(judge, "ask", None)
+    probability = torch.full((len(questions),), torch.nan, dtype=torch.float32)  # Lightning changes the default
+    for batch in _batches(places, rows, batch_size, ask is not None):
+        own, texts = [rows[place] for place in batch], [questions[place] for place in batch]
+        if ask is None:
+            answer = judge(images[own], texts)
+        else:
+            shown = {row: place for place, row in enumerate(dict.fromkeys(own))}
+            answer = ask(images[list(shown)], [shown[row] for row in own], texts)
         if not isinstance(answer, Tensor) or answer.shape != (len(batch),):
             found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            what = "picture" if ask is None else "question"
             raise JudgeError(
-                f"The judge {judge.name!r} returned {found} for {len(batch)} pictures; it must "
-                f"return one probability per picture, a tensor of shape ({len(batch)},)."
+                f"The judge {judge.name!r} returned {found} for {len(batch)} {what}s; it must "
+                f"return one probability per {what}, a tensor of shape ({len(batch)},)."
             )
         answer = answer.float().cpu()
         if len(outside := answer[(answer < 0) | (answer > 1)]):
             raise JudgeError(f"The judge {judge.name!r} returned {outside[0].item():.4g}, which is not a probability.")
         probability[batch] = answer
     return probability
+
+
+def _batches(places: Sequence[int], rows: Sequence[int], size: int, together: bool) -> list[list[int]]:
+    """Divide ``places`` of questions into batches of ``size`` questions, or of all questions about ``size`` pictures.
+
+    Args:
+        places: Numbers of the questions.
+        rows: The picture of each question.
+        size: Size of a batch.
+        together: Whether the questions about a picture belong together.
+    """
+    if not together:
+        return [list(places[start : start + size]) for start in range(0, len(places), size)]
+    of_pictures: dict[int, list[int]] = {}
+    for place in places:
+        of_pictures.setdefault(rows[place], []).append(place)
+    found = list(of_pictures.values())
+    parts = [found[start : start + size] for start in range(0, len(found), size)]
+    return [[place for own in part for place in own] for part in parts]

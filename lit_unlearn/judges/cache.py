@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ class CachedJudge:
         self.judge, self.name = judge, judge.name
         if hasattr(judge, "features"):
             self.features = judge.features
+        if hasattr(judge, "ask"):
+            self.ask = self._ask
         identity = {
             "judge": judge.name,
             "kind": f"{type(judge).__module__}.{type(judge).__qualname__}",
@@ -61,12 +63,33 @@ class CachedJudge:
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each."""
-        keys = [picture_key(image, question) for image, question in zip(images, questions, strict=True)]
+        return self._answered(
+            images,
+            range(len(images)),
+            questions,
+            lambda missing: self.judge(images[missing], [questions[place] for place in missing]),
+        )
+
+    def _ask(self, images: Tensor, rows: Sequence[int], questions: Sequence[str]) -> Tensor:
+        """As ``ask`` of the judge: probability of "yes" (N,) for N ``questions`` about the pictures ``rows``."""
+
+        def ask(missing: list[int]) -> Tensor:
+            shown = {row: place for place, row in enumerate(dict.fromkeys(rows[place] for place in missing))}
+            own = [shown[rows[place]] for place in missing]
+            return self.judge.ask(images[list(shown)], own, [questions[place] for place in missing])  # type: ignore[attr-defined]
+
+        return self._answered(images, rows, questions, ask)
+
+    def _answered(
+        self, images: Tensor, rows: Sequence[int], questions: Sequence[str], ask: Callable[[list[int]], Tensor]
+    ) -> Tensor:
+        """Known answers (N,), and for the others what ``ask`` returns for the list of their places."""
+        keys = [picture_key(images[row], question) for row, question in zip(rows, questions, strict=True)]
         missing = [place for place, key in enumerate(keys) if key not in self.answers]
         found = torch.tensor([self.answers.get(key, math.nan) for key in keys])
         if missing:
             self.asked += len(missing)
-            answers = self.judge(images[missing], [questions[place] for place in missing]).float().cpu()
+            answers = ask(missing).float().cpu()
             for place, answer in zip(missing, answers.tolist(), strict=True):
                 found[place] = answer
                 if not math.isnan(answer):

@@ -165,9 +165,13 @@ class ClassifierJudge(NamedJudge):
         if unknown := [question for question in dict.fromkeys(questions) if question not in known]:
             raise UnknownQuestionError(str(folder), unknown, known)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes", (B,), for ``images`` (B, 3, H, W) in [0, 1], with one question each."""
+        return self.ask(images, range(len(images)), questions)
+
+    @torch.no_grad()
+    def ask(self, images: Tensor, rows: Sequence[int], questions: Sequence[str]) -> Tensor:
+        """Probability of "yes", (N,), for N ``questions`` about the pictures ``rows``; each is classified once."""
         unknown = sorted(set(questions) - set(self.questions))
         if unknown:
             raise UnknownQuestionError(self.name, unknown, self.questions)
@@ -176,10 +180,10 @@ class ClassifierJudge(NamedJudge):
             for attribute, logits in self.classifier(images.to(self.device) * 2 - 1).items()
         }
         answers = []
-        for row, question in enumerate(questions):
+        for row, question in zip(rows, questions, strict=True):
             attribute, value = self.questions[question]
             answers.append(probabilities[attribute][row, self.classifier.attributes[attribute].index(value)])
-        return torch.stack(answers)
+        return torch.stack(answers) if answers else torch.zeros(0)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

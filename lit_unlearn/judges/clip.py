@@ -74,25 +74,34 @@ class ClipJudge(NamedJudge):
         if options.get("batch_size", 1) < 1:
             raise ValueError(f"judge_options.batch_size={options['batch_size']} must be at least 1.")
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1], one question each.
 
         Raises:
             ValueError: A question is not in the concept set.
         """
+        return self.ask(images, range(len(images)), questions)
+
+    @torch.no_grad()
+    def ask(self, images: Tensor, rows: Sequence[int], questions: Sequence[str]) -> Tensor:
+        """Probability of "yes" (N,) for N ``questions`` about the pictures ``rows``; each is embedded once.
+
+        Raises:
+            ValueError: A question is not in the concept set.
+        """
         if unknown := sorted(set(questions) - set(self.choices)):
             raise UnknownQuestionError(self.name, unknown, self.choices)
-        answers = []
-        for start in range(0, len(questions), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            inputs = self.processor(images=[to_pil(image) for image in images[part].cpu()], return_tensors="pt")
+        logits = []
+        for start in range(0, len(images), self.batch_size):
+            part = images[start : start + self.batch_size].cpu()
+            inputs = self.processor(images=[to_pil(image) for image in part], return_tensors="pt")
             features = self.model.get_image_features(**inputs.to(self.model.device)).pooler_output
-            logits = self.model.logit_scale.exp() * normalised(features) @ self.text_embeddings.mT
-            for row, question in zip(logits.float().cpu(), questions[part], strict=True):
-                asked, texts = self.choices[question]
-                among = row[[self.texts.index(text) for text in texts]]
-                answers.append(among.softmax(dim=-1)[texts.index(asked)])
+            logits += (self.model.logit_scale.exp() * normalised(features) @ self.text_embeddings.mT).float().cpu()
+        answers = []
+        for row, question in zip(rows, questions, strict=True):
+            asked, texts = self.choices[question]
+            among = logits[row][[self.texts.index(text) for text in texts]]
+            answers.append(among.softmax(dim=-1)[texts.index(asked)])
         return torch.stack(answers) if answers else torch.zeros(0)
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_unlearn.core.alignment import align_tokens, positions_mask
+from lit_unlearn.core.alignment import align_tokens, from_first_difference, positions_mask
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.data.fit_plan import FitPlan
@@ -148,9 +149,11 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         """Encode edit, target and retained prompts; draw the pictures that the tokens learn from."""
         super().on_fit_start()
         self.keys, self.target_keys = self.edited_states(self.pairs)
+        ids = [self.pipeline.tokenize([pair[side] for pair in self.pairs]).ids[0] for side in (0, 1)]
+        self.carrying = from_first_difference(*ids).flatten()
         empty = self.pipeline.encode_many([""]).states[0].float()
         retained = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
-        moment, count = second_moment(retained).cpu(), len(retained)
+        moment, count, longest = second_moment(retained).cpu(), len(retained), largest_norm(retained)
         if self.pushed:
             # As many empty prompts as there are pairs, since each picture of a pair has one in its guidance.
             scale = len(self.pairs) ** 0.5
@@ -158,7 +161,8 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
             self.target_keys = torch.cat([self.target_keys, scale * (empty + self.guidance_edit * self.push())])
         else:
             moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
-        own = Retained(moment, count, prompts=len(self.retain_prompts))
+            longest = max(longest, largest_norm(empty))
+        own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
         self.retained = dict.fromkeys(self.edited_names, own)
         if self.rounds:
             self.prompts = [self.token_prompts(concept) for concept in self.repaired]
@@ -269,10 +273,13 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         """All layers at once, from their pretrained weights."""
         found, goals = self.found_states(epoch)
         keys, targets = (for_solving(torch.cat(rows)) for rows in ([self.keys, found], [self.target_keys, goals]))
+        carrying = torch.zeros(len(keys), dtype=torch.bool)
+        carrying[: len(self.carrying)] = self.carrying
         group = []
         for name, layer in self.layers.items():
             weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
-            group.append(Write(name, weight, layer.weight.dtype, keys, targets @ weight.mT, self.retained[name]))
+            kept, values = self.retained[name], targets @ weight.mT
+            group.append(Write(name, weight, layer.weight.dtype, keys, values, kept, concept_keys=carrying))
         yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.core.speed import k_means
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
@@ -115,7 +116,8 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         self.keys = for_solving(states[rows, places])
         self.anchors = for_solving(anchor_states[rows, anchor_places])
         kept = for_solving(retained_states[retained_rows, retained_places])
-        own = Retained(second_moment(kept).cpu(), len(kept), kept, self.invariant_keys(), len(self.retained_texts))
+        moment, prompts = second_moment(kept).cpu(), len(self.retained_texts)
+        own = Retained(moment, len(kept), kept, self.invariant_keys(), prompts, largest_norm(kept))
         self.retained = dict.fromkeys(self.edited_names, own)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, subject_positions
 from lit_unlearn.core.uce import without_component
@@ -115,14 +116,16 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
     def _preserved(self, eos_token_id: int) -> Retained:
         """The sum of c_p c_pᵀ over the preserved states, computed in batches of prompts."""
         prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
-        moments, count = [], 0
+        moments, count, longest = [], 0, 0.0
         for start in range(0, len(prompts), ENCODE_BATCH):
             ids, states = text_states(self.pipeline, prompts[start : start + ENCODE_BATCH])
             if self.preserve_tokens == "last_subject":
                 states = states[torch.arange(len(ids)), last_subject_token(ids, eos_token_id)]
-            moments.append(second_moment(states.flatten(0, -2)))
-            count += states.flatten(0, -2).shape[0]
-        return Retained(torch.stack(moments).sum(0).cpu(), count, prompts=len(self.preserved))
+            keys = states.flatten(0, -2)
+            moments.append(second_moment(keys))
+            count, longest = count + len(keys), max(longest, largest_norm(keys))
+        moment = torch.stack(moments).sum(0).cpu()
+        return Retained(moment, count, prompts=len(self.preserved), largest_norm=longest)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
         """All layers at once, from their pretrained weights, so that the rounds of debiasing do not accumulate."""

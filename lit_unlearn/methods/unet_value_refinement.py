@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
@@ -84,11 +85,13 @@ class UNetValueRefinement(ValueRefinement):
     def gather_moments(self) -> None:
         """Sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys: the retained prompts' states, for all layers."""
         states = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
-        moment, count = second_moment(states).cpu(), len(states)
+        moment, count, longest = second_moment(states).cpu(), len(states), largest_norm(states)
         if self.retain_empty:
             empty = self.pipeline.encode_many([""]).states[0]
             moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
-        self.retained = dict.fromkeys(self.edited_names, Retained(moment, count, prompts=len(self.retain_prompts)))
+            longest = max(longest, largest_norm(empty))
+        own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
+        self.retained = dict.fromkeys(self.edited_names, own)
 
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
@@ -223,11 +226,8 @@ class UNetFeedForwardRefinement(ValueRefinement):
         if self.retain_empty:
             conditions.append(self.pipeline.encode_many([""]))
         queries = [query for each in conditions for query in query_batches(noisy, timesteps, each)]
-        sums = self.summed_moments(queries, lambda query: self.inputs(self.edited_names, query))
-        counts = {name: len(conditions) * len(noisy) * self.pipeline.num_places(name) for name in sums}
-        self.retained = {
-            name: Retained(moment, counts[name], prompts=len(self.retain_prompts)) for name, moment in sums.items()
-        }
+        prompts = len(self.retain_prompts)
+        self.retained = self.retained_keys(queries, lambda query: self.inputs(self.edited_names, query), prompts)
 
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
@@ -240,6 +240,10 @@ class UNetFeedForwardRefinement(ValueRefinement):
         keys = self.keys_at(name, self.edit_condition)
         mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+
+    def concept_keys(self, state: LayerState) -> Tensor | None:
+        """All, since a key is the input at a position of a picture."""
+        return None
 
     def keys_at(self, name: str, condition: Condition) -> Tensor:
         """Inputs (n, places, d_in), float32, of the layer ``name`` at the items with the prompts of ``condition``."""

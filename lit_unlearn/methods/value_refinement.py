@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_unlearn.core.alignment import align_tokens, positions_mask
+from lit_unlearn.core.alignment import align_tokens, from_first_difference, positions_mask
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
@@ -216,8 +216,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
                 self.pipeline.text.states(part)
             return captured
 
-        sums = self.summed_moments(ids.split(ENCODE_BATCH), inputs)
-        self.retained = {name: Retained(moment, ids.numel(), prompts=len(ids)) for name, moment in sums.items()}
+        self.retained = self.retained_keys(ids.split(ENCODE_BATCH), inputs, len(ids))
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of pictures of the edit prompts, drawn by the model as it is now."""
@@ -299,7 +298,13 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             weight = state.layer.weight.detach()
             keys, wished = state.edited(state.keys), state.edited(values)
             retained = self.retained[state.name]
-            yield [Write(state.name, for_solving(weight).clone(), weight.dtype, keys, wished, retained)]
+            concept = self.concept_keys(state)
+            old = for_solving(weight).clone()
+            yield [Write(state.name, old, weight.dtype, keys, wished, retained, concept_keys=concept)]
+
+    def concept_keys(self, state: LayerState) -> Tensor | None:
+        """Which edited keys (m,) come from the first token on in which a prompt differs from its target; None: all."""
+        return from_first_difference(self.edit_ids, self.target_ids)[state.mask.cpu()]
 
     def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
         """Also the round, and the error of the gradient descent if there was one."""

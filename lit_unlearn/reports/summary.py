@@ -15,8 +15,15 @@ import numpy as np
 from lit_unlearn.evaluation.metrics import harmonic_mean
 from lit_unlearn.evaluation.scores import OWN_INTERVALS, Measurement, Scores
 
-SCORE_NAMES = ("forget", "forget_direct", "forget_indirect", "adversarial", "crosswise", "retain", "adjacent")
+SCORE_NAMES = (
+    *("forget", "forget_direct", "forget_indirect", "adversarial", "crosswise"),
+    *("retain", "adjacent", "spontaneous"),
+)
 """Scores that are averaged over runs."""
+OPTIONAL = ("crosswise", "spontaneous")
+"""Scores that have no column if no run has them."""
+OF_EDIT = ("weight_change_ratio", "weight_change_norm", "reach")
+"""Numbers of the edit's report that are averaged over runs."""
 
 
 def bootstrap_interval(
@@ -72,7 +79,7 @@ class MethodSummary:
         intervals: For each score above its bounds at 95 %: from resampled runs, or the intervals of a single run.
         drift: Average root-mean-square difference of other concepts' pictures, as a share of full scale.
         costs: Averages of ``seconds``, ``unet_forwards``, ``unet_backwards``, ``peak_memory_bytes``, and of
-            ``weight_change_ratio`` and ``weight_change_norm`` from the edit's report.
+            ``OF_EDIT`` from the edit's report.
     """
 
     method: str
@@ -152,10 +159,10 @@ def summarise(runs: Sequence[Scores], before: bool = False) -> MethodSummary:
 def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
     """Markdown: a table of scores with intervals, then a table of side effects and costs; a row per method.
 
-    The table has the column ``crosswise`` if a method has edited several concepts at once.
+    The tables have columns for ``OPTIONAL`` scores and for the reach if a method has them.
     """
-    crosswise = any("crosswise" in summary.scores for summary in summaries)
-    with_intervals = [name for name in SCORE_NAMES if crosswise or name != "crosswise"]
+    known = {name for summary in summaries for name in summary.scores}
+    with_intervals = [name for name in SCORE_NAMES if name in known or name not in OPTIONAL]
     heads = ["runs", *(name.removeprefix("forget_") for name in with_intervals)]
     heads += ["HM of averages", "average of HMs", "least HM", "ERR"]
     lines = [f"| method | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
@@ -166,18 +173,19 @@ def summaries_markdown(summaries: Sequence[MethodSummary]) -> str:
         cells.append(_cell(summary.average_of_hms, summary.intervals.get("average_of_hms")))
         cells += [f"{summary.least_hm:.3f}", _cell(summary.err, summary.intervals.get("err"))]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| method | drift | weight change, relative | weight change, norm | seconds | UNet forwards | of them backward "
-        "| peak memory, MB |",
-        "| --- | " + " | ".join(["---:"] * 7) + " |",
-    ]
+    heads = ["drift", "weight change, relative", "weight change, norm", "seconds", "UNet forwards", "of them backward"]
+    heads.append("peak memory, MB")
+    numbers = {"weight_change_ratio": ".4f", "weight_change_norm": ".2f", "seconds": ".1f"}
+    if any("reach" in summary.costs for summary in summaries):
+        heads.insert(1, "reach")
+        numbers = {"reach": ".3f", **numbers}
+    lines += ["", f"| method | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
     for summary in summaries:
         if not summary.costs:
             continue
         costs = summary.costs
         cells = [summary.method, "-" if summary.drift is None else f"{summary.drift:.4f}"]
-        for name, form in (("weight_change_ratio", ".4f"), ("weight_change_norm", ".2f"), ("seconds", ".1f")):
+        for name, form in numbers.items():
             cells.append(f"{costs[name]:{form}}" if name in costs else "-")
         for name, scale in (("unet_forwards", 1), ("unet_backwards", 1), ("peak_memory_bytes", 1e6)):
             cells.append(f"{costs[name] / scale:.0f}" if name in costs else "-")
@@ -266,7 +274,7 @@ def _costs(runs: Sequence[Scores]) -> dict[str, float]:
             for name in ("seconds", "unet_forwards", "unet_backwards", "peak_memory_bytes"):
                 if (value := getattr(run.cost, name)) is not None:
                     found.setdefault(name, []).append(value)
-        for name in ("weight_change_ratio", "weight_change_norm"):
+        for name in OF_EDIT:
             if name in run.edit:
                 found.setdefault(name, []).append(run.edit[name])
     return {name: fmean(values) for name, values in found.items()}

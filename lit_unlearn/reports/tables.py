@@ -17,6 +17,7 @@ FURTHER = {
     "adjacent": "retain, adjacent concepts",
     "adversarial": "forget, adversarial prompts",
     "crosswise": "forget, crosswise",
+    "spontaneous": "spontaneous rate",
     "err": "harmonic mean of five (ERR)",
 }
 """Scores at the end of a table, if a run has them."""
@@ -74,6 +75,8 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
         if getattr(after, name) is not None:
             interval = OWN_INTERVALS.get(name, name)
             table.add_row(title, *(_with_interval(m, interval, getattr(m, name)) for _, m in columns))
+    if isinstance(after, Scores) and (reach := after.edit.get("reach")) is not None:
+        table.add_row("reach", *([""] * (len(columns) - 1)), _number(reach))
     missing = sum(concept.missing for concept in after.per_concept.values())
     if missing:
         failed = sum(concept.failed for concept in after.per_concept.values())

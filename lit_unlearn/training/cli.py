@@ -50,7 +50,7 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
 FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "copy_quantile"}
-FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache"}
+FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache", "spontaneous"}
 FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
 """Arguments of a model that say what is evaluated and how; all others belong to the edit and are in its checkpoint."""
 

@@ -11,14 +11,16 @@ import yaml
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import LAYERS, by_least_squares, by_null_space
+from helpers import LAYERS, by_least_squares, by_null_space, by_ridge_map
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
 from lit_unlearn.core.null_space_solver import NullSpace
+from lit_unlearn.core.reach import on_retained_span, reach, retained_directions
 from lit_unlearn.core.solvers import Retained, Solved, Solver, Write
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
+from lit_unlearn.methods.uce import UCE
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
@@ -98,7 +100,8 @@ def test_the_report_is_of_what_the_weight_took_up(refinement: Refinement, fit: F
         # Without a pull the loss is the error. The second round begins with the seventh step.
         first, _, last = losses[6 + 3 * place : 9 + 3 * place]
         expected = {"round": 2, "largest": float(delta.abs().max()), "first_error": first, "last_error": last}
-        assert module.report["layers"][name] == expected
+        reported = {key: value for key, value in module.report["layers"][name].items() if "reach" not in key}
+        assert reported == expected
         assert not torch.equal(delta, solver.delta)  # float32 rounds
 
 
@@ -135,6 +138,68 @@ def test_a_null_space_of_dimension_zero_is_refused_before_the_first_step(refinem
         fit(module, by_null_space(threshold=1e-14, rule="max"), steps=1)
     assert module.progress == {"prepared": -1, "applied": 0}
     assert module.pretrained.change_ratio() == 0
+
+
+# --- the reach
+
+
+def reaches_of(module: ValueRefinement, write: Write, span: NullSpaceBasis | Tensor) -> Tensor:
+    """The reach of the keys of ``write`` from the first token of the concept on, at the weight as it is now."""
+    assert write.concept_keys is not None and write.retained.largest_norm is not None
+    weight = module.layers[write.name].weight.detach().double()
+    old = write.keys[write.concept_keys].double() @ write.weight.mT
+    return reach(on_retained_span(weight, span), old, write.retained.largest_norm)
+
+
+def test_the_reach_is_of_the_first_round_and_no_edit_in_the_null_space_raises_it(
+    refinement: Refinement, fit: Fit
+) -> None:
+    class Watched(NullSpace):
+        """Keeps what it was given."""
+
+        def solve(self, writes: Sequence[Write]) -> list[Solved]:
+            given.extend(writes)
+            return super().solve(writes)
+
+    given: list[Write] = []
+    module = refinement(rounds=2, values="target")
+    edit = ClosedFormEdit(Watched(112, "count", ridge=1e-3))
+    fit(module, edit, steps=1)
+    layers, medians = module.report["layers"], []
+    for write in given[: len(LAYERS)]:  # the first round
+        space = spaces_of(edit)[write.retained]
+        assert space.dimension == 112  # of 128: the rest does not fill the 32 outputs
+        found = reaches_of(module, write, space)
+        # W and its change are rounded to float32; the reach itself is above that.
+        assert layers[write.name]["reach"] == pytest.approx(float(found.quantile(0.5)), abs=1e-5)
+        assert layers[write.name]["least_reach"] == pytest.approx(float(found.min()), abs=1e-5)
+        assert layers[write.name]["reach"] > layers[write.name]["least_reach"] > 1e-4
+        assert layers[write.name]["round"] == 2
+        medians.append(layers[write.name]["reach"])
+    assert module.report["reach"] == min(medians)
+    later = reaches_of(module, given[len(LAYERS) + 1], spaces_of(edit)[given[len(LAYERS) + 1].retained])
+    assert abs(float(later.quantile(0.5)) - medians[1]) > 1e-3  # the keys of the second round are others
+    assert module.report["weight_change_ratio"] > 1e-3
+
+
+def test_without_a_null_space_the_reach_is_that_of_the_leading_directions(refinement: Refinement, fit: Fit) -> None:
+    module, solver = refinement(last_layer=1, values="target"), Nudge()
+    trainer = fit(module, ClosedFormEdit(solver), steps=1)
+    (write,) = solver.given
+    assert write.retained.moment is not None
+    with module.pretrained.restored():
+        found = reaches_of(module, write, retained_directions(write.retained.moment))
+    assert module.report["reach"] == pytest.approx(float(found.quantile(0.5)), rel=1e-9)
+    assert float(trainer.callback_metrics["edit/reach"]) == pytest.approx(module.report["reach"], rel=1e-6)
+
+
+def test_where_nothing_is_retained_there_is_no_reach(tiny_sd: Path, pets: str, fit: Fit) -> None:
+    common = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "num_inference_steps": 1}
+    for preserve, reported in (("others", 8), (None, 0)):
+        module = UCE(preserve=preserve, **common)  # type: ignore[arg-type]
+        fit(module, by_ridge_map())
+        assert sum("reach" in layer for layer in module.report["layers"].values()) == reported
+        assert ("reach" in module.report) == bool(reported)
 
 
 # --- what the null space keeps

@@ -77,6 +77,28 @@ def test_scores_are_those_of_the_pictures(edited: ValueRefinement, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_the_spontaneous_rate_is_that_of_retained_pictures(edited: ValueRefinement, tmp_path: Path) -> None:
+    edited.spontaneous = True
+    logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
+    score(edited, tmp_path, EvaluationReport(), logger=logger, images_per_prompt=2)
+    scores = Scores.load(Path(logger.log_dir) / "scores.json")
+    # This judge looks at the picture and not at the question, so it sees the dog where it sees the cat; and no prompt
+    # of the cat names the dog.
+    assert scores.before is not None
+    for found in (scores, scores.before):
+        assert found.spontaneous == found.retain == found.per_concept["dog"].share_spontaneous
+        assert found.intervals["spontaneous"] == pytest.approx(found.intervals["retain"])
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert events.Scalars("test/spontaneous")[-1].value == pytest.approx(scores.spontaneous)
+    assert events.Scalars("test/before/spontaneous")[-1].value == pytest.approx(scores.before.spontaneous)
+    edited.spontaneous = None  # this judge is slow
+    score(edited, tmp_path / "other", EvaluationReport(), images_per_prompt=1)
+    assert Scores.load(tmp_path / "other" / "scores.json").spontaneous is None
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
 def test_grid_is_a_picture(edited: ValueRefinement, tmp_path: Path) -> None:
     score(edited, tmp_path, EvaluationReport(columns=2), images_per_prompt=1)
     with Image.open(tmp_path / "grid.png") as grid:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from lit_unlearn.core.alignment import align_tokens, positions_mask
+from lit_unlearn.core.alignment import align_tokens, from_first_difference, positions_mask
 
 BOS, EOS, EXCLAMATION = 900, 901, 0
 VOCABULARY = (
@@ -158,6 +158,18 @@ def test_any_pair_keeps_order_range_and_shared_tokens(seed: int, pad: int) -> No
     for offset, position in enumerate(positions[end:]):
         assert position == min(target_end + offset, length - 1)
     assert align_tokens(edit, edit, EOS) == list(range(length))
+
+
+def test_positions_from_the_first_difference_on() -> None:
+    pairs = [
+        ("a photo of blue jay flying", "a photo of pigeon flying"),
+        ("dog", "cat"),
+        ("a dog", "a dog flying"),
+        ("a dog", "a dog"),
+    ]
+    edit, target = (torch.tensor([ids(pair[side], length=9) for pair in pairs]) for side in (0, 1))
+    first = [row.nonzero().flatten().tolist() for row in from_first_difference(edit, target)]
+    assert first == [[4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], []]
 
 
 @pytest.mark.parametrize("pad", [EOS, EXCLAMATION])

@@ -65,6 +65,19 @@ def test_answers_do_not_depend_on_the_batch(folder: Path) -> None:
     assert_close(judge_questions(judge, images, questions, batch_size=3), judge(images, questions), rtol=0, atol=1e-5)
 
 
+def test_a_picture_is_classified_once_for_all_questions(folder: Path) -> None:
+    judge, seen = ClassifierJudge(folder), []  # type: ClassifierJudge, list[int]
+    judge.classifier.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    images = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    questions = list(judge.questions)
+    rows = [row for row in (3, 1, 0) for _ in questions]
+    answers = judge.ask(images, rows, questions * 3)
+    assert seen == [4]
+    alone = torch.cat([judge(images[[row]].expand(len(questions), -1, -1, -1), questions) for row in (3, 1, 0)])
+    torch.testing.assert_close(answers, alone, rtol=0, atol=1e-5)
+    assert judge.ask(images, [], []).shape == (0,)
+
+
 def test_the_judge_takes_any_size_of_picture(folder: Path) -> None:
     judge, question = ClassifierJudge(folder), next(iter(emoji_questions()))
     for side in (16, 48, 64):

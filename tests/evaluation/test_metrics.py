@@ -103,18 +103,52 @@ def test_replicas_share_what_they_saw_crosswise() -> None:
     first, second = new_metric(CONCEPTS[:2]), new_metric(CONCEPTS[:2])
     first.update(torch.tensor([1.0]), [1], [0], [0], CONCEPTS[0])
     second.update(torch.tensor([0.0]), [1], [1], [0], CONCEPTS[0])
-    merged = torch.maximum(first.crosswise, second.crosswise)
+    merged = torch.maximum(first.others, second.others)
     assert (merged >= 0).sum() == 2 and merged[0, 1, 0, 0] == 1 and merged[0, 1, 1, 0] == 0
-    assert first._reductions["crosswise"] is torchmetrics.utilities.dim_zero_max
+    assert first._reductions["others"] is torchmetrics.utilities.dim_zero_max
     first.reset()
-    assert (first.crosswise < 0).all()
+    assert (first.others < 0).all()
 
 
 def test_crosswise_is_for_several_edited_concepts() -> None:
     assert "forget_crosswise" not in enter(new_metric(), list(random_answers().items())).compute()
-    for edited, asked in (([CONCEPTS[0]], CONCEPTS[0]), (CONCEPTS[:2], CONCEPTS[2])):
-        with pytest.raises(ValueError, match=f"asked='{asked}' is not one of several edited concepts"):
+    for edited, asked, said in (
+        ([], CONCEPTS[0], r"is not an edited concept \(there are none\)"),
+        (CONCEPTS[:2], CONCEPTS[2], r"is not an edited concept \(apple, dog\)"),
+        ([CONCEPTS[1]], CONCEPTS[1], "is the concept of a picture's own prompt"),
+    ):
+        with pytest.raises(ValueError, match=f"asked='{asked}' {said}"):
             new_metric(edited).update(torch.tensor([1.0]), [1], [0], [0], asked)
+
+
+# spontaneous
+
+
+@pytest.mark.parametrize("edited", [["dog"], ["apple", "rain"]])
+def test_the_spontaneous_rate_is_of_pictures_of_retained_concepts(edited: list[str]) -> None:
+    own = list(random_answers().items())
+    without = enter(new_metric(edited), own).compute()
+    assert "spontaneous" not in without
+    metric, shown, rng = enter(new_metric(edited), own), {}, random.Random(1)  # type: Any, dict[str, list[bool]], Any
+    for asked in edited:
+        for concept, prompt, image in random_answers():
+            probability = rng.choice([0.2, 0.7, 0.8, NAN])
+            if CONCEPTS[concept] == asked or (concept, prompt) == (2, 0):  # a prompt that names it is not asked about
+                continue
+            metric.update(torch.tensor([probability]), [concept], [prompt], [image], asked)
+            if CONCEPTS[concept] not in edited and not math.isnan(probability):
+                shown.setdefault(asked, []).append(probability >= 0.5)
+    scores = metric.compute()
+    of_all = [one for verdicts in shown.values() for one in verdicts]
+    assert 0 < sum(of_all) < len(of_all)
+    assert scores["spontaneous"] == share(of_all)
+    assert scores["intervals"]["spontaneous"] == wilson_interval(sum(of_all), len(of_all))
+    for name in CONCEPTS:
+        expected = share(shown[name]) if name in edited else None
+        assert scores["per_concept"][name].get("share_spontaneous") == expected
+    # No other score knows of it.
+    for name in ("forget", "retain", "harmonic_mean", "forget_direct", "missing", "failed"):
+        assert scores[name] == without[name]
 
 
 # harmonic means

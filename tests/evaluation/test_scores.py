@@ -69,10 +69,11 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert set(content) == {
         *("schema", "method", "backbone", "concepts", "edited", "judge", "images_per_concept", "seed", "training_seed"),
         *("forget", "retain", "harmonic_mean", "intervals", "direct", "indirect", "per_concept"),
-        *("adjacent", "adversarial", "crosswise", "err", "before", "cost", "edit", "drift", "agreement", "calibration"),
+        *("adjacent", "adversarial", "crosswise", "spontaneous", "err"),
+        *("before", "cost", "edit", "drift", "agreement", "calibration"),
     }
     assert set(content["per_concept"]["dog"]) == {
-        *("share_with_concept", "share_crosswise", "n", "missing", "failed", "edited")
+        *("share_with_concept", "share_crosswise", "share_spontaneous", "n", "missing", "failed", "edited")
     }
     assert content["per_concept"]["dog"]["edited"] is True
     assert set(content["before"]) == {f.name for f in dataclasses.fields(Measurement)}

@@ -49,6 +49,56 @@ def test_a_broken_picture_is_not_judged_and_not_shown() -> None:
     assert judge.batches == [2]
 
 
+class Looker(BrightnessJudge):
+    """Looks at a picture once for all questions about it; remembers how many it saw at once."""
+
+    name = "looker-1"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: list[int] = []
+
+    def ask(self, images: Tensor, rows: Sequence[int], questions: Sequence[str]) -> Tensor:
+        self.looks.append(len(images))
+        means = images.mean(dim=(1, 2, 3))
+        return torch.stack(
+            [
+                means[row] if question == "bright" else 1 - means[row]
+                for row, question in zip(rows, questions, strict=True)
+            ]
+        )
+
+
+def test_several_questions_about_a_picture_take_one_look() -> None:
+    images = shades(0.1, 0.9, float("nan"), 0.3)
+    rows, questions = [1, 0, 3, 2, 1, 3, 0], ["bright", "dark", "bright", "dark", "dark", "dark", "dark"]
+    expected = torch.tensor([0.9, 0.9, 0.3, torch.nan, 0.1, 0.7, 0.9])
+    for batch_size, looks in ((1, [1, 1, 1]), (2, [2, 1]), (32, [3])):
+        judge = Looker()
+        answer = judge_questions(judge, images, questions, batch_size, rows)
+        torch.testing.assert_close(answer, expected, equal_nan=True)
+        assert (judge.looks, judge.batches) == (looks, [])
+    # A judge that is only called sees a picture once for each question, and never more than a batch.
+    plain = BrightnessJudge()
+    answer = judge_questions(plain, images, ["bright"] * 7, 4, rows)
+    torch.testing.assert_close(answer, torch.tensor([0.9, 0.1, 0.3, torch.nan, 0.9, 0.3, 0.1]), equal_nan=True)
+    assert plain.batches == [4, 2]
+    assert judge_questions(Looker(), images, [], rows=[]).shape == (0,)
+    with pytest.raises(ValueError, match="1 questions for 2 pictures"):
+        judge_questions(Looker(), images, ["bright"], rows=[0, 1])
+
+
+def test_answers_to_several_questions_are_checked() -> None:
+    class Wrong(Looker):
+        def ask(self, images: Tensor, rows: Sequence[int], questions: Sequence[str]) -> Tensor:
+            return torch.zeros(len(images))
+
+    with pytest.raises(
+        ValueError, match=r"returned shape \(1,\) for 2 questions; it must return one probability per q"
+    ):
+        judge_questions(Wrong(), shades(0.5), ["bright", "dark"], rows=[0, 0])
+
+
 def test_no_pictures_are_no_answers() -> None:
     judge = BrightnessJudge()
     assert judge_questions(judge, torch.zeros(0, 3, 4, 4), []).shape == (0,)

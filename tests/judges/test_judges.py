@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
-from lit_unlearn.judges.base import Judge
+from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.cache import CachedJudge, picture_key
 from lit_unlearn.judges.clip import NOTHING, ClipJudge, choices
 from lit_unlearn.judges.llava import TEMPLATE, LlavaJudge
@@ -96,6 +96,27 @@ def test_clip_chooses_among_the_concepts_of_a_kind(tiny_clip: Path, emoji20: Con
     torch.testing.assert_close(answers, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="cannot answer 'Is there a cow"):
         judge(images, ["Is there a cow?"] * 2)
+
+
+def test_clip_embeds_a_picture_once_for_all_questions(tiny_clip: Path, emoji20: ConceptSet, tmp_path: Path) -> None:
+    judge = ClipJudge(emoji20, model=str(tiny_clip), batch_size=2)
+    images = torch.rand(3, 3, 32, 32, generator=generator(3))
+    questions = list(judge.choices)
+    rows = [row for row in (2, 0, 1) for _ in questions]
+    alone = torch.cat([judge(images[[row]].expand(len(questions), -1, -1, -1), questions) for row in (2, 0, 1)])
+    seen: list[int] = []
+    embed = judge.model.get_image_features
+    judge.model.get_image_features = lambda **inputs: seen.append(len(inputs["pixel_values"])) or embed(**inputs)
+    torch.testing.assert_close(judge.ask(images, rows, questions * 3), alone, rtol=0, atol=1e-5)
+    assert seen == [2, 1]
+    # The cache too: two answers are known already, the third picture is still embedded once.
+    cached = CachedJudge(judge, tmp_path)
+    cached(images[:2], questions[:2])
+    seen.clear()
+    found = judge_questions(cached, images, questions * 3, rows=rows)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    assert sum(seen) == 3 and cached.asked == 3 * len(questions)
+    assert not hasattr(CachedJudge(Counting(), tmp_path), "ask")
 
 
 class Counting:

@@ -101,6 +101,7 @@ def test_keys_are_states_of_the_last_token_of_the_name(
     rows = torch.cat([states(module, "dog").double()[:, 1], states(module, "the soccer ball").double()[:, 3]])
     assert_close(kept(module).keys, rows)
     assert_close(kept(module).moment, rows.mT @ rows)
+    assert kept(module).largest_norm == pytest.approx(float(rows.norm(dim=1).max()), rel=1e-6)
     assert (kept(module).count, kept(module).prompts) == (2, 2)
     (writes,) = module.writes(0)
     assert {write.texts for write in writes} == {1}

@@ -131,6 +131,7 @@ def test_the_preserved_states(model: str, uce: Build, fit: Fit, request: Any) ->
         assert (retained.count, retained.prompts) == (len(rows), 2)
         # A sum of up to 96 products in float64.
         assert_close(retained.moment, rows.mT @ rows, rtol=1e-12, atol=1e-12)
+        assert retained.largest_norm == pytest.approx(float(rows.norm(dim=1).max()), rel=1e-12)
 
 
 def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:

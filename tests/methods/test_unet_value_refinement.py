@@ -141,6 +141,7 @@ def test_the_moment_holds_the_empty_prompt_as_often_as_all_others(keys_and_value
         retained = module.retained[name]
         assert_close(retained.moment, rows.mT @ rows + 2 * empty.mT @ empty, rtol=1e-10, atol=1e-10)
         assert retained.count == 2 * len(rows) == 128
+        assert retained.largest_norm == pytest.approx(float(torch.cat([rows, empty]).norm(dim=1).max()), rel=1e-6)
 
 
 # --- the FFN
@@ -240,12 +241,16 @@ def test_the_moment_is_that_of_the_retained_prompts_pictures(
     ((noisy, timesteps),) = recorded
     assert len(noisy) == 4
     total = dict.fromkeys(FF, torch.zeros(128, 128).double())
+    longest = dict.fromkeys(FF, 0.0)
     for prompts in (module.retain_prompts * 2, [""] * 4):
         with torch.no_grad(), capture_inputs(module.layers) as captured:
             module.unet(noisy, timesteps, states(module, *prompts))
         for name in FF:
             rows = captured[name].flatten(0, 1).double()
             total[name] = total[name] + rows.mT @ rows
+            longest[name] = max(longest[name], float(rows.norm(dim=1).max()))
     for name in FF:
         # Float32 inputs of the UNet's last blocks.
         assert_close(module.retained[name].moment, total[name], rtol=1e-3, atol=1e-3 * float(total[name].max()))
+        assert module.retained[name].largest_norm == pytest.approx(longest[name], rel=1e-3)
+    assert module.concept_keys(module.layer_state(FF[0])) is None  # a key is a place of a picture

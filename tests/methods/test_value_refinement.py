@@ -324,6 +324,20 @@ def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinem
         assert retained.moment is not None
         # A sum of 64 products in float64.
         assert_close(retained.moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
+        assert retained.largest_norm == pytest.approx(float(keys.norm(dim=1).max()), rel=1e-12)
+
+
+def test_keys_carry_the_concept_from_its_first_token_on(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(positions="no_bos", start="target", values="target"), fit)
+    module.on_train_epoch_start()
+    # "a dog" and "the dog at sunset" differ from their targets at the third token; the text is 32 tokens long.
+    ((write,),) = module.writes(0)
+    assert write.concept_keys is not None
+    assert write.concept_keys.tolist() == ([False] + [True] * 30) * 2
+    weight = module.layers[write.name].weight.detach()
+    outputs = write.keys @ weight.mT
+    moved = (write.values - outputs).norm(dim=1) > 1e-3 * outputs.norm(dim=1)
+    assert not moved[~write.concept_keys].any() and moved[write.concept_keys].all()
 
 
 def test_the_cost_is_what_the_unet_did(refinement: Refinement, fit: Fit) -> None:

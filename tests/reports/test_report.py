@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -81,6 +82,33 @@ def test_crosswise_is_shown_where_several_concepts_are_edited(logs: Path) -> Non
     assert "Two concepts that have changed places are forgotten" in report_html(runs)
     rows = list(csv.DictReader(io.StringIO(report_csv(runs))))
     assert [row["forget_crosswise"] for row in rows if row["edited"] in ("owl+cat", "dog")] == ["", "", "0.25"]
+
+
+def test_limits_are_shown_where_runs_have_them(logs: Path) -> None:
+    runs = collect([logs])
+    assert "| reach |" not in report_markdown(runs) and "| spontaneous |" not in report_markdown(runs)
+    old = scores("uce", ["owl"], 1.0, 0.8)
+    before = dataclasses.replace(old.before, spontaneous=0.125)
+    edit = {**old.edit, "reach": 0.375}
+    new = scores("uce", ["owl"], 1.0, 0.8, spontaneous=0.25, before=before, edit=edit)
+    new.save(logs / "uce" / "owl" / "version_0" / "scores.json")
+    runs = collect([logs])
+    text, page = report_markdown(runs), report_html(runs)
+    for column, value in (("spontaneous", "0.250"), ("reach", "0.375")):
+        head, line = next(
+            (head, line)
+            for head in text.splitlines()
+            if f"| {column} |" in head
+            for line in text.partition(head)[2].splitlines()
+            if line.startswith("| uce |")
+        )
+        assert line.split(" | ")[head.split(" | ").index(column)].startswith(value)
+        assert f"<th>{column}</th>" in page
+    assert "unedited | 3 |" in text and "0.125" in text
+    for said in ("Spontaneous: pictures of retained prompts that show an edited concept", "does not mean that"):
+        assert said in text and said in page
+    (row,) = [row for row in csv.DictReader(io.StringIO(report_csv(runs))) if row["edited"] == "owl"]
+    assert (row["reach"], row["spontaneous"], row["spontaneous_unedited"]) == ("0.375", "0.25", "0.125")
 
 
 def test_runs_are_found_and_sorted_by_the_number_of_their_concepts(logs: Path) -> None:

@@ -55,6 +55,17 @@ def row(lines: list[str], start: str) -> list[str]:
     return line.split()
 
 
+def test_the_limits_of_an_edit_have_rows() -> None:
+    intervals = {"spontaneous": (0.0, 0.2)}
+    scores = run(0.9, 0.8, spontaneous=0.125, intervals=intervals, edit={"reach": 0.25})
+    unedited = dataclasses.replace(before(scores), spontaneous=0.5)
+    lines = printed(scores_table(unedited, scores))
+    assert row(lines, "spontaneous rate") == ["spontaneous", "rate", "0.500", "(0.00-0.20)", "0.125", "(0.00-0.20)"]
+    assert row(lines, "reach") == ["reach", "0.250"]
+    assert not [line for line in printed(scores_table(None, run(0.9, 0.8))) if "reach" in line or "spont" in line]
+    assert row(printed(scores_table(None, scores), width=80), "reach") == ["reach", "0.250"]
+
+
 def test_several_edited_concepts_have_a_column_of_their_own() -> None:
     def measured(share: float) -> dict[str, ConceptScore]:
         edited = {name: ConceptScore(0.0, 20, 0, True, share_crosswise=share) for name in ("dog", "cat")}

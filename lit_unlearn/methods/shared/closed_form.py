@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
@@ -73,19 +74,27 @@ class ClosedFormMethod(DiffusionEditor):
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["edit"] = self.edit
 
-    def summed_moments(
-        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Second moments (d_in, d_in), float64, of the layers' ``inputs`` (B, L, d_in) at all batches.
+    def retained_keys(
+        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]], prompts: int
+    ) -> dict[str, Retained]:
+        """Sum up the layers' ``inputs`` (B, L, d_in) at all batches, which come from so many prompts.
 
         Processes take whole batches, the same ones that a single process has, so only the order of the sums differs.
         """
         # On the CPU, since the moments of all layers are larger than the text encoder itself.
         sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
+        counts, norms = dict.fromkeys(sums, 0), dict.fromkeys(sums, 0.0)
         for batch in self.processes.own_share(batches):
-            for name, keys in inputs(batch).items():
-                sums[name] += second_moment(keys.flatten(0, 1)).cpu()
-        return {name: self.processes.total(moment) for name, moment in sums.items()}
+            for name, found in inputs(batch).items():
+                keys = found.flatten(0, 1)
+                sums[name] += second_moment(keys).cpu()
+                counts[name], norms[name] = counts[name] + len(keys), max(norms[name], largest_norm(keys))
+        of_all = self.processes.gathered((counts, norms))
+        retained = {}
+        for name, moment in sums.items():
+            count, longest = sum(own[name] for own, _ in of_all), max(own[name] for _, own in of_all)
+            retained[name] = Retained(self.processes.total(moment), count, prompts=prompts, largest_norm=longest)
+        return retained
 
     @abstractmethod
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:

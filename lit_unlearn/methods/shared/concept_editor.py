@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.data.pairs import repaired, said_of
 from lit_unlearn.data.prompts import PictureItem, edited_concepts, warn_of_edited_targets
 from lit_unlearn.evaluation.metrics import ForgetRetain
-from lit_unlearn.judges.base import Judge, judge_questions
+from lit_unlearn.judges.base import Judge, is_quick, judge_questions
 from lit_unlearn.judges.load import check_judge_name, load_cached_judge
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
 from lit_unlearn.system.errors import user_errors
@@ -54,6 +54,8 @@ class ConceptEditor(DiffusionEditor):
             edited (``lit_unlearn.data.pairs``); false takes the set's pairs as they are.
         earlier: Those of the concepts that an earlier run has edited; set with ``--after``. Scores say how many of
             them come back.
+        spontaneous: Whether a test also asks the judge if pictures of retained prompts show the edited concepts, before
+            and after: one question for each picture and edited concept. Null asks only quick judges (classifiers).
         **kwargs: See ``DiffusionEditor``.
 
     Raises:
@@ -62,6 +64,8 @@ class ConceptEditor(DiffusionEditor):
 
     targets_of_edited: Sequence[tuple[Concept, Sequence[tuple[str, str]]]] = ()
     """The edited concepts, each with pairs of a text and the one that a fit edits it into; empty without such."""
+    asks_spontaneous: bool = False
+    """Whether the judge is asked about edited concepts on pictures of retained prompts."""
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class ConceptEditor(DiffusionEditor):
         judge_cache: str | None = "logs/judged",
         repair_pairs: bool = True,
         earlier: list[str] | None = None,
+        spontaneous: bool | None = None,
         **kwargs: object,
     ) -> None:
         self.concepts = load_concept_set(concept_set)
@@ -84,6 +89,7 @@ class ConceptEditor(DiffusionEditor):
         self.repaired = repaired(self.edited, self.concepts) if repair_pairs else list(self.edited)
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
         self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
+        self.spontaneous = spontaneous
         check_judge_name(judge, self.judge_options, self.concepts)
         if second_judge is not None:
             if (second_judge, self.second_judge_options) == (judge, self.judge_options):
@@ -154,6 +160,12 @@ class ConceptEditor(DiffusionEditor):
         self.second_judge = None
         if self.second_judge_path is not None:
             self.second_judge = self._judge(self.second_judge_path, self.second_judge_options)
+        self.asks_spontaneous = is_quick(self.judge) if self.spontaneous is None else self.spontaneous
+        if self.spontaneous is None and not self.asks_spontaneous:
+            rank_zero_info(
+                f"The spontaneous rate is not measured, since the judge {self.judge.name!r} is slow: model.spontaneous="
+                "true asks it about each edited concept on every picture of a retained prompt, before and after."
+            )
         self.kappa = BinaryCohenKappa().to(self.device)
         images_per_prompt = self.trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self.before, self.after = self.metric(images_per_prompt), self.metric(images_per_prompt)
@@ -188,43 +200,44 @@ class ConceptEditor(DiffusionEditor):
 
     def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
         """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
-        questions = [item.question for item in batch]
-        answers = judge_questions(self.judge, pictures.float() / 255, questions)
+        asked = list(self.questions(batch))
+        own, shown = [item.question for item in batch], pictures.float() / 255
+        texts = [own[row] if concept is None else concept.question for row, concept in asked]
+        answers = judge_questions(self.judge, shown, texts, rows=[row for row, _ in asked])
         if (second := getattr(self, "second_judge", None)) is not None:
-            others = judge_questions(second, pictures.float() / 255, questions)
-            both = ~(answers.isnan() | others.isnan())
-            self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (answers, others)))
-        metric.update(
-            answers,
-            [item.concept_index for item in batch],
-            [item.prompt_index for item in batch],
-            [item.image_index for item in batch],
-        )
-        for concept in self.edited if len(self.edited) > 1 else ():
-            self.score_crosswise(metric, pictures, batch, concept)
+            first, others = answers[: len(batch)], judge_questions(second, shown, own)
+            both = ~(first.isnan() | others.isnan())
+            self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (first, others)))
+        for concept in (None, *self.edited):
+            places = [place for place, (_, other) in enumerate(asked) if other is concept]
+            items = [batch[asked[place][0]] for place in places]
+            metric.update(
+                answers[places],
+                [item.concept_index for item in items],
+                [item.prompt_index for item in items],
+                [item.image_index for item in items],
+                concept and concept.name,
+            )
 
-    def score_crosswise(self, metric: Metric, pictures: Tensor, batch: list[PictureItem], asked: Concept) -> None:
-        """Ask whether ``pictures`` (B, 3, H, W), uint8, of the other edited concepts' prompts show ``asked``."""
+    def questions(self, batch: list[PictureItem]) -> Iterator[tuple[int, Concept | None]]:
+        """What the judge is asked about the pictures of ``batch``: their rows with the concepts in question.
+
+        First comes each picture's own concept, as None. Then come the edited concepts on the pictures of each other's
+        prompts, and on those of retained prompts that do not name them if the spontaneous rate is measured.
+        """
+        yield from ((row, None) for row in range(len(batch)))
         concepts = list(self.concepts.concepts.values())
-        rows = [
-            row
-            for row, item in enumerate(batch)
-            if (own := concepts[item.concept_index]) in self.edited
-            and own.name != asked.name
-            and item.prompt_index < len(own.prompts)
-        ]
-        items = [batch[row] for row in rows]
-        metric.update(
-            judge_questions(self.judge, pictures[rows].float() / 255, [asked.question] * len(rows)),
-            [item.concept_index for item in items],
-            [item.prompt_index for item in items],
-            [item.image_index for item in items],
-            asked.name,
-        )
+        for asked in self.edited:
+            for row, item in enumerate(batch):
+                own = concepts[item.concept_index]
+                if own.name == asked.name or item.prompt_index >= len(own.prompts):
+                    continue
+                if own in self.edited or (self.asks_spontaneous and not asked.find_name(item.prompt)):
+                    yield row, asked
 
     def on_validation_start(self) -> None:
         """Make judge and metrics."""
-        self.judge = self.load_judge()
+        self.judge, self.asks_spontaneous = self.load_judge(), False
         self.before, self.after = self.metric(1), self.metric(1)
 
     def validation_step(self, batch: list[PictureItem], batch_idx: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,60 @@ def test_one_edited_concept_is_asked_about_once() -> None:
     assert judge.asked == [item.question for item in items]
     scores = Measurement.from_metric(metric.compute())
     assert scores.crosswise is None and scores.per_concept["dog"].share_crosswise is None
+
+
+def test_edited_concepts_are_asked_about_on_retained_pictures_that_do_not_name_them() -> None:
+    module = UCE(**{**EMOJI, "concept": ["glossy", "dog"]}, spontaneous=True)
+    judge = module.judge = RednessJudge()  # type: ignore[assignment]
+    module.asks_spontaneous = True
+    items = Pictures(module.concepts, 1, 0, adversarial=["glossy", "dog"]).items
+    pictures = torch.randint(256, (len(items), 3, 2, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    metric = module.metric(1)
+    for start in range(0, len(items), 7):
+        module.score(metric, pictures[start : start + 7], items[start : start + 7])
+    scores, names = Measurement.from_metric(metric.compute()), list(module.concepts.concepts)
+    red = (pictures[:, 0].float().mean(dim=(1, 2)) / 255 >= 0.5).tolist()
+    asked, shown = 0, 0
+    for concept in module.edited:
+        own = [
+            one
+            for one, item in zip(red, items, strict=True)
+            if names[item.concept_index] not in ("glossy", "dog") and not concept.find_name(item.prompt)
+        ]
+        assert len(own) < 180 if concept.name == "glossy" else len(own) <= 180  # some other prompts name the style
+        assert scores.per_concept[concept.name].share_spontaneous == pytest.approx(sum(own) / len(own))
+        asked, shown = asked + len(own), shown + sum(own)
+    assert scores.spontaneous == pytest.approx(shown / asked)
+    assert scores.per_concept["owl"].share_spontaneous is None
+    # One question for each picture, twenty crosswise, and no more than these.
+    assert len(judge.asked) == len(items) + 2 * 10 + asked
+
+
+class QuickJudge(RednessJudge):
+    quick = True
+
+
+@pytest.mark.parametrize(
+    ("judge", "spontaneous", "asks"),
+    [
+        (RednessJudge, None, False),
+        (RednessJudge, True, True),
+        (RednessJudge, False, False),
+        (QuickJudge, None, True),
+        (QuickJudge, False, False),
+    ],
+)
+def test_a_slow_judge_is_asked_only_if_told_so_and_says_it(
+    judge: type[RednessJudge], spontaneous: bool | None, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_unlearn.methods.shared.concept_editor.rank_zero_info", said.append)
+    module = UCE(**{**EMOJI, "concept": "dog"}, spontaneous=spontaneous)
+    module.load_judge = judge  # type: ignore[method-assign]
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(images_per_prompt=1))  # type: ignore[assignment]
+    module.on_test_start()
+    assert module.asks_spontaneous is asks
+    assert len(said) == (judge is RednessJudge and spontaneous is None)
+    assert all("spontaneous rate is not measured, since the judge 'redness' is slow" in line for line in said)
+    module.on_validation_start()
+    assert not module.asks_spontaneous  # a look between epochs needs no rate
