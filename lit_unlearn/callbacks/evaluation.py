@@ -24,7 +24,7 @@ from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.evaluation.grids import before_after_grid, image_grid
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
-from lit_unlearn.evaluation.scores import Cost, Measurement, Scores, Source
+from lit_unlearn.evaluation.scores import Cost, Measurement, Relapse, Scores, Source
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.reports.tables import scores_table
@@ -268,6 +268,7 @@ class EvaluationReport(L.Callback):
             drift=drift or None,
             agreement=agreement,
             calibration=calibration or None,
+            relapse=Relapse.of(module.earlier, after["per_concept"]),
         )
 
     def _grid(self, module: ConceptEditor) -> Image.Image:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lit_unlearn.evaluation.metrics import wilson_interval
 from lit_unlearn.system.json_files import plain, read_json, read_value, write_json
 
 SCHEMA = 1
@@ -135,6 +136,28 @@ class Measurement:
         )
 
 
+@dataclass(frozen=True)
+class Relapse:
+    """How much of the concepts that earlier runs have edited comes back."""
+
+    concepts: list[str]
+    """Their names."""
+    share: float | None
+    """Share of the judged pictures of their prompts that show their concept; None if none was judged."""
+    interval: tuple[float, float]
+    """Wilson's interval of the share, at 95 %."""
+
+    @classmethod
+    def of(cls, concepts: Sequence[str], per_concept: Mapping[str, Mapping[str, Any]]) -> Relapse | None:
+        """From the entries ``per_concept`` of ``ForgetRetain.compute``; None without ``concepts``."""
+        if not concepts:
+            return None
+        own = [per_concept[name] for name in concepts if per_concept[name]["n"]]
+        judged = sum(int(entry["n"]) for entry in own)
+        shown = sum(round(float(entry["share_with_concept"]) * int(entry["n"])) for entry in own)
+        return cls(list(concepts), shown / judged if judged else None, wilson_interval(shown, judged))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores(Measurement):
     """The content of ``scores.json``: the scores of a run, and what is needed to interpret and repeat them."""
@@ -164,6 +187,8 @@ class Scores(Measurement):
     calibration: dict[str, Any] | None = None
     """How well the judge distinguishes the unedited model's pictures of each edited concept from pictures of other
     concepts of its kind: the numbers of ``lit_unlearn.evaluation.judge_curve.Curve`` by concept."""
+    relapse: Relapse | None = None
+    """The concepts that earlier runs have edited; None if there are none (``fit --after``)."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

@@ -77,6 +77,10 @@ def scores_table(before: Measurement | None, after: Measurement) -> Table:
             table.add_row(title, *(_with_interval(m, interval, getattr(m, name)) for _, m in columns))
     if isinstance(after, Scores) and (reach := after.edit.get("reach")) is not None:
         table.add_row("reach", *([""] * (len(columns) - 1)), _number(reach))
+    if isinstance(after, Scores) and (relapse := after.relapse) is not None and relapse.share is not None:
+        low, high = relapse.interval
+        cell = f"{relapse.share:.3f} ({low:.2f}-{high:.2f})"
+        table.add_row("relapse, earlier concepts", *([""] * (len(columns) - 1)), cell)
     missing = sum(concept.missing for concept in after.per_concept.values())
     if missing:
         failed = sum(concept.failed for concept in after.per_concept.values())

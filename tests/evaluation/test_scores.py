@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_unlearn.evaluation.metrics import ForgetRetain
-from lit_unlearn.evaluation.scores import SCHEMA, Cost, Measurement, Part, Scores, Source
+from lit_unlearn.evaluation.metrics import ForgetRetain, wilson_interval
+from lit_unlearn.evaluation.scores import SCHEMA, Cost, Measurement, Part, Relapse, Scores, Source
 from lit_unlearn.system.json_files import write_json
 
 
@@ -193,3 +193,16 @@ def test_a_file_that_is_no_scores_is_named(tmp_path: Path) -> None:
         Scores.load(path)
     with pytest.raises(ValueError, match=r"cannot be read: Is a directory"):
         Scores.load(tmp_path)
+
+
+def test_relapse_is_the_share_of_earlier_concepts_that_come_back() -> None:
+    per_concept = {
+        "dog": {"n": 10, "share_with_concept": 0.3},
+        "cat": {"n": 5, "share_with_concept": 0.0},
+        "owl": {"n": 10, "share_with_concept": 1.0},
+        "rain": {"n": 0, "share_with_concept": math.nan},
+    }
+    found = Relapse.of(["dog", "cat", "rain"], per_concept)
+    assert found == Relapse(["dog", "cat", "rain"], 3 / 15, wilson_interval(3, 15))
+    assert Relapse.of(["rain"], per_concept) == Relapse(["rain"], None, (0.0, 1.0))
+    assert Relapse.of([], per_concept) is None
