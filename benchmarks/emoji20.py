@@ -47,7 +47,7 @@ from lit_unlearn.reports.report import collect, report_markdown
 from lit_unlearn.system.names import joint_name
 
 RECIPES = (
-    "null_space.yaml",
+    "null_space_refined.yaml",
     "null_space_direct.yaml",
     "least_squares.yaml",
     "memit.yaml",

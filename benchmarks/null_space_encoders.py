@@ -33,7 +33,7 @@ FROM_OUTPUT = [
 ADAM = ["--model.init_args.optimizer", "torch.optim.Adam", "--model.init_args.optimizer.lr", "0.05"]
 
 SETTINGS: dict[str, tuple[str, str, list[str]]] = {
-    "text": ("text encoder", "null_space.yaml", []),
+    "text": ("text encoder", "null_space_refined.yaml", []),
     "text_from_output": ("text encoder, V1 from W K1", "null_space_paper.yaml", []),
     "kv": ("UNet K, V", "null_space_unet.yaml", []),
     "kv_from_output": ("UNet K, V, V1 from W K1", "null_space_unet.yaml", FROM_OUTPUT),

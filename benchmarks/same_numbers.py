@@ -52,10 +52,10 @@ SMALL = {
 }  # fmt: skip
 """Largest value of every number in a recipe with one of these names, at any place."""
 TWO_CONCEPTS = ("uce.yaml", "esd.yaml")
-TWO_PROCESSES = ("null_space.yaml", "esd.yaml", "uce.yaml")
-ATTACKED = ("null_space.yaml", "esd.yaml")
+TWO_PROCESSES = ("null_space_refined.yaml", "esd.yaml", "uce.yaml")
+ATTACKED = ("null_space_refined.yaml", "esd.yaml")
 INTERRUPTED = {
-    "null_space.yaml": (signal.SIGKILL, ["--data.init_args.steps=3"]),
+    "null_space_refined.yaml": (signal.SIGKILL, ["--data.init_args.steps=3"]),
     "esd.yaml": (signal.SIGUSR1, ["--trainer.max_epochs=4", "--data.init_args.steps=10"]),
 }
 """Recipe -> the signal that ends it after its first checkpoint, and options that make it run long enough. With SIGUSR1

@@ -122,8 +122,8 @@ def phases() -> list[Phase]:
     )
     uce = ("--trainer.callbacks", "[EvaluationReport]")
     return [
-        Phase("null_space: one round, two layers, two steps each", "fit", "null_space.yaml", null_space),
-        Phase("test of null_space: four pictures before, four after", "test", "null_space.yaml", null_space),
+        Phase("null_space: one round, two layers, two steps each", "fit", "null_space_refined.yaml", null_space),
+        Phase("test of null_space: four pictures before, four after", "test", "null_space_refined.yaml", null_space),
         Phase("esd: four steps, one chain of two", "fit", "esd.yaml", esd),
         Phase("uce: all keys and values", "fit", "uce.yaml", uce),
     ]
