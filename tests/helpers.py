@@ -257,6 +257,25 @@ def frozen(module: Any, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
     return functional_call(module.unet, module.pretrained.of("unet"), (x, t, states)).sample
 
 
+# --- checkpoints
+
+
+def checkpoint_of(
+    module: ConceptEditor, trainer_with: Callable[..., L.Trainer], pets: str, path: Path
+) -> dict[str, Any]:
+    """What a trainer stores of ``module``."""
+    trainer = trainer_with(limit_predict_batches=0)
+    trainer.predict(module, ConceptPrompts("dog", pets))
+    trainer.save_checkpoint(path)
+    return torch.load(path, weights_only=True)
+
+
+def load_into(module: ConceptEditor, checkpoint: dict[str, Any]) -> None:
+    """Load ``checkpoint`` as a trainer does."""
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+
+
 # --- files
 
 

@@ -93,15 +93,13 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.start = start if values == "refined" else values
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.latents_per_prompt, self.seed, self.optimizer = latents_per_prompt, seed, optimizer
-        if pairs == "prompts":
-            self.edit_prompts = [prompt for concept in self.repaired for prompt in concept.edit_prompts]
-            self.target_prompts = [prompt for concept in self.repaired for prompt in concept.target_prompts]
-        else:
-            self.edit_prompts = [concept.names[0] for concept in self.repaired]
-            self.target_prompts = [concept.target for concept in self.repaired]
-        by_prompts = [list(zip(c.edit_prompts, c.target_prompts, strict=True)) for c in self.repaired]
-        by_names = [[(c.name, c.target)] for c in self.repaired]
-        self.targets_of_edited = list(zip(self.repaired, by_prompts if pairs == "prompts" else by_names, strict=True))
+        of_concepts = [
+            list(zip(c.edit_prompts, c.target_prompts, strict=True)) if pairs == "prompts" else [(c.names[0], c.target)]
+            for c in self.repaired
+        ]
+        self.targets_of_edited = list(zip(self.repaired, of_concepts, strict=True))
+        self.edit_prompts = [text for own in of_concepts for text, _ in own]
+        self.target_prompts = [into for own in of_concepts for _, into in own]
         self.num_pairs = len(self.edit_prompts)
         check_retained(retain or [], self.edited)
         self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited]) + (retain or [])

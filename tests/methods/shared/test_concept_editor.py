@@ -18,6 +18,7 @@ from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.esd import ESD
 from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.rename_tokens import RenameTokens
+from lit_unlearn.methods.robust_erasure import RobustErasure
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import check_concepts
 from lit_unlearn.methods.speed import SPEED
@@ -51,6 +52,25 @@ MUTUAL = "Targets name concepts that are edited themselves: dog \u2192 cat"
 
 
 @pytest.mark.parametrize(
+    "kind", [ValueRefinement, UNetValueRefinement, MEMIT, UCE, SPEED, ConceptAblation, RobustErasure]
+)
+def test_every_method_gets_the_repaired_pairs(
+    kind: type[ConceptEditor], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    arguments = {"prompts": "edit_prompts"} if kind in (UCE, SPEED) else {}
+    places = {"edited_parameters": "xattn-kv"} if kind is UNetValueRefinement else {}
+    module = kind(**{**EMOJI, "concept": ["surfing", "walking", "rain"]}, **arguments, **places)
+    texts = {text: into for _, pairs in module.targets_of_edited for text, into in pairs}
+    assert texts["this is the man on a board in the sea"] == "this is the man standing"
+    assert not [text for text in texts if "surfing" in text and "rain" in text]
+    assert len(texts) == sum(len(concept.edit_prompts) for concept in module.repaired) < 45
+    with caplog.at_level("INFO"):
+        module.setup("fit")
+    assert "surfing \u2192 standing (not walking)" in caplog.text
+    assert not [found for found in recwarn.list if found.category is UserWarning]
+
+
+@pytest.mark.parametrize(
     ("kind", "arguments"),
     [
         (ValueRefinement, {}),
@@ -70,7 +90,7 @@ MUTUAL = "Targets name concepts that are edited themselves: dog \u2192 cat"
 def test_targets_that_are_edited_are_said_before_anything_is_loaded(
     kind: type[ConceptEditor], arguments: dict[str, Any]
 ) -> None:
-    module = kind(**EMOJI, **arguments)
+    module = kind(**EMOJI, **arguments, repair_pairs=False)
     with pytest.warns(UserWarning, match=MUTUAL) as said:
         module.setup("fit")
     assert len(said) == 1 and not hasattr(module, "pipeline")
@@ -89,14 +109,17 @@ def test_targets_that_are_edited_are_said_before_anything_is_loaded(
         (ValueRefinement, {"concept": "dog"}),
     ],
 )
-def test_targets_that_stay_are_not_spoken_of(kind: type[ConceptEditor], arguments: dict[str, Any]) -> None:
+def test_targets_that_stay_are_not_spoken_of(
+    kind: type[ConceptEditor], arguments: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
     kind(**{**EMOJI, **arguments}).setup("fit")
+    assert not [found for found in recwarn.list if found.category is UserWarning]
 
 
 def test_chains_and_target_prompts_are_named_and_many_pairs_are_counted(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    UCE(**{**EMOJI, "concept": ["surfing", "walking"]}).setup("fit")
+    UCE(**{**EMOJI, "concept": ["surfing", "walking"]}, repair_pairs=False).setup("fit")
     assert "surfing \u2192 walking" in str(recwarn.pop(UserWarning).message)
     dog, cat = (replace(load_concept_set("emoji20").get(name), target="nothing") for name in ("dog", "cat"))
     both = ("a dog beside a cat", "a parrot beside a cat")  # the cat is where the dog stands, not what it becomes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import changed, weights
+from helpers import changed, checkpoint_of, load_into, weights
 from lit_unlearn.callbacks.evaluation import UneditedPictures
 from lit_unlearn.data.prompts import ConceptPrompts, PictureItem
 from lit_unlearn.diffusion import base_model
@@ -46,20 +46,6 @@ class Keep(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
         self.seen.append((batch, outputs))
-
-
-@pytest.fixture
-def editor(tiny_sd: Path, pets: str) -> Editor:
-    """Makes a ``ConceptEditor`` of the cross-attention of ``tiny_sd``, loaded unless told otherwise."""
-
-    def build(load: bool = True, **arguments: Any) -> ConceptEditor:
-        defaults = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "num_inference_steps": 2}
-        module = ConceptEditor(**{**defaults, **arguments})
-        if load:
-            module.configure_model()
-        return module
-
-    return build
 
 
 @torch.no_grad()
@@ -279,13 +265,6 @@ def test_the_judge_is_a_folder(editor: Editor, tmp_path: Path) -> None:
 # --- checkpoints
 
 
-def checkpoint_of(module: ConceptEditor, trainer_with: TrainerWith, pets: str, path: Path) -> dict[str, Any]:
-    trainer = trainer_with(limit_predict_batches=0)
-    trainer.predict(module, ConceptPrompts("dog", pets))
-    trainer.save_checkpoint(path)
-    return torch.load(path, weights_only=True)
-
-
 def test_a_checkpoint_holds_the_edited_weights_and_says_what_they_are(
     editor: Editor, trainer_with: TrainerWith, tiny_sd: Path, pets: str, tmp_path: Path
 ) -> None:
@@ -319,16 +298,11 @@ def test_an_object_among_the_arguments_does_not_spoil_the_checkpoint(
     assert "Adam" in checkpoint["hyper_parameters"]["optimizer"]
 
 
-def load(module: ConceptEditor, checkpoint: dict[str, Any]) -> None:
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-
-
 def test_a_checkpoint_of_its_own_is_taken(editor: Editor, trainer_with: TrainerWith, pets: str, tmp_path: Path) -> None:
     module, again = editor(), editor()
     edit(module)
     module.report["leak"] = 0.5
-    load(again, checkpoint_of(module, trainer_with, pets, tmp_path / "edit.ckpt"))
+    load_into(again, checkpoint_of(module, trainer_with, pets, tmp_path / "edit.ckpt"))
     assert changed(weights(module), weights(again)) == []
     assert again.report == {"leak": 0.5}
     assert again.pretrained.change_ratio() == 2.0  # every edited weight has changed its sign
@@ -357,7 +331,7 @@ def test_a_checkpoint_of_another_edit_is_refused(
     if "model" in arguments:
         arguments = {"model": str(request.getfixturevalue(arguments["model"]))}
     with pytest.raises(ValueError, match=problem):
-        load(editor(**arguments), checkpoint)
+        load_into(editor(**arguments), checkpoint)
 
 
 def test_a_base_that_differs_in_one_bit_is_refused(
@@ -374,40 +348,9 @@ def test_a_base_that_differs_in_one_bit_is_refused(
 
     monkeypatch.setattr(base_model, "load_parts", another)
     with pytest.raises(ValueError, match="another base model"):
-        load(editor(), checkpoint)
+        load_into(editor(), checkpoint)
 
 
 def test_a_checkpoint_of_another_program_is_refused(editor: Editor) -> None:
     with pytest.raises(ValueError, match="was not made by lit-unlearn"):
-        load(editor(), {"state_dict": {}})
-
-
-# --- cost
-
-
-def test_a_fit_is_timed_and_what_comes_after_is_not(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 103.0, 105.0])
-    monkeypatch.setattr("lit_unlearn.methods.shared.editor.time.perf_counter", lambda: next(clock))
-    module = editor()
-    module.generate(["a dog"], [0])  # before the fit
-    assert module.current_cost() == {"seconds": 0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
-    module.on_fit_start()
-    module.generate(["a dog"], [0])
-    during = module.current_cost()
-    assert (during["seconds"], during["unet_forwards"]) == (3.0, 4)
-    assert during["peak_memory_bytes"] > 1e7
-    module.on_fit_end()
-    module.generate(["a dog"], [0])
-    after = module.current_cost()
-    assert (after["seconds"], after["unet_forwards"]) == (5.0, 4)
-
-
-def test_a_resumed_fit_adds_to_its_cost(editor: Editor, trainer_with: TrainerWith, pets: str, tmp_path: Path) -> None:
-    module, resumed = editor(), editor()
-    module.on_fit_start()
-    module.generate(["a dog"], [0])
-    load(resumed, checkpoint_of(module, trainer_with, pets, tmp_path / "edit.ckpt"))
-    assert resumed.current_cost()["unet_forwards"] == 4
-    resumed.on_fit_start()
-    resumed.generate(["a dog", "a cat"], [0, 1])
-    assert resumed.current_cost()["unet_forwards"] == 4 + 8
+        load_into(editor(), {"state_dict": {}})
