@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from emoji20 import SINGLE
+from limits import correlate
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.evaluation.metrics import wilson_interval
@@ -19,7 +20,7 @@ def tables(results: Results) -> str:
     """All tables as Markdown."""
     methods = list(dict.fromkeys(key.split("/")[0] for key in results))
     parts = [many(results, methods), in_sequence(results, methods), alone(results, methods)]
-    parts += [under_attack(results, methods), by_concept(results, methods), took(results)]
+    parts += [under_attack(results, methods), by_concept(results, methods), limits(results, methods), took(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -201,6 +202,31 @@ def by_concept(results: Results, methods: Sequence[str]) -> str:
         rows.append([*row, number(spontaneous[0], 2) if spontaneous else ""])
     header = ["", *(text for method in attacked for text in (method, "its reach")), "spontaneous, unedited"]
     return f"## The learned token, by concept\n\n{table(header, rows)}" if attacked else ""
+
+
+def limits(results: Results, methods: Sequence[str]) -> str:
+    """Rank correlation of reach and spontaneous rate with the success of learned tokens, over all edits."""
+    columns: dict[str, Pick] = {
+        "reach": lambda found: found["reach"],
+        "spontaneous, unedited": lambda found: found["unedited"]["spontaneous"],
+    }
+    rows = []
+    for label, pick in columns.items():
+        for group in (methods, *((method,) for method in methods)):
+            points = [
+                (value, pair[0] / pair[1], concept)
+                for method in group
+                for concept in SINGLE
+                if (clean := results.get(f"{method}/clean/{concept}")) and (value := pick(clean)) is not None
+                if (token := results.get(f"{method}/token/{concept}")) and (pair := token_share("guided")(token))
+            ]
+            if len(points) >= 10:
+                found = correlate(*zip(*points, strict=True))
+                interval = "{:.2f} to {:.2f}".format(*found.interval)
+                name = "all methods" if group is methods else group[0]
+                rows.append([f"{label}, {name}", str(len(points)), f"{found.value:.2f} ({interval})", f"{found.p:.3f}"])
+    header = ["", "edits", "Spearman's correlation", "p, by permutation"]
+    return f"## Do reach and spontaneous rate foretell the learned token?\n\n{table(header, rows)}" if rows else ""
 
 
 def took(results: Results) -> str:
