@@ -12,6 +12,8 @@ from limits import correlate
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.evaluation.metrics import wilson_interval
 
+Pick = Callable[[Any], Any]
+"""From a stored result to a number, or to counts."""
 Results = Mapping[str, Mapping[str, Any]]
 HALVES = {"all twenty": SINGLE, "chosen on": SINGLE[:10], "decided on": SINGLE[10:]}
 
@@ -90,9 +92,7 @@ def in_sequence(results: Results, methods: Sequence[str]) -> str:
     return f"## One after another\n\n{table(header, rows)}" if rows else ""
 
 
-def mean_of(
-    results: Results, method: str, measure: str, concepts: Sequence[str], pick: Callable[[Any], Any]
-) -> float | None:
+def mean_of(results: Results, method: str, measure: str, concepts: Sequence[str], pick: Pick) -> float | None:
     """Mean of a number over the concepts that have it; None if a concept lacks its result."""
     keys = [f"{method}/{measure}/{concept}" for concept in concepts]
     if not all(key in results for key in keys):
@@ -135,7 +135,7 @@ def alone(results: Results, methods: Sequence[str]) -> str:
     return f"## One concept at a time\n\n{table(header, rows)}" if rows else ""
 
 
-def pooled(results: Results, method: str, measure: str, concepts: Sequence[str], pick: Callable[[Any], Any]) -> str:
+def pooled(results: Results, method: str, measure: str, concepts: Sequence[str], pick: Pick) -> str:
     """Share of pictures under attack, pooled over the concepts that have a result, with their number."""
     found = [results[key] for concept in concepts if (key := f"{method}/{measure}/{concept}") in results]
     counts = [pair for pair in map(pick, found) if pair is not None]
@@ -158,7 +158,7 @@ def attack_share(name: str) -> Callable[[Any], tuple[float, int] | None]:
     )
 
 
-COLUMNS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+COLUMNS: dict[str, tuple[str, Pick]] = {
     "learned token": ("token", token_share("guided")),
     "second judge": ("token", token_share("guided_second")),
     "at guidance 1": ("token", token_share("unguided")),
