@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 """A key carries the concept if it is given a value that differs from its old output by more than this share."""
 MOST_KEYS = 256
 """Number of keys of a map whose reach is computed at most."""
-MOST_STEPS = 200
+MOST_STEPS = 100
 """Bound on the steps of the secular equation; usually about ten are enough."""
 
 
