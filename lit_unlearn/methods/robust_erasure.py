@@ -61,7 +61,8 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
 
     Args:
         rounds: Rounds of attack after the first edit; 0 only edits, which takes a second.
-        found_weight: Weight of the keys that attacks have found, relative to those of the edit prompts.
+        found_weight: Weight of the keys that attacks have found, relative to those of the edit prompts; several
+            concepts share it, since what retains does not grow with them.
         found_prompts: Largest number of named edit prompts of each concept in which a learned token is used.
         guidance_edit: How far the empty prompt's values move towards each style and scene, in units of the distance
             between edit and target prompts at the positions after the text; 0 leaves the empty prompt as it is. It is
@@ -266,7 +267,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
             for embedding in self.values[:epoch, number]:
                 keys.append(self.condition(prompts.tokens, embedding).states.float().flatten(0, 1))
                 goals.append(goal.flatten(0, 1))
-        scale = self.found_weight**0.5
+        scale = (self.found_weight / len(self.edited)) ** 0.5  # together they weigh as those of one concept do
         return scale * torch.cat(keys), scale * torch.cat(goals)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
