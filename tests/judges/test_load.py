@@ -129,7 +129,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_our_judges_declare_their_names() -> None:
     shipped = shipped_judges()
-    assert sorted(shipped) == ["clip", "emoji", "llava", "nudenet"]
+    assert sorted(shipped) == ["clip", "emoji", "emoji_second", "llava", "nudenet"]
     assert all(issubclass(cls, NamedJudge) and find_judge(name) == (cls, {}) for name, cls in shipped.items())
 
 
@@ -169,7 +169,7 @@ def test_somebody_s_own_judge_needs_no_change_of_ours(mine: Path, emoji20: Conce
         (
             "gpt",
             {},
-            "judge='gpt' is no judge and no folder: take clip, emoji, llava, nudenet, the folder of a classifier,",
+            "judge='gpt' is no judge and no folder: take clip, emoji, emoji_second, llava, nudenet, the folder of a classifier,",
         ),
         ("lava", {}, r"judge='lava' is no judge and no folder \(closest: llava\)\."),
         ("logs/none", {}, "judge='logs/none' is no judge and no folder"),
@@ -249,7 +249,7 @@ def test_a_question_that_a_judge_does_not_know_names_those_that_do(
         "them."
     )
     with pytest.raises(
-        JudgeError, match=r"second_judge='nudenet' .*only.*take second_judge=clip or emoji or llava, or"
+        JudgeError, match=r"second_judge='nudenet' .*only.*take second_judge=clip or emoji or emoji_second or llava, or"
     ):
         check_judge_name("nudenet", {}, emoji20, field="second_judge")
     assert check_judge_name("emoji", {}, emoji20) is EmojiJudge

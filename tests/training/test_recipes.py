@@ -278,6 +278,8 @@ def test_options_win_over_the_recipe_wherever_they_stand(empty_folder: Path, tin
         "minimum": 0,
         "ridge": 100.0,
         "ridge_rule": "absolute",
+        "forget_unused": False,
+        "tolerance": None,
     }
 
 
