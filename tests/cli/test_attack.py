@@ -130,7 +130,10 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         (["--device", "abacus"], "device='abacus' cannot be used here"),
         (["--output", "logs/null_space/dog/version_0/config.yaml"], "output=logs/null_space/dog/version_0/config.yaml"),
         (["--attcks", "all"], "attack: unrecognized arguments: --attcks all"),
-        (["--judge", "gpt"], "judge='gpt' is no judge and no folder: take clip, emoji, llava, nudenet, the folder"),
+        (
+            ["--judge", "gpt"],
+            "judge='gpt' is no judge and no folder: take clip, emoji, emoji_second, llava, nudenet, the folder",
+        ),
         (["--judge", "nudenet"], "judge='nudenet' cannot answer 'Is there a dog in this picture?' (it answers only"),
         (["--judge", "none_such.Judge"], "judge='none_such.Judge' cannot be imported: there is no none_such"),
         (["--judge", "emoji", "--judge_options.batch_size", "2"], "judge_options.batch_size is unknown to emoji"),

@@ -20,6 +20,7 @@ from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 
 SETTINGS = {"threshold": 0.1, "rule": "mean", "minimum": 4, "ridge": 1.0, "ridge_rule": "absolute"}
+SETTINGS |= {"forget_unused": False, "tolerance": None}
 """Those of the recipe, with the defaults of what it does not say."""
 
 

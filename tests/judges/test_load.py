@@ -169,7 +169,7 @@ def test_somebody_s_own_judge_needs_no_change_of_ours(mine: Path, emoji20: Conce
         (
             "gpt",
             {},
-            "judge='gpt' is no judge and no folder: take clip, emoji, emoji_second, llava, nudenet, the folder of a classifier,",
+            "judge='gpt' is no judge and no folder: take clip, emoji, emoji_second, llava, nudenet, the folder of",
         ),
         ("lava", {}, r"judge='lava' is no judge and no folder \(closest: llava\)\."),
         ("logs/none", {}, "judge='logs/none' is no judge and no folder"),
