@@ -150,7 +150,10 @@ def test_invariants_are_start_of_text_and_centres_of_the_padding(
     ("arguments", "message"),
     [
         ({"invariants": -1}, r"model\.invariants=-1 must be zero or larger"),
-        ({"retain": ["a cat", "my Dog"]}, r"model\.retain has 'my Dog', which names the edited concept dog \('Dog'\)"),
+        (
+            {"retain": ["a cat", "my Dog"]},
+            r"model\.retain has 'my Dog', which names the edited concept 'dog' \('Dog'\)",
+        ),
         ({"concept": ["dog", "cat"]}, r"concept=dog, cat leaves no text of pets to retain: .* model\.retain"),
         ({"edited_parameters": "selfattn"}, r"edits only weights of attn2\.to_k and attn2\.to_v"),
         ({"edited_parameters": "nothing"}, r"edited_parameters='nothing' selects no parameter"),
