@@ -68,7 +68,7 @@ def test_a_question_that_a_judge_does_not_know_is_refused(
     [
         (
             ["--model.judge", "gpt"],
-            "judge='gpt' is no judge and no folder: take clip, emoji, llava, nudenet, the folder",
+            "judge='gpt' is no judge and no folder: take clip, emoji, emoji_second, llava, nudenet, the",
         ),
         (
             ["--model.judge", "nudenet"],
