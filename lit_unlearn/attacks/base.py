@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -93,6 +93,8 @@ class AttackedModel:
         guidance_scale: Strength of classifier-free guidance of every picture.
         num_pictures: Number of pictures that are judged for each attack.
         seed: Seed of judged pictures, pictures to learn from and searches.
+        restarts: Number of starts of each search that has a random start.
+        others: Prompts of the retained concepts, for attacks that learn from pictures of these.
     """
 
     pipeline: Pipeline
@@ -103,6 +105,8 @@ class AttackedModel:
     guidance_scale: float
     num_pictures: int = 10
     seed: int = 0
+    restarts: int = 1
+    others: Sequence[str] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -152,6 +156,18 @@ class AttackedModel:
             )
         return verdicts
 
+    def shows(self, pictures: Tensor) -> list[bool]:
+        """Whether the judge sees the concept in each of ``pictures`` (B, 3, H, W); without an answer it does not."""
+        answers = judge_questions(self.judge, pictures, [self.concept.question] * len(pictures))
+        return [bool(answer >= 0.5) for answer in answers]
+
+    @torch.no_grad()
+    def unedited_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Latents (B, C, H, W) of pictures by the unedited model."""
+        with self.pretrained.restored():
+            parts = self.pipeline.encode(prompts).split(DRAW_BATCH)
+            return torch.cat([self._latents(*part) for part in zip(parts, _batches(seeds), strict=True)])
+
     @cached_property
     def references(self) -> References:
         """Pictures to learn from: the unedited model draws edit prompts that name the concept, and the judge selects.
@@ -193,6 +209,7 @@ class Found:
         report: Facts about the search, as values of JSON.
         embeddings: Learned embeddings (n, D), if the attack learns some.
         cost: Cost of the search, including the pictures to learn from.
+        loss: Loss of what was found, comparable between starts of the search.
     """
 
     text: str
@@ -200,6 +217,7 @@ class Found:
     report: dict[str, Any] = field(default_factory=dict)
     embeddings: Tensor | None = None
     cost: AttackCost = AttackCost()
+    loss: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +233,7 @@ class Attack(ABC):
 
     name: ClassVar[str]
     learns_from_pictures: ClassVar[bool] = True
+    learns_from_others: ClassVar[bool] = False
 
     steps: int = 100
 
@@ -228,6 +247,18 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """The fields as values of JSON."""
         return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """Name of the result: the attack's name, and what distinguishes this variant from the usual one."""
+        return self.name
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 - there may be nothing to refuse
+        """Refuse edited ``weights`` (by full name) that the attack cannot work with, before a model is loaded.
+
+        Raises:
+            ValueError: It cannot work with them.
+        """
 
     def run(self, model: AttackedModel) -> Found:
         """Search and measure the cost; the weights are restored afterwards.

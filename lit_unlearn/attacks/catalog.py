@@ -46,6 +46,7 @@ def make_attacks(
     steps: int | None = None,
     allow_names: bool = False,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    budget: float | None = None,
 ) -> list[Attack]:
     """Make attacks, with their default settings except for the settings given here.
 
@@ -54,10 +55,11 @@ def make_attacks(
         steps: Steps of each attack; None for each attack's default.
         allow_names: Whether searched prompts may contain the concept's own names.
         settings: Fields of each attack, by its name; they override ``steps`` and ``allow_names``.
+        budget: Factor of the default steps of each attack, instead of ``steps``.
 
     Raises:
-        ValueError: A name is unknown or given twice, a setting is wrong or for an attack that is not chosen, or
-            ``steps`` is less than 1.
+        ValueError: A name is unknown or given twice, a setting is wrong or for an attack that is not chosen, ``steps``
+            is less than 1, or ``budget`` is not positive or given beside steps.
     """
     classes = [find_attack(name) for name in (shipped_attacks() if names is None else names)]
     chosen = {cls.name: cls for cls in classes}
@@ -71,6 +73,8 @@ def make_attacks(
                 f"{name}.{next(iter((settings or {})[name]))} is given, and {name} is not among the attacks"
                 f"{closest(name, chosen)}: they are {', '.join(chosen)}."
             )
+    if budget is not None:
+        _check_steps(budget, steps, settings or {})
     given: dict[str, Any] = {} if steps is None else {"steps": steps}
     if allow_names:
         given["exclude_names"] = False
@@ -79,8 +83,34 @@ def make_attacks(
     made = []
     for name, cls in chosen.items():
         own = checked_arguments(cls, (settings or {}).get(name, {}), name, name)
+        usual = {field.name: field.default for field in fields(cls)}.get("steps")
+        if budget is not None and isinstance(usual, int):
+            given["steps"] = max(1, round(budget * usual))
         made.append(cls(**{**{key: value for key, value in given.items() if _has(cls, key)}, **own}))
     return made
+
+
+def check_budget(attacks: Sequence[Attack], budget: float | None) -> list[str]:
+    """A sentence about the attacks on which ``budget`` has no effect, if there are any.
+
+    Raises:
+        ValueError: It has no effect on any of ``attacks``.
+    """
+    if budget is None:
+        return []
+    others = [attack.name for attack in attacks if not hasattr(attack, "steps")]
+    if others and len(others) == len(attacks):
+        raise ValueError(f"budget={budget:g} has no effect on {', '.join(others)}, without steps: leave it out.")
+    return [f"budget={budget:g} has no effect on {', '.join(others)}, without steps."] if others else []
+
+
+def _check_steps(budget: float, steps: int | None, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    if not 0 < budget < float("inf"):
+        raise ValueError(f"budget={budget:g} must be a positive number.")
+    given = {} if steps is None else {"steps": steps}
+    given |= {f"{name}.steps": own["steps"] for name, own in settings.items() if "steps" in own}
+    for name, value in given.items():
+        raise ValueError(f"budget={budget:g} multiplies the default steps, and {name}={value} sets them: give one.")
 
 
 def _has(cls: type[Attack], name: str) -> bool:

@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lit_unlearn.attacks.base import Attack, AttackedModel, Found
+from lit_unlearn.attacks.base import AttackedModel, Found
+from lit_unlearn.attacks.restarts import RestartableAttack, start_generator
 from lit_unlearn.diffusion.new_tokens import PLACE
-from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.textual_inversion import optimise_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptInversion(Attack):
+class ConceptInversion(RestartableAttack):
     """Textual inversion on the edited model, from pictures of the concept that the unedited model drew.
 
     Attributes:
@@ -34,16 +34,16 @@ class ConceptInversion(Attack):
     learning_rate: float = 0.02
     batch_size: int = 4
 
-    def search(self, model: AttackedModel) -> Found:
+    def search_from(self, model: AttackedModel, start: int) -> Found:
         """Learn the embeddings."""
         pipeline, concept = model.pipeline, model.concept
         named = [concept.replace_names(prompt, PLACE) for prompt, _ in model.named_pairs if concept.find_name(prompt)]
         templates = list(dict.fromkeys(named)) or templates_of(concept, None)
-        generator = seeded(model.seed, "concept inversion")
-        start = pipeline.text.initial_embeddings(self.num_tokens, None, generator)
+        generator = start_generator(start, model.seed, "concept inversion")
+        initial = pipeline.text.initial_embeddings(self.num_tokens, None, generator)
         embeddings, losses = optimise_embeddings(
             pipeline,
-            start,
+            initial,
             templates,
             model.references.latents,
             self.steps,
@@ -61,4 +61,4 @@ class ConceptInversion(Attack):
 
         quarter = max(1, len(losses) // 4)
         report = {"first_loss": sum(losses[:quarter]) / quarter, "last_loss": sum(losses[-quarter:]) / quarter}
-        return Found(f"{self.num_tokens} learned embeddings", draw, report, embeddings.cpu())
+        return Found(f"{self.num_tokens} learned embeddings", draw, report, embeddings.cpu(), loss=report["last_loss"])

@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lit_unlearn.attacks.base import Attack, AttackedModel, Found
-from lit_unlearn.attacks.prompt_search import allowed_words
+from lit_unlearn.attacks.base import AttackedModel, Found
+from lit_unlearn.attacks.prompt_search import allowed_words, tokenize_apart
+from lit_unlearn.attacks.restarts import RestartableAttack, start_generator
 from lit_unlearn.attacks.token_search import search_tokens
 from lit_unlearn.diffusion.new_tokens import PLACE
-from lit_unlearn.diffusion.sampling import seeded
-from lit_unlearn.diffusion.text import Tokens
 
 
 def concept_vector(states: Tensor, without: Tensor) -> Tensor:
@@ -23,7 +22,7 @@ def concept_vector(states: Tensor, without: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RingABell(Attack):
+class RingABell(RestartableAttack):
     """Finds, for each direct prompt, other words whose states are near the prompt's states plus the concept's vector.
 
     The goal and the vector are computed with the unedited text encoder, and the words are searched for the edited one.
@@ -45,7 +44,11 @@ class RingABell(Attack):
     strength: float = 1.0
     exclude_names: bool = True
 
-    def search(self, model: AttackedModel) -> Found:
+    def validation_prompts(self, model: AttackedModel) -> Sequence[str]:
+        """The direct prompts, since these are rewritten."""
+        return list(dict.fromkeys(model.prompts))
+
+    def search_from(self, model: AttackedModel, start: int) -> Found:
         """Find the prompts."""
         pipeline = model.pipeline
         originals = list(dict.fromkeys(model.prompts))
@@ -54,21 +57,18 @@ class RingABell(Attack):
             vector = concept_vector(pipeline.encode(named).states, pipeline.encode(targets).states)
             goal = pipeline.encode(originals).states + self.strength * vector
         allowed = allowed_words(model, self.exclude_names)
-        tokens = pipeline.tokenize_templates([PLACE] * len(originals), self.num_tokens)
-        # Each prompt has its own tokens; those of all prompts are concatenated.
-        first = self.num_tokens * torch.arange(len(originals)).unsqueeze(1)
-        tokens = Tokens(tokens.ids, tuple(torch.where(slots >= 0, slots + first, slots) for slots in tokens.slots))
+        tokens = tokenize_apart(pipeline, [PLACE] * len(originals), self.num_tokens)
 
         def losses(weights: Tensor, step: int = 0) -> Tensor:
             states = pipeline.encode_mixtures(weights.flatten(0, 1), allowed, tokens).states
             return (states - goal).square().mean(dim=(1, 2))
 
-        places = search_tokens(
+        places, distances = search_tokens(
             losses,
             (len(originals), self.num_tokens, len(allowed)),
             self.steps,
             self.learning_rate,
-            seeded(model.seed, self.name),
+            start_generator(start, model.seed, self.name),
             goal.device,
         )
         found = {
@@ -79,4 +79,4 @@ class RingABell(Attack):
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return model.draw([found[prompt] for prompt in prompts], seeds)
 
-        return Found(found[originals[0]], draw, {"prompts": found})
+        return Found(found[originals[0]], draw, {"prompts": found}, loss=float(distances.mean()))

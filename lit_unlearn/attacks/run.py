@@ -17,7 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
-from lit_unlearn.attacks.catalog import make_attacks
+from lit_unlearn.attacks.catalog import check_budget, make_attacks
+from lit_unlearn.attacks.restarts import check_restarts
 from lit_unlearn.data.concepts import Concept, ConceptSet, available_concept_sets, concept_set_of, load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
@@ -46,6 +47,8 @@ def attack_run(
     concepts: Sequence[str] | None = None,
     num_pictures: int = 10,
     steps: int | None = None,
+    budget: float | None = None,
+    restarts: int = 1,
     seed: int = 0,
     judge: str | None = None,
     judge_options: Mapping[str, Any] | None = None,
@@ -65,6 +68,8 @@ def attack_run(
         concepts: Edited concepts to attack; None for all of them.
         num_pictures: Number of pictures that are judged for each attack.
         steps: Steps of each attack that is given by its name; None for its default.
+        budget: Factor of these default steps, instead of ``steps``.
+        restarts: Number of starts of each search that has a random start; see ``RestartableAttack``.
         seed: Seed of pictures and searches.
         judge: Short name, classifier's folder, or import path of the judge; None for the run's judge, if that is one of
             this package.
@@ -85,7 +90,8 @@ def attack_run(
             the concept.
         OSError: The output cannot be written.
     """
-    chosen = _chosen_attacks(attacks, steps, allow_names)
+    chosen = _chosen_attacks(attacks, steps, allow_names, budget)
+    unaffected = [*check_restarts(chosen, restarts), *check_budget(chosen, budget)]
     if num_pictures < 1:
         raise ValueError(f"num_pictures={num_pictures} must be at least 1.")
     if seed < 0:
@@ -94,10 +100,13 @@ def attack_run(
     warn_unfinished(ckpt_path)
     concept_set = _concept_set(edit)
     targets = _edited_concepts(edit, concepts, concept_set)
+    others = _other_prompts(chosen, edit, concept_set)
     folder = _output_folder(edit, output)
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)
     todo = _todo(report, path, chosen, targets, existing)
     if todo:
+        for sentence in unaffected:
+            say(sentence)
         found_device, base = find_device(device), chosen_base(model, revision, edit)
         base.check_steps(int(edit.hyper_parameters.get("num_inference_steps", 15)), "num_inference_steps")
         if base.reader is not None:
@@ -120,6 +129,8 @@ def attack_run(
             float(edit.hyper_parameters.get("guidance_scale", 4.0)),
             num_pictures,
             seed,
+            restarts=restarts,
+            others=others,
         )
         before = _Before.draw(attacked)
         for attack in (attack for attack, own in todo if own is concept):
@@ -127,8 +138,8 @@ def attack_run(
             result = _result(attack, attacked, found, before, folder, base.name, vocabulary)
             report = report.merged([result])
             report.save(path)
-            say(f"{concept.name}: {attack.name}: {found.text} ({result.seconds:.0f} s)")
-    wanted = [report.find(attack.name, concept.name) for concept in targets for attack in chosen]
+            say(f"{concept.name}: {attack.label}: {found.text} ({result.seconds:.0f} s)")
+    wanted = [report.find(attack.label, concept.name) for concept in targets for attack in chosen]
     return [result for result in wanted if result is not None]
 
 
@@ -153,10 +164,10 @@ def _result(
 ) -> AttackResult:
     """Judge the pictures under the attack; write the grid and the learned embeddings."""
     pictures = found.draw(model.prompts, model.seeds)
-    name = f"{file_name(model.concept.name)}_{attack.name}"
+    name = f"{file_name(model.concept.name)}_{attack.label}"
     rows = [before.unedited, before.edited, pictures]
     scale = max(1, round(96 / pictures.shape[3]))
-    grid = image_grid(rows, ["unedited", "edited", attack.name.replace("_", " ")], model.prompts, scale)
+    grid = image_grid(rows, ["unedited", "edited", attack.label.replace("_", " ")], model.prompts, scale)
     save_png(folder / FOLDER / f"{name}.png", grid)
     text = found.text
     if found.embeddings is not None:
@@ -174,7 +185,7 @@ def _result(
     }
     return make_result(
         verdicts={**before.verdicts, "shown": model.verdicts(pictures)},
-        attack=attack.name,
+        attack=attack.label,
         concept=model.concept.name,
         pictures=len(pictures),
         seconds=found.cost.seconds,
@@ -193,14 +204,33 @@ def _vocabulary(pipeline: Pipeline, edit: Edit, base: BaseModel) -> str:
     return vocabulary_of(base.name)[0]
 
 
-def _chosen_attacks(attacks: Sequence[str | Attack] | None, steps: int | None, allow_names: bool) -> list[Attack]:
+def _chosen_attacks(
+    attacks: Sequence[str | Attack] | None, steps: int | None, allow_names: bool, budget: float | None
+) -> list[Attack]:
     if attacks is None:
-        return make_attacks(None, steps, allow_names)
-    made = iter(make_attacks([attack for attack in attacks if isinstance(attack, str)], steps, allow_names))
+        return make_attacks(None, steps, allow_names, budget=budget)
+    names = [attack for attack in attacks if isinstance(attack, str)]
+    if budget is not None and not names:
+        raise ValueError(f"budget={budget:g} has no effect on attacks with settings of their own: give their names.")
+    made = iter(make_attacks(names, steps, allow_names, budget=budget))
     chosen = [attack if isinstance(attack, Attack) else next(made) for attack in attacks]
-    if not chosen or len({attack.name for attack in chosen}) < len(chosen):
-        raise ValueError(f"attacks={[attack.name for attack in chosen]}: give at least one, and none twice.")
+    if not chosen or len({attack.label for attack in chosen}) < len(chosen):
+        raise ValueError(f"attacks={[attack.label for attack in chosen]}: give at least one, and none twice.")
     return chosen
+
+
+def _other_prompts(attacks: Sequence[Attack], edit: Edit, concept_set: ConceptSet) -> list[str]:
+    """The retained prompts, if one of ``attacks`` learns from their pictures; also asks each if it suits the edit."""
+    for attack in attacks:
+        attack.check(edit.weights)
+    learners = [attack for attack in attacks if attack.learns_from_others]
+    prompts = concept_set.retain_prompts(edit.concepts) if learners else []
+    if learners and not prompts:
+        raise ValueError(
+            f"{learners[0].name} learns from pictures of retained concepts, and {concept_set.name!r} has none beside "
+            f"{', '.join(edit.concepts)}: leave that out."
+        )
+    return prompts
 
 
 def _concept_set(edit: Edit) -> ConceptSet:
@@ -276,11 +306,11 @@ def _todo(
 ) -> list[tuple[Attack, Concept]]:
     """The attacks that remain to be run, for each concept."""
     wanted = [(attack, concept) for concept in concepts for attack in attacks]
-    there = [pair for pair in wanted if report.find(pair[0].name, pair[1].name)]
+    there = [pair for pair in wanted if report.find(pair[0].label, pair[1].name)]
     if there and existing == "refuse":
         attack, concept = there[0]
         raise ValueError(
-            f"{path} has a result of {attack.name} on {concept.name}: pass --overwrite to attack again, or choose "
+            f"{path} has a result of {attack.label} on {concept.name}: pass --overwrite to attack again, or choose "
             "other attacks with --attacks."
         )
     return wanted if existing == "replace" else [pair for pair in wanted if pair not in there]

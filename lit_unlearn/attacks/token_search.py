@@ -26,7 +26,8 @@ def search_tokens(
     straight_through: bool = True,
     score: Callable[[Tensor], Tensor] | None = None,
     score_every: int = 10,
-) -> Tensor:
+    suffices: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Find tokens with a low loss for each of n prompts, by Adam on relaxed one-hot weights.
 
     The weights of a token are projected onto the probability simplex after every step (UnlearnDiffAtk, Zhang et al.,
@@ -45,9 +46,11 @@ def search_tokens(
             steps, and the tokens with the best score are returned. If it is None, the losses of all steps are the
             scores with ``straight_through``; otherwise the last arg-max is returned.
         score_every: See ``score``.
+        suffices: Tells for each prompt whether its tokens (n, k) are good enough, (n,) bool. It is called after
+            ``score``; such tokens are kept with the score ``-inf``, and the search ends when all prompts have them.
 
     Returns:
-        Indices (n, k) of the tokens to choose from.
+        Indices (n, k) of the tokens to choose from; and the best scores (n,), or the last losses if there are none.
     """
     count = shape[-1]
     start = project_to_simplex(torch.rand(shape, generator=generator)).to(device)
@@ -74,5 +77,12 @@ def search_tokens(
             weights.copy_(project_to_simplex(weights))
             if score is not None and ((step + 1) % score_every == 0 or step + 1 == steps):
                 places = weights.argmax(-1)
-                keep_better(places, score(one_hot(places, count)))
-    return chosen if score is not None or straight_through else weights.detach().argmax(-1)
+                values = score(one_hot(places, count))
+                if suffices is not None:
+                    values = torch.where(suffices(places).to(values.device), -torch.inf, values)
+                keep_better(places, values)
+        if best.isneginf().all():
+            break
+    if score is None and not straight_through:
+        return weights.detach().argmax(-1), each.detach()
+    return chosen, best

@@ -46,6 +46,11 @@ def parser() -> Parser:
     made.add_argument("--concept", nargs="+", action="extend", metavar="NAME", help=what)
     made.add_argument("--num_pictures", type=int, default=10, help="pictures an attack is judged by; default: 10")
     made.add_argument("--steps", type=int, help="steps of each attack; default: each attack's own")
+    made.add_argument(
+        "--budget", type=float, metavar="FACTOR", help="multiply each attack's own steps, instead of --steps"
+    )
+    what = "search from so many starts, and keep the one that works best on other pictures; default: 1"
+    made.add_argument("--restarts", type=int, default=1, metavar="N", help=what)
     made.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")
     made.add_argument("--judge", help="a judge, a classifier's folder, or an import path; default: the run's")
     what = "list the judges and their options, which are set as --judge_options.batch_size 4"
@@ -83,14 +88,18 @@ def run(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from lit_unlearn.attacks.catalog import make_attacks
+    from lit_unlearn.attacks.catalog import check_budget, make_attacks
     from lit_unlearn.attacks.run import attack_run
     from lit_unlearn.reports.attack_results import attacks_table
     from lit_unlearn.system.devices import explaining_memory, find_device
 
     with user_errors():
         device = find_device(options.device)
-        attacks = make_attacks(options.attacks, options.steps, options.allow_names, options.settings)
+        attacks = make_attacks(
+            options.attacks, options.steps, options.allow_names, options.settings, budget=options.budget
+        )
+        for sentence in check_budget(attacks, options.budget):
+            print(sentence)
     ways = ["attack on the processor (--device cpu)"] if device.type != "cpu" else []
     with user_errors(), plain_warnings(), explaining_memory("attack", device, ways):
         results = attack_run(
@@ -98,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
             attacks,
             concepts=options.concept,
             num_pictures=options.num_pictures,
+            restarts=options.restarts,
             seed=options.seed,
             judge=options.judge,
             judge_options=options.judge_options,

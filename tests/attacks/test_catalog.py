@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lit_unlearn.attacks.catalog import find_attack, make_attacks, shipped_attacks
+from lit_unlearn.attacks.catalog import check_budget, find_attack, make_attacks, shipped_attacks
 from lit_unlearn.attacks.prompt_search import PromptSearch
 from lit_unlearn.attacks.relearning import Relearning
 
@@ -20,6 +21,19 @@ def test_settings_that_are_given_go_where_they_belong() -> None:
         json.dumps(attack.settings(), allow_nan=False)
 
 
+def test_a_budget_multiplies_the_steps_of_each_attack() -> None:
+    usual = {attack.name: attack.steps for attack in make_attacks()}
+    assert {attack.name: attack.steps for attack in make_attacks(budget=4)} == {n: 4 * s for n, s in usual.items()}
+    assert len(set(usual.values())) > 1
+    others: list[Any] = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
+    assert check_budget([Relearning(), *others], 4.0) == ["budget=4 has no effect on a, b, without steps."]
+    assert check_budget([Relearning()], 4.0) == check_budget(others, None) == []
+    with pytest.raises(ValueError, match="budget=4 has no effect on a, b, without steps: leave it out"):
+        check_budget(others, 4.0)
+    (short,) = make_attacks(["relearning"], budget=1e-3, settings={"relearning": {"threshold": "0.9"}})
+    assert short == Relearning(steps=1, threshold=0.9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -28,6 +42,13 @@ def test_settings_that_are_given_go_where_they_belong() -> None:
         ({"names": ["relearning"], "allow_names": True}, "allow_names has no effect on relearning: no words are"),
         ({"names": ["relearning"] * 2}, "attacks=relearning relearning names one twice"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"budget": 0.0}, "budget=0 must be a positive number"),
+        ({"budget": float("nan")}, "budget=nan must be a positive number"),
+        ({"budget": 4.0, "steps": 7}, "budget=4 multiplies the default steps, and steps=7 sets them: give one"),
+        (
+            {"budget": 4.0, "settings": {"relearning": {"steps": "7"}}},
+            r"budget=4 multiplies the default steps, and relearning\.steps=7 sets them: give one",
+        ),
     ],
 )
 def test_bad_names_and_steps(arguments: dict[str, Any], message: str) -> None:
@@ -128,6 +149,11 @@ def test_own_attacks_and_settings_that_cannot_be_had(
         ("prompt_search", {"window": (0.9, 0.3)}, r"prompt_search\.window=\(0\.9, 0\.3\) must be two shares"),
         ("ring_a_bell", {"strength": float("nan")}, r"ring_a_bell\.strength=nan must be a positive number"),
         ("concept_inversion", {"learning_rate": 0.0}, r"concept_inversion\.learning_rate=0\.0 must be a positive"),
+        ("concept_inversion", {"learning_rate": float("nan")}, r"concept_inversion\.learning_rate=nan must be a posit"),
+        ("relearning", {"learning_rate": 0.0}, r"relearning\.learning_rate=0\.0 must be a positive number"),
+        ("relearning", {"rank": 0}, r"relearning\.rank=0 must be at least 1"),
+        ("relearning", {"pictures": "dogs"}, r"relearning\.pictures='dogs' must be concept or others"),
+        ("relearning", {"parts": "none"}, r"relearning\.parts='none' must be edited or all"),
         ("relearning", {"threshold": 1.5}, r"relearning\.threshold=1\.5 must be larger than 0 and at most 1"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,29 @@ def test_a_run_is_attacked_in_its_folder(
     assert again.attacks[1].seconds != report.attacks[1].seconds
 
 
+def test_variants_have_results_of_their_own(run_folder: Path, judge: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["attack", "--ckpt_path", str(run_folder / "checkpoints/last.ckpt"), "--judge", judge]
+    args += ["--num_pictures", "2", "--attacks", "prompt_search", "relearning"]
+    assert cli.main([*args, "--steps", "1", "--restarts", "2"]) == 0
+    assert "restarts=2 has no effect on relearning, without a random start." in capsys.readouterr().out
+    variants = ["--prompt_search.per_prompt", "true", "--relearning.parts", "all", "--relearning.rank", "2"]
+    assert cli.main([*args, *variants, "--budget", "0.02"]) == 0
+    # The judge sees dogs everywhere, so that there is nothing else to learn from.
+    assert cli.main([*args[:-2], "relearning", "--relearning.pictures", "others"]) == 2
+    assert "sees it in all of 40 pictures of retained concepts" in capsys.readouterr().err
+    results = {result.attack: result for result in AttackReport.load(run_folder / "attacks.json").attacks}
+    assert list(results) == ["prompt_search", "relearning", "prompt_search_each", "relearning_rank2_all"]
+    starts = results["prompt_search"].settings["starts"]
+    assert [start["shown"] for start in starts] == [1.0, 1.0]
+    assert results["prompt_search"].settings["kept"] == 1 + (starts[1]["loss"] < starts[0]["loss"])
+    assert results["prompt_search"].settings["restarts"] == 2
+    assert "restarts" not in results["relearning"].settings
+    assert results["prompt_search_each"].settings["steps"] == 2
+    assert results["prompt_search_each"].settings["looks"] == [1, 1]
+    assert results["relearning_rank2_all"].settings["rank"] == 2
+    assert (run_folder / "attacks/dog_prompt_search_each.png").is_file()
+
+
 def test_from_python_what_is_there_is_kept(run_folder: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ckpt_path = run_folder / "checkpoints/last.ckpt"
     mine = Relearning(steps=1, threshold=0.9)
@@ -105,6 +129,20 @@ def test_a_delta_has_its_own_concept_set(recipe: Path, workplace: Path, pets: st
     assert attack._concept_set(edit).content() == load_concept_set(pets).content()
 
 
+def test_pictures_of_retained_concepts_need_some(run_folder: Path) -> None:
+    edit, emoji = read_edit(run_folder / "checkpoints/last.ckpt"), load_concept_set("emoji20")
+    learner = Relearning(pictures="others")
+    assert attack._other_prompts([Relearning(), learner], edit, emoji) == emoji.retain_prompts(["dog"])
+    assert attack._other_prompts([Relearning()], edit, emoji) == []
+    with pytest.raises(ValueError, match=r"relearning learns from pictures of retained concepts, and 'emoji20' has no"):
+        attack._other_prompts([learner], replace(edit, concepts=list(emoji.concepts)), emoji)
+
+
+def test_a_budget_is_for_attacks_by_name(run_folder: Path) -> None:
+    with pytest.raises(ValueError, match="budget=2 has no effect on attacks with settings of their own"):
+        attack.attack_run(run_folder / "checkpoints/last.ckpt", [Relearning()], budget=2)
+
+
 def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
     edit = read_edit(run_folder / "checkpoints/last.ckpt")
     components, pretrained = load_with_pretrained(BaseModel.find(str(tiny_sd)), edit)
@@ -124,6 +162,14 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         (["--concept", "dgo"], "The concept set 'emoji20' has no concept 'dgo'; closest names: dog"),
         (["--num_pictures", "0"], "num_pictures=0 must be at least 1."),
         (["--steps", "-3"], "steps=-3 must be at least 1."),
+        (["--budget", "-2"], "budget=-2 must be a positive number."),
+        (["--budget", "2", "--steps", "9"], "budget=2 multiplies the default steps, and steps=9 sets them: give one."),
+        (["--restarts", "0"], "restarts=0 must be at least 1."),
+        (["--attacks", "relearning", "--restarts", "3"], "restarts=3 has no effect on relearning, without a random"),
+        (["--attacks", "relearning", "--relearning.rank", "99"], "relearning.rank=99 must be less than 32, the full"),
+        (["--attacks", "relearning", "--relearning.rank", "0"], "relearning.rank=0 must be at least 1."),
+        (["--attacks", "relearning", "--relearning.pictures", "dogs"], "relearning.pictures: "),
+        (["--attacks", "prompt_search", "--prompt_search.per_prompt", "maybe"], "prompt_search.per_prompt: "),
         (["--seed", "-1"], "seed=-1 must be zero or larger."),
         (["--judge", "lava"], "judge='lava' is no judge and no folder (closest: llava)."),
         (["--model", "nowhere"], "model='nowhere' is no folder and no hub id"),
