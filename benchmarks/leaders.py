@@ -8,7 +8,7 @@ where it stopped, also from a fresh clone. ``--methods``, ``--measures`` and ``-
 
     clean      an edit of one concept: forget, retain, drift, leak, reach, spontaneous rate; by two judges
     token      a learned token on it (concept inversion), three seeds, judged at the recipe's guidance and without any
-    attacks    searched prompts, Ring-A-Bell, completion and the noise probe
+    attacks    searched prompts, Ring-A-Bell, completion, the noise probe and relearning
     strong     a learned token with four times the steps and the best of three restarts
     ten        ten concepts at once; what they retain are the other ten
     twenty     all twenty at once; what they retain are the model's other subjects (``held``)
@@ -46,7 +46,9 @@ MEASURES = ("clean", "ten", "twenty", "token", "attacks", "sequence", "strong")
 TWENTY = tuple(sorted(SINGLE))
 SEQUENCE = (*TEN[0], *(name for name in SINGLE if name not in TEN[0]))
 """The ten first, then the others."""
-ATTACKS = ("prompt_search", "ring_a_bell", "completion", "noise_probe")
+ONLY = {"strong": (*OURS, "uce"), "sequence": ("null_space", "uce", "speed", "null_space_unet", "memit", "esd")}
+"""Methods of the measures that take long; a sequence of ours is the edit of all its concepts at once (a test)."""
+ATTACKS = ("prompt_search", "ring_a_bell", "completion", "noise_probe", "relearning")
 TOKEN_SEEDS, NUM_PICTURES = (0, 1, 2), 20
 OTHER_SUBJECTS = ("tulip", "parrot", "basketball", "standing")
 """Subjects that the model draws and the concept set does not have."""
@@ -74,7 +76,7 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
         alone = measure in ("clean", "token", "attacks", "strong")
         for concept in arguments.concepts if alone else [""]:
             for method in arguments.methods:
-                if measure != "strong" or method in (*OURS, "uce"):
+                if method in ONLY.get(measure, arguments.methods):
                     cells.append(Cell(method, measure, concept))
     return cells
 

@@ -167,6 +167,7 @@ COLUMNS: dict[str, tuple[str, Pick]] = {
     "Ring-A-Bell": ("attacks", attack_share("ring_a_bell")),
     "completion": ("attacks", attack_share("completion")),
     "noise probe": ("attacks", attack_share("noise_probe")),
+    "relearning": ("attacks", attack_share("relearning")),
 }
 
 
