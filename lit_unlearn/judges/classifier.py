@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ Architecture = Literal["convolution", "transformer"]
 
 
 class PatchTransformer(nn.Module):
-    """A small vision transformer (Dosovitskiy et al., 2021) on pictures of 48 × 48 pixels, without a class token.
+    """A small vision transformer (Dosovitskiy et al., 2021) without a class token, on pictures scaled to 48 × 48.
 
     Args:
         dim: Width of a token; a token is a patch of 6 × 6 pixels.
@@ -39,7 +40,9 @@ class PatchTransformer(nn.Module):
         self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Tokens as a map (B, dim, 8, 8) of ``images`` (B, 3, 48, 48)."""
+        """Tokens as a map (B, dim, 8, 8) of ``images`` (B, 3, H, W)."""
+        if images.shape[-2:] != (48, 48):
+            images = F.interpolate(images, (48, 48), mode="bilinear", antialias=True)
         tokens: Tensor = self.layers(self.patches(images).flatten(2).mT + self.positions)
         return tokens.mT.unflatten(2, (8, 8))
 

@@ -15,6 +15,7 @@ from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.emoji.judge import JudgeTraining, emoji_questions
 from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.classifier import AttributeClassifier, ClassifierJudge
+from lit_unlearn.judges.emoji import EmojiJudge, SecondEmojiJudge
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,40 @@ def test_the_judge_takes_any_size_of_picture(folder: Path) -> None:
         assert answer.shape == (2,)
         assert ((answer > 0) & (answer < 1)).all()
     assert judge.features(torch.rand(2, 3, 48, 48)).shape == (2, 8 * 8)
+
+
+def test_a_second_judge_is_a_transformer_that_takes_any_size_of_picture(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        training = JudgeTraining(width=8, architecture="transformer").eval()
+    training.save_pretrained(tmp_path)
+    assert training.part == "second_judge"
+    judge, question = ClassifierJudge(tmp_path), next(iter(emoji_questions()))
+    assert judge.name == "emoji-transformer"
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in judge.classifier.modules())
+    for side in (16, 48, 64):
+        answer = judge(torch.rand(2, 3, side, side), [question] * 2)
+        assert ((answer > 0) & (answer < 1)).all()
+    assert judge.features(torch.rand(2, 3, 48, 48)).shape == (2, 8 * 8)
+    # It sees where a patch lies: with the patches in another order, the answer is another.
+    picture = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    assert (judge(picture, [question]) - judge(picture.flip(-1), [question])).abs() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [EmojiJudge, SecondEmojiJudge])
+def test_both_judges_know_drawings_that_they_have_not_seen(kind: type[ClassifierJudge]) -> None:
+    judge, right = kind(), []
+    for item in DrawingDataset(60, "validation", seed=5):
+        logits = judge.classifier(item["images"][None])
+        right += [int(logits[name].argmax()) == int(item["labels"][i]) for i, name in enumerate(ATTRIBUTES)]
+    assert sum(right) / len(right) > 0.95
+
+
+def test_an_unknown_architecture_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": "mamba"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="architecture 'mamba' is none of convolution, transformer"):
+        ClassifierJudge(folder)
 
 
 def test_an_unknown_question_is_refused(folder: Path) -> None:
