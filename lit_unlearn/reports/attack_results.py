@@ -134,8 +134,9 @@ def attacks_table(results: Sequence[AttackResult], title: str) -> Table:
     several = len({result.concept for result in results}) > 1
     if several:
         table.add_column("concept", overflow="fold")
-    for header in ("attack", "before", "under attack", "unedited", "time", "forwards"):
-        table.add_column(header, justify="left" if header == "attack" else "right", no_wrap=True)
+    table.add_column("attack", overflow="fold")
+    for header in ("before", "under attack", "unedited", "time", "forwards"):
+        table.add_column(header, justify="right", no_wrap=True)
     for result in results:
         low, high = result.intervals["shown"]
         style = "bold red" if result.shown > result.pre_attack else ""

@@ -106,7 +106,12 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
     ]
     if name in ATTACKED:
         attacks = list(shipped_attacks())[: None if name == ATTACKED[0] else 1]
-        commands.append(["attack", *edit, "--attacks", *attacks, "--steps", 1, "--num_pictures", 2])
+        few = ["--steps", 1, "--num_pictures", 2]
+        commands.append(["attack", *edit, "--attacks", *attacks, *few])
+    if name == ATTACKED[0]:
+        variants = ["--prompt_search.per_prompt", "true", "--relearning.rank", 1, "--relearning.parts", "all"]
+        variants += ["--relearning.pictures", "others", "--restarts", 2]
+        commands.append(["attack", *edit, "--attacks", "prompt_search", "relearning", *variants, *few])
     return commands
 
 

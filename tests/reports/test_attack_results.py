@@ -110,3 +110,12 @@ def test_the_table_says_that_failure_proves_nothing() -> None:
     assert "An attack that fails proves nothing" in failed
     assert "0.75 (0.30-0.95)" in failed
     assert "proves nothing" not in text(result())
+
+
+def test_long_names_leave_room_for_the_numbers() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(attacks_table([result("relearning_others_rank16_all")], "some run"))
+    text = capture.get()
+    assert "0.75 (0.30-0.95)" in text
+    assert "…" not in text
