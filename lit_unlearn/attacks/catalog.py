@@ -71,6 +71,8 @@ def make_attacks(
                 f"{name}.{next(iter((settings or {})[name]))} is given, and {name} is not among the attacks"
                 f"{closest(name, chosen)}: they are {', '.join(chosen)}."
             )
+    if steps is not None and chosen and not any(_has(cls, "steps") for cls in classes):
+        raise ValueError(f"steps={steps} has no effect on {', '.join(chosen)}: nothing is searched step by step there.")
     given: dict[str, Any] = {} if steps is None else {"steps": steps}
     if allow_names:
         given["exclude_names"] = False

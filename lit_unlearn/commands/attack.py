@@ -47,6 +47,9 @@ def parser() -> Parser:
     made.add_argument("--num_pictures", type=int, default=10, help="pictures an attack is judged by; default: 10")
     made.add_argument("--steps", type=int, help="steps of each attack; default: each attack's own")
     made.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")
+    made.add_argument("--guidance_scale", type=float, help="guidance of the attacker's pictures; default: the run's")
+    what = "prompt that the attacker's guidance leads away from; default: the empty one"
+    made.add_argument("--negative_prompt", metavar="PROMPT", help=what)
     made.add_argument("--judge", help="a judge, a classifier's folder, or an import path; default: the run's")
     what = "list the judges and their options, which are set as --judge_options.batch_size 4"
     made.add_argument("--judge.help", action=Listing, listing=list_judges, help=what)
@@ -99,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
             concepts=options.concept,
             num_pictures=options.num_pictures,
             seed=options.seed,
+            guidance_scale=options.guidance_scale,
+            negative_prompt=options.negative_prompt,
             judge=options.judge,
             judge_options=options.judge_options,
             model=options.model,
