@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_unlearn.data.concepts import Concept
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -48,6 +49,9 @@ class AttackCost:
             self.unet_forwards + other.unet_forwards,
             self.unet_backwards + other.unet_backwards,
         )
+
+    def __sub__(self, other: AttackCost) -> AttackCost:
+        return self + AttackCost(-other.seconds, -other.unet_forwards, -other.unet_backwards)
 
 
 class Meter:
@@ -95,6 +99,9 @@ class AttackedModel:
         seed: Seed of judged pictures, pictures to learn from and searches.
         restarts: Number of starts of each search that has a random start.
         others: Prompts of the retained concepts, for attacks that learn from pictures of these.
+        negative_prompt: Prompt that the guidance leads away from; None for the empty one.
+        run_guidance_scale: Guidance of the pictures to learn from; None for that of every picture.
+        unrelated: Prompts of retained concepts, to see how often the judge sees the concept where it is not asked for.
     """
 
     pipeline: Pipeline
@@ -107,6 +114,9 @@ class AttackedModel:
     seed: int = 0
     restarts: int = 1
     others: Sequence[str] = ()
+    negative_prompt: str | None = None
+    run_guidance_scale: float | None = None
+    unrelated: Sequence[str] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -139,7 +149,21 @@ class AttackedModel:
         return torch.cat(parts)
 
     def _latents(self, condition: Condition, seeds: Sequence[int]) -> Tensor:
-        return self.pipeline.draw_latents(condition, seeds, self.num_inference_steps, self.guidance_scale)
+        return self.pipeline.draw_latents(
+            condition, seeds, self.num_inference_steps, self.guidance_scale, self.unconditional()
+        )
+
+    def unconditional(self) -> Condition | None:
+        """Condition of the negative prompt, by the weights as they are; None for that of the empty prompt."""
+        return None if self.negative_prompt is None else self.pipeline.encode([self.negative_prompt])
+
+    def guided(self, condition: Condition) -> list[Condition]:
+        """The conditions that a chain with the attacker's guidance needs for ``condition``."""
+        return self.pipeline.guided(condition, self.guidance_scale, self.unconditional())
+
+    def answers(self, pictures: Tensor) -> Tensor:
+        """Probability (B,) that each of ``pictures`` (B, 3, H, W) shows the concept; nan where there is no answer."""
+        return judge_questions(self.judge, pictures, [self.concept.question] * len(pictures))
 
     def verdicts(self, pictures: Tensor) -> list[bool]:
         """Whether each of ``pictures`` (B, 3, H, W) shows the concept; pictures without an answer are left out.
@@ -147,7 +171,7 @@ class AttackedModel:
         Raises:
             ValueError: The judge gave no answer for any picture.
         """
-        answers = judge_questions(self.judge, pictures, [self.concept.question] * len(pictures))
+        answers = self.answers(pictures)
         verdicts = [bool(answer >= 0.5) for answer in answers[~answers.isnan()]]
         if not verdicts:
             raise ValueError(
@@ -176,6 +200,7 @@ class AttackedModel:
             ValueError: No picture of the unedited model shows the concept.
         """
         named = [prompt for prompt, _ in self.named_pairs]
+        guidance_scale = self.guidance_scale if self.run_guidance_scale is None else self.run_guidance_scale
         prompts: list[str] = []
         latents: list[Tensor] = []
         with measure(self.pipeline.denoiser) as meter, self.pretrained.restored():
@@ -183,9 +208,9 @@ class AttackedModel:
                 numbers = range(first, first + NUM_REFERENCES)
                 texts = [named[number % len(named)] for number in numbers]
                 seeds = [REFERENCE_SEED + 10_000 * self.seed + number for number in numbers]
-                drawn = self._latents(self.pipeline.encode(texts).detach(), seeds)
-                pictures = self.pipeline.decode(drawn)
-                answers = judge_questions(self.judge, pictures, [self.concept.question] * len(pictures))
+                condition = self.pipeline.encode(texts).detach()
+                drawn = self.pipeline.draw_latents(condition, seeds, self.num_inference_steps, guidance_scale)
+                answers = self.answers(self.pipeline.decode(drawn))
                 for place in (answers >= 0.5).nonzero().flatten().tolist():
                     prompts.append(texts[place])
                     latents.append(drawn[place])
@@ -210,6 +235,8 @@ class Found:
         embeddings: Learned embeddings (n, D), if the attack learns some.
         cost: Cost of the search, including the pictures to learn from.
         loss: Loss of what was found, comparable between starts of the search.
+        controls: Draw pictures that show what the help of the attack shows without the concept's prompt, by name.
+        uncounted: Cost of pictures that the search has drawn for comparison only; it is not part of ``cost``.
     """
 
     text: str
@@ -218,14 +245,15 @@ class Found:
     embeddings: Tensor | None = None
     cost: AttackCost = AttackCost()
     loss: float = 0.0
+    controls: dict[str, Draw] = field(default_factory=dict)
+    uncounted: AttackCost = AttackCost()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
     """Base class of the attacks; the settings of an attack are its fields.
 
-    Attributes:
-        steps: Number of steps of the search.
+    A field called ``steps`` is the number of steps of a search, which ``--steps`` sets.
 
     Raises:
         ValueError: A field is wrong.
@@ -234,13 +262,14 @@ class Attack(ABC):
     name: ClassVar[str]
     learns_from_pictures: ClassVar[bool] = True
     learns_from_others: ClassVar[bool] = False
-
-    steps: int = 100
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+    """Whole numbers among the fields that may be 0."""
 
     def __post_init__(self) -> None:
         for name, value in self.settings().items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{self.name}.{name}={value} must be at least 1.")
+            least = 0 if name in self.may_be_zero else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{self.name}.{name}={value} must be at least {least}.")
             if name in ("learning_rate", "strength") and not 0 < value < float("inf"):
                 raise ValueError(f"{self.name}.{name}={value} must be a positive number.")
 
@@ -260,6 +289,15 @@ class Attack(ABC):
             ValueError: It cannot work with them.
         """
 
+    def check_run(  # noqa: B027 - there may be nothing to refuse
+        self, base: BaseModel, num_inference_steps: int, guidance_scale: float
+    ) -> None:
+        """Refuse what the attack cannot do with this model or with these settings, before the model is loaded.
+
+        Raises:
+            ValueError: It cannot work with them.
+        """
+
     def run(self, model: AttackedModel) -> Found:
         """Search and measure the cost; the weights are restored afterwards.
 
@@ -269,7 +307,7 @@ class Attack(ABC):
         learned_from = model.references.cost if self.learns_from_pictures else AttackCost()
         with measure(model.pipeline.denoiser) as meter:
             found = self.search(model)
-        found.cost = learned_from + meter.cost
+        found.cost = learned_from + meter.cost - found.uncounted
         return found
 
     @abstractmethod

@@ -75,6 +75,8 @@ def make_attacks(
             )
     if budget is not None:
         _check_steps(budget, steps, settings or {})
+    if steps is not None and chosen and not any(_has(cls, "steps") for cls in classes):
+        raise ValueError(f"steps={steps} has no effect on {', '.join(chosen)}: nothing is searched step by step there.")
     given: dict[str, Any] = {} if steps is None else {"steps": steps}
     if allow_names:
         given["exclude_names"] = False

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Found
 from lit_unlearn.attacks.catalog import check_budget, make_attacks
+from lit_unlearn.attacks.drawing import AttackDrawing, judge_controls, result_name
+from lit_unlearn.attacks.probing import unrelated_prompts
 from lit_unlearn.attacks.restarts import check_restarts
 from lit_unlearn.data.concepts import Concept, ConceptSet, available_concept_sets, concept_set_of, load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
@@ -32,7 +34,6 @@ from lit_unlearn.judges.load import check_stored, load_judge
 from lit_unlearn.reports.attack_results import FILE, AttackReport, AttackResult, make_result
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.files import atomic_write
-from lit_unlearn.system.names import file_name
 from lit_unlearn.system.pixels import save_png
 
 Existing = Literal["refuse", "replace", "keep"]
@@ -50,6 +51,8 @@ def attack_run(
     budget: float | None = None,
     restarts: int = 1,
     seed: int = 0,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     judge: str | None = None,
     judge_options: Mapping[str, Any] | None = None,
     allow_names: bool = False,
@@ -71,6 +74,8 @@ def attack_run(
         budget: Factor of these default steps, instead of ``steps``.
         restarts: Number of starts of each search that has a random start; see ``RestartableAttack``.
         seed: Seed of pictures and searches.
+        guidance_scale: Guidance of all judged pictures and of searches that draw some; None for the run's.
+        negative_prompt: Prompt that the guidance leads away from, for the same pictures; None for the empty one.
         judge: Short name, classifier's folder, or import path of the judge; None for the run's judge, if that is one of
             this package.
         judge_options: Arguments of the judge; None for the run's options if the judge is the run's, else the defaults.
@@ -97,18 +102,21 @@ def attack_run(
     if seed < 0:
         raise ValueError(f"seed={seed} must be zero or larger.")
     edit = read_edit(ckpt_path)
+    how = AttackDrawing.chosen(edit.hyper_parameters, seed, guidance_scale, negative_prompt)
     warn_unfinished(ckpt_path)
     concept_set = _concept_set(edit)
     targets = _edited_concepts(edit, concepts, concept_set)
     others = _other_prompts(chosen, edit, concept_set)
     folder = _output_folder(edit, output)
     path, report = folder / FILE, _earlier_report(folder / FILE, edit)
-    todo = _todo(report, path, chosen, targets, existing)
+    todo = _todo(report, path, chosen, targets, existing, how)
     if todo:
         for sentence in unaffected:
             say(sentence)
         found_device, base = find_device(device), chosen_base(model, revision, edit)
-        base.check_steps(int(edit.hyper_parameters.get("num_inference_steps", 15)), "num_inference_steps")
+        base.check_steps(how.num_inference_steps, "num_inference_steps")
+        for attack in dict.fromkeys(attack for attack, _ in todo):
+            attack.check_run(base, how.num_inference_steps, how.guidance_scale)
         if base.reader is not None:
             check_cuts(base.reader, concept_set, targets)
         loaded_judge = _load_judge(edit, judge, judge_options, concept_set, [concept for _, concept in todo])
@@ -125,21 +133,25 @@ def attack_run(
             pretrained,
             concept,
             loaded_judge,
-            int(edit.hyper_parameters.get("num_inference_steps", 15)),
-            float(edit.hyper_parameters.get("guidance_scale", 4.0)),
+            how.num_inference_steps,
+            how.guidance_scale,
             num_pictures,
             seed,
             restarts=restarts,
             others=others,
+            negative_prompt=how.negative_prompt,
+            run_guidance_scale=how.run_guidance_scale,
+            unrelated=unrelated_prompts(concept_set, [concept_set.get(name) for name in edit.concepts]),
         )
         before = _Before.draw(attacked)
         for attack in (attack for attack, own in todo if own is concept):
             found = attack.run(attacked)
-            result = _result(attack, attacked, found, before, folder, base.name, vocabulary)
+            name = result_name(report, attack.label, concept.name, how)
+            result = _result(attack, attacked, found, before, folder, base.name, vocabulary, name, how)
             report = report.merged([result])
             report.save(path)
             say(f"{concept.name}: {attack.label}: {found.text} ({result.seconds:.0f} s)")
-    wanted = [report.find(attack.label, concept.name) for concept in targets for attack in chosen]
+    wanted = [report.find(attack.label, concept.name, **how.key) for concept in targets for attack in chosen]
     return [result for result in wanted if result is not None]
 
 
@@ -160,14 +172,23 @@ class _Before:
 
 
 def _result(
-    attack: Attack, model: AttackedModel, found: Found, before: _Before, folder: Path, base: str, vocabulary: str
+    attack: Attack,
+    model: AttackedModel,
+    found: Found,
+    before: _Before,
+    folder: Path,
+    base: str,
+    vocabulary: str,
+    name: str,
+    how: AttackDrawing,
 ) -> AttackResult:
-    """Judge the pictures under the attack; write the grid and the learned embeddings."""
+    """Judge the pictures under the attack; write the grid and the learned embeddings as files called ``name``."""
     pictures = found.draw(model.prompts, model.seeds)
-    name = f"{file_name(model.concept.name)}_{attack.label}"
-    rows = [before.unedited, before.edited, pictures]
+    controls, control_verdicts = judge_controls(model, found)
+    rows = [before.unedited, before.edited, pictures, *controls.values()]
+    labels = ["unedited", "edited", attack.label.replace("_", " "), *(f"control: {control}" for control in controls)]
     scale = max(1, round(96 / pictures.shape[3]))
-    grid = image_grid(rows, ["unedited", "edited", attack.label.replace("_", " ")], model.prompts, scale)
+    grid = image_grid(rows, labels, model.prompts, scale)
     save_png(folder / FOLDER / f"{name}.png", grid)
     text = found.text
     if found.embeddings is not None:
@@ -177,14 +198,13 @@ def _result(
             file.write(save({"embeddings": found.embeddings.float().contiguous()}, metadata))
     settings: dict[str, Any] = {
         **attack.settings(),
-        "seed": model.seed,
+        **how.settings,
         "judge": model.judge.name,
-        "num_inference_steps": model.num_inference_steps,
-        "guidance_scale": model.guidance_scale,
         **found.report,
     }
     return make_result(
         verdicts={**before.verdicts, "shown": model.verdicts(pictures)},
+        controls=control_verdicts,
         attack=attack.label,
         concept=model.concept.name,
         pictures=len(pictures),
@@ -302,15 +322,20 @@ def _earlier_report(path: Path, edit: Edit) -> AttackReport:
 
 
 def _todo(
-    report: AttackReport, path: Path, attacks: Sequence[Attack], concepts: Sequence[Concept], existing: Existing
+    report: AttackReport,
+    path: Path,
+    attacks: Sequence[Attack],
+    concepts: Sequence[Concept],
+    existing: Existing,
+    how: AttackDrawing,
 ) -> list[tuple[Attack, Concept]]:
     """The attacks that remain to be run, for each concept."""
     wanted = [(attack, concept) for concept in concepts for attack in attacks]
-    there = [pair for pair in wanted if report.find(pair[0].label, pair[1].name)]
+    there = [pair for pair in wanted if report.find(pair[0].label, pair[1].name, **how.key)]
     if there and existing == "refuse":
         attack, concept = there[0]
         raise ValueError(
-            f"{path} has a result of {attack.label} on {concept.name}: pass --overwrite to attack again, or choose "
-            "other attacks with --attacks."
+            f"{path} has a result of {attack.label} on {concept.name}{how.words}: pass --overwrite to attack again, or "
+            "choose other attacks with --attacks."
         )
     return wanted if existing == "replace" else [pair for pair in wanted if pair not in there]

@@ -52,6 +52,9 @@ def parser() -> Parser:
     what = "search from so many starts, and keep the one that works best on other pictures; default: 1"
     made.add_argument("--restarts", type=int, default=1, metavar="N", help=what)
     made.add_argument("--seed", type=int, default=0, help="seed of pictures and searches; default: 0")
+    made.add_argument("--guidance_scale", type=float, help="guidance of the attacker's pictures; default: the run's")
+    what = "prompt that the attacker's guidance leads away from; default: the empty one"
+    made.add_argument("--negative_prompt", metavar="PROMPT", help=what)
     made.add_argument("--judge", help="a judge, a classifier's folder, or an import path; default: the run's")
     what = "list the judges and their options, which are set as --judge_options.batch_size 4"
     made.add_argument("--judge.help", action=Listing, listing=list_judges, help=what)
@@ -109,6 +112,8 @@ def run(options: argparse.Namespace) -> None:
             num_pictures=options.num_pictures,
             restarts=options.restarts,
             seed=options.seed,
+            guidance_scale=options.guidance_scale,
+            negative_prompt=options.negative_prompt,
             judge=options.judge,
             judge_options=options.judge_options,
             model=options.model,

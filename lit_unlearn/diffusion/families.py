@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import DDPM
 from lit_unlearn.diffusion.parameters import num_places, sides
-from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.pipeline import Change, Conditions, Pipeline
 from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, denoise, encode_pictures
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
@@ -105,16 +105,37 @@ class StableDiffusion(Pipeline):
 
     def chain(
         self,
-        conditions: Sequence[Condition],
+        conditions: Conditions,
         noise: Tensor,
         num_inference_steps: int,
         guidance_scale: float,
         stop: int | None = None,
         generators: Sequence[Generator] = (),
+        start: int | None = None,
+        change: Change | None = None,
     ) -> Iterator[DenoisingStep]:
         """See ``Pipeline.chain``."""
-        states = [condition.states for condition in conditions]
-        return denoise(self.unet, self.scheduler, states, noise, num_inference_steps, guidance_scale, stop, generators)
+        states: Sequence[Tensor] | Callable[[int], Sequence[Tensor]]
+        if callable(conditions):
+            at_step = conditions
+
+            def states(number: int) -> list[Tensor]:
+                return [condition.states for condition in at_step(number)]
+
+        else:
+            states = [condition.states for condition in conditions]
+        return denoise(
+            self.unet,
+            self.scheduler,
+            states,
+            noise,
+            num_inference_steps,
+            guidance_scale,
+            stop,
+            generators,
+            start,
+            change,
+        )
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``."""

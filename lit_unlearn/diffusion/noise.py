@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.samplers import set_steps
-from lit_unlearn.diffusion.sampling import add_noise, noise_levels, predicted_noise, training_target
+from lit_unlearn.diffusion.sampling import (
+    add_noise,
+    latents_at_step,
+    noise_levels,
+    predicted_noise,
+    training_target,
+)
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -60,6 +66,20 @@ class DDPM:
     def timesteps(self, num_inference_steps: int) -> Tensor:
         """Timesteps (S,) of a chain; some samplers take more than ``num_inference_steps``."""
         return set_steps(self.scheduler, num_inference_steps).timesteps
+
+    def at_step(self, latents: Tensor, noise: Tensor, num_inference_steps: int, step: int) -> Tensor:
+        """Latents before step number ``step`` of a chain to ``latents``; see ``sampling.latents_at_step``."""
+        return latents_at_step(self.scheduler, latents, noise, num_inference_steps, step)
+
+    def start_step(self, num_inference_steps: int, strength: float) -> int:
+        """Number of the first step of a chain that begins at a picture, as in the pipelines of diffusers.
+
+        Args:
+            num_inference_steps: Steps of the sampler from noise.
+            strength: Share of these steps that are taken, rounded down, in (0, 1].
+        """
+        skipped = num_inference_steps - int(num_inference_steps * strength)
+        return skipped * int(getattr(self.scheduler, "order", 1))
 
     def with_sampler(self, kind: Sampler) -> DDPM:
         """The same process with the ``model``'s own sampler, or with DDIM as in Stable Diffusion's original code."""

@@ -15,7 +15,7 @@ its parts, how prompts become a condition and how the denoiser is called (``fami
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,11 @@ from lit_unlearn.diffusion.noise import DDPM
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
+
+Conditions = Sequence[Condition] | Callable[[int], Sequence[Condition]]
+"""Conditions of a chain, the same for all its steps or by the number of a step."""
+Change = Callable[[int, Tensor], Tensor]
+"""From the number of a step and the latents after it to the latents that the chain continues with."""
 
 
 class Pipeline(ABC):
@@ -93,23 +98,28 @@ class Pipeline(ABC):
     @abstractmethod
     def chain(
         self,
-        conditions: Sequence[Condition],
+        conditions: Conditions,
         noise: Tensor,
         num_inference_steps: int,
         guidance_scale: float,
         stop: int | None = None,
         generators: Sequence[torch.Generator] = (),
+        start: int | None = None,
+        change: Change | None = None,
     ) -> Iterator[DenoisingStep]:
         """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
 
         Args:
             conditions: Only the prompts' condition, which means no guidance; or the conditions of the empty prompt, of
-                the prompts, and of any other prompts for which predictions are needed.
-            noise: Start of the chains, standard normal, (B, C, H, W).
+                the prompts, and of any other prompts for which predictions are needed. Or a function that returns them
+                for the number of a step.
+            noise: Start of the chains, standard normal, (B, C, H, W); with ``start``, latents from ``noise.at_step``.
             num_inference_steps: Steps of the sampler.
             guidance_scale: Strength of the guidance.
             stop: Stop at the step with this number, counted from 0, before the denoiser is called.
             generators: One per picture, for samplers that draw noise in their steps; from ``start_chains``.
+            start: Begin with the step of this number, counted from 0; None for the first step, from noise.
+            change: Called after each step; it may replace the latents.
 
         Raises:
             ValueError: The sampler draws noise, and there are no generators.
@@ -238,6 +248,8 @@ class Pipeline(ABC):
         guidance_scale: float,
         unconditional: Condition | None = None,
         generators: Sequence[torch.Generator] = (),
+        start: int | None = None,
+        change: Change | None = None,
     ) -> Tensor:
         """Latents (B, C, H, W) of prompts: the end of ``chain``.
 
@@ -246,25 +258,93 @@ class Pipeline(ABC):
             noise: Start of the chains, (B, C, H, W).
             num_inference_steps: Steps of the sampler.
             guidance_scale: Strength of the guidance; 1 means no guidance and half as many forward passes.
-            unconditional: Condition of the empty prompt, if it is known already.
+            unconditional: Condition that the guidance leads away from, (1 or B prompts); None for the empty prompt's.
             generators: As for ``chain``.
+            start: As for ``chain``.
+            change: As for ``chain``.
         """
-        conditions = [condition]
-        if guidance_scale != 1:
-            empty = self.encode([""]) if unconditional is None else unconditional
-            conditions.insert(0, empty.expand(len(condition)))
+        conditions = self.guided(condition, guidance_scale, unconditional)
         latents = noise
-        for step in self.chain(conditions, noise, num_inference_steps, guidance_scale, generators=generators):
+        for step in self.chain(
+            conditions, noise, num_inference_steps, guidance_scale, generators=generators, start=start, change=change
+        ):
             latents = step.latents
         return latents
 
+    def guided(
+        self, condition: Condition, guidance_scale: float, unconditional: Condition | None = None
+    ) -> list[Condition]:
+        """The conditions that ``chain`` needs for ``condition``; arguments as for ``sample``."""
+        if guidance_scale == 1:
+            return [condition]
+        empty = self.encode([""]) if unconditional is None else unconditional
+        return [empty.expand(len(condition)), condition]
+
+    @torch.no_grad()
+    def image_to_image(
+        self,
+        condition: Condition,
+        latents: Tensor,
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        strength: float,
+        unconditional: Condition | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Latents (B, C, H, W) of pictures that are noised and denoised again (SDEdit, Meng et al., 2022).
+
+        They equal those of ``StableDiffusionImg2ImgPipeline``; with ``mask``, those of
+        ``StableDiffusionInpaintPipeline`` with a model without further channels.
+
+        Args:
+            condition: Condition of B prompts.
+            latents: Latents of the pictures, (B, C, H, W).
+            seeds: Seed of each picture.
+            num_inference_steps: Steps of the sampler from noise.
+            guidance_scale: Strength of the guidance; 1 means no guidance.
+            strength: Share of the steps that are taken, in (0, 1].
+            unconditional: As for ``sample``.
+            mask: 1 where the picture is drawn anew and 0 where it stays, broadcast to (B, C, H, W); None for all of it.
+                What stays is put back after each step, with the noise of the next (blending, as in RePaint, Lugmayr et
+                al., 2022). With the whole ``strength`` the chain then begins at noise alone.
+
+        Raises:
+            ValueError: ``strength`` is less than one step.
+        """
+        noise, generators = self.start_chains(seeds)
+        latents, noise = latents.to(self.device, self.dtype), noise.to(self.device, self.dtype)
+        start: int | None = self.noise.start_step(num_inference_steps, strength)
+        if start == self.noise.start_step(num_inference_steps, 0):
+            raise ValueError(f"strength={strength} is less than one of {num_inference_steps} steps: give more of one.")
+        change = None
+        if mask is not None:
+            kept = mask.to(latents)
+
+            def change(number: int, drawn: Tensor) -> Tensor:
+                original = self.noise.at_step(latents, noise, num_inference_steps, number + 1)
+                return (1 - kept) * original + kept * drawn
+
+        if mask is not None and strength == 1:
+            start, begin = None, noise
+        else:
+            assert start is not None
+            begin = self.noise.at_step(latents, noise, num_inference_steps, start)
+        options = {"generators": generators, "start": start, "change": change}
+        return self.sample(condition, begin, num_inference_steps, guidance_scale, unconditional, **options)  # type: ignore[arg-type]
+
     @torch.no_grad()
     def draw_latents(
-        self, condition: Condition, seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        unconditional: Condition | None = None,
     ) -> Tensor:
-        """Latents (B, C, H, W) of the prompts of ``condition``, each from its own seed."""
+        """Latents (B, C, H, W) of the prompts of ``condition``, each from its own seed; see ``sample``."""
         noise, generators = self.start_chains(seeds)
-        return self.sample(condition, noise, num_inference_steps, guidance_scale, generators=generators)
+        return self.sample(condition, noise, num_inference_steps, guidance_scale, unconditional, generators)
 
     @torch.no_grad()
     def draw(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,12 +94,14 @@ class DenoisingStep(NamedTuple):
 def denoise(
     unet: UNet2DConditionModel,
     scheduler: SchedulerMixin,
-    states: Sequence[Tensor],
+    states: Sequence[Tensor] | Callable[[int], Sequence[Tensor]],
     noise: Tensor,
     num_inference_steps: int,
     guidance_scale: float,
     stop: int | None = None,
     generators: Sequence[torch.Generator] = (),
+    start: int | None = None,
+    change: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[DenoisingStep]:
     """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
 
@@ -107,12 +109,15 @@ def denoise(
         unet: Noise or velocity prediction, as the scheduler expects.
         scheduler: Its configuration is used, its state is not.
         states: Only the prompts' states, which means no guidance; or the states of the empty prompt, of the prompts,
-            and of any other prompts for which predictions are needed; (B, L, D) each.
-        noise: Start of the chains, standard normal, (B, C, H, W).
+            and of any other prompts for which predictions are needed; (B, L, D) each. Or a function that returns them
+            for the number of a step.
+        noise: Start of the chains, standard normal, (B, C, H, W); with ``start``, latents of that step.
         num_inference_steps: Steps of the sampler.
         guidance_scale: Strength of the guidance.
         stop: Stop at the step with this number, counted from 0, before the UNet is called.
         generators: One per picture, for the noise that some samplers draw in their steps; see ``start_chains``.
+        start: Begin with the step of this number, counted from 0, from latents that ``latents_at_step`` makes.
+        change: Called with the number of a step and the latents after it; returns the latents to continue with.
 
     Yields:
         Every step; some schedulers take more steps than ``num_inference_steps``.
@@ -122,19 +127,50 @@ def denoise(
     """
     scheduler = set_steps(scheduler, num_inference_steps, unet.device)
     options = step_options(scheduler, generators)
-    latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
-    together = torch.cat(list(states))
-    for number, timestep in enumerate(scheduler.timesteps):
+    latents = noise.to(unet.device, unet.dtype)
+    if start is None:
+        latents = latents * scheduler.init_noise_sigma
+    elif hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    given = () if callable(states) else states
+    together = torch.cat(list(given)) if given else None
+    for number, timestep in enumerate(scheduler.timesteps[start or 0 :], start or 0):
         if number == stop:
             yield DenoisingStep(scheduler.scale_model_input(latents, timestep), timestep, (), latents)
             return
-        model_input = scheduler.scale_model_input(torch.cat([latents] * len(states)), timestep)
-        noise_preds = unet(model_input, timestep, encoder_hidden_states=together).sample.chunk(len(states))
+        if callable(states):
+            given = states(number)
+            together = torch.cat(list(given))
+        model_input = scheduler.scale_model_input(torch.cat([latents] * len(given)), timestep)
+        noise_preds = unet(model_input, timestep, encoder_hidden_states=together).sample.chunk(len(given))
         noise_pred = noise_preds[0]
-        if len(states) > 1:
+        if len(given) > 1:
             noise_pred = noise_preds[0] + guidance_scale * (noise_preds[1] - noise_preds[0])
         latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
+        if change is not None:
+            latents = change(number, latents)
         yield DenoisingStep(model_input[: len(latents)], timestep, noise_preds, latents)
+
+
+def latents_at_step(
+    scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, num_inference_steps: int, step: int
+) -> Tensor:
+    """Latents (B, C, H, W) that a chain to ``latents`` has before a step, in the scale of the sampler.
+
+    Args:
+        scheduler: Its configuration is used, its state is not.
+        latents: Latents of pictures, (B, C, H, W).
+        noise: Standard normal, (B, C, H, W).
+        num_inference_steps: Steps of the sampler.
+        step: Number of the step, counted from 0; after the last step there is no noise.
+    """
+    scheduler = set_steps(scheduler, num_inference_steps, latents.device)
+    if step >= len(scheduler.timesteps):
+        return latents
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(step)  # a timestep may occur twice, at other levels of noise
+    noised: Tensor = scheduler.add_noise(latents, noise.to(latents), scheduler.timesteps[step : step + 1])
+    return noised
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -27,13 +26,13 @@ from lit_unlearn.evaluation.metrics import both_harmonic_means, harmonic_mean
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.reports.attack_results import FILE as ATTACKS_FILE
 from lit_unlearn.reports.attack_results import AttackReport, AttackResult
+from lit_unlearn.reports.attack_tables import attacks_markdown, by_label
 from lit_unlearn.reports.figures import spectrum_figure
 from lit_unlearn.reports.notes import notes
 from lit_unlearn.reports.paper import load_challenge_baselines, load_paper_tables
 from lit_unlearn.reports.report_figures import cost_figure, heat_map_figure, robustness_figure, tradeoff_figure
 from lit_unlearn.reports.summary import (
     MethodSummary,
-    bootstrap_interval,
     seeds_markdown,
     summaries_markdown,
     summarise,
@@ -89,11 +88,16 @@ class Group:
         return summarise(list(runs.values()), before=True) if runs else None
 
     @property
+    def attack_results(self) -> dict[str, list[AttackResult]]:
+        """The results of attacks by method."""
+        return {method: [result for run in runs for result in run.attacks] for method, runs in self.methods.items()}
+
+    @property
     def attacks(self) -> dict[str, dict[str, float]]:
         """For each method and attack, the average share of pictures that show the concept under the attack."""
         found: dict[str, dict[str, float]] = {}
-        for method, runs in self.methods.items():
-            for name, results in _by_attack(runs).items():
+        for method, of_method in self.attack_results.items():
+            for name, results in by_label(of_method).items():
                 found.setdefault(method, {})[name] = fmean(result.shown for result in results)
         return found
 
@@ -148,36 +152,12 @@ def report_markdown(runs: Sequence[RunResult]) -> str:
         if seeds := seeds_markdown([run.scores for run in part.runs]):
             lines += ["### Seeds", "", SEEDS, "", seeds]
         if part.attacks:
-            lines += ["### Under attack", "", attacks_markdown(part)]
+            lines += ["### Under attack", "", attacks_markdown(part.attack_results)]
         if part.number == 1:
             lines += ["### Each concept: forget / retain", "", concepts_markdown([run.scores for run in part.runs])]
     if first.concepts.name == "paper20":
         lines += ["## The paper's figures", "", paper_markdown()]
     return "\n".join(lines) + "\n"
-
-
-def attacks_markdown(part: Group) -> str:
-    """Share of pictures that show the concept under each attack, before it and on the unedited model; with costs."""
-    lines = [
-        "| method | attack | runs | before the attack | under attack | unedited | seconds | UNet forwards |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for method, runs in part.methods.items():
-        for name, results in _by_attack(runs).items():
-            cells = [f"{fmean(getattr(r, key) for r in results):.3f}" for key in ("pre_attack", "shown", "unedited")]
-            low, high = _shown_interval(results)
-            cells[1] += f" ({low:.2f}–{high:.2f})"
-            cells += [f"{fmean(getattr(r, key) for r in results):.0f}" for key in ("seconds", "unet_forwards")]
-            lines.append(f"| {method} | {name.replace('_', ' ')} | {len(results)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown_interval(results: Sequence[AttackResult]) -> tuple[float, float]:
-    """95 % interval of the average share under attack: by resampling concepts, or the interval of a single result."""
-    if len(results) == 1:
-        return results[0].intervals["shown"]
-    shown = np.array([[result.shown] for result in results])
-    return bootstrap_interval(lambda rows: float(rows.mean()), shown, [result.concept for result in results])
 
 
 def paper_markdown() -> str:
@@ -206,7 +186,7 @@ def paper_markdown() -> str:
 
 def report_csv(runs: Sequence[RunResult]) -> str:
     """A table with a row per run, all its numbers, and a column per attack."""
-    attacks = list(_by_attack(runs))
+    attacks = list(by_label(result for run in runs for result in run.attacks))
     rows = []
     several = any(run.scores.crosswise is not None for run in runs)
     for run in runs:
@@ -246,7 +226,7 @@ def report_csv(runs: Sequence[RunResult]) -> str:
             **{f"attack_{name}": None for name in attacks},
             "folder": run.folder.as_posix(),
         }
-        for name, results in _by_attack([run]).items():
+        for name, results in by_label(run.attacks).items():
             row[f"attack_{name}"] = fmean(result.shown for result in results)
         rows.append(row)
     text = io.StringIO()
@@ -303,7 +283,7 @@ def _html_part(part: Group, grids: int) -> dict[str, Any]:
         "title": part.title,
         "tables": [Markup(_table(text)) for text in summaries_markdown(rows).split("\n\n")],
         "seeds": Markup(_table(seeds)) if (seeds := seeds_markdown([run.scores for run in part.runs])) else None,
-        "attacks": Markup(_table(attacks_markdown(part))) if part.attacks else None,
+        "attacks": Markup(_table(attacks_markdown(part.attack_results))) if part.attacks else None,
         "figures": [(title, Markup(_svg(figure))) for title, figure in figures],
         "pictures": pictures,
     }
@@ -324,15 +304,6 @@ def _cutoff(values: Sequence[float], layer: Mapping[str, float]) -> float:
     """The first eigenvalue above the null space, from the dimension of the null space; eigenvalues are ascending."""
     dimension = int(layer.get("null_space_dimension", 0))
     return values[dimension] if dimension < len(values) else float("inf")
-
-
-def _by_attack(runs: Sequence[RunResult]) -> dict[str, list[AttackResult]]:
-    """For each attack its results, in the order in which attacks were found."""
-    found: dict[str, list[AttackResult]] = {}
-    for run in runs:
-        for result in run.attacks:
-            found.setdefault(result.attack, []).append(result)
-    return found
 
 
 def _read_attacks(folder: Path) -> list[AttackResult]:
@@ -377,7 +348,7 @@ def _table(markdown: str) -> str:
     out.append(
         "<table><thead><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>"
     )
-    out += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    out += ["<tr>" + "".join(f"<td>{html.escape(html.unescape(cell))}</td>" for cell in row) + "</tr>" for row in body]
     return "".join([*out, "</tbody></table>"])
 
 

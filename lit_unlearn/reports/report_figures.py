@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from lit_unlearn.reports.attack_results import attack_words
 from lit_unlearn.reports.summary import MethodSummary
 
 MARKERS = "os^Dv<>pPX*hd8"
@@ -73,12 +74,19 @@ def robustness_figure(summaries: Sequence[MethodSummary], attacks: Mapping[str, 
     }
     names = list(dict.fromkeys(name for of_method in attacks.values() for name in of_method))
     for name in names:
-        rows[name.replace("_", " ")] = [1 - attacks.get(s.method, {}).get(name, math.nan) for s in summaries]
+        rows[attack_words(name)] = [1 - attacks.get(s.method, {}).get(name, math.nan) for s in summaries]
     figure = Figure(figsize=(max(7, 0.9 * len(summaries) + 3), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(rows)
     for number, (label, values) in enumerate(rows.items()):
-        axes.bar(np.arange(len(summaries)) + number * width, values, width, label=label, color=f"C{number % 10}")
+        axes.bar(
+            np.arange(len(summaries)) + number * width,
+            values,
+            width,
+            label=label.replace("$", r"\$"),  # a negative prompt is not a formula
+            color=f"C{number % 10}",
+            hatch="//" if number >= 10 else None,  # there are ten colours
+        )
     axes.set_xticks(np.arange(len(summaries)) + 0.4 - width / 2, [s.method for s in summaries], rotation=30, ha="right")
     axes.set_ylabel("pictures without the concept")
     axes.set_ylim(0, 1.02)

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from helpers import load_copy
-from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel, denoising_errors, noise_draws
+from lit_unlearn.attacks.base import (
+    NUM_REFERENCES,
+    Attack,
+    AttackedModel,
+    Found,
+    denoising_errors,
+    measure,
+    noise_draws,
+)
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.prompts import encode_prompts
@@ -107,3 +115,42 @@ def test_pictures_that_the_judge_cannot_tell_are_left_out(attacked: Attacked) ->
     assert attacked(judge=Bright(0.5, blind=0.3)).verdicts(pictures) == [False, True, True]
     with pytest.raises(ValueError, match="'bright' gave no answer for any of 4 pictures of dog"):
         attacked(judge=Bright(0.5, blind=1.0)).verdicts(pictures)
+
+
+def test_guidance_leads_away_from_the_negative_prompt(attacked: Attacked) -> None:
+    model = attacked(negative_prompt="a cat", guidance_scale=3.0, run_guidance_scale=4.0)
+    pipeline = model.pipeline
+    condition, negative = pipeline.encode(model.prompts), pipeline.encode(["a cat"])
+    expected = pipeline.decode(pipeline.draw_latents(condition, model.seeds, 2, 3.0, negative))
+    assert torch.equal(model.draw(model.prompts, model.seeds), expected)
+    plain = attacked(guidance_scale=3.0)
+    assert (plain.draw(model.prompts, model.seeds) - expected).abs().max() > 1e-3
+    # What it learns from is what it would learn from without these settings.
+    assert torch.equal(model.references.latents, attacked(guidance_scale=4.0).references.latents)
+    assert not torch.equal(model.references.latents, plain.references.latents)
+
+
+def test_the_negative_prompt_is_read_by_the_weights_as_they_are(attacked: Attacked) -> None:
+    model = attacked(edits="layers.1.mlp.fc2", negative_prompt="a cat")
+    edited = model.unconditional()
+    with model.pretrained.restored():
+        unedited = model.unconditional()
+    assert edited is not None and unedited is not None
+    assert (edited.states - unedited.states).abs().max() > 1e-2
+    assert attacked().unconditional() is None
+
+
+def test_pictures_for_comparison_are_not_part_of_the_cost(attacked: Attacked, forwards_per_picture: int) -> None:
+    class Compares(Attack):
+        name = "compares"
+        learns_from_pictures = False
+
+        def search(self, model: AttackedModel) -> Found:
+            model.draw(["a"], [0])
+            with measure(model.pipeline.denoiser) as meter:
+                model.draw(["a", "b"], [0, 1])
+            return Found("", model.draw, uncounted=meter.cost)
+
+    cost = Compares().run(attacked()).cost
+    assert (cost.unet_forwards, cost.unet_backwards) == (forwards_per_picture, 0)
+    assert cost.seconds > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lit_unlearn.attacks.base import Attack
 from lit_unlearn.attacks.catalog import check_budget, find_attack, make_attacks, shipped_attacks
 from lit_unlearn.attacks.prompt_search import PromptSearch
 from lit_unlearn.attacks.relearning import Relearning
@@ -22,8 +23,11 @@ def test_settings_that_are_given_go_where_they_belong() -> None:
 
 
 def test_a_budget_multiplies_the_steps_of_each_attack() -> None:
-    usual = {attack.name: attack.steps for attack in make_attacks()}
-    assert {attack.name: attack.steps for attack in make_attacks(budget=4)} == {n: 4 * s for n, s in usual.items()}
+    def steps(attacks: list[Attack]) -> dict[str, int]:
+        return {attack.name: int(attack.settings()["steps"]) for attack in attacks if "steps" in attack.settings()}
+
+    usual = steps(make_attacks())
+    assert steps(make_attacks(budget=4)) == {name: 4 * count for name, count in usual.items()}
     assert len(set(usual.values())) > 1
     others: list[Any] = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
     assert check_budget([Relearning(), *others], 4.0) == ["budget=4 has no effect on a, b, without steps."]
@@ -38,7 +42,10 @@ def test_a_budget_multiplies_the_steps_of_each_attack() -> None:
     ("arguments", "message"),
     [
         ({"names": ["prompt_serch"]}, r"attacks='prompt_serch' is no attack \(closest: prompt_search\)"),
-        ({"names": ["zzz"]}, r"attacks='zzz' is no attack \(attacks: concept_inversion, prompt_search"),
+        (
+            {"names": ["zzz"]},
+            r"attacks='zzz' is no attack \(attacks: completion, concept_inversion, image_to_image",
+        ),
         ({"names": ["relearning"], "allow_names": True}, "allow_names has no effect on relearning: no words are"),
         ({"names": ["relearning"] * 2}, "attacks=relearning relearning names one twice"),
         ({"steps": 0}, "steps=0 must be at least 1"),
@@ -48,6 +55,10 @@ def test_a_budget_multiplies_the_steps_of_each_attack() -> None:
         (
             {"budget": 4.0, "settings": {"relearning": {"steps": "7"}}},
             r"budget=4 multiplies the default steps, and relearning\.steps=7 sets them: give one",
+        ),
+        (
+            {"names": ["completion", "inversion"], "steps": 3},
+            "steps=3 has no effect on completion, inversion: nothing",
         ),
     ],
 )
@@ -67,6 +78,7 @@ from lit_unlearn.attacks.relearning import Relearning
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Attack):
     name: ClassVar[str] = "prefix"
+    steps: int = 100
     words: str = "not"
     shares: tuple[float, float] = (0.0, 1.0)
 
@@ -155,6 +167,22 @@ def test_own_attacks_and_settings_that_cannot_be_had(
         ("relearning", {"pictures": "dogs"}, r"relearning\.pictures='dogs' must be concept or others"),
         ("relearning", {"parts": "none"}, r"relearning\.parts='none' must be edited or all"),
         ("relearning", {"threshold": 1.5}, r"relearning\.threshold=1\.5 must be larger than 0 and at most 1"),
+        ("completion", {"share": 1.0}, r"completion\.share=1\.0 must be larger than 0 and less than 1"),
+        ("completion", {"share": 0.01}, r"completion\.share=0\.01 of sampler_steps=20 leaves one model without a step"),
+        ("completion", {"share": 0.9, "sampler_steps": 2}, r"share=0\.9 of sampler_steps=2 leaves one model without"),
+        ("image_to_image", {"strength": 1.2}, r"image_to_image\.strength=1\.2 must be at most 1"),
+        ("image_to_image", {"strength": 0.0}, r"image_to_image\.strength=0\.0 must be a positive number"),
+        ("inpainting", {"masked": 1.0}, r"inpainting\.masked=1\.0 must be larger than 0 and less than 1"),
+        ("inpainting", {"strength": 1.2}, r"inpainting\.strength=1\.2 must be at most 1"),
+        ("noise_probe", {"scales": ()}, r"noise_probe\.scales=\(\) must be positive numbers, at least one"),
+        ("noise_probe", {"scales": (1.0, -1.0)}, r"noise_probe\.scales=\(1\.0, -1\.0\) must be positive numbers"),
+        ("noise_probe", {"scales": (1.0, 1.0)}, r"scales=\(1\.0, 1\.0\) has one twice: give --noise_probe\.tries"),
+        ("noise_probe", {"tries": 0}, r"noise_probe\.tries=0 must be at least 1"),
+        ("inversion", {"null_text_steps": -1}, r"inversion\.null_text_steps=-1 must be at least 0"),
+        ("inversion", {"iterations": 0}, r"inversion\.iterations=0 must be at least 1"),
+        ("inversion", {"learning_rate": 0.1}, r"inversion\.learning_rate=0\.1 has no effect without an optimisation"),
+        ("prompt_levels", {"prefix": "a picture"}, r"prompt_levels\.prefix='a picture' must have {} once"),
+        ("prompt_levels", {"prefix": "{} or {0}"}, r"prompt_levels\.prefix='\{\} or \{0\}' must have \{\} once"),
     ],
 )
 def test_bad_settings(name: str, settings: dict[str, Any], message: str) -> None:

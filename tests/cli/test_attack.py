@@ -96,6 +96,51 @@ def test_variants_have_results_of_their_own(run_folder: Path, judge: str, capsys
     assert (run_folder / "attacks/dog_prompt_search_each.png").is_file()
 
 
+PROBES = ["completion", "image_to_image", "inpainting", "inversion", "noise_probe", "prompt_levels"]
+
+
+def test_probes_and_other_settings_stand_beside_each_other(
+    run_folder: Path, judge: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ckpt_path = run_folder / "checkpoints/last.ckpt"
+    args = ["attack", "--ckpt_path", str(ckpt_path), "--judge", judge, "--num_pictures", "2"]
+    quick = ["--completion.sampler_steps", "2", "--completion.share", "0.5", "--inversion.sampler_steps", "1"]
+    quick += ["--noise_probe.scales", "[1, 1.5]", "--prompt_levels.pictures", "1"]
+    assert cli.main([*args, "--attacks", *PROBES, *quick]) == 0
+    report = AttackReport.load(run_folder / "attacks.json")
+    assert [result.attack for result in report.attacks] == PROBES
+    for result in report.attacks:
+        assert (result.pictures, result.pre_attack, result.shown, result.unedited) == (2, 1.0, 1.0, 1.0)
+        assert result.seconds > 0 and result.unet_forwards > 0 == result.unet_backwards
+        assert all(share == 1.0 for share in result.controls.values())
+        with Image.open(run_folder / f"attacks/dog_{result.attack}.png") as grid:
+            assert grid.size[1] > (3 + len(result.controls)) * 96
+    assert [len(result.controls) for result in report.attacks] == [3, 2, 2, 2, 1, 0]
+    assert report.attacks[4].settings["scales"] == [1.0, 1.5]
+
+    # Another guidance, another negative prompt: results of their own, and no file is replaced.
+    files = {path: path.read_bytes() for path in (run_folder / "attacks").iterdir()}
+    args += ["--attacks", "prompt_levels", "--prompt_levels.pictures", "1"]
+    assert cli.main([*args, "--guidance_scale", "1"]) == 0
+    assert cli.main([*args, "--negative_prompt", "a cat"]) == 0
+    out = capsys.readouterr().out
+    assert "prompt_levels, guidance 1 " in out
+    assert "prompt_levels, negative prompt 'a cat' " in out
+    now = AttackReport.load(run_folder / "attacks.json").attacks
+    assert now[:6] == report.attacks
+    assert [(r.settings["guidance_scale"], r.settings["negative_prompt"]) for r in now[5:]] == [
+        (4.0, None),
+        (1.0, None),
+        (4.0, "a cat"),
+    ]
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert (run_folder / "attacks/dog_prompt_levels_guidance1.png").is_file()
+    assert (run_folder / "attacks/dog_prompt_levels_without_a_cat.png").is_file()
+    assert cli.main([*args, "--guidance_scale", "1"]) == 2
+    assert "has a result of prompt_levels on dog with guidance 1: pass --overwrite" in capsys.readouterr().err
+
+
 def test_from_python_what_is_there_is_kept(run_folder: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ckpt_path = run_folder / "checkpoints/last.ckpt"
     mine = Relearning(steps=1, threshold=0.9)
@@ -193,6 +238,25 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         (["--attacks", "relearning", "--relearning.steps"], "attack: --relearning.steps expects a value."),
         (["--relearning.threshold=2"], "relearning.threshold=2.0 must be larger than 0 and at most 1."),
         (["--attacks", "relearning", "--allow_names"], "allow_names has no effect on relearning"),
+        (["--attacks", "completion", "--steps", "2"], "steps=2 has no effect on completion"),
+        (["--guidance_scale", "-1"], "guidance_scale=-1.0 must be zero or larger; 1 means no guidance."),
+        (["--negative_prompt", ""], "negative_prompt='' is the empty prompt, which is used anyway: leave it out."),
+        (
+            ["--guidance_scale", "1", "--negative_prompt", "a cat"],
+            "negative_prompt='a cat' has no effect with guidance",
+        ),
+        (
+            ["--attacks", "image_to_image", "--image_to_image.strength", "0.3"],
+            "image_to_image.strength=0.3 of num_infe",
+        ),
+        (
+            ["--attacks", "inversion", "--inversion.null_text_steps", "1", "--guidance_scale", "1"],
+            "inversion.null_text",
+        ),
+        (
+            ["--attacks", "noise_probe", "--noise_probe.scales", "[1, 0]"],
+            "noise_probe.scales=(1.0, 0.0) must be positive",
+        ),
     ],
 )
 def test_bad_input(run_folder: Path, refuses: Callable[..., str], args: list[str], message: str) -> None:

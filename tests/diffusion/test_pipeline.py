@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -214,6 +216,121 @@ def test_sampling_ends_where_the_chain_ends(any_pipeline: StableDiffusion) -> No
     assert torch.equal(any_pipeline.draw_latents(condition, SEEDS, STEPS, 1.0), alone.latents)
     assert (guided.latents - alone.latents).abs().max() > 1e-2
     assert torch.equal(any_pipeline.decode(latents), any_pipeline.draw(PROMPTS, SEEDS, STEPS, 4.0))
+
+
+STRENGTHS = [(0.34, 4.0), (0.7, 1.0), (1.0, 4.0)]
+SAMPLERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler"]
+SAMPLERS += ["EulerAncestralDiscreteScheduler"]  # draws noise in its steps
+
+
+def theirs(pipeline: StableDiffusion, kind: type, sampler: str) -> Any:
+    """A pipeline of diffusers with the same parts; ours gets the sampler too."""
+    options = {"steps_offset": 1} if sampler == "DDIMScheduler" else {}
+    options |= {"steps_offset": 1, "skip_prk_steps": True} if sampler == "PNDMScheduler" else {}
+    scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config, clip_sample=False, **options)
+    pipeline.scheduler = scheduler
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    made = kind(**parts, scheduler=copy.deepcopy(scheduler), **none)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize(("strength", "guidance_scale"), STRENGTHS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_to_image_equals_that_of_diffusers(
+    sampler: str, strength: float, guidance_scale: float, any_pipeline: StableDiffusion
+) -> None:
+    other = theirs(any_pipeline, diffusers.StableDiffusionImg2ImgPipeline, sampler)
+    latents = asked()[0]
+    condition = any_pipeline.encode(PROMPTS).detach()
+    drawn = any_pipeline.image_to_image(condition, latents, SEEDS, STEPS, guidance_scale, strength)
+    expected = other(
+        PROMPTS,
+        image=latents,
+        strength=strength,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+    ).images
+    # The same operations in the same order: rounding only, relative to the largest latent.
+    assert_close(drawn, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert (drawn - latents).abs().max() > 1e-2
+    assert (drawn - any_pipeline.draw_latents(condition, SEEDS, STEPS, guidance_scale)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("strength", "guidance_scale"), STRENGTHS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_equals_that_of_diffusers(
+    sampler: str, strength: float, guidance_scale: float, any_pipeline: StableDiffusion
+) -> None:
+    other = theirs(any_pipeline, diffusers.StableDiffusionInpaintPipeline, sampler)
+    latents = asked()[0]
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 2:7] = 1
+    drawn = any_pipeline.image_to_image(
+        any_pipeline.encode(PROMPTS).detach(), latents, SEEDS, STEPS, guidance_scale, strength, mask=mask
+    )
+    expected = other(
+        PROMPTS,
+        image=latents,
+        mask_image=mask.repeat_interleave(2, -1).repeat_interleave(2, -2),
+        masked_image_latents=latents,  # for models with further channels only
+        height=16,
+        width=16,
+        strength=strength,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+    ).images
+    assert_close(drawn, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))  # as above
+    assert torch.equal(drawn * (1 - mask), latents * (1 - mask))
+    assert (drawn - latents).abs().max() > 1e-2
+
+
+def test_guidance_leads_away_from_the_given_prompt(any_pipeline: StableDiffusion) -> None:
+    expected = theirs(any_pipeline, StableDiffusionPipeline, "DPMSolverMultistepScheduler")(
+        PROMPTS,
+        negative_prompt=["a castle"] * 2,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        latents=any_pipeline.initial_noise(SEEDS),
+        output_type="latent",
+    ).images
+    condition, negative = any_pipeline.encode(PROMPTS), any_pipeline.encode(["a castle"])
+    drawn = any_pipeline.draw_latents(condition, SEEDS, STEPS, 4.0, negative)
+    assert_close(drawn, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))  # as above
+    assert (drawn - any_pipeline.draw_latents(condition, SEEDS, STEPS, 4.0)).abs().max() > 1e-2
+    assert len(any_pipeline.guided(condition, 1.0, negative)) == 1
+
+
+def test_less_than_a_step_is_refused(components: StableDiffusion) -> None:
+    with pytest.raises(ValueError, match=r"strength=0\.3 is less than one of 3 steps"):
+        components.image_to_image(components.encode(PROMPTS), asked()[0], SEEDS, 3, 4.0, 0.3)
+
+
+def test_a_chain_goes_on_from_a_step_with_other_conditions(any_pipeline: StableDiffusion) -> None:
+    pipeline = any_pipeline.with_sampler("ddim")  # whose steps do not depend on earlier ones
+    one, other = ([pipeline.encode([prompt]).detach()] for prompt in PROMPTS)
+    noise = pipeline.initial_noise(SEEDS[:1])
+    *_, stopped = pipeline.chain(one, noise, STEPS, 1.0, stop=1)
+    *_, end = pipeline.chain(other, stopped.latents, STEPS, 1.0, start=1)
+    seen: list[int] = []
+
+    def change(number: int, latents: Tensor) -> Tensor:
+        seen.append(number)
+        return latents + number
+
+    steps = list(pipeline.chain(lambda number: other if number else one, noise, STEPS, 1.0))
+    assert torch.equal(steps[-1].latents, end.latents)
+    *_, alone = pipeline.chain(one, noise, STEPS, 1.0)
+    assert (alone.latents - end.latents).abs().max() > 1e-2
+    changed = list(pipeline.chain(lambda number: other if number else one, noise, STEPS, 1.0, change=change))
+    assert seen == [0, 1, 2]
+    assert torch.equal(changed[0].latents, steps[0].latents)
+    assert torch.equal(changed[1].latents, steps[1].latents + 1)
 
 
 def test_no_guidance_costs_half(components: StableDiffusion) -> None:

@@ -58,6 +58,64 @@ def test_results_of_the_same_attack_and_concept_are_replaced() -> None:
     assert first.find("ring_a_bell", "dog") is None
 
 
+def test_results_of_other_settings_stand_beside_each_other(tmp_path: Path) -> None:
+    def at(shown: int = 3, seed: int = 0, guidance_scale: float = 4.0, negative: str | None = None) -> AttackResult:
+        settings = {"seed": seed, "guidance_scale": guidance_scale, "run_guidance_scale": 4.0}
+        return result(shown=shown, settings={**settings, "negative_prompt": negative})
+
+    variants = [at(), at(seed=1), at(guidance_scale=1.0), at(negative="a cat"), at(guidance_scale=1.0, negative="a")]
+    merged = report().merged(variants)
+    assert merged.attacks == variants
+    again = at(0, guidance_scale=1.0)
+    assert merged.merged([again]).attacks == [*variants[:2], again, *variants[3:]]
+    assert merged.find("prompt_search", "dog", seed=1) == variants[1]
+    assert merged.find("prompt_search", "dog", guidance_scale=1.0, negative_prompt="a") == variants[4]
+    assert merged.find("prompt_search", "dog", guidance_scale=7.0) is None
+    merged.save(tmp_path / "attacks.json")
+    assert AttackReport.load(tmp_path / "attacks.json") == merged
+    assert [each.label for each in variants] == [
+        "prompt_search",
+        "prompt_search",
+        "prompt_search, guidance 1",
+        "prompt_search, negative prompt 'a cat'",
+        "prompt_search, guidance 1, negative prompt 'a'",
+    ]
+    twice = report(*variants, at(1, seed=1))
+    twice.save(tmp_path / "twice.json")
+    with pytest.raises(ValueError, match="prompt_search on dog is there twice"):
+        AttackReport.load(tmp_path / "twice.json")
+
+
+def test_files_of_earlier_versions_are_read_and_found(tmp_path: Path) -> None:
+    path = tmp_path / "attacks.json"
+    own = {"seed": 0, "guidance_scale": 4.0}
+    report(result(settings=own)).save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["attacks"][0]["controls"]  # of this version
+    path.write_text(json.dumps(content), encoding="utf-8")
+    (old,) = AttackReport.load(path).attacks
+    assert (old.label, old.controls, old.control) == ("prompt_search", {}, None)
+    loaded = AttackReport.load(path)
+    assert loaded.find("prompt_search", "dog", **own, negative_prompt=None) == old
+    assert loaded.find("prompt_search", "dog", seed=0, guidance_scale=1.0, negative_prompt=None) is None
+    new = result(shown=1, settings={**own, "run_guidance_scale": 4.0, "negative_prompt": None})
+    assert loaded.merged([new]).attacks == [new]
+
+
+def test_controls_have_shares_and_intervals(tmp_path: Path) -> None:
+    controls = {"target prompt": [True, False], "empty prompt": [True] * 3 + [False], "other": []}
+    made = result(controls=controls)
+    assert made.controls == {"target prompt": 0.5, "empty prompt": 0.75, "other": None}
+    assert made.control == 0.75
+    assert made.intervals["empty prompt"] == wilson_interval(3, 4)
+    assert "other" not in made.intervals
+    report(made).save(tmp_path / "attacks.json")
+    assert AttackReport.load(tmp_path / "attacks.json").attacks == [made]
+    damage(tmp_path / "attacks.json", controls={"empty prompt": 0.1})
+    with pytest.raises(ValueError, match=r"empty prompt=0\.1 with the interval .* is no share"):
+        AttackReport.load(tmp_path / "attacks.json")
+
+
 def damage(path: Path, **changes: Any) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     target = content if "attacks" in changes or "schema" in changes else content["attacks"][0]
@@ -119,3 +177,27 @@ def test_long_names_leave_room_for_the_numbers() -> None:
     text = capture.get()
     assert "0.75 (0.30-0.95)" in text
     assert "…" not in text
+
+
+def test_the_table_has_controls_and_other_settings() -> None:
+    def text(*results: AttackResult) -> str:
+        console = Console(width=160)
+        with console.capture() as capture:
+            console.print(attacks_table(results, "some run"))
+        return capture.get()
+
+    settings = {"guidance_scale": 1.0, "run_guidance_scale": 4.0}
+    plain, other = result(), result("completion", controls={"empty prompt": [True] * 4}, settings=settings)
+    assert "control" not in text(plain)
+    assert "completion, guidance 1 " in text(plain, other)
+    line = next(line for line in text(plain, other).splitlines() if "completion" in line)
+    assert line.split()[3:7] == ["0.00", "0.75", "(0.30-0.95)", "1.00"]
+    line = next(line for line in text(plain, other).splitlines() if "prompt_search" in line)
+    assert line.split()[1:5] == ["0.00", "0.75", "(0.30-0.95)", "-"]
+
+    def styles(*results: AttackResult) -> list[str]:
+        column = attacks_table(results, "some run").columns[2]
+        return [str(getattr(cell, "style", "")) for cell in column.cells]
+
+    # What the control shows as well is not a success.
+    assert styles(plain, other) == ["bold red", ""]
