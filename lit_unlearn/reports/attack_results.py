@@ -168,17 +168,20 @@ class AttackReport:
 def attacks_table(results: Sequence[AttackResult], title: str) -> Table:
     """Return the table that ``lit-unlearn attack`` prints."""
     table = Table(
-        title=Text(title, style="bold", overflow="fold"), title_justify="left", header_style="bold", box=HORIZONTALS
+        title=Text(title, style="bold", overflow="fold"),
+        title_justify="left",
+        header_style="bold",
+        box=HORIZONTALS,
+        collapse_padding=True,
+        pad_edge=False,
     )
     several = len({result.concept for result in results}) > 1
     controlled = any(result.controls for result in results)
     if several:
         table.add_column("concept", overflow="fold")
     for header in ("attack", "before", "under attack", *(["control"] if controlled else []), "unedited", "time"):
-        if header == "attack":
-            table.add_column(header, overflow="fold")
-        else:
-            table.add_column(header, justify="right", no_wrap=True)
+        is_name = header == "attack"
+        table.add_column(header, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     table.add_column("forwards", justify="right", no_wrap=True)
     for result in results:
         low, high = result.intervals["shown"]

@@ -243,11 +243,11 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         (["--negative_prompt", ""], "negative_prompt='' is the empty prompt, which is used anyway: leave it out."),
         (
             ["--guidance_scale", "1", "--negative_prompt", "a cat"],
-            "negative_prompt='a cat' has no effect with guidance",
+            "negative_prompt='a cat' has no effect with guid",
         ),
         (
             ["--attacks", "image_to_image", "--image_to_image.strength", "0.3"],
-            "image_to_image.strength=0.3 of num_infe",
+            "image_to_image.strength=0.3 of num_",
         ),
         (
             ["--attacks", "inversion", "--inversion.null_text_steps", "1", "--guidance_scale", "1"],
@@ -255,7 +255,7 @@ def test_both_states_of_the_weights(run_folder: Path, tiny_sd: Path) -> None:
         ),
         (
             ["--attacks", "noise_probe", "--noise_probe.scales", "[1, 0]"],
-            "noise_probe.scales=(1.0, 0.0) must be positive",
+            "noise_probe.scales=(1.0, 0.0) must be",
         ),
     ],
 )

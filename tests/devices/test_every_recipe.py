@@ -105,7 +105,7 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
         ["export", *edit, "--delta", "-o", "delta"],
     ]
     if name in ATTACKED:
-        attacks = list(shipped_attacks())[: None if name == ATTACKED[0] else 1]
+        attacks = list(shipped_attacks()) if name == ATTACKED[0] else ["concept_inversion"]
         few = ["--steps", 1, "--num_pictures", 2]
         commands.append(["attack", *edit, "--attacks", *attacks, *few])
     if name == ATTACKED[0]:

@@ -36,11 +36,9 @@ def test_other_settings_are_not_averaged_with_the_runs_own() -> None:
 
 @pytest.mark.parametrize("controlled", [True, False])
 def test_controls_have_a_column_if_there_are_some(controlled: bool) -> None:
-    controls = {"empty prompt": [True, False], "target prompt": [False, False], "other": []} if controlled else None
-    results = [
-        result(4, controls=controls),
-        result(2, "cat", controls={"empty prompt": [True]} if controlled else None),
-    ]
+    first = {"empty prompt": [True, False], "target prompt": [False, False], "other": []} if controlled else None
+    second = {"empty prompt": [True]} if controlled else None
+    results = [result(4, controls=first), result(2, "cat", controls=second)]
     head, line, own, esd = rows(attacks_markdown({"uce": results, "esd": [result(1)]}))
     assert ("control" in head) == controlled
     assert len(head) == len(line) == len(own) == len(esd) == (9 if controlled else 8)
