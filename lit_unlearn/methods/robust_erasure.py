@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +233,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
             batch_idx: Number of the step within the round.
         """
         if self.current_epoch == 0:
-            return self.values.sum() * 0
+            return (self.values * 0).sum()
         errors = []
         for number, prompts in enumerate(self.prompts):
             generators = [seeded(self.seed, self.current_epoch, batch_idx, number, item) for item in batch.tolist()]
@@ -244,6 +245,15 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         total = torch.stack(errors).sum()  # each token has only its own error's gradient
         self.log_losses({"train/error": total / len(errors)}, batch)
         return total
+
+    @torch.no_grad()
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step of this round's tokens; others stay, also with an optimizer that moves without a gradient."""
+        before = self.values.clone()
+        with torch.enable_grad():
+            super().optimizer_step(*args, **kwargs)
+        others = torch.arange(len(self.values)) != self.current_epoch - 1
+        self.values[others] = before[others]
 
     def condition(self, tokens: Tokens, embedding: Tensor) -> Condition:
         """Condition of prompts with one learned token, whose embedding is (D,); gradients flow into it."""

@@ -174,8 +174,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.errors = [torch.tensor(error) for error in checkpoint[CHECKPOINT_KEY]["errors"]]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer of V1 only."""
-        return self.optimizer([self.values])
+        """An optimizer of V1 only; without descent one that changes nothing, as Adam does in float16 (its eps is 0)."""
+        return self.optimizer([self.values]) if self.value_choice == "refined" else torch.optim.SGD([self.values], 0.0)
 
     def on_fit_start(self) -> None:
         """Compute everything that needs the frozen model."""
@@ -363,7 +363,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         pairs = batch % self.num_pairs
         values = self.values_of(state, pairs)
         if self.value_choice != "refined":
-            return values.sum() * 0  # V1 does not change
+            return (values * 0).sum()  # V1 does not change
         prediction, goal = self.predictions(state, values, batch, batch_idx)
         error = F.mse_loss(prediction.float(), goal.float())
         distance = per_item((values - state.initial[pairs]).square().mean(-1), state.mask[pairs])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
-@pytest.mark.parametrize("name", ["esd", "null_space", "uce"])
+@pytest.mark.parametrize("name", ["esd", "null_space", "null_space_refined", "uce"])
 def test_true_half_precision(
     name: str, precision: str, dtype: torch.dtype, workers: Workers, stock: Stock, tmp_path: Path
 ) -> None:
