@@ -16,7 +16,11 @@ from devices.workers import Workers
 from lit_unlearn.cli import TOLD_TO_STOP
 from lit_unlearn.edits.checkpoint import load_checkpoint
 
-RECIPES = ["esd", pytest.param("null_space_refined", marks=pytest.mark.slow), pytest.param("siss", marks=pytest.mark.slow)]
+RECIPES = [
+    "esd",
+    pytest.param("null_space_refined", marks=pytest.mark.slow),
+    pytest.param("siss", marks=pytest.mark.slow),
+]
 
 
 def location_tags(path: Path) -> bytes:
