@@ -107,7 +107,9 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
     if name in ATTACKED:
         attacks = list(shipped_attacks()) if name == ATTACKED[0] else ["concept_inversion"]
         few = ["--steps", 1, "--num_pictures", 2]
-        commands.append(["attack", *edit, "--attacks", *attacks, *few])
+        # A picture that is drawn in one step is noised for that step.
+        whole = ["--image_to_image.strength", 1, "--inpainting.strength", 1] if name == ATTACKED[0] else []
+        commands.append(["attack", *edit, "--attacks", *attacks, *few, *whole])
     if name == ATTACKED[0]:
         variants = ["--prompt_search.per_prompt", "true", "--relearning.rank", 1, "--relearning.parts", "all"]
         variants += ["--relearning.pictures", "others", "--restarts", 2]
