@@ -112,7 +112,7 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
         commands.append(["attack", *edit, "--attacks", *attacks, *few, *whole])
     if name == ATTACKED[0]:
         variants = ["--prompt_search.per_prompt", "true", "--relearning.rank", 1, "--relearning.parts", "all"]
-        variants += ["--relearning.pictures", "others", "--restarts", 2]
+        variants += ["--restarts", 2]  # no pictures of others: the judge here sees the concept in all of them
         commands.append(["attack", *edit, "--attacks", "prompt_search", "relearning", *variants, *few])
     return commands
 
