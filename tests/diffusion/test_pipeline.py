@@ -43,11 +43,8 @@ def asked(count: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def test_parts_are_the_modules_and_weights_have_their_names(components: StableDiffusion) -> None:
-    assert components.parts == {
-        "text_encoder": components.text_encoder,
-        "unet": components.unet,
-        "vae": components.vae,
-    }
+    names = ("text_encoder", "unet", "vae")
+    assert components.parts == {name: getattr(components, name) for name in names}
     assert components.denoiser is components.unet
     assert (components.device, components.dtype) == (torch.device("cpu"), torch.float32)
     named = components.named_parameters()
@@ -225,10 +222,9 @@ SAMPLERS += ["EulerAncestralDiscreteScheduler"]  # draws noise in its steps
 
 def theirs(pipeline: StableDiffusion, kind: type, sampler: str) -> Any:
     """A pipeline of diffusers with the same parts; ours gets the sampler too."""
-    options = {"steps_offset": 1} if sampler == "DDIMScheduler" else {}
-    options |= {"steps_offset": 1, "skip_prk_steps": True} if sampler == "PNDMScheduler" else {}
-    scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config, clip_sample=False, **options)
-    pipeline.scheduler = scheduler
+    own = {"DDIMScheduler": {"steps_offset": 1}, "PNDMScheduler": {"steps_offset": 1, "skip_prk_steps": True}}
+    options = {**pipeline.scheduler.config, "clip_sample": False, **own.get(sampler, {})}
+    pipeline.scheduler = scheduler = getattr(diffusers, sampler).from_config(options)
     parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     made = kind(**parts, scheduler=copy.deepcopy(scheduler), **none)
