@@ -187,10 +187,12 @@ class AttackedModel:
 
     @torch.no_grad()
     def unedited_latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Latents (B, C, H, W) of pictures by the unedited model."""
+        """Latents (B, C, H, W) of pictures by the unedited model, drawn as the run draws, whoever attacks."""
+        scale = self.guidance_scale if self.run_guidance_scale is None else self.run_guidance_scale
         with self.pretrained.restored():
-            parts = self.pipeline.encode(prompts).split(DRAW_BATCH)
-            return torch.cat([self._latents(*part) for part in zip(parts, _batches(seeds), strict=True)])
+            parts = zip(self.pipeline.encode(prompts).split(DRAW_BATCH), _batches(seeds), strict=True)
+            drawn = [self.pipeline.draw_latents(*part, self.num_inference_steps, scale) for part in parts]
+        return torch.cat(drawn)
 
     @cached_property
     def references(self) -> References:

@@ -154,3 +154,10 @@ def test_pictures_for_comparison_are_not_part_of_the_cost(attacked: Attacked, fo
     cost = Compares().run(attacked()).cost
     assert (cost.unet_forwards, cost.unet_backwards) == (forwards_per_picture, 0)
     assert cost.seconds > 0
+
+
+def test_pictures_by_the_unedited_model_are_drawn_as_the_run_draws(attacked: Callable[..., AttackedModel]) -> None:
+    plain, other = attacked(), attacked(guidance_scale=1.0, run_guidance_scale=4.0, negative_prompt="a cat")
+    expected = plain.unedited_latents(["a dog", "an owl"], [3, 4])
+    assert torch.equal(other.unedited_latents(["a dog", "an owl"], [3, 4]), expected)
+    assert not torch.equal(attacked(guidance_scale=1.0).unedited_latents(["a dog", "an owl"], [3, 4]), expected)
