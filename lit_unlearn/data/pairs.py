@@ -26,6 +26,8 @@ PREPOSITIONS = (
     *("while", "who", "with"),
 )
 """Words before a name that belong to its phrase: "drawn as a cartoon", "in front of rain", "the man who surfs"."""
+FEW_PAIRS = 6
+"""A concept with fewer pairs left gets more, in which other edited concepts are replaced by their targets."""
 ATTRIBUTES = ("style", "scene")
 """Kinds of concepts without which a picture is still a picture, so that their phrase can be left out."""
 
@@ -46,9 +48,10 @@ class Target:
 def repaired(edited: Sequence[Concept], concepts: ConceptSet) -> list[Concept]:
     """``edited`` with the pairs that an edit of all of them should use; a single concept is returned as it is.
 
-    Pairs whose edit prompt names another edited concept are left out. If a concept has no other pairs, they stay, and
-    their target prompts get the targets of all the concepts that they name. Targets, anchors and target prompts that
-    name an edited concept are replaced; see ``resolved_target``.
+    Pairs whose edit prompt names another edited concept are left out. If fewer than ``FEW_PAIRS`` of a concept are
+    left, some come back with other words: "a cartoon daisy" as "a cartoon tulip", if daisies become tulips. If there is
+    none at all, all stay, and their target prompts get the targets of all the concepts that they name. Targets, anchors
+    and target prompts that name an edited concept are replaced; see ``resolved_target``.
 
     Args:
         edited: Concepts of ``concepts``.
@@ -85,10 +88,16 @@ def resolved_target(concept: Concept, edited: Sequence[Concept], concepts: Conce
 
 def said_of(edited: Sequence[Concept], made: Sequence[Concept]) -> str:
     """What ``repaired`` changed when it made ``made`` of ``edited``, in a sentence or two; "" for nothing."""
-    counts = [sum(len(concept.edit_prompts) for concept in concepts) for concepts in (edited, made)]
     said = []
-    if counts[1] < counts[0]:
-        said.append(f"{counts[0] - counts[1]} of {counts[0]} pairs name another edited concept and are left out.")
+    before, after = ([set(concept.edit_prompts) for concept in concepts] for concepts in (edited, made))
+    if dropped := sum(len(old - new) for old, new in zip(before, after, strict=True)):
+        count = sum(len(concept.edit_prompts) for concept in edited)
+        said.append(f"{dropped} of {count} pairs name another edited concept and are left out.")
+    if added := {own.name: len(new - old) for own, old, new in zip(made, before, after, strict=True) if new - old}:
+        said.append(
+            f"{', '.join(added)} would keep fewer than {FEW_PAIRS}: {sum(added.values())} come back with the targets "
+            "of the other concepts that they name."
+        )
     new = [
         f"{old.name} \u2192 {own.target or 'nothing'} (not {old.target})"
         for old, own in zip(edited, made, strict=True)
@@ -125,6 +134,9 @@ def _repaired(concept: Concept, edited: Sequence[Concept], concepts: ConceptSet,
             into = renamed(into, others, target.name, concept.kind) or reworded(text, into, concept, phrases)
         pairs.append((text, into))
     kept = [(text, into) for text, into in pairs if _named(text, others) is None]
+    if len(kept) < FEW_PAIRS:
+        freed = ((_freed(text, others, targets), _freed(into, others, targets)) for text, into in pairs)
+        kept += [pair for pair in freed if all(pair) and pair not in kept][: FEW_PAIRS - len(kept)]
     if not kept:
         rank_zero_warn(
             f"Every edit prompt of {concept.name} names another edited concept, so all stay, with the targets of "
@@ -182,6 +194,18 @@ def phrases_of(target: Target, concepts: ConceptSet) -> list[Phrase]:
     return list(dict.fromkeys(found)) or [Phrase((), tuple(target.name.split()))]
 
 
+def _freed(text: str, others: Sequence[Concept], targets: dict[str, Target]) -> str:
+    """``text`` with their targets in place of the objects and actions among ``others`` that it names.
+
+    "" if it names a style or a scene among them, of which more than the name would have to change, or if a target is
+    edited too.
+    """
+    while (other := _named(text, others)) is not None:
+        name = targets[other.name].name
+        text = "" if other.kind in ATTRIBUTES or _named(name, others) else _put(name, other, text)
+    return text
+
+
 def renamed(into: str, others: Sequence[Concept], name: str, kind: str) -> str:
     """``into`` with ``name`` in place of the only one of ``others`` that it names; "" if that makes no sentence.
 
@@ -190,9 +214,13 @@ def renamed(into: str, others: Sequence[Concept], name: str, kind: str) -> str:
     named = [other for other in others if other.find_name(into)]
     if kind in ATTRIBUTES or len(named) != 1 or not name:
         return ""
-    found = named[0].replace_names(into, name)
+    return _put(name, named[0], into)
+
+
+def _put(name: str, other: Concept, text: str) -> str:
+    """``text`` with ``name`` in place of the names of ``other``, and the article that belongs to it."""
     article = "an" if name[0].casefold() in "aeiou" else "a"
-    return re.sub(rf"\ban? (?={re.escape(name)}\b)", f"{article} ", found)
+    return re.sub(rf"\ban? (?={re.escape(name)}\b)", f"{article} ", other.replace_names(text, name))
 
 
 def reworded(text: str, into: str, concept: Concept, phrases: Sequence[Phrase]) -> str:
@@ -206,7 +234,7 @@ def reworded(text: str, into: str, concept: Concept, phrases: Sequence[Phrase]) 
     """
     start, old, end = split(into, text, concept.kind, is_description=concept.find_name(text) is None)
     if not phrases:
-        return " ".join((*start, *end))
+        return " ".join((*start, *_article_before(end, old, concept.kind), *end))
 
     # The same preposition or article fits best, else one that begins alike, else any.
     def fit(phrase: Phrase) -> tuple[bool, bool, bool]:
@@ -214,6 +242,14 @@ def reworded(text: str, into: str, concept: Concept, phrases: Sequence[Phrase]) 
 
     best = max(phrases, key=fit)
     return " ".join((*start, *(best.before if old.before else ()), *best.words, *end))
+
+
+def _article_before(end: Sequence[str], old: Phrase, kind: str) -> list[str]:
+    """The article that ``end`` needs once ``old``, which stood before its noun, is left out: "an ink sketch man"."""
+    stands_free = not end or end[0] in (*ARTICLES, *PREPOSITIONS)
+    if kind not in ATTRIBUTES or stands_free or old.before[-1:] not in (("a",), ("an",)):
+        return []
+    return ["an" if end[0][0].casefold() in "aeiou" else "a"]
 
 
 def split(

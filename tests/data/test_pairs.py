@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
-from lit_unlearn.data.pairs import repaired, resolved_target, said_of, split
+from lit_unlearn.data.pairs import FEW_PAIRS, repaired, resolved_target, said_of, split
 
 TEN = ("dog", "castle", "apple", "owl", "sketch", "cartoon", "rain", "sunset", "walking", "surfing")
 EMOJI = load_concept_set("emoji20")
@@ -27,7 +27,7 @@ def test_a_single_concept_is_as_the_set_has_it() -> None:
     assert made("surfing") == {"surfing": EMOJI.get("surfing")}
 
 
-@pytest.mark.parametrize(("names", "left"), [(TEN, 108), (tuple(EMOJI.concepts), 144)])
+@pytest.mark.parametrize(("names", "left"), [(TEN, 108), (tuple(EMOJI.concepts), 144 + 27)])
 def test_pairs_that_name_another_edited_concept_are_left_out(names: tuple[str, ...], left: int) -> None:
     assert sum(len(concept.edit_prompts) for concept in made(*names).values()) == left
 
@@ -43,6 +43,20 @@ def test_no_pair_keeps_or_brings_back_an_edited_concept(name: str) -> None:
             assert not [text for text in own.edit_prompts if any(other.find_name(text) for other in others)]
             assert not [into for into in own.target_prompts if any(other.find_name(into) for other in edited)]
             assert not any(other.find_name(text) for other in edited for text in (own.target, own.anchor))
+
+
+def test_a_concept_with_few_pairs_left_gets_some_in_which_the_others_are_replaced() -> None:
+    found = made(*EMOJI.concepts)
+    assert {len(found[name].edit_prompts) for name in ("cartoon", "neon", "sketch", "pixel art", "rain")} == {FEW_PAIRS}
+    cartoon, sketch = pairs(found["cartoon"]), pairs(found["sketch"])
+    assert cartoon["there is a woman standing in cartoon style"] == "there is a woman standing"  # was dancing
+    assert cartoon["a picture of a cartoon tulip"] == "a picture of a tulip"  # was a daisy
+    assert sketch["a picture of an ink sketch man standing on a plain background"] == (
+        "a picture of a man standing on a plain background"
+    )
+    said = said_of(list(EMOJI.concepts.values()), list(found.values()))
+    assert said.startswith("156 of 300 pairs name another edited concept and are left out. ")
+    assert "would keep fewer than 6: 27 come back with the targets of the other concepts that they name." in said
 
 
 def test_a_chain_of_targets_is_followed_to_its_end() -> None:
