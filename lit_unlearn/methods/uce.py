@@ -11,19 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.reach import largest_norm
-from lit_unlearn.core.solvers import Retained, Write
+from lit_unlearn.core.solvers import Write
 from lit_unlearn.core.subject_tokens import SubjectTokens
 from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import Concept
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
-from lit_unlearn.methods.shared.text_maps import TextKeys, by_way, select_first_maps, subject_places, text_keys
+from lit_unlearn.methods.shared.text_maps import (
+    TextKeys,
+    by_way,
+    retained_inputs,
+    select_first_maps,
+    subject_places,
+    text_keys,
+)
 from lit_unlearn.system.devices import for_solving
 
 TEMPLATES = ("a picture of {}", "an image of {}", "a drawing of {}", "this is {}", "look at {}")
@@ -124,7 +127,8 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
         phrases, guides = text_keys(self.pipeline, self.phrases), [text_keys(self.pipeline, g) for g in self.guides]
         ways = by_way(self.edited_names)
         self.mapped = {way: self._mapped(phrases[way], [guide[way] for guide in guides]) for way in ways}
-        kept = self._preserved(list(ways)) if self.preserved else dict.fromkeys(ways, Retained())
+        every = self.preserve_tokens == "all"
+        kept = retained_inputs(self.pipeline, list(ways), self.preserved, int(every), last_subject=not every)
         self.retained = {name: kept[way] for way, names in ways.items() for name in names}
 
     def _mapped(self, phrases: TextKeys, guides: Sequence[TextKeys]) -> Mapped:
@@ -132,28 +136,6 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
         keys = for_solving(phrases.at(rows, places))
         found = [for_solving(guide.at(rows, place)) for guide, place in zip(guides, guide_places, strict=True)]
         return Mapped(keys, found, rows.to(keys.device))
-
-    def _preserved(self, ways: Sequence[str]) -> dict[str, Retained]:
-        """For each way the sum of c_p c_pᵀ over the preserved states, computed in batches of prompts."""
-        prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
-        moments: dict[str, list[Tensor]] = {way: [] for way in ways}
-        counts, longest = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            found = text_keys(self.pipeline, prompts[start : start + ENCODE_BATCH])
-            for way in ways:
-                states = found[way].states
-                if self.preserve_tokens == "last_subject":
-                    states = found[way].at(*subject_places(self.pipeline, found[way], [], "last_subject")[:2])
-                keys = states.flatten(0, -2)
-                moments[way].append(second_moment(keys))
-                counts[way], longest[way] = counts[way] + len(keys), max(longest[way], largest_norm(keys))
-        number = len(self.preserved)
-        return {
-            way: Retained(
-                torch.stack(moments[way]).sum(0).cpu(), counts[way], prompts=number, largest_norm=longest[way]
-            )
-            for way in ways
-        }
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
         """All layers of a way at once, from their pretrained weights: the rounds of debiasing do not accumulate."""

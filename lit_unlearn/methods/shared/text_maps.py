@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
+from lit_unlearn.core.solvers import Retained
 from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 
@@ -93,3 +97,42 @@ def subject_places(
         start += ids.shape[1]
     rows, places, *guide_places = (torch.cat(found) for found in zip(*parts, strict=True))
     return rows, places, guide_places
+
+
+def retained_inputs(
+    pipeline: Pipeline,
+    ways: Sequence[str],
+    prompts: Sequence[str],
+    empty_weight: int = 0,
+    last_subject: bool = False,
+) -> dict[str, Retained]:
+    """What is retained on each way: the sum of k kᵀ over the inputs at ``prompts``, computed in batches.
+
+    Args:
+        pipeline: The pipeline.
+        ways: Names of ways.
+        prompts: Prompts whose outputs should not change; for none, nothing is retained.
+        empty_weight: How often the empty prompt counts.
+        last_subject: Whether only the state of each prompt's last token is retained.
+    """
+    if not prompts:
+        return {way: Retained() for way in ways}
+    moments: dict[str, list[Tensor]] = {way: [] for way in ways}
+    counts, longest = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
+    once = [*prompts, *([""] if empty_weight == 1 else [])]
+    batches = [(once[start : start + ENCODE_BATCH], 1) for start in range(0, len(once), ENCODE_BATCH)]
+    for batch, weight in [*batches, *([([""], empty_weight)] if empty_weight > 1 else [])]:
+        found = text_keys(pipeline, batch)
+        for way in ways:
+            states = found[way].states
+            if last_subject:
+                states = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])
+            keys = states.flatten(0, -2)
+            moments[way].append(weight * second_moment(keys))
+            counts[way], longest[way] = counts[way] + weight * len(keys), max(longest[way], largest_norm(keys))
+    return {
+        way: Retained(
+            torch.stack(moments[way]).sum(0).cpu(), counts[way], prompts=len(prompts), largest_norm=longest[way]
+        )
+        for way in ways
+    }
