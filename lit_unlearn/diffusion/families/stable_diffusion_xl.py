@@ -164,6 +164,18 @@ class StableDiffusionXL(Pipeline):
         read = [text.read(ids) for text, ids in zip(self.texts, tokens.ids, strict=True)]
         return Condition(torch.cat([states for states, _ in read], dim=-1), read[1][1])
 
+    def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
+        """See ``Pipeline.first_inputs``; the pooled vector goes together with the embedded sizes."""
+        assert condition.pooled is not None
+        sizes = self.unet.add_time_proj(self._sizes(condition.pooled).flatten()).to(condition.pooled)
+        pooled = torch.cat([condition.pooled, sizes.view(1, -1).expand(len(condition), -1)], dim=-1)
+        return {"tokens": condition.states, "pooled": pooled.unsqueeze(1)}
+
+    def _sizes(self, like: Tensor) -> Tensor:
+        """Original size, corner of the crop and target size, (6,), of the type and on the device of ``like``."""
+        size = self.picture_size
+        return torch.tensor([*size, 0, 0, *size]).to(like)
+
     def unconditional(self) -> Condition:
         """See ``Pipeline.unconditional``; zeros if the model says so."""
         if not self.force_zeros_for_empty_prompt:
@@ -177,8 +189,7 @@ class StableDiffusionXL(Pipeline):
         self, x_t: Tensor, timesteps: Tensor, condition: Condition, values: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """See ``Pipeline.predict``."""
-        size = self.picture_size
-        sizes = torch.tensor([*size, 0, 0, *size], dtype=condition.states.dtype, device=x_t.device)
+        sizes = self._sizes(condition.states).to(x_t.device)
         added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(len(x_t), -1)}
         given, options = (x_t, timesteps, condition.states), {"added_cond_kwargs": added}
         if values is None:
