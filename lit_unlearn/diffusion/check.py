@@ -205,7 +205,9 @@ def read_prompts(path: Path, model: str) -> PromptReader:
     """The reader of prompts of a folder that has been checked, without its text encoders."""
     tokenizers, declared = read_tokenizers(path, model), declared_parts(path, model)
     lengths = {part: tokenizer.model_max_length for part, tokenizer in tokenizers.items()}
-    lengths.update({part: length for part in tokenizers if (length := declared[part].length) is not None})
+    for part in tokenizers:
+        if (most := declared[part].length) is not None:
+            lengths[part] = min(most, lengths[part])
     encoders = tuple(declared[part].encoder for part in tokenizers)
     return PromptReader(tuple(tokenizers.values()), tuple(lengths.values()), encoders)
 

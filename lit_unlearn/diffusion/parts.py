@@ -21,7 +21,7 @@ class Part:
         kinds: Classes that ``model_index.json`` may name for it; it is loaded as the first. Empty for a scheduler.
         optional: Whether the pipeline can do without it.
         encoder: Of a tokenizer: the name of its text encoder; empty for other parts.
-        length: Of a tokenizer: number of tokens that its text encoder reads; None takes the tokenizer's own.
+        length: Of a tokenizer: most tokens that its text encoder reads, if the tokenizer has no lower limit of its own.
     """
 
     kinds: tuple[str, ...] = ()

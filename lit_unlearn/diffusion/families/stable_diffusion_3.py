@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 T5_LENGTH = 256
-"""Positions that the T5 reads, ``max_sequence_length`` of diffusers' pipeline by default."""
+"""Most positions that the T5 reads, ``max_sequence_length`` of diffusers' pipeline by default."""
 
 
 @dataclass(eq=False)
@@ -115,7 +115,8 @@ class StableDiffusion3(Pipeline):
         )
         if self.text_encoder_3 is None or self.tokenizer_3 is None:
             return clips
-        return (*clips, TextEncoder("text_encoder_3", self.text_encoder_3, self.tokenizer_3, positions=T5_LENGTH))
+        length = min(T5_LENGTH, int(self.tokenizer_3.model_max_length))
+        return (*clips, TextEncoder("text_encoder_3", self.text_encoder_3, self.tokenizer_3, positions=length))
 
     @property
     def token_order(self) -> tuple[int, ...]:
