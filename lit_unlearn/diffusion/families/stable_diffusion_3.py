@@ -164,14 +164,13 @@ class StableDiffusion3(Pipeline):
     ) -> Tensor:
         """See ``Pipeline.predict``."""
         given = {
-            "hidden_states": x_t,
             "timestep": timesteps.expand(len(x_t)),
             "encoder_hidden_states": condition.states,
             "pooled_projections": condition.pooled,
         }
         if values is None:
-            return self.transformer(**given).sample
-        return functional_call(self.transformer, dict(values), (), given).sample
+            return self.transformer(x_t, **given).sample
+        return functional_call(self.transformer, dict(values), (x_t,), given).sample
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``."""
