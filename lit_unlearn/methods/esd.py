@@ -123,14 +123,16 @@ class ESD(GradientEditor, ConceptEditor):
         self.num_pairs = len(self.prompts)
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """UNet weights that the pattern selects.
+        """Weights of the denoiser that the pattern selects.
 
         Raises:
             ValueError: It selects another weight.
         """
-        groups = "xattn, xattn-kv, noxattn, selfattn, full"
-        why = f": ESD edits only weights of the UNet; choose {groups} or a pattern within unet."
-        return self.select_only(names, lambda name: name.startswith("unet."), why)
+        part = self.base.family.denoiser_part
+        groups = "xattn, xattn-kv, noxattn, selfattn, full" if part == "unet" else "joint-kv, full"
+        where = "the UNet" if part == "unet" else f"the {part}"
+        why = f": ESD edits only weights of {where}; choose {groups} or a pattern within {part}."
+        return self.select_only(names, lambda name: name.startswith(f"{part}."), why)
 
     def on_fit_start(self) -> None:
         """Encode the prompts, and drop states that an earlier run may have kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -62,6 +62,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     num_pairs: int
 

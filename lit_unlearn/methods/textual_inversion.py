@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,8 @@ class TextualInversion(GradientEditor, ReferenceImages):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     num_pairs: int
 

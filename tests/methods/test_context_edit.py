@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import KV, PROMPTS, TARGETS, by_null_space, states
+from helpers import KV, PROMPTS, TARGETS, by_null_space, by_ridge_map, states
 from lit_unlearn.diffusion import base_model
 from lit_unlearn.methods.context_edit import ContextEdit
+from lit_unlearn.methods.uce import UCE
+from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Build = Callable[..., ContextEdit]
 Fit = Callable[..., L.Trainer]
+POOLED = "transformer.time_text_embed.text_embedder.linear_1"
 KEPT = ["a cat", "the cat in the rain"]
 ALIGNED = [3, *range(4, 32), 31]
 """Target position of each position from 2 on: "dog" takes "ball", its target's last token, and all behind it shifts."""
@@ -88,3 +91,87 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         context(**arguments)
+
+
+# --- other families
+
+
+def edit_of(kind: type, folder: Path, pets: str, **arguments: Any) -> Any:
+    given = {"concept": "dog", "model": str(folder), "concept_set": pets, "num_inference_steps": 1}
+    return kind(**{**given, "edited_parameters": "context", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("family", "embedder", "count"), [("tiny_sdxl", "unet.add_embedding.linear_1", 9), ("tiny_sd3", POOLED, 2)]
+)
+def test_context_is_both_ways_of_the_text(
+    family: str, embedder: str, count: int, pets: str, fit: Fit, request: pytest.FixtureRequest
+) -> None:
+    module = edit_of(ContextEdit, request.getfixturevalue(family), pets)
+    fit(module, by_null_space(threshold=8, rule="count", ridge=1e-3))
+    assert len(module.edited_names) == count
+    assert f"{embedder}.weight" in module.edited_names
+    assert set(module.on_way) == {"tokens", "pooled"}
+    keys = module.on_way["pooled"]
+    with torch.no_grad():
+        condition = module.pipeline.encode(PROMPTS)
+    assert_close(keys.keys[:, : condition.pooled.shape[1]], condition.pooled.double())
+    for name, layer in module.layers.items():  # biases stay, and every map is changed
+        change = layer.weight.detach() - module.pretrained.values[name]
+        assert change.norm() > 1e-3 * layer.weight.norm()
+
+
+def test_the_states_of_all_encoders_are_read_and_aligned(tiny_sd3: Path, pets: str, fit: Fit) -> None:
+    module = edit_of(ContextEdit, tiny_sd3, pets)
+    fit(module, by_null_space(threshold=8, rule="count"))
+    clip, t5 = (module.pipeline.texts[number].length for number in (0, 2))
+    with torch.no_grad():
+        edited, targets = (module.pipeline.encode(prompts).states.double() for prompts in (PROMPTS, TARGETS))
+    pairs = module.on_way["tokens"]
+    assert len(pairs.keys) == 2 * (clip - 1 + t5)
+    # The CLIPs' positions of both prompts come first, without BOS, then the T5's, which has none.
+    assert torch.equal(pairs.keys[: clip - 1], edited[0, 1:clip])
+    assert torch.equal(pairs.keys[2 * (clip - 1) :][:t5], edited[0, clip:])
+    words = pairs.goals[2 * (clip - 1) :][:3]  # "a dog </s>" takes "a soccer ball </s>"
+    assert torch.equal(words, targets[0, [clip, clip + 2, clip + 3]])
+
+
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5"])
+def test_what_reads_a_retained_prompt_stays_and_the_concept_changes(
+    family: str, pets: str, fit: Fit, request: pytest.FixtureRequest
+) -> None:
+    # The states of these prompts fill the space of such small models, so only the pooled way has a null space.
+    pattern = "add_embedding.linear_1.weight|text_embedder.linear_1.weight"
+    module = edit_of(ContextEdit, request.getfixturevalue(family), pets, edited_parameters=pattern)
+    fit(module, by_null_space(threshold=1e-9, rule="mean", ridge=1e-9))
+    (layer,) = module.layers.values()
+    before = module.pretrained.values[module.edited_names[0]]
+    with torch.no_grad():
+        kept, edited = (
+            module.pipeline.first_inputs(module.pipeline.encode(prompts))["pooled"][:, 0] for prompts in (KEPT, PROMPTS)
+        )
+    change = layer.weight.detach() - before
+    moment = module.retained[module.edited_names[0]].moment
+    assert torch.linalg.matrix_rank(moment) == 3 < layer.in_features  # two prompts, and the empty one
+    assert (kept @ change.mT).abs().max() < 1e-5 * (kept @ before.mT).abs().max()
+    assert (edited @ change.mT).norm() > 1e-2 * (edited @ before.mT).norm()
+
+
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3"])
+def test_uce_takes_targets_without_the_bias(family: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
+    module = edit_of(UCE, request.getfixturevalue(family), pets, preserve=None)
+    fit(module, by_ridge_map(lamb=1e-6))
+    name = next(name for name in module.edited_names if module.layers[name].bias is not None)
+    layer, (mapped, *_) = module.layers[name], [module.mapped["pooled" if "linear_1" in name else "tokens"]]
+    before = mapped.guides[0] @ module.pretrained.values[name].double().mT + layer.bias.double()
+    with torch.no_grad():
+        assert_close(layer(mapped.keys.float()).double(), before, rtol=1e-3, atol=1e-4)  # what the guide had
+
+
+def test_a_method_of_one_text_encoder_is_refused_before_loading(
+    tiny_sdxl: Path, pets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("a model was loaded"))
+    message = "is Stable Diffusion XL, with the text encoders text_encoder, text_encoder_2, and ValueRefinement works"
+    with pytest.raises(ValueError, match=message):
+        edit_of(ValueRefinement, tiny_sdxl, pets, edited_parameters="text-fc2")

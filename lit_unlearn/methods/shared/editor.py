@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -48,6 +48,9 @@ class DiffusionEditor(L.LightningModule):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
+    one_text_encoder: ClassVar[bool] = False
+    """Whether the method works only with families that have a single text encoder."""
+
     recipe: dict[str, Any] | None = None
     """Everything that determined the fit, as a recipe, if it was run from the command line."""
 
@@ -76,6 +79,7 @@ class DiffusionEditor(L.LightningModule):
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
         self.base = BaseModel.find(model, revision)
         if self.base.names:
+            self._check_family()
             self.select(self.base.names)
         self.base.check_steps(num_inference_steps, "model.num_inference_steps")
         self.forwards = ForwardCount()
@@ -84,6 +88,17 @@ class DiffusionEditor(L.LightningModule):
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
+
+    def _check_family(self) -> None:
+        """Refuse a family of several text encoders if the method works with one only."""
+        family = self.base.family
+        encoders = [part.encoder for part in family.declared.values() if part.encoder]
+        if self.one_text_encoder and len(encoders) > 1:
+            raise ValueError(
+                f"model={self.model_id!r} is {family.title}, with the text encoders {', '.join(encoders)}, and "
+                f"{type(self).__name__} works with a single one only: choose null_space_context.yaml, uce.yaml, "
+                "speed.yaml, esd.yaml or concept_ablation.yaml."
+            )
 
     @property
     def edited_labels(self) -> list[str]:
@@ -102,7 +117,7 @@ class DiffusionEditor(L.LightningModule):
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods may restrict the choice."""
-        return match_parameters(self.edited_parameters, names)
+        return match_parameters(self.edited_parameters, names, self.base.family.unread(names))
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
         """As ``DiffusionEditor.select``, for methods that cannot edit every weight.
