@@ -25,8 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from helpers import SHARED, draw_weights, load_copy, original
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.edits.single_file import names
-from lit_unlearn.edits.single_file.names import Namer
+from lit_unlearn.diffusion.single_file import names
+from lit_unlearn.diffusion.single_file.names import Namer
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor

@@ -30,8 +30,8 @@ from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import denoise
+from lit_unlearn.diffusion.single_file.names import Keys, Namer
 from lit_unlearn.diffusion.source import resolve_model
-from lit_unlearn.edits.single_file.names import Keys, Namer
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 

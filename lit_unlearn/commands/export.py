@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         provenance,
     )
     from lit_unlearn.edits.lora import FILE_NAME, notable_loss, parse_rank
-    from lit_unlearn.edits.single_file.file import SingleFile
+    from lit_unlearn.edits.single_file import SingleFile
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     kept = report = written = source = None
@@ -88,8 +88,9 @@ def run(options: argparse.Namespace) -> None:
         file_name = source.path.name if source is not None else file_name
         output = output_path(Path(options.output), file_name, options.overwrite)
         edit = read_edit(options.ckpt_path)
-        for name in edit.weights if source is not None else ():
-            source.dtype(name)  # that the file has a place for it is said before the model is read
+        if source is not None:
+            for name in edit.weights:
+                source.dtype(name)  # a file without a place for it is refused before the model is read
         warn_unfinished(options.ckpt_path)
         base = chosen_base(options.model, options.revision, edit)
         if options.delta:

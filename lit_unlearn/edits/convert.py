@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.edits.checkpoint import UNPICKLING_ERRORS
-from lit_unlearn.edits.single_file.file import header_bytes
+from lit_unlearn.edits.single_file import header_bytes
 from lit_unlearn.system.files import atomic_write
 
 NAMES = {
@@ -29,7 +29,7 @@ NAMES = {
     torch.bool: "BOOL",
 }
 """Types of tensors that are written, with their names in safetensors."""
-REFUSED = re.compile(r"(?:GLOBAL|[Uu]nsupported class|unsupported global:?|[Ii]nstantiate) `?([\w.]+\.[\w.]+)")
+REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 """How ``torch.load`` names an object that it does not make."""
 
 
@@ -96,7 +96,9 @@ def _load(source: Path) -> Any:
                 f"{source} holds an object {found[1]}, which is code and no tensor, and is not read for that: get the "
                 "model as safetensors, or its weights alone from its author."
             ) from error
-        reason = str(error).split("\n")[0] or type(error).__name__
+        # torch advises to load it with code before it says what is wrong
+        told = str(error).partition("WeightsUnpickler error: ")
+        reason = (told[2] or told[0]).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source} is corrupt or no checkpoint ({reason:.200}): copy it again.") from error
 
 

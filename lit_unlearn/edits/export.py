@@ -28,8 +28,8 @@ from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
 from lit_unlearn.edits.public import Places, public_content
-from lit_unlearn.edits.single_file.file import PROVENANCE as SINGLE
-from lit_unlearn.edits.single_file.file import SingleFile, Written, write_edits
+from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
+from lit_unlearn.edits.single_file import SingleFile, Written, write_edits
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.system.files import atomic_write, replaced_folder
 from lit_unlearn.system.json_files import write_json

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from helpers import draw_weights, normal, original
-from lit_unlearn.edits.single_file import names
+from lit_unlearn.diffusion.single_file import names
 
 PREFIX = "model.diffusion_model."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lit_unlearn.edits.single_file import names
-from lit_unlearn.edits.single_file.names import Keys, Namer
+from lit_unlearn.diffusion.single_file import names
+from lit_unlearn.diffusion.single_file.names import Keys, Namer
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
 """Beginnings of the denoiser's names; files of a denoiser alone often have none."""

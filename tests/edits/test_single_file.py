@@ -15,8 +15,8 @@ from torch import Tensor
 
 from helpers import KV, LAYERS, header_of, normal
 from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.edits.single_file import names
-from lit_unlearn.edits.single_file.file import SingleFile, read_tensor, write_edits
+from lit_unlearn.diffusion.single_file import names
+from lit_unlearn.edits.single_file import SingleFile, read_tensor, write_edits
 
 Maker = Callable[..., Path]
 METADATA = {
@@ -236,7 +236,7 @@ def test_a_large_tensor_is_copied_in_pieces(
     source: Path, edits: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_edits(source, edits, tmp_path / "a.safetensors", {})
-    monkeypatch.setattr("lit_unlearn.edits.single_file.file.PIECE", 1000)
+    monkeypatch.setattr("lit_unlearn.edits.single_file.PIECE", 1000)
     write_edits(source, edits, tmp_path / "b.safetensors", {})
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 

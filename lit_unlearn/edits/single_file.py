@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_unlearn.diffusion.single_file.layout import AVERAGED, Layout, Place
 from lit_unlearn.diffusion.stored import read_header
-from lit_unlearn.edits.single_file.layout import AVERAGED, Layout, Place
 from lit_unlearn.system.files import atomic_write
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
