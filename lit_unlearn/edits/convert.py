@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.edits.checkpoint import UNPICKLING_ERRORS
+from lit_unlearn.edits.checkpoint import UNPICKLING_ERRORS, load_pickle
 from lit_unlearn.edits.single_file import header_bytes
 from lit_unlearn.system.files import atomic_write
 
@@ -49,7 +48,7 @@ class Converted:
 def convert(source: Path, output: Path) -> Converted:
     """Write the tensors of a pickle as safetensors.
 
-    The pickle is read with ``torch.load(weights_only=True)``, which makes tensors and plain containers and nothing
+    The pickle is read with ``weights_only=True``, which makes tensors and plain containers and nothing
     else. If the tensors are in an entry ``state_dict``, they are taken from there. Values and types stay.
 
     Args:
@@ -83,13 +82,7 @@ def _load(source: Path) -> Any:
     if source.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         raise ValueError(f"{source} is a file of safetensors already: use it as it is.")
     try:
-        archive = zipfile.is_zipfile(source)
-        if archive:
-            with zipfile.ZipFile(source) as members:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                    raise zipfile.BadZipFile("it is compressed, which torch never does")
-        # A file that is no archive cannot be mapped.
-        return torch.load(source, weights_only=True, map_location="cpu", mmap=archive)
+        return load_pickle(source)
     except UNPICKLING_ERRORS as error:
         if found := REFUSED.search(str(error)):
             raise ValueError(

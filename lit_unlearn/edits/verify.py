@@ -89,14 +89,17 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if f"{SINGLE}kind" in metadata:
-                return _verify_single(path, metadata, base)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        facts = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+            prefix = SINGLE if f"{SINGLE}kind" in metadata else ""
+            names = [] if prefix else file.keys()  # not all weights of a whole model
+            weights = {name: file.get_tensor(name) for name in names}
+        ours = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+        facts = {name: json.loads(value) for name, value in ours.items() if name != "format"}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no export of lit-unlearn, or corrupt ({error!s:.200}).") from error
+    if prefix:
+        return _verify_single(path, facts, base)
     recorded = _mapping(facts, "weights_sha256", path)
     findings = [_compare("weights", weights_sha256(weights), recorded)]
     if facts.get("kind") == "delta":
@@ -108,9 +111,8 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     return findings
 
 
-def _verify_single(path: Path, metadata: Mapping[str, str], base: BaseModel | None) -> list[Finding]:
+def _verify_single(path: Path, facts: Mapping[str, Any], base: BaseModel | None) -> list[Finding]:
     """Check a single file: its edited weights against the provenance, all others against the base model."""
-    facts = {name.removeprefix(SINGLE): json.loads(metadata[name]) for name in metadata if name.startswith(SINGLE)}
     edited, recorded = _names(facts, path), _mapping(facts, "weights_sha256", path)
     file = SingleFile(path)
     findings = [_compare("edited weights", weights_sha256({name: file.read(name) for name in edited}), recorded)]

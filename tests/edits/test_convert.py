@@ -111,7 +111,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "e.ckpt", "w") as new:
         for member in old.infolist():
             new.writestr(member.filename, old.read(member), zipfile.ZIP_DEFLATED)
+    content = bytearray((tmp_path / "a.ckpt").read_bytes())
+    place = content.index(TENSORS["a.ids"].numpy().tobytes())
+    content[place] ^= 1
+    (tmp_path / "g.ckpt").write_bytes(content)
     for name, message in (
+        ("g.ckpt", r"is corrupt or no checkpoint \(.* is damaged\)|Bad CRC"),
         ("b.ckpt", "is a file of safetensors already"),
         ("c.ckpt", "is a GGUF file"),
         ("d.ckpt", "is corrupt or no checkpoint"),

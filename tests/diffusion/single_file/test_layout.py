@@ -40,8 +40,8 @@ NOT_THERE = "text_encoder.text_projection.weight"
 @cache
 def published(model: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a published file; where the source has names only, shapes that every split divides."""
-    with gzip.open(HERE / "key_lists.json.gz") as file:
-        return {key: (42,) if shape is None else tuple(shape) for key, shape in json.load(file)[model].items()}
+    lists = json.loads(gzip.decompress((HERE / "key_lists.json.gz").read_bytes()))
+    return {key: (42,) if shape is None else tuple(shape) for key, shape in lists[model].items()}
 
 
 @cache
