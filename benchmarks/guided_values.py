@@ -24,8 +24,8 @@ from quiet import QUIET, output_to
 CONCEPTS = ("dog", "castle", "apple", "walking", "sketch", "rain")
 VARIANTS = {
     "last layer, residual": ("null_space.yaml", []),
-    "last layer, refined": ("null_space.yaml", ["--model.values", "refined", "--data.steps", "8"]),
-    "all but the first, residual": ("null_space_refined.yaml", ["--model.values", "residual", "--data.steps", "1"]),
+    "last layer, refined": ("null_space_refined.yaml", ["--model.first_layer", "-1", "--data.steps", "8"]),
+    "all but the first, residual": ("null_space.yaml", ["--model.first_layer", "1"]),
     "all but the first, refined": ("null_space_refined.yaml", []),
 }
 PAIRS = {"15 pairs": "prompts", "one pair": "names"}
