@@ -21,7 +21,7 @@ TRAINER_COMMANDS = {
     "test": "score a run: pictures before and after, judged",
     "predict": "draw the evaluation pictures with a run's edited weights",
 }
-OTHER_COMMANDS = ("generate", "export", "attack", "verify", "report", "demo")
+OTHER_COMMANDS = ("generate", "export", "attack", "verify", "convert", "report", "demo")
 """Each one is a file in ``lit_unlearn/commands``."""
 TOLD_TO_STOP = 75
 """Exit code of a fit that a signal stopped: its state is saved, and the same command continues it (EX_TEMPFAIL)."""
@@ -108,7 +108,13 @@ def _run(args: list[str]) -> int:
         return 0
     module = import_module(f"lit_unlearn.commands.{command}")
     options = module.parser().parse_args(rest)
-    for name in ("output", "ckpt_path", "export"):  # a shell does not expand the ~ in --output=~/a.png
+    for name in (
+        "output",
+        "ckpt_path",
+        "export",
+        "single_file",
+        "checkpoint",
+    ):  # a shell does not expand the ~ in --output=~/a.png
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     with user_errors():

@@ -20,11 +20,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import build_sd3, build_sdxl
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from helpers import SHARED, draw_weights, load_copy
+from helpers import SHARED, draw_weights, load_copy, original
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.single_file import names
+from lit_unlearn.diffusion.single_file.names import Namer
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
@@ -184,6 +187,35 @@ def tiny_sd_2022(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     weights["text_model.embeddings.position_ids"] = torch.arange(MAX_LENGTH).unsqueeze(0)
     save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def single_file() -> Callable[..., Path]:
+    """Writes the pipeline in a folder like ``tiny_sd`` as a single file; returns the file."""
+
+    def build(
+        folder: Path,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        prefix: str = "model.diffusion_model.",
+        encoder: tuple[str, Namer] | None = ("cond_stage_model.transformer.", names.clip),
+        metadata: dict[str, str] | None = None,
+        **more: Tensor,
+    ) -> Path:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        made = original(
+            pipeline.unet.state_dict(), prefix, names.unet, frozenset(["input_blocks.2.0.op.weight"])
+        ) | original(
+            pipeline.vae.state_dict(), "first_stage_model.", names.autoencoder, frozenset(["decoder.up.1.block"])
+        )
+        if encoder is not None:
+            made |= original(pipeline.text_encoder.state_dict(), *encoder)
+        made = {key: value.to(dtype).contiguous() for key, value in made.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({**made, **more}, path, metadata={"format": "pt"} if metadata is None else metadata)
+        return path
+
+    return build
 
 
 @pytest.fixture

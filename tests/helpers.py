@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.samplers import set_steps
+from lit_unlearn.diffusion.single_file.names import Keys, Namer
 from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
@@ -307,3 +309,45 @@ def assert_alike(a: Image.Image, b: Image.Image) -> None:
     """Of one size, and equal up to rounding: one of 256 levels."""
     first, second = (torch.from_numpy(np.array(picture)).int() for picture in (a, b))
     torch.testing.assert_close(first, second, rtol=0, atol=1)
+
+
+# --- single files
+
+
+def original(values: Mapping[str, Tensor], prefix: str, namer: Namer, keys: Keys = frozenset()) -> dict[str, Tensor]:
+    """The tensors of one part in the layout of the original code.
+
+    Args:
+        values: All weights of the part by their names in diffusers.
+        prefix: Beginning of the names in the file.
+        namer: The map of names.
+        keys: Names in the file that say how many blocks there are.
+    """
+    made: dict[str, Tensor] = {}
+    for name, value in values.items():
+        spot = namer(name, keys)
+        assert spot is not None, name
+        key, value = prefix + spot.key, value.detach()
+        if spot.transposed:
+            value = value.T
+        if spot.convolution:
+            value = value[..., None, None]
+        taken = 0
+        for start, stop, of in spot.fractions:
+            total = value.shape[0] * of // sum(last - first for first, last, _ in spot.fractions)
+            whole = made.setdefault(key, torch.full((total, *value.shape[1:]), torch.nan, dtype=value.dtype))
+            size = (stop - start) * total // of
+            whole[start * total // of : stop * total // of] = value[taken : taken + size]
+            taken += size
+        if not spot.fractions:
+            assert key not in made
+            made[key] = value.clone()
+    assert not any(value.isnan().any() for value in made.values())
+    return made
+
+
+def header_of(path: Path) -> tuple[dict[str, object], bytes]:
+    """The header of a file of safetensors, and all bytes behind it."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]

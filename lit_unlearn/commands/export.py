@@ -1,4 +1,4 @@
-"""``lit-unlearn export``: write an edited pipeline as a diffusers folder, or its changed weights as safetensors."""
+"""``lit-unlearn export``: write an edited pipeline as a folder or a single file, or its changed weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def parser() -> Parser:
     made.add_argument(
         "--lora", metavar="RANK", help="write LoRA weights of at most this rank, or of the rank they need (auto)"
     )
+    made.add_argument(
+        "--format",
+        choices=("folder", "single"),
+        default="folder",
+        help="form of a whole model: diffusers folder, or a copy of --single_file with the edit; default: folder",
+    )
+    made.add_argument(
+        "--single_file",
+        metavar="FILE",
+        help="with --format single: the model's checkpoint in the layout of the original code (.safetensors)",
+    )
     made.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
     made.add_argument(
         "--names",
@@ -38,7 +49,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write an edited pipeline as a diffusers folder, or its changed weights as safetensors.
+    """Write an edited pipeline as a diffusers folder or a single file, or its changed weights as safetensors.
 
     Raises:
         UserError: An option, the checkpoint or the model is wrong.
@@ -47,11 +58,20 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from lit_unlearn.edits.checkpoint import chosen_base, read_edit, warn_unfinished
-    from lit_unlearn.edits.export import export_delta, export_lora, export_pipeline, left_out, output_path, provenance
+    from lit_unlearn.edits.export import (
+        export_delta,
+        export_lora,
+        export_pipeline,
+        export_single,
+        left_out,
+        output_path,
+        provenance,
+    )
     from lit_unlearn.edits.lora import FILE_NAME, notable_loss, parse_rank
+    from lit_unlearn.edits.single_file import SingleFile
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    kept = report = None
+    kept = report = written = source = None
     with user_errors(), plain_warnings():
         rank = parse_rank(options.lora) if options.lora else None
         if options.names and (options.lora or options.delta):
@@ -61,9 +81,16 @@ def run(options: argparse.Namespace) -> None:
             )
         if options.delta and options.lora:
             raise ValueError("--delta cannot be combined with --lora: a delta is exact, LoRA weights have a low rank.")
+        check_single(options)
+        if options.single_file:
+            source = SingleFile(options.single_file)
         file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
+        file_name = source.path.name if source is not None else file_name
         output = output_path(Path(options.output), file_name, options.overwrite)
         edit = read_edit(options.ckpt_path)
+        if source is not None:
+            for name in edit.weights:
+                source.dtype(name)  # a file without a place for it is refused before the model is read
         warn_unfinished(options.ckpt_path)
         base = chosen_base(options.model, options.revision, edit)
         if options.delta:
@@ -72,13 +99,36 @@ def run(options: argparse.Namespace) -> None:
             report = export_lora(edit, provenance(edit, base), base, output, rank, dtype)
             if loss := notable_loss(report):
                 warnings.warn(loss, stacklevel=1)
+        elif source is not None:
+            written = export_single(edit, provenance(edit, base), base, source, output, options.overwrite)
         else:
             kept = export_pipeline(edit, base, output, dtype, options.names == "2022")
     print(f"{output}: {base.name} without {', '.join(edit.concepts) or 'what it has unlearned'}")
     if kept is not None:
         for line in left_out(kept.left_out):
             print(f"not taken over from the base: {line}")
+    for line in written.lines() if written is not None else ():
+        print(line)
     if report is not None:
         print(f"rank {report['rank']}; part of each layer's change that is missing:")
         for name, residual in report["residual"].items():
             print(f"  {name:60} {residual:.2e}")
+
+
+def check_single(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together with a single file.
+
+    Raises:
+        ValueError: Which ones, and what to do.
+    """
+    if (options.format == "single") != bool(options.single_file):
+        raise ValueError(
+            "--format single and --single_file FILE belong together: the edit is written into a copy of that file."
+        )
+    if options.format != "single":
+        return
+    for option in ("delta", "lora", "names"):
+        if getattr(options, option):
+            raise ValueError(f"--format single cannot be combined with --{option}: choose one form.")
+    if options.dtype:
+        raise ValueError("--dtype cannot be combined with --format single: the copy has the types of the file.")

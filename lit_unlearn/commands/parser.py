@@ -69,14 +69,15 @@ def check_output(command: str, options: argparse.Namespace) -> None:
     if output is None:
         return
     check_path("output", output)
-    if command == "export" and not (options.delta or options.lora):
+    single = command == "export" and options.format == "single"
+    if command == "export" and not (options.delta or options.lora or single):
         return  # it says itself what stands in its way, which may be an earlier export
     suffixes: Sequence[str] = ()
     if command == "generate":
         suffixes = [".png"]
-    elif command == "export":
+    elif command in ("export", "convert"):
         suffixes = [".safetensors"]
-    check_output_name(output, suffixes, may_be_folder=command != "generate")
+    check_output_name(output, suffixes, may_be_folder=command not in ("generate", "convert"))
 
 
 def add_model_options(parser: Parser, default: str) -> None:

@@ -14,7 +14,7 @@ DESCRIPTION = "check an export against its provenance"
 def parser() -> Parser:
     """Options of ``verify``."""
     made = command_parser("verify", DESCRIPTION)
-    made.add_argument("export", metavar="EXPORT", help="exported folder, delta or LoRA weights")
+    made.add_argument("export", metavar="EXPORT", help="exported folder, single file, delta or LoRA weights")
     made.add_argument("--base", metavar="MODEL", help="also compare with this base model: folder, emoji-sd or hub id")
     made.add_argument("--revision", help="branch, tag or commit, if the base is a hub id")
     return made

@@ -254,13 +254,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn fit` writes logs/.../checkpoints/last.ckpt.")
     corrupt = f"ckpt_path={path} is corrupt or no checkpoint"
     try:
-        # torch does not verify what it reads, but the archive has a checksum for each file in it.
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        _check_archive(path)
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except UNPICKLING_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -268,6 +262,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{corrupt}: it has no state_dict.")
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a damaged or compressed archive; torch does not verify what it reads, but each file has a checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def load_pickle(path: Path) -> Any:
+    """The content of any pickle of tensors, also in the format before archives; tensors stay on the disk until used.
+
+    Raises:
+        UNPICKLING_ERRORS: It is damaged, or holds other objects than tensors and plain containers.
+    """
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        _check_archive(path)
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=archive)  # only an archive can be mapped
 
 
 def read_edit(path: str | Path) -> Edit:

@@ -28,6 +28,8 @@ from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import low_rank
 from lit_unlearn.edits.public import Places, public_content
+from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
+from lit_unlearn.edits.single_file import SingleFile, Written, write_edits
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.system.files import atomic_write, replaced_folder
 from lit_unlearn.system.json_files import write_json
@@ -99,7 +101,8 @@ def _is_exported_file(path: Path) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return "lit_unlearn" in (file.metadata() or {})
+            metadata = file.metadata() or {}
+            return "lit_unlearn" in metadata or f"{SINGLE}lit_unlearn" in metadata
     except (OSError, SafetensorError):
         return False
 
@@ -215,6 +218,26 @@ def export_lora(
     _check_finite(factors, dtype)
     _write_weights(factors, {"kind": "lora", **facts, "lora": report}, output)
     return report
+
+
+def export_single(
+    edit: Edit, facts: dict[str, Any], base: BaseModel, source: SingleFile, output: Path, overwrite: bool
+) -> Written:
+    """Write the edit into a copy of a single file, in the file's own types, with ``facts`` in its metadata.
+
+    Raises:
+        ValueError: The file is not of the base model; or as ``write_edits``.
+    """
+    if other := source.differing(base.values(edit.dtype)):
+        parts = " and ".join(dict.fromkeys(name.partition(".")[0] for name in other))
+        raise ValueError(
+            f"single_file={source.path} differs from model={base.name!r} in {parts} ({other[0]}"
+            f"{f' and {len(other) - 1} more' if len(other) > 1 else ''}): give the file of the model that was edited."
+        )
+    weights = {name: value.to(source.dtype(name)) for name, value in edit.weights.items()}
+    facts = {"kind": "single", **facts, "weights_sha256": weights_sha256(weights)}
+    metadata = {name: json.dumps(value, default=str) for name, value in facts.items()}
+    return write_edits(source, edit.weights, output, metadata, overwrite)
 
 
 def _check_finite(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

@@ -21,6 +21,8 @@ from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
 from lit_unlearn.edits.export import file_sha256, places_of, weights_sha256
 from lit_unlearn.edits.public import TEXTS, Places, public_content, without_any
+from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
+from lit_unlearn.edits.single_file import SingleFile
 
 MAX_PROVENANCE = 50_000_000
 """Size limit of ``provenance.json``, in bytes."""
@@ -64,7 +66,7 @@ def printable(text: str) -> str:
 
 
 def verify_export(path: Path, base: BaseModel | None = None) -> list[Finding]:
-    """Check a folder, a delta or LoRA weights.
+    """Check a folder, a single file, a delta or LoRA weights.
 
     Args:
         path: A folder or file that ``lit-unlearn export`` wrote.
@@ -87,12 +89,17 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        facts = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+            prefix = SINGLE if f"{SINGLE}kind" in metadata else ""
+            names = [] if prefix else file.keys()  # not all weights of a whole model
+            weights = {name: file.get_tensor(name) for name in names}
+        ours = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+        facts = {name: json.loads(value) for name, value in ours.items() if name != "format"}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no export of lit-unlearn, or corrupt ({error!s:.200}).") from error
+    if prefix:
+        return _verify_single(path, facts, base)
     recorded = _mapping(facts, "weights_sha256", path)
     findings = [_compare("weights", weights_sha256(weights), recorded)]
     if facts.get("kind") == "delta":
@@ -101,6 +108,20 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
         read_edit(path)
     if base is not None:
         findings.append(_base_hashes(facts, base, path))
+    return findings
+
+
+def _verify_single(path: Path, facts: Mapping[str, Any], base: BaseModel | None) -> list[Finding]:
+    """Check a single file: its edited weights against the provenance, all others against the base model."""
+    edited, recorded = _names(facts, path), _mapping(facts, "weights_sha256", path)
+    file = SingleFile(path)
+    findings = [_compare("edited weights", weights_sha256({name: file.read(name) for name in edited}), recorded)]
+    if base is not None:
+        values = base.values(_dtype(facts, "base_dtype", path))
+        wrong = file.differing((name, value) for name, value in values if name not in edited)
+        known = [name for name in base.weight_names() if name.partition(".")[0] in file.parts and name not in edited]
+        unedited = Finding("unedited weights", [f"{name} is not that of the base model" for name in wrong], len(known))
+        findings += [_base_hashes(facts, base, path), unedited]
     return findings
 
 

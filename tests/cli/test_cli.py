@@ -48,6 +48,7 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
         "predict",
         "generate",
         "export",
+        "convert",
         "demo",
         "null_space.yaml",
         "emoji/judge.yaml",
