@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -45,21 +45,18 @@ VALIDATION_SEED = 6_000_000
 """Seed of the first picture that a training draws for its curve."""
 
 
-class CaptionedLatents(Dataset[dict[str, Tensor]]):
-    """Pairs of a drawing's latent and the states of a true caption; each access makes a new random pair.
-
-    Items: ``latents`` (C, 12, 12), unit variance; ``states`` (L, D), of CLIP and then of T5; ``pooled`` (P,).
+class CaptionedLatents:
+    """Draws random pairs of a drawing's latent and the states of a true caption.
 
     Args:
-        latents: Latents per combination of attributes, (combinations, drawings, C, 12, 12), float16.
-        states: Caption states per combination, (combinations, captions, L, D), float16.
+        latents: Latents per combination of attributes, (combinations, drawings, C, 12, 12), float16, unit variance.
+        states: States of captions per combination, of CLIP and then of T5, (combinations, captions, L, D), float16.
         pooled: Pooled states of the same captions, (combinations, captions, P), float16.
         empty: States (L, D) and pooled states (P,) of the empty prompt.
         weights: Weight of each combination in the draw, (combinations,).
-        empty_share: Share of items with the empty prompt as caption (for classifier-free guidance).
-        without_t5_share: Share of items with zeros instead of the states of T5, as in a pipeline without it.
+        empty_share: Share of pairs with the empty prompt as caption (for classifier-free guidance).
+        without_t5_share: Share of pairs with zeros instead of the states of T5, as in a pipeline without it.
         t5_length: Positions of T5, the last of the L.
-        size: Length of an epoch.
     """
 
     def __init__(
@@ -72,30 +69,28 @@ class CaptionedLatents(Dataset[dict[str, Tensor]]):
         empty_share: float,
         without_t5_share: float,
         t5_length: int,
-        size: int,
     ) -> None:
         self.latents, self.states, self.pooled, self.empty, self.weights = latents, states, pooled, empty, weights
-        self.empty_share, self.without_t5_share, self.t5_length, self.size = (
-            empty_share,
-            without_t5_share,
-            t5_length,
-            size,
-        )
+        self.empty_share, self.without_t5_share, self.t5_length = empty_share, without_t5_share, t5_length
 
-    def __len__(self) -> int:
-        return self.size
+    def pairs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw ``count`` pairs, and what is added to them, from ``generator``; float32.
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # torch's generator is restored with a checkpoint, so a resumed run also sees new pairs.
-        combination = int(torch.multinomial(self.weights, 1))
-        drawing, words = (int(torch.randint(high, (1,))) for high in (self.latents.shape[1], self.states.shape[1]))
-        empty, without_t5 = torch.rand(2).lt(torch.tensor([self.empty_share, self.without_t5_share])).tolist()
-        states, pooled = self.empty if empty else (self.states[combination, words], self.pooled[combination, words])
-        states = states.float()
-        if without_t5:
-            states = states.clone()
-            states[-self.t5_length :] = 0
-        return {"latents": self.latents[combination, drawing].float(), "states": states, "pooled": pooled.float()}
+        Returns:
+            ``latents`` (B, C, 12, 12); ``states`` (B, L, D); ``pooled`` (B, P); and, both standard normal, ``noise``
+            (B, C, 12, 12) and ``u`` (B,).
+        """
+        combination = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        drawing = torch.randint(self.latents.shape[1], (count,), generator=generator)
+        words = torch.randint(self.states.shape[1], (count,), generator=generator)
+        empty, without_t5 = torch.rand(2, count, generator=generator)
+        latents = self.latents[combination, drawing].float()
+        states, pooled = self.states[combination, words].float(), self.pooled[combination, words].float()
+        states[empty < self.empty_share], pooled[empty < self.empty_share] = self.empty
+        states[without_t5 < self.without_t5_share, -self.t5_length :] = 0
+        noise = torch.randn(latents.shape, generator=generator)
+        u = torch.randn(count, generator=generator)
+        return {"latents": latents, "states": states, "pooled": pooled, "noise": noise, "u": u}
 
 
 class DiTDrawings(L.LightningDataModule):
@@ -185,17 +180,23 @@ class DiTDrawings(L.LightningDataModule):
             self.empty_share,
             self.without_t5_share,
             module.t5_length,
-            self.batch_size * self.steps_per_epoch,
         )
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Random pairs; the index of an item has no meaning."""
-        return DataLoader(self.train, batch_size=self.batch_size, drop_last=True)
+    def train_dataloader(self) -> DataLoader[int]:
+        """One number for each step of an epoch; the pairs are drawn when the step begins."""
+        return DataLoader(range(self.steps_per_epoch), batch_size=None)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[PictureItem]:
-        """Prompts, questions and seeds of the pictures that are judged."""
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw the pairs of a training step from a generator of its own, so that a fit that goes on draws the same."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        generator = torch.Generator().manual_seed(1_000_000_007 * (self.seed + 1) + self.trainer.global_step)
+        return self.train.pairs(self.batch_size, generator)
+
+    def val_dataloader(self) -> list[DataLoader[PictureItem]]:
+        """Prompts, questions and seeds of the pictures that are judged; no loader if there are none."""
         items = Pictures(load_concept_set("emoji20"), 1, VALIDATION_SEED, self.prompts_per_kind).items
-        return DataLoader(items, batch_size=40, collate_fn=list)  # type: ignore[arg-type]
+        return [DataLoader(items, batch_size=40, collate_fn=list)] if items else []  # type: ignore[arg-type]
 
 
 class DiTTraining(L.LightningModule):
@@ -277,10 +278,8 @@ class DiTTraining(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted velocity."""
-        latents = batch["latents"]
-        noise = torch.randn_like(latents)
-        u = torch.randn(len(latents), device=latents.device) * self.logit_std + self.logit_mean
-        sigma = torch.sigmoid(u)
+        latents, noise = batch["latents"], batch["noise"]
+        sigma = torch.sigmoid(batch["u"] * self.logit_std + self.logit_mean)
         x_t = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
         # PyTorch's fused attention in bfloat16 is slower on processors than its plain one.
         with sdpa_kernel(SDPBackend.MATH):
