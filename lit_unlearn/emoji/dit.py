@@ -29,7 +29,7 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from lit_unlearn.data.concepts import load_concept_set
@@ -259,7 +259,7 @@ class DiTTraining(L.LightningModule):
         self.parts["vae"] = trained_part("vae", vae, model)
         vae_config = AutoencoderKL.load_config(self.parts["vae"])
         clips = [CLIPTextConfig.from_pretrained(self.parts[name]) for name in ENCODERS[:2]]
-        self.t5_length = int(T5TokenizerFast.from_pretrained(self.parts["tokenizer_3"]).model_max_length)
+        self.t5_length = int(T5Tokenizer.from_pretrained(self.parts["tokenizer_3"]).model_max_length)
         sample_size = RESOLUTION // 2 ** (len(vae_config["block_out_channels"]) - 1)
         self.transformer = SD3Transformer2DModel(
             sample_size=sample_size,
@@ -271,7 +271,7 @@ class DiTTraining(L.LightningModule):
             attention_head_dim=attention_head_dim,
             joint_attention_dim=T5Config.from_pretrained(self.parts["text_encoder_3"]).d_model,
             caption_projection_dim=num_heads * attention_head_dim,
-            pooled_projection_dim=sum(config.projection_dim for config in clips),
+            pooled_projection_dim=sum(int(config.projection_dim or 0) for config in clips),
             pos_embed_max_size=sample_size,
             qk_norm="rms_norm",
         )
@@ -370,7 +370,7 @@ class DiTTraining(L.LightningModule):
             text_encoder_2=CLIPTextModelWithProjection.from_pretrained(self.parts["text_encoder_2"]).eval(),
             tokenizer_2=CLIPTokenizer.from_pretrained(self.parts["tokenizer_2"]),
             text_encoder_3=T5EncoderModel.from_pretrained(self.parts["text_encoder_3"]).eval(),
-            tokenizer_3=T5TokenizerFast.from_pretrained(self.parts["tokenizer_3"]),
+            tokenizer_3=T5Tokenizer.from_pretrained(self.parts["tokenizer_3"]),
         )
 
     def save_pretrained(self, output: Path) -> None:
@@ -390,10 +390,18 @@ def draw(
     seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
+    max_sequence_length: int | None = None,
 ) -> Tensor:
     """Draw ``prompts`` with diffusers' own pipeline: pictures (B, 3, H, W) in [0, 1], float32.
 
-    T5 gets as many positions as its tokenizer says, and not the 256 of the pipeline.
+    Args:
+        pipeline: Whose ``set_progress_bar_config`` is changed: no bar is shown.
+        prompts: B prompts.
+        seeds: B seeds.
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Strength of classifier-free guidance.
+        max_sequence_length: Positions of T5; None means as many as its tokenizer says, with which the transformer was
+            trained, and not the 256 of the pipeline.
     """
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
@@ -401,7 +409,7 @@ def draw(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        max_sequence_length=int(pipeline.tokenizer_3.model_max_length),
+        max_sequence_length=max_sequence_length or int(pipeline.tokenizer_3.model_max_length),
         output_type="pt",
     ).images
     return pictures.float().cpu()

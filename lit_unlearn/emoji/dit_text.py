@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from lit_unlearn.emoji.captions import caption, vocabulary
 from lit_unlearn.emoji.data import SPLITS
@@ -28,7 +28,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> T5Tokenizer:
     """A Unigram tokenizer of T5's kind: each word of the captions is one token, other words are spelled in letters.
 
     As with T5, upper and lower case differ; words of the captions are in lower case.
@@ -37,7 +37,7 @@ def t5_tokenizer() -> T5TokenizerFast:
     # A segmentation's score is the sum of its pieces', so a whole word beats its letters.
     pieces = [("▁", -10.0), *((sign, -10.0) for sign in signs), *((f"▁{word}", -5.0) for word in vocabulary())]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5TokenizerFast(vocab=[*special, *pieces], extra_ids=0, model_max_length=MAX_LENGTH)
+    return T5Tokenizer(vocab=[*special, *pieces], extra_ids=0, model_max_length=MAX_LENGTH)
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):

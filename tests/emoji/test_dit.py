@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from transformers import T5TokenizerFast
+from transformers import T5Tokenizer
 
 from helpers import CONFIGS
 from lit_unlearn import cli
@@ -65,7 +65,7 @@ def test_every_word_is_one_token_of_t5_and_others_are_spelled(tmp_path: Path) ->
     assert "".join(tokenizer.tokenize("Zebras, unicycle")) == "▁Zebras,▁unicycle"
     assert tokenizer.unk_token_id not in tokenizer("Zebras, unicycle").input_ids
     tokenizer.save_pretrained(tmp_path)
-    loaded = T5TokenizerFast.from_pretrained(tmp_path)
+    loaded = T5Tokenizer.from_pretrained(tmp_path)
     assert loaded.model_max_length == MAX_LENGTH
     for text in ("", "a dog at sunset", "Zebras, unicycle"):
         expected = tokenizer(text, padding="max_length", max_length=MAX_LENGTH).input_ids
