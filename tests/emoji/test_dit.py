@@ -214,6 +214,9 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     # Once it is finished, the same command with --once does nothing.
     assert cli.main([*command, "--once"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+    # A longer one goes on from its end.
+    assert cli.main([*command, "--ckpt_path=last", "--trainer.max_steps=6"]) == 0
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_a_training_ends_when_its_time_is_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
