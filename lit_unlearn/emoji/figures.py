@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from lit_unlearn.data.prompts import PictureItem, Pictures
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
-from lit_unlearn.judges.base import judge_questions
+from lit_unlearn.judges.base import Judge, judge_questions
 from lit_unlearn.judges.classifier import ClassifierJudge
 
 FRESH_SEED = 7_000_000
@@ -51,9 +51,18 @@ def figures_of_parts(pipeline: Pipeline, judge: ClassifierJudge, drawings: int =
     }
 
 
+class Draws(Protocol):
+    """What draws pictures (B, 3, H, W) in [0, 1] of prompts, as the families' pipelines do."""
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Draw one picture for each prompt and seed."""
+
+
 def figures_of_pictures(
-    pipeline: Pipeline,
-    judge: ClassifierJudge,
+    pipeline: Draws,
+    judge: Judge,
     num_inference_steps: int,
     guidance_scale: float,
     images_per_prompt: int = 4,

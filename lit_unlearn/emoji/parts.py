@@ -17,7 +17,7 @@ def trained_part(part: str, run: str | None, model: str) -> Path:
         ValueError: The part does not exist there.
     """
     folder = Path(resolve_model(model)) / part if run is None else Path(run) / FOLDER / part
-    if not (folder / ("tokenizer_config.json" if part == "tokenizer" else "config.json")).is_file():
+    if not (folder / ("tokenizer_config.json" if part.startswith("tokenizer") else "config.json")).is_file():
         where = f"model={model!r}" if run is None else f"the run {run}"
         raise ValueError(f"{where} has no {part} ({folder}): give a run that has trained it to its end.")
     return folder

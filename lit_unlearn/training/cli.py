@@ -157,9 +157,15 @@ class UnlearnCLI(LightningCLI):
             if config.ckpt_path == "last":
                 folder = Path(config.trainer.default_root_dir, self._run_name([]))
                 config.ckpt_path = str(newest_edit(folder, subcommand, []))
+            if subcommand == "fit":
+                self.sha256 = config_sha256(config.as_dict())
+                if config.ckpt_path is None:
+                    self._find_earlier_run([])
             if config.ckpt_path not in (None, "best", "hpc"):
                 with user_errors():
                     load_checkpoint(config.ckpt_path)
+                if self.run_folder is not None:
+                    return
                 if subcommand != "fit":
                     warn_unfinished(config.ckpt_path)
                 super()._parse_ckpt_path()

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from typing_extensions import override
 
 from lit_unlearn.edits.checkpoint import load_checkpoint
+from lit_unlearn.emoji.dit import DiTTraining
 from lit_unlearn.methods.rename_tokens import RenameTokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.editor import DiffusionEditor
@@ -41,6 +42,8 @@ def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
     if max_epochs == -1:
         whole = 0 <= trainer.max_steps <= steps
     if whole or (trainer.should_stop and isinstance(module, UCEDebias)):  # it ends itself when close enough
+        return None
+    if isinstance(module, DiTTraining) and module.out_of_time:  # its learning rate has come to zero
         return None
     cause = f"trainer.max_steps={trainer.max_steps}"
     if trainer.should_stop:

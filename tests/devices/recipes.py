@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers import CONFIGS
+from lit_unlearn.emoji.dit_text import DiTTextTraining
 
 CONTENT: dict[str, dict[str, Any]] = {
     path.relative_to(CONFIGS).with_suffix("").as_posix(): yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -41,6 +43,9 @@ FEW = {
         "hidden_size": 16,
         "num_heads": 2,
         "num_layers": 1,
+        "hidden_sizes": "[16,16,32]",
+        "depths": "[2,2,1]",
+        "attention_heads": "[2,2,2]",
         "block_out_channels": "[16,32]",
     },
     "data": {
@@ -52,6 +57,7 @@ FEW = {
         "drawings": 1,
         "captions": 1,
         "sample_prompts": "[a dog]",
+        "prompts_per_kind": 0,
         "same_caption": 1,
         "others": 0,
         "held_out": 1,
@@ -155,6 +161,8 @@ def small(name: str, stock: Stock, **given: Any) -> list[str]:
         del values["data.init_args.steps"]
     if name in TRAININGS:
         values |= {"trainer.log_every_n_steps": 1}
+        if "text_encoders" in content["model"]["init_args"]:
+            values |= {"model.init_args.text_encoders": "text"}
     else:
         values |= on_stock(name, stock)
     if "optimizer" in content["model"].get("init_args", {}):
@@ -179,3 +187,8 @@ def prepare(name: str, stock: Stock, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if name in TRAININGS:
         shutil.copytree(stock.model, folder / "checkpoints" / "emoji-sd", dirs_exist_ok=True)
+    if name == "emoji/dit":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = DiTTextTraining(hidden_sizes=(16, 16, 32), depths=(2, 2, 1), attention_heads=(2, 2, 2))
+            module.save_pretrained(folder / "text" / "pretrained")

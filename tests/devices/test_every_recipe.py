@@ -33,7 +33,7 @@ from lit_unlearn.cli import TOLD_TO_STOP
 slow = (pytest.mark.slow, pytest.mark.exhaustive)
 OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
 """The first recipe of each class: these are in the quick tests, on a device without float64."""
-LONG = ["emoji/text_to_image"]  # draws and encodes each of 320 combinations
+LONG = ["emoji/text_to_image", "emoji/dit"]  # draw and encode each of 320 combinations
 
 
 def each_kind(names: list[str], quick: list[str]) -> list[Any]:

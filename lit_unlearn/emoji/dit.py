@@ -1,0 +1,415 @@
+"""Trains the transformer of emoji-dit on latents of drawings and states of their captions, and writes the pipeline.
+
+Autoencoder and text encoders are frozen, so their outputs are computed once and kept in memory; a training step runs
+only the transformer.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.prompts import PictureItem, Pictures
+from lit_unlearn.emoji.captions import caption
+from lit_unlearn.emoji.dit_text import ENCODERS, TOKENIZERS
+from lit_unlearn.emoji.drawing import ATTRIBUTES, RESOLUTION, Drawing
+from lit_unlearn.emoji.parts import trained_part
+from lit_unlearn.judges.base import judge_questions
+from lit_unlearn.judges.emoji import EmojiJudge
+
+VALIDATION_SEED = 6_000_000
+"""Seed of the first picture that a training draws for its curve."""
+
+
+class CaptionedLatents:
+    """Draws random pairs of a drawing's latent and the states of a true caption.
+
+    Args:
+        latents: Latents per combination of attributes, (combinations, drawings, C, 12, 12), float16, unit variance.
+        states: States of captions per combination, of CLIP and then of T5, (combinations, captions, L, D), float16.
+        pooled: Pooled states of the same captions, (combinations, captions, P), float16.
+        empty: States (L, D) and pooled states (P,) of the empty prompt.
+        weights: Weight of each combination in the draw, (combinations,).
+        empty_share: Share of pairs with the empty prompt as caption (for classifier-free guidance).
+        without_t5_share: Share of pairs with zeros instead of the states of T5, as in a pipeline without it.
+        t5_length: Positions of T5, the last of the L.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        states: Tensor,
+        pooled: Tensor,
+        empty: tuple[Tensor, Tensor],
+        weights: Tensor,
+        empty_share: float,
+        without_t5_share: float,
+        t5_length: int,
+    ) -> None:
+        self.latents, self.states, self.pooled, self.empty, self.weights = latents, states, pooled, empty, weights
+        self.empty_share, self.without_t5_share, self.t5_length = empty_share, without_t5_share, t5_length
+
+    def pairs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw ``count`` pairs, and what is added to them, from ``generator``; float32.
+
+        Returns:
+            ``latents`` (B, C, 12, 12); ``states`` (B, L, D); ``pooled`` (B, P); and, both standard normal, ``noise``
+            (B, C, 12, 12) and ``u`` (B,).
+        """
+        combination = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        drawing = torch.randint(self.latents.shape[1], (count,), generator=generator)
+        words = torch.randint(self.states.shape[1], (count,), generator=generator)
+        empty, without_t5 = torch.rand(2, count, generator=generator)
+        latents = self.latents[combination, drawing].float()
+        states, pooled = self.states[combination, words].float(), self.pooled[combination, words].float()
+        states[empty < self.empty_share], pooled[empty < self.empty_share] = self.empty
+        states[without_t5 < self.without_t5_share, -self.t5_length :] = 0
+        noise = torch.randn(latents.shape, generator=generator)
+        u = torch.randn(count, generator=generator)
+        return {"latents": latents, "states": states, "pooled": pooled, "noise": noise, "u": u}
+
+
+class DiTDrawings(L.LightningDataModule):
+    """Encodes drawings and captions once with the frozen parts of the module, and provides random pairs.
+
+    The pictures for the curve are those of the evaluation prompts of ``emoji20``, with seeds of their own.
+
+    Args:
+        batch_size: Pairs in a batch.
+        steps_per_epoch: Batches in an epoch; each epoch ends with a checkpoint and with pictures that are judged.
+        drawings: Number of drawings for each of the 320 combinations of subject, style and scene.
+        captions: Number of captions for each combination.
+        empty_share: Share of items with the empty prompt as caption.
+        without_t5_share: Share of items with zeros instead of the states of T5, so that pictures can be drawn without.
+        style_weights: How often styles are drawn, relative to 1 for those not named.
+        prompts_per_kind: Number of direct and of indirect prompts of each concept for the curve; null means all, 0
+            draws none.
+        seed: Seed of drawings and captions.
+
+    Raises:
+        ValueError: ``style_weights`` names an unknown style.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 48,
+        steps_per_epoch: int = 500,
+        drawings: int = 48,
+        captions: int = 48,
+        empty_share: float = 0.1,
+        without_t5_share: float = 0.1,
+        style_weights: dict[str, float] | None = None,
+        prompts_per_kind: int | None = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+        self.drawings, self.captions = drawings, captions
+        self.empty_share, self.without_t5_share = empty_share, without_t5_share
+        self.style_weights = dict(style_weights or {})
+        self.prompts_per_kind, self.seed = prompts_per_kind, seed
+        if unknown := set(self.style_weights) - set(ATTRIBUTES["style"]):
+            raise ValueError(
+                f"style_weights names {', '.join(sorted(unknown))}: the styles are {', '.join(ATTRIBUTES['style'])}."
+            )
+
+    @torch.no_grad()
+    def setup(self, stage: str) -> None:
+        """Encode all drawings and captions, which takes a few minutes on one core.
+
+        Raises:
+            ValueError: The module is not ``DiTTraining``.
+        """
+        if hasattr(self, "train"):
+            return
+        module = self.trainer and self.trainer.lightning_module
+        if not isinstance(module, DiTTraining):
+            raise ValueError(f"DiTDrawings encodes with the parts of DiTTraining, not {type(module).__name__}.")
+        pipeline = module.pipeline()
+
+        def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+            states, _, pooled, _ = pipeline.encode_prompt(
+                prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=module.t5_length
+            )
+            return states, pooled
+
+        vae, latents, states, pooled, weights = pipeline.vae, [], [], [], []
+        rng = np.random.default_rng((self.seed, 4))
+        for combination in np.ndindex(*(len(values) for values in ATTRIBUTES.values())):
+            drawing = Drawing(*combination)
+            pictures = torch.from_numpy(np.stack([drawing.draw(rng) for _ in range(self.drawings)]))
+            pictures = pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+            latents.append((vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor).half())
+            said = encode([caption(drawing, rng) for _ in range(self.captions)])
+            states.append(said[0].half())
+            pooled.append(said[1].half())
+            weights.append(self.style_weights.get(ATTRIBUTES["style"][drawing.style], 1.0))
+        empty = encode([""])
+        self.train = CaptionedLatents(
+            torch.stack(latents),
+            torch.stack(states),
+            torch.stack(pooled),
+            (empty[0][0], empty[1][0]),
+            torch.tensor(weights),
+            self.empty_share,
+            self.without_t5_share,
+            module.t5_length,
+        )
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """One number for each step of an epoch; the pairs are drawn when the step begins."""
+        return DataLoader(range(self.steps_per_epoch), batch_size=None)  # type: ignore[arg-type]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw the pairs of a training step from a generator of its own, so that a fit that goes on draws the same."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        generator = torch.Generator().manual_seed(1_000_000_007 * (self.seed + 1) + self.trainer.global_step)
+        return self.train.pairs(self.batch_size, generator)
+
+    def val_dataloader(self) -> list[DataLoader[PictureItem]]:
+        """Prompts, questions and seeds of the pictures that are judged; no loader if there are none."""
+        items = Pictures(load_concept_set("emoji20"), 1, VALIDATION_SEED, self.prompts_per_kind).items
+        return [DataLoader(items, batch_size=40, collate_fn=list)] if items else []  # type: ignore[arg-type]
+
+
+class DiTTraining(L.LightningModule):
+    """Trains an ``SD3Transformer2DModel`` by flow matching (Esser et al., 2024) and assembles the pipeline.
+
+    ``x_t = (1 - sigma) x_0 + sigma noise`` with ``sigma = sigmoid(u)`` and u normal; the transformer predicts
+    ``noise - x_0``.
+
+    Args:
+        text_encoders: Folder of a run of ``emoji/dit_text.yaml``, which has trained text encoders and tokenizers.
+        model: Folder of a pipeline or ``emoji-sd``; its autoencoder is used.
+        vae: Folder of a run that has trained the autoencoder; null takes the autoencoder of ``model``.
+        num_layers: Blocks of the transformer.
+        num_heads: Attention heads.
+        attention_head_dim: Channels of a head.
+        patch_size: Side of a patch, in latents.
+        lr: Peak learning rate of AdamW, after a warm-up of 100 steps and before a cosine decay to zero.
+        minutes: Time that the fit may take, over all its pieces: the learning rate decays by time if that is ahead of
+            the steps, and the fit ends when the time is over. Null means that only the steps count; only then do two
+            fits have the same result.
+        logit_mean: Mean of u. Stable Diffusion 3 has 0; less means less noise, where small latents have their details.
+        logit_std: Standard deviation of u.
+        num_inference_steps: Steps of the sampler for the pictures that are judged.
+        guidance_scale: Strength of classifier-free guidance for the pictures that are judged.
+
+    Raises:
+        ValueError: A run is missing or has not trained that part; or ``minutes`` is not positive.
+    """
+
+    def __init__(
+        self,
+        text_encoders: str | None = None,
+        model: str = "emoji-sd",
+        vae: str | None = None,
+        num_layers: int = 6,
+        num_heads: int = 4,
+        attention_head_dim: int = 32,
+        patch_size: int = 2,
+        lr: float = 2e-3,
+        minutes: float | None = None,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        num_inference_steps: int = 10,
+        guidance_scale: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if text_encoders is None:
+            raise ValueError("text_encoders is missing: give the folder of a run of emoji/dit_text.yaml.")
+        if minutes is not None and minutes <= 0:
+            raise ValueError(f"minutes={minutes} must be positive, or null for no limit.")
+        self.lr, self.minutes, self.logit_mean, self.logit_std = lr, minutes, logit_mean, logit_std
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.seconds = 0.0
+        self.out_of_time = False
+        self._since: float | None = None
+        self._judge: EmojiJudge | None = None
+        self._shown: dict[str, list[float]] = defaultdict(list)
+        self.parts = {part: trained_part(part, text_encoders, model) for part in (*ENCODERS, *TOKENIZERS)}
+        self.parts["vae"] = trained_part("vae", vae, model)
+        vae_config = AutoencoderKL.load_config(self.parts["vae"])
+        clips = [CLIPTextConfig.from_pretrained(self.parts[name]) for name in ENCODERS[:2]]
+        self.t5_length = int(T5Tokenizer.from_pretrained(self.parts["tokenizer_3"]).model_max_length)
+        sample_size = RESOLUTION // 2 ** (len(vae_config["block_out_channels"]) - 1)
+        self.transformer = SD3Transformer2DModel(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=vae_config["latent_channels"],
+            out_channels=vae_config["latent_channels"],
+            num_layers=num_layers,
+            num_attention_heads=num_heads,
+            attention_head_dim=attention_head_dim,
+            joint_attention_dim=T5Config.from_pretrained(self.parts["text_encoder_3"]).d_model,
+            caption_projection_dim=num_heads * attention_head_dim,
+            pooled_projection_dim=sum(int(config.projection_dim or 0) for config in clips),
+            pos_embed_max_size=sample_size,
+            qk_norm="rms_norm",
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean squared error of the predicted velocity."""
+        latents, noise = batch["latents"], batch["noise"]
+        sigma = torch.sigmoid(batch["u"] * self.logit_std + self.logit_mean)
+        x_t = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
+        # PyTorch's fused attention in bfloat16 is slower on processors than its plain one.
+        with sdpa_kernel(SDPBackend.MATH):
+            velocity = self.transformer(x_t, batch["states"], batch["pooled"], sigma * 1000).sample
+        loss = F.mse_loss(velocity.float(), noise - latents)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    # ------------------------------------------------------------------------------------------------------------ time
+
+    def progress(self, step: int) -> float:
+        """The share of the fit that is done at ``step``, by steps or by time, whichever is further."""
+        steps = step / int(self.trainer.estimated_stepping_batches)
+        return steps if self.minutes is None else max(steps, self.seconds / (60 * self.minutes))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note when the step began; encoding and drawing do not count."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the time, and end the fit when it is over."""
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        if self.minutes is not None and self.seconds >= 60 * self.minutes:
+            self.out_of_time = self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the time that the fit has taken."""
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = float(checkpoint.get("seconds", 0.0))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with warm-up and cosine decay."""
+        optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=1e-2)
+
+        def factor(step: int) -> float:
+            return min((step + 1) / 100, 1.0) * (1 + math.cos(math.pi * min(self.progress(step), 1.0))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -------------------------------------------------------------------------------------------------------- pictures
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the verdicts of the epoch before."""
+        self._shown = defaultdict(list)
+
+    def validation_step(self, batch: list[PictureItem], batch_idx: int) -> None:
+        """Draw the prompts of ``batch`` and ask the judge whether each picture shows its concept."""
+        self._judge = self._judge or EmojiJudge()
+        pipeline = self.pipeline().to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            pictures = draw(
+                pipeline,
+                [item.prompt for item in batch],
+                [item.seed for item in batch],
+                self.num_inference_steps,
+                self.guidance_scale,
+            )
+        answers = judge_questions(self._judge, pictures, [item.question for item in batch])
+        concepts = load_concept_set("emoji20")
+        for item, answer in zip(batch, answers.tolist(), strict=True):
+            kind = "direct" if item.prompt_index < concepts.counts.direct else "indirect"
+            for key in (kind, f"concept/{list(concepts.concepts)[item.concept_index]}"):
+                self._shown[key].append(float(answer >= 0.5))
+        row = torch.cat(list(pictures[:16]), dim=2)
+        self.logger.experiment.add_image(f"samples/{batch_idx}", row, self.global_step)  # type: ignore[union-attr]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the share of pictures that show their concept, of direct and indirect prompts and of each concept."""
+        for key, verdicts in self._shown.items():
+            self.log(f"validation/{key}", sum(verdicts) / len(verdicts), prog_bar=key in ("direct", "indirect"))
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        """The pipeline with the transformer in its current state; the transformer is not copied."""
+        vae = AutoencoderKL.from_pretrained(self.parts["vae"]).eval()
+        if vae.config.shift_factor is None:  # the pipeline adds it
+            vae.register_to_config(shift_factor=0.0)
+        return StableDiffusion3Pipeline(
+            transformer=self.transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=vae,
+            text_encoder=CLIPTextModelWithProjection.from_pretrained(self.parts["text_encoder"]).eval(),
+            tokenizer=CLIPTokenizer.from_pretrained(self.parts["tokenizer"]),
+            text_encoder_2=CLIPTextModelWithProjection.from_pretrained(self.parts["text_encoder_2"]).eval(),
+            tokenizer_2=CLIPTokenizer.from_pretrained(self.parts["tokenizer_2"]),
+            text_encoder_3=T5EncoderModel.from_pretrained(self.parts["text_encoder_3"]).eval(),
+            tokenizer_3=T5Tokenizer.from_pretrained(self.parts["tokenizer_3"]),
+        )
+
+    def save_pretrained(self, output: Path) -> None:
+        """Write the whole pipeline into ``output``; transformer and text encoders in half precision, to be small."""
+        pipeline = self.pipeline()
+        pipeline.transformer = SD3Transformer2DModel.from_config(self.transformer.config)
+        pipeline.transformer.load_state_dict(self.transformer.state_dict())
+        pipeline.transformer.half()
+        pipeline.save_pretrained(output)
+        for name in ENCODERS:  # as they were written: the weights in half precision
+            shutil.copytree(self.parts[name], output / name, dirs_exist_ok=True)
+
+
+def draw(
+    pipeline: StableDiffusion3Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    max_sequence_length: int | None = None,
+) -> Tensor:
+    """Draw ``prompts`` with diffusers' own pipeline: pictures (B, 3, H, W) in [0, 1], float32.
+
+    Args:
+        pipeline: Whose ``set_progress_bar_config`` is changed: no bar is shown.
+        prompts: B prompts.
+        seeds: B seeds.
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Strength of classifier-free guidance.
+        max_sequence_length: Positions of T5; None means as many as its tokenizer says, with which the transformer was
+            trained, and not the 256 of the pipeline.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        list(prompts),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        max_sequence_length=max_sequence_length or int(pipeline.tokenizer_3.model_max_length),
+        output_type="pt",
+    ).images
+    return pictures.float().cpu()
