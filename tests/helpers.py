@@ -28,7 +28,7 @@ from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
-from lit_unlearn.diffusion.sampling import denoise
+from lit_unlearn.diffusion.samplers import set_steps
 from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
@@ -179,12 +179,19 @@ def sample_latents(
     guidance_scale: float,
 ) -> Tensor:
     """Latents (B, C, H, W) of prompts by their states (B, L, D): the plain loop that ``Pipeline.sample`` must equal."""
-    states = [encoder_hidden_states]
+    states = encoder_hidden_states
     if guidance_scale != 1:
-        states.insert(0, unconditional.expand_as(encoder_hidden_states))
-    latents = noise
-    for step in denoise(unet, scheduler, states, noise, num_inference_steps, guidance_scale):
-        latents = step.latents
+        states = torch.cat([unconditional.expand_as(states), states])
+    sampler = set_steps(scheduler, num_inference_steps, unet.device)
+    latents = noise.to(unet.dtype) * sampler.init_noise_sigma
+    with torch.no_grad():
+        for timestep in sampler.timesteps:
+            several = torch.cat([latents] * (len(states) // len(latents)))
+            output = unet(sampler.scale_model_input(several, timestep), timestep, states).sample
+            if guidance_scale != 1:
+                empty, prompted = output.chunk(2)
+                output = empty + guidance_scale * (prompted - empty)
+            latents = sampler.step(output, timestep, latents).prev_sample
     return latents
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.check import load_mended_scheduler, read_tokenizer
-from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.check import family_in, read_process, read_prompts
 from lit_unlearn.diffusion.hub import cached_snapshot
 from lit_unlearn.diffusion.load import check_folder, fetch, load_parts
-from lit_unlearn.diffusion.noise import DDPM, Sampler
+from lit_unlearn.diffusion.noise import Sampler
 from lit_unlearn.diffusion.parameters import Fingerprint, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
@@ -79,12 +78,17 @@ class BaseModel:
         self.names = [f"{part}.{name}" for part, found in parts.items() for name in found]
         self.folder = folder
 
+    @cached_property
+    def family(self) -> type[Pipeline]:
+        """The class of its pipeline; a model of the hub is downloaded for this."""
+        return family_in(self.fetch(), self.name)
+
     @property
     def commit(self) -> str | None:
         """The commit of a model of the hub (the name of its folder in the cache); None before it is downloaded."""
         return self.folder.name if self.folder is not None and isinstance(self.place, str) else None
 
-    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> StableDiffusion:
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Pipeline:
         """Load the pipeline, as ``load_pipeline``; this frees the values that ``weights`` has kept."""
         self._read.clear()
         return load_parts(self.fetch(), dtype, device)
@@ -101,15 +105,13 @@ class BaseModel:
             ValueError: The sampler cannot take this number of steps.
         """
         if self.folder is not None:
-            scheduler = load_mended_scheduler(self.folder, self.name)
-            check_steps(DDPM(scheduler).with_sampler(kind).scheduler, num_inference_steps, field)
+            process = read_process(self.folder, self.name).with_sampler(kind)
+            check_steps(process.scheduler, num_inference_steps, field, **process.step_arguments(num_inference_steps))
 
     @cached_property
     def reader(self) -> PromptReader | None:
         """Reads prompts as the text encoders do; None for a hub id that is not downloaded."""
-        if self.folder is None:
-            return None
-        return PromptReader((read_tokenizer(self.folder, self.name),))
+        return None if self.folder is None else read_prompts(self.folder, self.name)
 
     # --- weights, without a pipeline
 

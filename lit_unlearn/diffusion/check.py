@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from lit_unlearn.diffusion.families import FAMILIES, StableDiffusion
+from lit_unlearn.diffusion.families.forms import check_equal
+from lit_unlearn.diffusion.noise import NoiseProcess
+from lit_unlearn.diffusion.parts import Part, described_model, weights_of
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.diffusion.samplers import make_sampler
 from lit_unlearn.diffusion.source import CONVERT, STEMS, read_config, weight_files
 from lit_unlearn.diffusion.stored import StoredWeights
@@ -19,31 +22,12 @@ from lit_unlearn.system.errors import essence
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
-PIPELINE = "StableDiffusionPipeline"
-PARTS: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder": ("CLIPTextModel",),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "scheduler": (),
-}
-"""Parts of a pipeline, each with the classes that it can be loaded as; there are many classes of schedulers."""
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of these parts come from."""
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that do not change the pictures."""
-
-CONDITIONS = {
-    "time_cond_proj_dim": "the guidance scale (it was distilled for few steps)",
-    "class_embed_type": "a class",
-    "num_class_embeds": "a class",
-    "addition_embed_type": "sizes, pictures or pooled text (as SDXL)",
-    "encoder_hid_dim": "states of another width",
-    "encoder_hid_dim_type": "states of another kind",
-}
-"""Fields of a UNet's configuration for inputs besides latents, timesteps and text, with the name of the input."""
 
 ORIGINAL = (
     "cond_stage_model.",
@@ -60,6 +44,26 @@ BROKEN_CONFIG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticE
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
+def family_in(path: Path, model: str) -> type[Pipeline]:
+    """The family of the pipeline in a folder, by its ``model_index.json``.
+
+    Raises:
+        ValueError: The family is not known, or a part is missing or of another class.
+    """
+    return FAMILIES[_check_index(path, model)["_class_name"]]
+
+
+def declared_parts(path: Path, model: str) -> dict[str, Part]:
+    """The parts that a folder has of the ones that its family declares, by name.
+
+    Raises:
+        ValueError: As ``family_in``.
+    """
+    index = _check_index(path, model)
+    declared = FAMILIES[index["_class_name"]].declared
+    return {name: part for name, part in declared.items() if name in _entries(index)}
+
+
 def check_parts(path: Path, model: str) -> None:
     """Check everything in a model folder except its weights.
 
@@ -71,10 +75,9 @@ def check_parts(path: Path, model: str) -> None:
         ValueError: A part or file is missing, the class or configuration of a part is not supported, or two parts do
             not fit together.
     """
-    _check_index(path, model)
-    parts = {part: _described(path, part, model) for part in STEMS}
-    _check_forms(parts["text_encoder"].config, parts["unet"].config, parts["vae"].config, model)
-    load_tokenizer(path, model, parts["text_encoder"].config)
+    family = family_in(path, model)
+    family.check_forms({part: module.config for part, module in _modules(path, model).items()}, model)
+    read_tokenizers(path, model)
     load_scheduler(path, model)
 
 
@@ -82,13 +85,14 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
     """Compare the weights in the files with those of the models that the configurations describe, by name and shape.
 
     Returns:
-        The names of the weights of ``text_encoder``, ``unet`` and ``vae``.
+        The names of the parameters of each part that has some, such as ``unet``, in the order of its files.
 
     Raises:
         ValueError: A part has no weights, a weight is missing, unknown or of another shape, or a file is corrupt.
     """
     names = {}
-    for part, stem in STEMS.items():
+    for part, module in _modules(path, model).items():
+        stem = STEMS[part]
         if not weight_files(path, part):
             there = ", ".join(sorted(file.name for file in (path / part).iterdir() if file.name != "config.json"))
             if "-of-" in there:
@@ -100,8 +104,8 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
                 f"model={model!r} has no *.safetensors in {part}/ that the name {stem} begins (there is "
                 f"{there or 'nothing'}): convert it with save_pretrained first."
             )
-        module, stored = _described(path, part, model), StoredWeights(path, part)
-        expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        stored = StoredWeights(path, part)
+        expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
         where = f"model={model!r}: {part}/"
         described = f"the {type(module).__name__} that its config.json describes"
         missing = [name for name in expected if name not in stored.described]
@@ -128,56 +132,90 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
                     f"{where}{tensor.file.name} has {name!r} as {tensor.dtype}: quantized weights cannot be edited, "
                     "take those of 16 or 32 bits."
                 )
-        names[part] = list(stored)
+        parameters = {name for name, _ in module.named_parameters()}
+        names[part] = [name for name in stored if name in parameters]
     return names
 
 
-def load_tokenizer(path: Path, model: str, text_config: Any) -> CLIPTokenizer:
-    """Load the tokenizer of a folder; if it has no length, it gets the text encoder's.
+def load_tokenizer(path: Path, part: str, model: str, text_config: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer of a folder; if it has no length, it gets the text encoder's.
 
     Args:
         path: The folder.
+        part: Name of the tokenizer.
         model: The model's name as the user gave it.
-        text_config: Configuration of the text encoder.
+        text_config: Configuration of its text encoder.
 
     Raises:
         ValueError: The tokenizer's files are missing or broken, or it does not fit the text encoder.
     """
-    from transformers import CLIPTokenizer
+    import transformers
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-    folder = path / "tokenizer"
-    has = [(folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
-    if not (has[0] or all(has[1:])):
-        raise ValueError(f"model={model!r} has neither tokenizer.json nor vocab.json and merges.txt in tokenizer/.")
+    declared = declared_parts(path, model)[part]
+    folder, encoder = path / part, declared.encoder
+    of_a_clip = declared.kinds[0].startswith("CLIP")
+    others = ("vocab.json", "merges.txt") if of_a_clip else ("spiece.model",)
+    if not ((folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in others)):
+        raise ValueError(f"model={model!r} has neither tokenizer.json nor {' and '.join(others)} in {part}/.")
     for file in folder.glob("*.json"):
         read_config(file)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer = getattr(transformers, declared.kinds[0]).from_pretrained(folder)
         last = max(tokenizer.get_vocab().values())
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | TypeError | KeyError):
             raise  # the Rust library behind it raises Exception itself
-        raise ValueError(f"model={model!r} has a tokenizer that cannot be read: {essence(error)}") from error
-    positions = text_config.max_position_embeddings
-    if tokenizer.model_max_length >= VERY_LARGE_INTEGER:
+        raise ValueError(f"model={model!r} has a {part} that cannot be read: {essence(error)}") from error
+    who = "the text encoder" if encoder == "text_encoder" else encoder
+    positions = getattr(text_config, "max_position_embeddings", None)  # a T5 reads any number
+    if positions is not None and tokenizer.model_max_length >= VERY_LARGE_INTEGER:
         tokenizer.model_max_length = positions
-    if tokenizer.model_max_length > positions:
+    if positions is not None and tokenizer.model_max_length > positions:
         raise ValueError(
-            f"model={model!r}: tokenizer/tokenizer_config.json has model_max_length={tokenizer.model_max_length}, and "
-            f"the text encoder reads max_position_embeddings={positions}: set it to {positions}."
+            f"model={model!r}: {part}/tokenizer_config.json has model_max_length={tokenizer.model_max_length}, and "
+            f"{who} reads max_position_embeddings={positions}: set it to {positions}."
         )
     if last >= text_config.vocab_size:
         raise ValueError(
-            f"model={model!r}: the tokenizer has a token {last} ({tokenizer.convert_ids_to_tokens(last)!r}), and the "
-            f"text encoder embeds vocab_size={text_config.vocab_size}: save both parts of one pipeline."
+            f"model={model!r}: the {part} has a token {last} ({tokenizer.convert_ids_to_tokens(last)!r}), and {who} "
+            f"embeds vocab_size={text_config.vocab_size}: save both parts of one pipeline."
         )
-    return tokenizer
+    return tokenizer  # type: ignore[no-any-return]
 
 
-def read_tokenizer(path: Path, model: str) -> CLIPTokenizer:
-    """Load the tokenizer of a folder that has been checked."""
-    return load_tokenizer(path, model, _described(path, "text_encoder", model).config)
+def read_tokenizers(path: Path, model: str) -> dict[str, PreTrainedTokenizerBase]:
+    """Load all tokenizers of a folder, by name.
+
+    Raises:
+        ValueError: As ``load_tokenizer``, or two tokenizers of CLIPs have different lengths.
+    """
+    found, declared = {}, declared_parts(path, model)
+    lengths = {}
+    for part, of in declared.items():
+        if of.encoder:
+            found[part] = load_tokenizer(path, part, model, _described(path, of.encoder, model).config)
+            if of.length is None:
+                lengths[f"{part} model_max_length"] = found[part].model_max_length
+    check_equal(lengths, model)
+    return found
+
+
+def read_prompts(path: Path, model: str) -> PromptReader:
+    """The reader of prompts of a folder that has been checked, without its text encoders."""
+    tokenizers, declared = read_tokenizers(path, model), declared_parts(path, model)
+    lengths = {part: tokenizer.model_max_length for part, tokenizer in tokenizers.items()}
+    lengths.update({part: length for part in tokenizers if (length := declared[part].length) is not None})
+    encoders = tuple(declared[part].encoder for part in tokenizers)
+    return PromptReader(tuple(tokenizers.values()), tuple(lengths.values()), encoders)
+
+
+def read_process(path: Path, model: str) -> NoiseProcess:
+    """The noise process of a folder that has been checked, with its configuration corrected as it is on loading."""
+    family, scheduler = family_in(path, model), load_scheduler(path, model)
+    if family is StableDiffusion:
+        scheduler = load_mended_scheduler(path, model)
+    return family.process(scheduler, read_config(path / family.denoiser_part / "config.json"))
 
 
 def load_scheduler(path: Path, model: str) -> SchedulerMixin:
@@ -187,7 +225,8 @@ def load_scheduler(path: Path, model: str) -> SchedulerMixin:
         ValueError: As ``make_sampler``, or a file is broken.
     """
     name = read_config(path / "model_index.json")["scheduler"][1]
-    return make_sampler(name, read_config(path / "scheduler" / "scheduler_config.json"), model)
+    config = read_config(path / "scheduler" / "scheduler_config.json")
+    return make_sampler(name, config, model, flow=family_in(path, model).flow)
 
 
 def load_mended_scheduler(path: Path, model: str) -> SchedulerMixin:
@@ -202,45 +241,62 @@ def load_mended_scheduler(path: Path, model: str) -> SchedulerMixin:
     return scheduler
 
 
-def _check_index(path: Path, model: str) -> None:
-    """Check which parts a folder has, and their classes in ``model_index.json``."""
+def _check_index(path: Path, model: str) -> dict[str, Any]:
+    """Check which parts a folder has, and their classes in ``model_index.json``; return its content."""
     if not (path / "model_index.json").is_file():
         there = sorted(entry.name for entry in path.iterdir())
         listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         raise ValueError(
             f"model={model!r} lacks model_index.json (there is {listed or 'nothing'}): a folder in the diffusers "
-            f"layout has it and {', '.join(PARTS)}; to convert a single file: {CONVERT}."
+            f"layout has it and {', '.join(StableDiffusion.declared)}; to convert a single file: {CONVERT}."
         )
     index = read_config(path / "model_index.json")
-    entries = {
-        name: entry
-        for name, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-    }
-    parts = {name: entry[1] for name, entry in entries.items()}
     if "_class_name" not in index:
         raise ValueError(f"model={model!r}: {path / 'model_index.json'} has no _class_name: copy it again.")
-    others = [name for name in parts if name not in (*PARTS, *OPTIONAL)]
-    if (name := index.get("_class_name")) != PIPELINE or others:
-        having = f" with {', '.join(others)}" if others else ""
+    if (name := index["_class_name"]) not in FAMILIES:
+        known = ", ".join(f"{kind} ({family.title})" for kind, family in FAMILIES.items())
         raise ValueError(
-            f"model={model!r} is a {name!s:.100}{having}, which is not supported: only pipelines with a single "
-            f"CLIPTextModel, a UNet2DConditionModel and an AutoencoderKL can be edited ({PIPELINE}: Stable Diffusion "
-            "1.x and 2.x); if its parts are those, give it that _class_name in model_index.json."
+            f"model={model!r} is a {name!s:.100}, which is not supported: known are {known}; if its parts are those of "
+            "one of these, give it that _class_name in model_index.json."
         )
-    for part, kinds in PARTS.items():
-        if part not in parts or not (path / part).is_dir():
-            raise ValueError(f"model={model!r} lacks {part}: a folder in the diffusers layout has {', '.join(PARTS)}.")
-        if kinds and parts[part] not in kinds:
+    family, entries = FAMILIES[name], _entries(index)
+    if others := [part for part in entries if part not in (*family.declared, *OPTIONAL)]:
+        raise ValueError(
+            f"model={model!r} is a {name} with {', '.join(others)}, which is not supported: only pipelines with "
+            f"{family.form} can be edited ({name}: {family.title})."
+        )
+    needed = [part for part, declared in family.declared.items() if not declared.optional]
+    for part, declared in family.declared.items():
+        if part not in entries and declared.optional:
+            continue
+        if part not in entries or not (path / part).is_dir():
+            raise ValueError(f"model={model!r} lacks {part}: a {name} has {', '.join(needed)}.")
+        library, kind = entries[part]
+        if declared.kinds and kind not in declared.kinds:
             raise ValueError(
-                f"model={model!r} has the {part} {parts[part]!r:.100} by its model_index.json: only {kinds[0]} is "
+                f"model={model!r} has the {part} {kind!r:.100} by its model_index.json: only {declared.kinds[0]} is "
                 "supported."
             )
-        if (library := entries[part][0]) not in LIBRARIES:
+        if library not in LIBRARIES:
             raise ValueError(
-                f"model={model!r} has the {part} {parts[part]!r:.100} of {library!r:.100} by model_index.json, which"
+                f"model={model!r} has the {part} {kind!r:.100} of {library!r:.100} by model_index.json, which"
                 f" is code of its own: only classes of {' and '.join(LIBRARIES)} are loaded."
             )
+        if declared.encoder and declared.encoder not in entries:
+            raise ValueError(f"model={model!r} has {part} and no {declared.encoder}: add it, or remove both.")
+    return index
+
+
+def _entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Library and class of each part in the content of ``model_index.json`` that is not left out."""
+    lists = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: entry for name, entry in lists.items() if entry[1] is not None}
+
+
+def _modules(path: Path, model: str) -> dict[str, nn.Module]:
+    """The parts of a folder that have weights, as their configurations describe them."""
+    parts = declared_parts(path, model)
+    return {name: _described(path, name, model) for name, part in parts.items() if part.has_weights}
 
 
 def _described(path: Path, part: str, model: str) -> nn.Module:
@@ -258,58 +314,11 @@ def _described(path: Path, part: str, model: str) -> nn.Module:
         )
     from huggingface_hub.errors import StrictDataclassError  # transformers checks types with it
 
+    kind = declared_parts(path, model)[part].kinds[0]
     try:
-        return _on_meta(part, json.dumps(config, sort_keys=True))
+        return described_model(kind, config)
     except (*BROKEN_CONFIG, StrictDataclassError) as error:
-        kind = PARTS[part][0]
         raise ValueError(f"model={model!r}: {part}/config.json describes no {kind}: {essence(error)}") from error
-
-
-@lru_cache(maxsize=12)
-def _on_meta(part: str, config: str) -> nn.Module:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    content = json.loads(config)
-    with torch.device("meta"):
-        if part == "text_encoder":  # some folders have the configuration of a whole CLIP
-            return CLIPTextModel(CLIPTextConfig.from_dict(content.get("text_config") or content))
-        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(content)
-
-
-def _check_forms(text: Any, unet: Any, vae: Any, model: str) -> None:
-    """Check that the pipeline can use the parts' configurations, and that they fit together."""
-    for field, what in CONDITIONS.items():
-        if (value := unet.get(field)) is not None:
-            raise ValueError(
-                f"model={model!r}: unet/config.json has {field}={value!r}: it takes {what} as an input, which is not "
-                "supported; take the model that it was made from, with text as its only condition."
-            )
-    latents = {"unet in_channels": unet.in_channels, "unet out_channels": unet.out_channels}
-    for field, value in latents.items():
-        if value != vae.latent_channels:
-            raise ValueError(
-                f"model={model!r} has {field}={value} and vae latent_channels={vae.latent_channels}, which must be "
-                "equal: models for inpainting, depth, upscaling or editing of pictures are not supported."
-            )
-    if (vae.in_channels, vae.out_channels) != (3, 3):
-        raise ValueError(
-            f"model={model!r}: vae/config.json has in_channels={vae.in_channels} and out_channels={vae.out_channels}: "
-            "pictures have 3."
-        )
-    widths = unet.cross_attention_dim
-    if set(widths if isinstance(widths, list | tuple) else [widths]) != {text.hidden_size}:
-        raise ValueError(
-            f"model={model!r} has unet cross_attention_dim={widths} and text_encoder hidden_size={text.hidden_size}, "
-            "which must be equal: take both from one pipeline."
-        )
-    size = unet.sample_size
-    sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(
-            f"model={model!r}: unet/config.json has sample_size={size!r}: give the side of the latents, or their "
-            "height and width, e.g. 64 for pictures of 512 pixels."
-        )
 
 
 def _remedy(name: str, expected: Mapping[str, Any]) -> str:

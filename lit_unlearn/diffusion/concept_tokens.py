@@ -12,13 +12,16 @@ from lit_unlearn.core.alignment import positions_mask
 from lit_unlearn.diffusion.prompts import expand_words
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 Padding = Literal["first_eot", "all_eot"]
 
 
 def names_mask(
-    tokenizer: CLIPTokenizer, prompts: Sequence[str], occurrences: Callable[[str], Sequence[tuple[int, int]]]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    occurrences: Callable[[str], Sequence[tuple[int, int]]],
+    length: int | None = None,
 ) -> Tensor:
     """Which tokens of each prompt stand for what ``occurrences`` finds in its text.
 
@@ -26,19 +29,21 @@ def names_mask(
         tokenizer: Byte-pair tokenizer that knows where in a text its tokens stand.
         prompts: B texts.
         occurrences: Places in a text: of each the first character and the one behind its last.
+        length: Number of tokens L; None takes the tokenizer's ``model_max_length``.
 
     Returns:
         (B, L) bool, every token that has a character of such a place; all false for a prompt without any.
     """
+    length = tokenizer.model_max_length if length is None else length
     texts = expand_words(tokenizer, prompts)
     encoded = tokenizer(
         texts,
         padding="max_length",
         truncation=True,
-        max_length=tokenizer.model_max_length,
+        max_length=length,
         return_offsets_mapping=True,
     )
-    mask = torch.zeros(len(texts), tokenizer.model_max_length, dtype=torch.bool)
+    mask = torch.zeros(len(texts), length, dtype=torch.bool)
     for row, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):
         for start, end in occurrences(text):
             for position, (first, behind) in enumerate(offsets):

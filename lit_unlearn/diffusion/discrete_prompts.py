@@ -11,11 +11,11 @@ from torch import Tensor
 from lit_unlearn.diffusion.prompts import token_ids
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 def whole_words(
-    tokenizer: CLIPTokenizer, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()
 ) -> Tensor:
     """Tokens that a person can type as words of a prompt: the text of each one is tokenized to the same token again.
 
@@ -51,6 +51,6 @@ def whole_words(
     return torch.tensor(found)
 
 
-def words_of(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
+def words_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of tokens from ``whole_words``."""
     return " ".join(token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(list(ids)))

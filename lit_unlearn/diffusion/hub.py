@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
-from lit_unlearn.diffusion.source import STEMS, chosen_weights, weight_files
+from lit_unlearn.diffusion.source import STEMS, chosen_weights, weight_files, weighted_parts
 from lit_unlearn.system.errors import essence, plain_warnings
 
 CONFIGURATIONS = [
     *("model_index.json", "LICENSE*", "NOTICE*"),
-    *(f"{part}/*.{ending}" for part in (*STEMS, "tokenizer", "scheduler") for ending in ("json", "txt")),
+    *(f"{part}/*.{ending}" for part in (*STEMS, "tokenizer*", "scheduler") for ending in ("json", "txt")),
 ]
 """Patterns of the files that are downloaded before the weights."""
 TIMEOUT = 10.0
@@ -129,6 +129,6 @@ def _whole_snapshot(model: str, revision: str | None) -> Path | None:
         return None
     folder = Path(found).parent
     try:
-        return folder if all(weight_files(folder, part) for part in STEMS) else None
-    except ValueError:  # a shard is missing
+        return folder if all(weight_files(folder, part) for part in weighted_parts(folder)) else None
+    except ValueError:  # a shard is missing, or the index is broken
         return None

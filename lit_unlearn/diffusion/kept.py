@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.load import PARTS
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.parts import KINDS
 from lit_unlearn.diffusion.public_name import hub_snapshot
-from lit_unlearn.diffusion.source import weight_files
-from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, parameter_name
+from lit_unlearn.diffusion.source import STEMS, weight_files, weighted_parts
 
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Optional parts of a pipeline, which edits never change."""
@@ -69,18 +69,22 @@ def kept_of(base: BaseModel, weights: Collection[str]) -> Kept:
         kept.left_out["other files"] = (
             f"of a model from the hub, only {', '.join(FROM_HUB)} and optional parts are copied"
         )
+    checkable = base.family is StableDiffusion  # pipelines of other families have no safety checker
     if folder is None:
         kept.left_out = {"all other files": "they are not in the hub's cache, and the hub cannot be reached"}
-        kept.index["requires_safety_checker"] = False
+        if checkable:
+            kept.index["requires_safety_checker"] = False
         return kept
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    parts = {name for name, entry in index.items() if isinstance(entry, list) and None not in entry} - set(PARTS)
+    listed = {name for name, entry in index.items() if isinstance(entry, list) and None not in entry}
+    parts = listed - set(base.family.declared)
     for part in sorted(parts):
         if reason := _keep_part(folder, part, index[part], kept):
             kept.left_out[part] = reason
-    kept.index["requires_safety_checker"] = (
-        "safety_checker" not in kept.left_out and index.get("requires_safety_checker", True) is not False
-    )
+    if checkable:
+        kept.index["requires_safety_checker"] = (
+            "safety_checker" not in kept.left_out and index.get("requires_safety_checker", True) is not False
+        )
     names = frozenset(weights)
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
@@ -150,14 +154,15 @@ def _keep_file(folder: Path, path: Path, names: frozenset[str], kept: Kept) -> N
     name = path.relative_to(folder).as_posix()
     part = name.partition("/")[0]
     export = next((parent for parent in path.parents if parent != folder and (parent / INDEX).is_file()), None)
-    loaded = part in WEIGHTED_PARTS and (path in weight_files(folder, part) or ".safetensors.index" in path.name)
+    of_a_part = part in weighted_parts(folder)
+    loaded = of_a_part and (path in weight_files(folder, part) or ".safetensors.index" in path.name)
     if loaded or name.upper() == "README.MD":
         return
     if export is not None and export.is_relative_to(folder):
         kept.left_out[export.relative_to(folder).as_posix()] = "it is a model of its own"
     elif name == PROVENANCE:
         kept.left_out[name] = "it is of the edit that made the base"
-    elif reason := _unsafe(folder, path) or _reaches_back(path, part, names):
+    elif reason := _unsafe(folder, path) or _reaches_back(path, of_a_part, names):
         kept.left_out[name] = reason
     else:
         kept.files[name] = path
@@ -184,16 +189,17 @@ def _stored(path: Path) -> list[str] | None:
         return None
 
 
-def _reaches_back(path: Path, part: str, names: frozenset[str]) -> str | None:
+def _reaches_back(path: Path, of_a_part: bool, names: frozenset[str]) -> str | None:
     """The reason why a file of weights is not copied: it is corrupt, or contains weights of the model; else None."""
     if path.suffix != ".safetensors":
         return None
-    if part in WEIGHTED_PARTS:
+    if of_a_part:
         return UNEDITED
     stored = _stored(path)
     if stored is None:
         return CORRUPT
     for name in stored:
-        if name.startswith(ORIGINAL) or any(f"{part}.{parameter_name(part, name)}" in names for part in WEIGHTED_PARTS):
+        spelled = {kind.parameter_name(name) for kind in KINDS.values()}
+        if name.startswith(ORIGINAL) or any(f"{part}.{each}" in names for part in STEMS for each in spelled):
             return UNEDITED
     return None

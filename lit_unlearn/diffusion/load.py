@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_unlearn.diffusion.check import PARTS, check_parts, check_weights, load_scheduler, load_tokenizer
-from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.check import (
+    check_parts,
+    check_weights,
+    declared_parts,
+    family_in,
+    load_scheduler,
+    load_tokenizer,
+)
 from lit_unlearn.diffusion.hub import cached_snapshot, download
-from lit_unlearn.diffusion.source import resolve_model, weight_variant
+from lit_unlearn.diffusion.parts import KINDS, model_class
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.source import read_config, resolve_model, weight_variant
 from lit_unlearn.system.errors import plain_warnings
-
-MENDED = {
-    "scheduler": ("steps_offset", "clip_sample"),
-    "unet": ("sample_size",),
-}
-"""Fields that diffusers' pipeline changes in configurations of 2022 when it loads them."""
 
 
 def check_model(model: str) -> dict[str, list[str]]:
@@ -34,12 +36,12 @@ def check_model(model: str) -> dict[str, list[str]]:
         model: As for ``resolve_model``.
 
     Returns:
-        Names of the parameters of ``text_encoder``, ``unet`` and ``vae``, from the headers of the weight files. Empty
-        for a hub id, which cannot be checked before it is downloaded.
+        Names of the parameters of each part that has some, such as ``unet``, from the headers of the weight files.
+        Empty for a hub id, which cannot be checked before it is downloaded.
 
     Raises:
         ValueError: A part or a file is missing, a weight file is corrupt, the weights do not fit the configuration, or
-            the pipeline has another architecture.
+            the pipeline is of no known family.
     """
     path = resolve_model(model)
     return {} if isinstance(path, str) else check_folder(path, model)
@@ -65,7 +67,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     device: torch.device | None = None,
-) -> StableDiffusion:
+) -> Pipeline:
     """Load the parts of ``model``, frozen and in evaluation mode.
 
     Each part is moved to the device before the next one is loaded, so that CPU memory is needed only for the largest
@@ -87,7 +89,7 @@ def load_pipeline(
     return load_parts(path, dtype, device)
 
 
-def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> StableDiffusion:
+def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> Pipeline:
     """As ``load_pipeline``, for a folder that has been checked.
 
     Configurations of 2022 are corrected as in ``StableDiffusionPipeline``, so that an export draws the same pictures.
@@ -102,30 +104,30 @@ def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = Non
     return pipeline
 
 
-def _load(path: Path, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
     from diffusers.utils import is_accelerate_available
-    from transformers import CLIPTextModel
 
     # Never load the pickles that some models also have.
-    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    options: dict[str, dict[str, Any]] = {"transformers": {"dtype": dtype, "use_safetensors": True}}
     # diffusers would use this anyway, after printing long advice.
-    models = {**weights, "low_cpu_mem_usage": is_accelerate_available()}
-
-    def load(kind: Any, part: str, options: dict[str, Any]) -> Any:
-        module = _load_part(kind, path, part, options).eval().requires_grad_(False).to(device)
-        _check_finite(module, f"{path / part}", dtype)
-        return module
-
-    channels_last = {"memory_format": torch.channels_last}
-    text_encoder = load(CLIPTextModel, "text_encoder", weights)
-    return StableDiffusion(
-        tokenizer=load_tokenizer(path, str(path), text_encoder.config),
-        text_encoder=text_encoder,
-        unet=load(UNet2DConditionModel, "unet", models).to(**channels_last),
-        vae=load(AutoencoderKL, "vae", models).to(**channels_last),
-        scheduler=load_scheduler(path, str(path)),
-    )
+    options["diffusers"] = {**options["transformers"], "low_cpu_mem_usage": is_accelerate_available()}
+    model, family = str(path), family_in(path, str(path))
+    declared, loaded = declared_parts(path, model), {}
+    for name, part in declared.items():
+        if part.has_weights:
+            kind = part.kinds[0]
+            module = _load_part(model_class(kind), path, name, options[KINDS[kind].library])
+            module = module.eval().requires_grad_(False).to(device)
+            _check_finite(module, f"{path / name}", dtype)
+            convolves = kind in ("UNet2DConditionModel", "AutoencoderKL")
+            loaded[name] = module.to(memory_format=torch.channels_last) if convolves else module
+    for name, part in declared.items():
+        if part.encoder:
+            loaded[name] = load_tokenizer(path, name, model, loaded[part.encoder].config)
+    index = read_config(path / "model_index.json")
+    build: Any = family  # a dataclass
+    pipeline: Pipeline = build(**loaded, scheduler=load_scheduler(path, model), **family.options(index))
+    return pipeline
 
 
 def _load_part(kind: Any, path: Path, part: str, options: dict[str, Any]) -> Any:
@@ -146,13 +148,13 @@ def _check_finite(module: nn.Module, place: str, dtype: torch.dtype) -> None:
             )
 
 
-def _mend(pipeline: StableDiffusion, path: Path) -> None:
+def _mend(pipeline: Pipeline, path: Path) -> None:
     """Let diffusers correct the configurations as it does when it loads the folder, and warn of each change."""
-    given = {part: dict(getattr(pipeline, part).config) for part in MENDED}
+    given = {part: dict(getattr(pipeline, part).config) for part in pipeline.mended}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # advice to correct the files; the warning below replaces it
         pipeline.to_diffusers()
-    for part, fields in MENDED.items():
+    for part, fields in pipeline.mended.items():
         for field in fields:
             before, after = given[part].get(field), getattr(pipeline, part).config.get(field)
             if before != after:
@@ -163,4 +165,4 @@ def _mend(pipeline: StableDiffusion, path: Path) -> None:
                     )
 
 
-__all__ = ["PARTS", "BrokenWeightsError", "check_folder", "check_model", "fetch", "load_parts", "load_pipeline"]
+__all__ = ["BrokenWeightsError", "check_folder", "check_model", "fetch", "load_parts", "load_pipeline"]

@@ -12,27 +12,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.diffusion.prompts import token_ids
+from lit_unlearn.diffusion.prompts import frame, token_ids
 from lit_unlearn.diffusion.source import resolve_model, weight_files
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PLACE = "{}"
 """Marks the position of the new tokens in a template."""
 
 
-def tokenize_templates(tokenizer: CLIPTokenizer, templates: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
+def tokenize_templates(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[str], count: int, length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Tokenize prompts in which every ``{}`` stands for a sequence of ``count`` new tokens.
 
+    Args:
+        tokenizer: The tokenizer.
+        templates: B prompts.
+        count: Number of new tokens.
+        length: Number of tokens L; None takes the tokenizer's ``model_max_length``.
+
     Returns:
-        ``input_ids`` (B, L), padded to ``model_max_length``, with an arbitrary token of the vocabulary at the new
+        ``input_ids`` (B, L), padded, with an arbitrary token of the vocabulary at the new
         tokens' positions; and ``slots`` (B, L): the index of the new token at each position, -1 at other positions.
 
     Raises:
         ValueError: A template is too long.
     """
-    length, special = tokenizer.model_max_length, set(tokenizer.all_special_ids)
+    length = tokenizer.model_max_length if length is None else length
+    special, (begin, end) = set(tokenizer.all_special_ids), frame(tokenizer)
     placeholder = next(number for number in range(len(tokenizer)) if number not in special)
     all_ids, all_slots = [], []
     for template in templates:
@@ -41,19 +50,19 @@ def tokenize_templates(tokenizer: CLIPTokenizer, templates: Sequence[str], count
         for text in rest:
             ids += [placeholder] * count + text
             slots += [*range(count), *[-1] * len(text)]
-        if (needed := len(ids) + 2) > length:
+        if (needed := len(begin) + len(ids) + len(end)) > length:
             raise ValueError(
                 f"The prompt {template!r} has {needed} tokens with {count} new ones for each {PLACE}, and the text "
                 f"encoder reads {length}: shorten it or learn fewer."
             )
         padding = length - needed
-        all_ids.append([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding])
-        all_slots.append([-1, *slots, -1, *[-1] * padding])
+        all_ids.append([*begin, *ids, *end, *[tokenizer.pad_token_id] * padding])
+        all_slots.append([*[-1] * len(begin), *slots, *[-1] * (len(end) + padding)])
     return torch.tensor(all_ids, device="cpu"), torch.tensor(all_slots, device="cpu")
 
 
 @contextmanager
-def substitute_embeddings(text_encoder: CLIPTextModel, embeddings: Tensor, slots: Tensor) -> Iterator[None]:
+def substitute_embeddings(text_encoder: PreTrainedModel, embeddings: Tensor, slots: Tensor) -> Iterator[None]:
     """Within the block, the text encoder reads ``embeddings`` (n, D) at the positions given by ``slots`` (B, L).
 
     For calls with ``input_ids`` (B, L). The vocabulary and its table are not changed; gradients flow into
@@ -73,7 +82,11 @@ def substitute_embeddings(text_encoder: CLIPTextModel, embeddings: Tensor, slots
 
 
 def initial_embeddings(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, count: int, words: str | None, generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    count: int,
+    words: str | None,
+    generator: torch.Generator,
 ) -> Tensor:
     """Initial embeddings (count, D), float32.
 
@@ -88,7 +101,7 @@ def initial_embeddings(
     return table[[ids[place % len(ids)] for place in range(count)]].clone()
 
 
-def vocabulary_norm(text_encoder: CLIPTextModel) -> float:
+def vocabulary_norm(text_encoder: PreTrainedModel) -> float:
     """Mean norm of the embeddings of the vocabulary; about 0.4 in Stable Diffusion 1.x."""
     return float(token_table(text_encoder).weight.detach().float().norm(dim=1).mean())
 
@@ -137,8 +150,10 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, Mapping[str, str]]:
     return embeddings.float(), metadata
 
 
-def token_table(text_encoder: CLIPTextModel) -> nn.Embedding:
-    """The embeddings of the vocabulary."""
-    table = text_encoder.get_input_embeddings()
+def token_table(text_encoder: PreTrainedModel) -> nn.Embedding:
+    """The layer that embeds the vocabulary."""
+    # A T5 has another layer with the same weight, which is not called.
+    called = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
+    table = text_encoder.get_input_embeddings() if called is None else called
     assert isinstance(table, nn.Embedding)
     return table

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lit_unlearn.system.errors import plain_warnings
 
 GROUPS: dict[str, str] = {
     "xattn": r"^unet\..*attn2\.",
@@ -20,30 +23,49 @@ GROUPS: dict[str, str] = {
     "noxattn": r"^unet\.(?!conv_norm_out\.|conv_out\.|time_embedding\.|.*attn2\.)",
     "esd-u": r"^unet\.(?!.*(attn2\.|norm))",
     "selfattn": r"^unet\..*attn1\.",
-    "full": r"^unet\.",
-    "embedding": r"^text_encoder\..*token_embedding\.weight$",
-    "text-fc1": r"^text_encoder\..*mlp\.fc1\.weight$",
-    "text-fc2": r"^text_encoder\..*mlp\.fc2\.weight$",
+    "full": r"^(unet|transformer)\.",
+    "joint-kv": r"^transformer\..*\.attn\.add_[kv]_proj\.weight$",
+    "context": (
+        r"^unet\..*attn2\.to_[kv]\.weight$|^unet\.add_embedding\.linear_1\.weight$|"
+        r"^transformer\.(context_embedder|time_text_embed\.text_embedder\.linear_1)\.weight$"
+    ),
+    "embedding": r"^text_encoder(_\d)?\.(.*token_embedding|shared)\.weight$",
+    "text-fc1": r"^text_encoder(_\d)?\..*(mlp\.fc1|DenseReluDense\.wi(_\d)?)\.weight$",
+    "text-fc2": r"^text_encoder(_\d)?\..*(mlp\.fc2|DenseReluDense\.wo)\.weight$",
 }
 """Weight groups with their usual names in the literature, as regular expressions over full parameter names.
 
 ``xattn``, ``noxattn``, ``selfattn`` and ``full`` are those of ESD's code of 2023, where ``conv_norm_out`` and
 ``conv_out`` are called ``out.``, and ``time_embedding`` is called ``time_embed``. ``esd-u`` is that of its code of
 2025: all linear layers and convolutions outside cross-attention, including those of the time embedding and the output.
-Its ``esd-x`` equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``.
+Its ``esd-x`` equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``. The groups of a UNet select nothing in a
+transformer, except ``full``. ``joint-kv`` is what turns text into keys and values of joint attention. ``context`` is
+every first linear map on the text encoders' outputs: K and V of a UNet's cross-attention, or ``context_embedder``; and
+the first map on the pooled vector, if there is one. ``text-fc1`` and ``text-fc2`` are the linear layers of the
+feed-forward networks of all text encoders (``wi`` and ``wo`` in a T5).
 """
 
 
-def match_parameters(pattern: str, names: Iterable[str]) -> list[str]:
+LABELS = {
+    "context_embedder": "context",
+    "time_text_embed.text_embedder.linear_1": "pooled",
+    "add_embedding.linear_1": "pooled",
+}
+"""Short names of single layers of the denoisers, for figures."""
+
+
+def match_parameters(pattern: str, names: Iterable[str], unread: Collection[str] = ()) -> list[str]:
     """Names that the group or regular expression ``pattern`` selects, in order.
 
     Args:
         pattern: A key of ``GROUPS``, or a regular expression that is searched in names such as
             ``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight``.
         names: Full parameter names.
+        unread: Names of weights that the model's output does not depend on, from ``Pipeline.unread``: they are left
+            out, with one warning that names them.
 
     Raises:
-        ValueError: The expression is invalid or selects nothing.
+        ValueError: The expression is invalid, or selects nothing, or only weights that are not read.
     """
     names = list(names)
     try:
@@ -52,14 +74,37 @@ def match_parameters(pattern: str, names: Iterable[str]) -> list[str]:
         raise ValueError(
             f"edited_parameters={pattern!r} is not a regular expression ({error}): give a group or correct it."
         ) from error
-    selected = [name for name in names if expression.search(name)]
+    matched = [name for name in names if expression.search(name)]
+    selected = [name for name in matched if name not in unread]
+    left_out = [name for name in matched if name in unread]
+    if left_out and not selected:
+        raise ValueError(
+            f"edited_parameters={pattern!r} selects only {_listed(left_out)}, which the model does not read: choose "
+            "weights of earlier layers."
+        )
     if not selected:
         close = get_close_matches(pattern, GROUPS, n=1) or [name for name in names if name.endswith("weight")][:1]
         raise ValueError(
             f"edited_parameters={pattern!r} selects no parameter: give a group ({', '.join(GROUPS)}) or a pattern that "
             f"matches names such as {(close or ['?'])[0]!r}."
         )
+    if left_out and (pattern, *left_out) not in _LEFT_OUT:
+        _LEFT_OUT.add((pattern, *left_out))
+        with plain_warnings():
+            warnings.warn(
+                f"edited_parameters={pattern!r} leaves out {_listed(left_out)}, which the model does not read.",
+                stacklevel=2,
+            )
     return selected
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A few names, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+_LEFT_OUT: set[tuple[str, ...]] = set()
+"""What has been warned of in this process."""
 
 
 def layer_index(name: str) -> int:
@@ -68,16 +113,27 @@ def layer_index(name: str) -> int:
     Raises:
         ValueError: The name has no layer number.
     """
-    match = re.search(r"layers\.(\d+)\.", name)
+    match = re.search(r"layers\.(\d+)\.|encoder\.block\.(\d+)\.", name)  # of a CLIP, of a T5
     if match is None:
         raise ValueError(f"The parameter {name!r} is not in a numbered layer of the text encoder: choose another.")
-    return int(match[1])
+    return int(match[1] or match[2])
 
 
 def layer_label(name: str) -> str:
-    """Short name of the layer of the weight ``name`` for figures: ``layer 3``, ``down 1.0 K``, ``mid 0 FF``."""
-    if not name.startswith("unet."):
-        return f"layer {layer_index(name)}"
+    """Short name of the layer of the weight ``name`` for figures: ``layer 3``, ``down 1.0 K``, ``mid 0 FF``.
+
+    Layers of a second or third text encoder are ``encoder 2 layer 3``; the maps of ``context`` are ``context`` and
+    ``pooled``; those of joint attention are ``block 3 K``.
+    """
+    part, _, inside = name.removesuffix(".weight").partition(".")
+    if found := LABELS.get(inside):
+        return found
+    if part == "transformer":
+        joint = re.fullmatch(r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", inside)
+        return f"block {joint[1]} {joint[2].upper()}" if joint else inside
+    if part != "unet":
+        number = part.removeprefix("text_encoder").removeprefix("_")
+        return f"encoder {number} layer {layer_index(name)}" if number else f"layer {layer_index(name)}"
     blocks, _, layer = name.partition(".transformer_blocks.")
     number, _, layer = layer.partition(".")
     place = blocks.removeprefix("unet.").split("_")[0]

@@ -9,7 +9,7 @@
     pipeline.parts                                  # the modules that hold weights, by name
 
 No code outside this folder calls a denoiser, a text encoder or a sampler itself. A family is a subclass that defines
-its parts, how prompts become a condition and how the denoiser is called (``families.py``).
+its parts, how prompts become a condition and how the denoiser is called (``families/``).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.noise import DDPM
+from lit_unlearn.diffusion.noise import NoiseProcess
+from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
-from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains
-from lit_unlearn.diffusion.text import TextEncoder, Tokens
+from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
+from lit_unlearn.diffusion.text import TextEncoder, Tokens, text_settings
 
 Conditions = Sequence[Condition] | Callable[[int], Sequence[Condition]]
 """Conditions of a chain, the same for all its steps or by the number of a step."""
@@ -36,25 +37,58 @@ Change = Callable[[int, Tensor], Tensor]
 class Pipeline(ABC):
     """Base class of the families; all parameters are frozen when loaded."""
 
+    index_class: ClassVar[str]
+    """The pipeline's class in diffusers, as ``_class_name`` in ``model_index.json``."""
+    title: ClassVar[str]
+    """The models of the family, for messages."""
+    form: ClassVar[str]
+    """The models that a pipeline of the family is made of, for messages."""
+    declared: ClassVar[Mapping[str, Part]]
+    """Its parts by name, in the order of ``parts``; each is an attribute."""
     denoiser_part: ClassVar[str]
     """Name of the denoiser among ``parts``."""
+    flow: ClassVar[bool] = False
+    """Whether the denoiser is trained with flow matching, see ``Flow``."""
+    mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
+
+    scheduler: Any
+    """The sampler's configuration; every sampling takes a fresh copy."""
 
     # --- defined by each family
 
-    @property
+    @classmethod
     @abstractmethod
-    def parts(self) -> dict[str, nn.Module]:
-        """The modules that hold weights, by name; full names of weights begin with it."""
+    def check_forms(cls, configs: Mapping[str, Any], model: str) -> None:
+        """Check that the pipeline can use its parts' configurations, and that these fit together.
+
+        Args:
+            configs: Configuration of each part that has weights, by name; absent parts are left out.
+            model: The model's name, which begins the messages.
+
+        Raises:
+            ValueError: They do not; the message names the field.
+        """
+
+    @classmethod
+    def options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the family besides its parts, from ``model_index.json``."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def process(cls, scheduler: Any, denoiser_config: Mapping[str, Any]) -> NoiseProcess:
+        """The noise process of a pipeline, from its scheduler and the denoiser's configuration."""
+
+    @classmethod
+    def unread(cls, names: Sequence[str]) -> list[str]:
+        """Full names of weights among ``names`` that nothing depends on: they are not read, or only by others such."""
+        return []
 
     @property
     @abstractmethod
     def texts(self) -> tuple[TextEncoder, ...]:
         """The text encoders, each with its tokenizer."""
-
-    @property
-    @abstractmethod
-    def noise(self) -> DDPM:
-        """The noise process that the model was trained with."""
 
     @property
     @abstractmethod
@@ -71,12 +105,8 @@ class Pipeline(ABC):
         """Positions (height times width) that the block of the denoiser's weight ``name`` works on."""
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Everything besides the weights that changes pictures, as values of JSON, for the keys of caches."""
-
-    @abstractmethod
     def with_sampler(self, kind: str) -> Pipeline:
-        """The same parts with another sampler; see ``DDPM.with_sampler``."""
+        """The same parts with another sampler; see ``DDPM.with_sampler`` and ``Flow.with_sampler``."""
 
     @abstractmethod
     def condition(self, tokens: Tokens) -> Condition:
@@ -96,6 +126,48 @@ class Pipeline(ABC):
         """
 
     @abstractmethod
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of ``pictures`` (B, 3, H, W), float in [0, 1]: the mean of their distribution."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, h, w)."""
+
+    def save(self, folder: Any) -> None:
+        """Write the pipeline as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
+        self.to_diffusers().save_pretrained(folder)
+
+    @abstractmethod
+    def to_diffusers(self) -> Any:
+        """The same parts as a pipeline of diffusers."""
+
+    # --- the same for all families
+
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the weights that changes pictures, as values of JSON, for the keys of caches."""
+        configs: dict[str, Any] = {name: part.config for name, part in self.parts.items()}
+        texts = {text.part for text in self.texts}
+        return {
+            **{name: (text_settings if name in texts else _plain)(config) for name, config in configs.items()},
+            "scheduler": _plain(self.scheduler.config),
+            "latents": list(self.latent_shape),
+        }
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules that hold weights, by name; full names of weights begin with it."""
+        found = {name: getattr(self, name) for name, part in self.declared.items() if part.has_weights}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """The noise process that the model was trained with."""
+        return self.process(self.scheduler, self.denoiser.config)  # type: ignore[attr-defined, arg-type]
+
+    def unconditional(self) -> Condition:
+        """The condition, of one row, that guidance leads away from: that of the empty prompt."""
+        return self.encode([""])
+
     def chain(
         self,
         conditions: Conditions,
@@ -124,20 +196,17 @@ class Pipeline(ABC):
         Raises:
             ValueError: The sampler draws noise, and there are no generators.
         """
-
-    @abstractmethod
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of ``pictures`` (B, 3, H, W), float in [0, 1]: the mean of their distribution."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, h, w)."""
-
-    @abstractmethod
-    def save(self, folder: Any) -> None:
-        """Write the pipeline as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
-
-    # --- the same for all families
+        return take_steps(
+            self.predict,
+            self.noise.sampler(num_inference_steps, self.device),
+            conditions,
+            noise.to(self.device, self.dtype),
+            guidance_scale,
+            stop,
+            generators,
+            start,
+            change,
+        )
 
     def start_chains(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
         """Initial noise (B, C, H, W), float32 on the CPU, and generators of pictures; see ``sampling.start_chains``."""
@@ -200,7 +269,7 @@ class Pipeline(ABC):
     @property
     def reader(self) -> PromptReader:
         """Reads prompts as the text encoders do."""
-        return PromptReader(tuple(text.tokenizer for text in self.texts))
+        return PromptReader(*zip(*((text.tokenizer, text.length, text.part) for text in self.texts), strict=True))
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """``prompts`` as each text encoder reads them; warns of prompts that are cut off."""
@@ -258,7 +327,7 @@ class Pipeline(ABC):
             noise: Start of the chains, (B, C, H, W).
             num_inference_steps: Steps of the sampler.
             guidance_scale: Strength of the guidance; 1 means no guidance and half as many forward passes.
-            unconditional: Condition that the guidance leads away from, (1 or B prompts); None for the empty prompt's.
+            unconditional: Condition that the guidance leads away from, (1 or B prompts); None for the model's own.
             generators: As for ``chain``.
             start: As for ``chain``.
             change: As for ``chain``.
@@ -277,7 +346,7 @@ class Pipeline(ABC):
         """The conditions that ``chain`` needs for ``condition``; arguments as for ``sample``."""
         if guidance_scale == 1:
             return [condition]
-        empty = self.encode([""]) if unconditional is None else unconditional
+        empty = self.unconditional() if unconditional is None else unconditional
         return [empty.expand(len(condition)), condition]
 
     @torch.no_grad()
@@ -352,3 +421,8 @@ class Pipeline(ABC):
     ) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
         return self.decode(self.draw_latents(self.encode(prompts), seeds, num_inference_steps, guidance_scale))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration of diffusers without its metadata, such as the version."""
+    return {name: str(value) for name, value in config.items() if name == "_class_name" or not name.startswith("_")}

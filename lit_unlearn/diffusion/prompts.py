@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 ENCODE_BATCH = 64
 """Batch size for encoding many prompts."""
 
 
-def expand_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
+def expand_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
     """``texts`` in which a word that was learned as several vectors is replaced by all its tokens, as in diffusers."""
     added = tokenizer.added_tokens_encoder
     if not any(f"{token}_1" in added for token in added):
@@ -28,7 +28,7 @@ def expand_words(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[str]:
     return expanded
 
 
-def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of all tokens of each text, without the tokens that begin and end a prompt."""
     if not texts:
         return []
@@ -36,15 +36,31 @@ def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]
     return ids
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Return ``input_ids`` (B, L), padded to ``model_max_length``; warn of prompts that are cut off."""
-    reader = PromptReader((tokenizer,))
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of the tokens that begin a prompt and of the ones that end it: BOS and EOS of CLIP, only EOS of T5."""
+    *begin, end = tokenizer("", verbose=False).input_ids
+    return begin, [end]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int | None = None, part: str = "text_encoder"
+) -> Tensor:
+    """Return ``input_ids`` (B, L), padded to ``length``; warn of prompts that are cut off.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: The prompts.
+        length: Number of tokens L; None takes the tokenizer's ``model_max_length``.
+        part: Name of the text encoder, for the warning.
+    """
+    length = tokenizer.model_max_length if length is None else length
+    reader = PromptReader((tokenizer,), (length,), (part,))
     reader.warn_of_cuts(prompts)
     return tokenizer(
         expand_words(tokenizer, prompts),
         padding="max_length",
         truncation=True,
-        max_length=tokenizer.model_max_length,
+        max_length=length,
         return_tensors="pt",
     ).input_ids
 
@@ -55,23 +71,29 @@ class PromptReader:
 
     Attributes:
         tokenizers: The tokenizers of the text encoders.
+        lengths: Number of tokens that each text encoder reads; empty for the ``model_max_length`` of each tokenizer.
+        parts: Names of the text encoders; empty for a single one.
     """
 
-    tokenizers: tuple[CLIPTokenizer, ...]
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
+    lengths: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    def _rooms(self) -> Iterator[tuple[PreTrainedTokenizerBase, int]]:
+        """Each tokenizer, and the number of tokens that fit beside the ones that begin and end a prompt."""
+        for place, tokenizer in enumerate(self.tokenizers):
+            length = self.lengths[place] if self.lengths else tokenizer.model_max_length
+            yield tokenizer, length - sum(map(len, frame(tokenizer)))
 
     def ids(self, prompts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
         """For each prompt, the ids of the tokens that each text encoder reads, without the begin and end tokens."""
-        read = [
-            [tuple(ids[: tokenizer.model_max_length - 2]) for ids in token_ids(tokenizer, prompts)]
-            for tokenizer in self.tokenizers
-        ]
+        read = [[tuple(ids[:room]) for ids in token_ids(tokenizer, prompts)] for tokenizer, room in self._rooms()]
         return list(zip(*read, strict=True))
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
         """The part of each prompt that all text encoders read: if it is cut, only its beginning."""
         found = list(prompts)
-        for tokenizer in self.tokenizers:
-            room = tokenizer.model_max_length - 2
+        for tokenizer, room in self._rooms():
             for place, ids in enumerate(token_ids(tokenizer, prompts)):
                 if len(ids) > room:
                     beginnings = _beginnings(prompts[place])
@@ -81,17 +103,19 @@ class PromptReader:
         return found
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
-        """Warn of each prompt that is cut, once in a process."""
-        for tokenizer in self.tokenizers:
-            length = tokenizer.model_max_length
+        """Warn of each prompt that is cut, once in a process for each text encoder."""
+        for place, (tokenizer, room) in enumerate(self._rooms()):
+            part = self.parts[place] if self.parts else "text_encoder"
+            who = "the text encoder" if part == "text_encoder" else part
+            length = room + sum(map(len, frame(tokenizer)))
             for prompt, ids in zip(prompts, token_ids(tokenizer, prompts), strict=True):
-                if (count := len(ids) + 2) > length and (prompt, length) not in _WARNED_OF:
+                if len(ids) > room and (prompt, part, length) not in _WARNED_OF:
                     from lightning.pytorch.utilities import rank_zero_warn  # slow to import, and rarely needed
 
-                    _WARNED_OF.add((prompt, length))
+                    _WARNED_OF.add((prompt, part, length))
                     rank_zero_warn(
-                        f"The prompt {prompt!r} has {count} tokens; the text encoder reads {length} and ignores the "
-                        "rest."
+                        f"The prompt {prompt!r} has {len(ids) + length - room} tokens; {who} reads {length} and "
+                        "ignores the rest."
                     )
 
 
@@ -101,22 +125,37 @@ def _beginnings(text: str) -> list[str]:
     return [text[:end] for end in range(len(text) + 1) if not (0 < end < len(text) and all(spaced[end - 1 : end + 1]))]
 
 
-_WARNED_OF: set[tuple[str, int]] = set()
+_WARNED_OF: set[tuple[str, str, int]] = set()
 
 
-def encode(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
+def encode(text_encoder: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return ``encoder_hidden_states`` (B, L, D), which the UNet attends to, for ``input_ids`` (B, L)."""
     return text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
 
 
-def residual_stream(text_encoder: CLIPTextModel, input_ids: Tensor, layer: int = -1) -> Tensor:
+def residual_stream(text_encoder: PreTrainedModel, input_ids: Tensor, layer: int = -1) -> Tensor:
     """Output (n, L, D), float32, of ``layer`` (default: the last) for ``input_ids`` (n, L), before any final norm."""
     number = layer + 1 if layer >= 0 else layer  # the first of the hidden states are the embeddings
     parts = [
-        text_encoder(part.to(text_encoder.device), output_hidden_states=True).hidden_states[number].float()
+        _hidden_states(text_encoder, part.to(text_encoder.device))[number].float()
         for part in input_ids.split(ENCODE_BATCH)
     ]
     return torch.cat(parts)
+
+
+def _hidden_states(text_encoder: PreTrainedModel, input_ids: Tensor) -> Sequence[Tensor]:
+    """The embeddings and the output of each layer, before any final norm, (n, L, D) each; gradients flow."""
+    # Of a T5, transformers gives the last one after the norm.
+    norm = getattr(getattr(text_encoder, "encoder", None), "final_layer_norm", None)
+    if norm is None:
+        return text_encoder(input_ids, output_hidden_states=True).hidden_states  # type: ignore[no-any-return]
+    last: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    try:
+        *states, _ = text_encoder(input_ids, output_hidden_states=True).hidden_states
+    finally:
+        handle.remove()
+    return [*states, *last]
 
 
 def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:

@@ -35,6 +35,9 @@ SAMPLERS = (
 )
 """Samplers with Stable Diffusion's noise process; if their steps draw noise, it comes from ``generator``."""
 
+FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler",)
+"""Samplers of flow matching, as Stable Diffusion 3 and FLUX use it."""
+
 DRAW_NOISE = (
     "DDPMParallelScheduler",
     "DDPMScheduler",
@@ -49,32 +52,46 @@ PREDICTIONS = ("epsilon", "v_prediction")
 """Supported predictions of the denoiser, by the names that schedulers use."""
 
 
-def make_sampler(name: object, config: Mapping[str, Any], model: str) -> SchedulerMixin:
+def make_sampler(name: object, config: Mapping[str, Any], model: str, flow: bool = False) -> SchedulerMixin:
     """The sampler of a pipeline.
 
     Args:
         name: Name of its class in ``model_index.json``.
         config: Content of its ``scheduler_config.json``.
         model: The model's name, which begins the messages.
+        flow: Whether the model is trained with flow matching.
 
     Raises:
-        ValueError: The sampler is not one of ``SAMPLERS``, or its settings are not supported.
+        ValueError: The sampler is not one of ``SAMPLERS`` or ``FLOW_SAMPLERS``, or its settings are not supported.
     """
     import diffusers
 
-    if name not in SAMPLERS:
-        why = "draws noise that is not a picture's own" if name in _BROWNIAN else "is not for Stable Diffusion 1 and 2"
+    if name not in (FLOW_SAMPLERS if flow else SAMPLERS):
+        why = "is not for models of flow matching" if flow else "is not for Stable Diffusion 1, 2 and XL"
+        if name in _BROWNIAN:
+            why = "draws noise that is not a picture's own"
         if not isinstance(name, str) or not hasattr(diffusers, name):
             why = "is not in diffusers"
         raise ValueError(
-            f"model={model!r} has the scheduler {name!r:.100}, which {why}: put the files of "
-            "another into scheduler/ and its name into model_index.json, such as those of DPMSolverMultistepScheduler."
+            f"model={model!r} has the scheduler {name!r:.100}, which {why}: put the files of another into scheduler/ "
+            "and its name into model_index.json, such as those of "
+            f"{FLOW_SAMPLERS[0] if flow else 'DPMSolverMultistepScheduler'}."
         )
     kind = getattr(diffusers, str(name))
     if missing := [backend for backend in getattr(kind, "_backends", ()) if find_spec(backend) is None]:
         raise ValueError(
             f"model={model!r} has the scheduler {name!r}, which needs {' and '.join(missing)}: install it with pip."
         )
+    (_check_flow if flow else _check_settings)(config, model)
+    try:
+        return kind.from_config(config)  # type: ignore[no-any-return]
+    except (ImportError, ValueError, TypeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model={model!r}: its scheduler, {name}, cannot be made: {reason:.300}") from error
+
+
+def _check_settings(config: Mapping[str, Any], model: str) -> None:
+    """Check the settings of one of ``SAMPLERS``."""
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
@@ -85,13 +102,18 @@ def make_sampler(name: object, config: Mapping[str, Any], model: str) -> Schedul
         field = "use_flow_sigmas" if config.get("use_flow_sigmas") else "variance_type"
         raise ValueError(
             f"model={model!r} has {field}={config[field]!r} in scheduler/scheduler_config.json, which is for other "
-            "models than Stable Diffusion 1 and 2: remove it."
+            "models than Stable Diffusion 1, 2 and XL: remove it."
         )
-    try:
-        return kind.from_config(config)  # type: ignore[no-any-return]
-    except (ImportError, ValueError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model={model!r}: its scheduler, {name}, cannot be made: {reason:.300}") from error
+
+
+def _check_flow(config: Mapping[str, Any], model: str) -> None:
+    """Check the settings of one of ``FLOW_SAMPLERS``."""
+    for field in ("stochastic_sampling", "invert_sigmas"):
+        if config.get(field):
+            raise ValueError(
+                f"model={model!r} has {field}={config[field]!r} in scheduler/scheduler_config.json, which Stable "
+                "Diffusion 3 and FLUX do not draw with: remove it."
+            )
 
 
 _BROWNIAN = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
@@ -122,20 +144,21 @@ def step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator
     return options
 
 
-def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str) -> None:
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str, **arguments: Any) -> None:
     """Check by a run without a model that a sampler can take this number of steps and that the result is finite.
 
     Args:
         scheduler: Its configuration is used, its state is not.
         num_inference_steps: The number of steps.
         field: The argument that it comes from, for the message.
+        **arguments: As for ``set_steps``.
 
     Raises:
         ValueError: The sampler cannot take this number of steps, or the result is not finite.
     """
     name = type(scheduler).__name__
     try:
-        latents = _dry_run(scheduler, num_inference_steps)
+        latents = _dry_run(scheduler, num_inference_steps, arguments)
     except (ValueError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -149,23 +172,44 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, field: str)
         )
 
 
-def _dry_run(scheduler: SchedulerMixin, num_inference_steps: int) -> Tensor:
+def _dry_run(scheduler: SchedulerMixin, num_inference_steps: int, arguments: Mapping[str, Any]) -> Tensor:
     """Latents (1, 1, 1, 2) after all steps with a denoiser whose output is 0."""
-    sampler, generator = set_steps(scheduler, num_inference_steps, "cpu"), torch.Generator()
+    sampler, generator = set_steps(scheduler, num_inference_steps, "cpu", **arguments), torch.Generator()
     options = step_options(sampler, [generator])
-    latents = torch.randn(1, 1, 1, 2, generator=generator) * sampler.init_noise_sigma
+    latents = torch.randn(1, 1, 1, 2, generator=generator) * start_scale(sampler)
     for timestep in sampler.timesteps:
-        scaled = sampler.scale_model_input(latents, timestep)
+        scaled = scaled_input(sampler, latents, timestep)
         latents = sampler.step(torch.zeros_like(scaled), timestep, latents, **options).prev_sample
     return latents
 
 
+def scaled_input(sampler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """``latents`` as the denoiser reads them at ``timestep``; samplers of flow matching do not scale them."""
+    scale = getattr(sampler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, timestep)
+
+
+def start_scale(sampler: SchedulerMixin) -> Any:
+    """Standard deviation of the noise that a chain begins with, a number or (); 1 for flow matching."""
+    return getattr(sampler, "init_noise_sigma", 1.0)
+
+
 def set_steps(
-    scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | str | None = None
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    device: torch.device | str | None = None,
+    **arguments: Any,
 ) -> SchedulerMixin:
-    """A fresh copy of ``scheduler``, ready for the first of ``num_inference_steps`` steps."""
+    """A fresh copy of ``scheduler``, ready for the first of ``num_inference_steps`` steps.
+
+    Args:
+        scheduler: Its configuration is used, its state is not.
+        num_inference_steps: The number of steps.
+        device: Device of the timesteps.
+        **arguments: Further arguments of its ``set_timesteps``, from ``Flow.step_arguments``.
+    """
     # ``from_config`` would use the class's defaults for fields that the file left out and that were corrected later.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]
-    fresh.set_timesteps(num_inference_steps, device=device)
+    fresh.set_timesteps(num_inference_steps, device=device, **arguments)
     return fresh  # type: ignore[no-any-return]

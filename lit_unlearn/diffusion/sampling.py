@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.seeds import seeded as seeded
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import sides
-from lit_unlearn.diffusion.samplers import set_steps, step_options
+from lit_unlearn.diffusion.samplers import scaled_input, set_steps, start_scale, step_options
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -68,10 +69,16 @@ def predicted_noise(scheduler: SchedulerMixin, output: Tensor, noisy: Tensor, ti
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents (B, C, H, W) of ``pictures`` (B, 3, 8H, 8W), float in [0, 1]: the mean of their distribution."""
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, shift: float | None = None) -> Tensor:
+    """Latents (B, C, H, W) of ``pictures`` (B, 3, 8H, 8W), float in [0, 1]: the mean of their distribution.
+
+    Args:
+        vae: The autoencoder.
+        pictures: The pictures.
+        shift: Mean of the autoencoder's latents, which is subtracted, in families that have one.
+    """
     encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
-    return encoded * vae.config.scaling_factor
+    return (encoded if shift is None else encoded - shift) * vae.config.scaling_factor
 
 
 class DenoisingStep(NamedTuple):
@@ -91,62 +98,59 @@ class DenoisingStep(NamedTuple):
 
 
 @torch.no_grad()
-def denoise(
-    unet: UNet2DConditionModel,
-    scheduler: SchedulerMixin,
-    states: Sequence[Tensor] | Callable[[int], Sequence[Tensor]],
-    noise: Tensor,
-    num_inference_steps: int,
+def take_steps(
+    predict: Callable[[Tensor, Tensor, Condition], Tensor],
+    sampler: SchedulerMixin,
+    conditions: Sequence[Condition] | Callable[[int], Sequence[Condition]],
+    latents: Tensor,
     guidance_scale: float,
     stop: int | None = None,
     generators: Sequence[torch.Generator] = (),
     start: int | None = None,
     change: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[DenoisingStep]:
-    """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time.
+    """Denoise with classifier-free guidance (Ho and Salimans, 2022), one step at a time; see ``Pipeline.chain``.
 
     Args:
-        unet: Noise or velocity prediction, as the scheduler expects.
-        scheduler: Its configuration is used, its state is not.
-        states: Only the prompts' states, which means no guidance; or the states of the empty prompt, of the prompts,
-            and of any other prompts for which predictions are needed; (B, L, D) each. Or a function that returns them
-            for the number of a step.
-        noise: Start of the chains, standard normal, (B, C, H, W); with ``start``, latents of that step.
-        num_inference_steps: Steps of the sampler.
+        predict: The denoiser's output (B, C, H, W) for latents (B, C, H, W), a timestep () and a condition of B
+            prompts.
+        sampler: A fresh scheduler, ready for the first step; it is used up.
+        conditions: As for ``Pipeline.chain``.
+        latents: Start of the chains in the denoiser's type and on its device, (B, C, H, W): standard normal; with
+            ``start``, latents of that step.
         guidance_scale: Strength of the guidance.
-        stop: Stop at the step with this number, counted from 0, before the UNet is called.
+        stop: Stop at the step with this number, counted from 0, before the denoiser is called.
         generators: One per picture, for the noise that some samplers draw in their steps; see ``start_chains``.
         start: Begin with the step of this number, counted from 0, from latents that ``latents_at_step`` makes.
         change: Called with the number of a step and the latents after it; returns the latents to continue with.
 
     Yields:
-        Every step; some schedulers take more steps than ``num_inference_steps``.
+        Every step; some schedulers take more steps than they are asked for.
 
     Raises:
         ValueError: The sampler draws noise, and there are no generators.
     """
-    scheduler = set_steps(scheduler, num_inference_steps, unet.device)
-    options = step_options(scheduler, generators)
-    latents = noise.to(unet.device, unet.dtype)
+    options = step_options(sampler, generators)
     if start is None:
-        latents = latents * scheduler.init_noise_sigma
-    elif hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(start)
-    given = () if callable(states) else states
-    together = torch.cat(list(given)) if given else None
-    for number, timestep in enumerate(scheduler.timesteps[start or 0 :], start or 0):
+        latents = latents * start_scale(sampler)
+    elif hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(start)
+    given = () if callable(conditions) else conditions
+    together = Condition.cat(list(given)) if given else None
+    for number, timestep in enumerate(sampler.timesteps[start or 0 :], start or 0):
         if number == stop:
-            yield DenoisingStep(scheduler.scale_model_input(latents, timestep), timestep, (), latents)
+            yield DenoisingStep(scaled_input(sampler, latents, timestep), timestep, (), latents)
             return
-        if callable(states):
-            given = states(number)
-            together = torch.cat(list(given))
-        model_input = scheduler.scale_model_input(torch.cat([latents] * len(given)), timestep)
-        noise_preds = unet(model_input, timestep, encoder_hidden_states=together).sample.chunk(len(given))
+        if callable(conditions):
+            given = conditions(number)
+            together = Condition.cat(list(given))
+        assert together is not None
+        model_input = scaled_input(sampler, torch.cat([latents] * len(given)), timestep)
+        noise_preds = predict(model_input, timestep, together).chunk(len(given))
         noise_pred = noise_preds[0]
         if len(given) > 1:
             noise_pred = noise_preds[0] + guidance_scale * (noise_preds[1] - noise_preds[0])
-        latents = scheduler.step(noise_pred, timestep, latents, **options).prev_sample
+        latents = sampler.step(noise_pred, timestep, latents, **options).prev_sample
         if change is not None:
             latents = change(number, latents)
         yield DenoisingStep(model_input[: len(latents)], timestep, noise_preds, latents)
@@ -174,9 +178,10 @@ def latents_at_step(
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W)."""
-    pictures = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+def decode_latents(vae: AutoencoderKL, latents: Tensor, shift: float | None = None) -> Tensor:
+    """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W); see ``encode_pictures``."""
+    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pictures = vae.decode(unscaled if shift is None else unscaled + shift).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 

@@ -26,8 +26,15 @@ CONVERT = (
 POINTER = b"version https://git-lfs"
 """Beginning of a pointer file, which stands for a file that git-LFS has not downloaded."""
 
-STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-"""Beginnings of the names of the parts' weight files; the libraries do not read other files."""
+STEMS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "text_encoder_3": "model",
+    "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+"""Beginnings of the names of the weight files of all families' parts; the libraries do not read other files."""
 
 
 def resolve_model(model: str) -> Path | str:
@@ -85,7 +92,7 @@ def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | N
     The plain file is preferred; otherwise the only variant is taken, such as ``model.fp16.safetensors``.
 
     Args:
-        part: ``text_encoder``, ``unet``, ``vae``, or an optional part such as ``safety_checker``.
+        part: A part of ``STEMS``, or an optional part such as ``safety_checker``.
         names: Names of its files.
         place: Name of its folder, for messages.
 
@@ -163,3 +170,18 @@ def weight_variant(folder: Path, part: str) -> str | None:
     """The variant of a part's weights that is loaded, such as ``fp16``; None for the plain files."""
     chosen = chosen_weights(part, (file.name for file in (folder / part).glob("*")), str(folder / part))
     return None if chosen is None else chosen[0]
+
+
+def weighted_parts(folder: Path) -> dict[str, str]:
+    """The classes of the parts that hold weights by ``model_index.json``, by name, in the order of ``STEMS``.
+
+    Raises:
+        ValueError: The file is missing or broken.
+    """
+    index = read_config(folder / "model_index.json")
+    entries = {part: index.get(part) for part in STEMS}
+    return {
+        part: str(entry[1])
+        for part, entry in entries.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+    }

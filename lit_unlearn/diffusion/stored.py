@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +14,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import fingerprint
+from lit_unlearn.diffusion.parts import KINDS, Kind, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import is_pointer, weight_files
+from lit_unlearn.diffusion.source import is_pointer, weight_files, weighted_parts
 
-WEIGHTED_PARTS = ("text_encoder", "unet", "vae")
-
-OLD_PREFIX = {"text_encoder": "text_model."}
-"""Prefix of the names of a part's weights in 2022, which some tools still expect."""
-
-# Tensors in files that transformers ignores: position ids of 2022, and the other half of a whole CLIP.
-CLIP_REST = r"text_projection\.weight|visual_projection\.weight|logit_scale|vision_model\..+"
-NO_WEIGHTS = {
-    "text_encoder": re.compile(rf".*\bposition_ids|{CLIP_REST}"),
-    "unet": re.compile("$^"),
-    "vae": re.compile("$^"),
-}
-
-# Names that diffusers changes when it loads an autoencoder of 2022.
-OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def parameter_name(part: str, stored: str) -> str:
-    """The name that the parameter ``stored`` in a file of ``part`` has in the loaded model."""
-    if part == "text_encoder":
-        return stored.removeprefix("text_model.")
-    if part == "vae":
-        for old, new in OLD_ATTENTION.items():
-            stored = stored.replace(old, new)
-    return stored
+OLD_PREFIX = "text_model."
+"""Prefix of the names of a ``CLIPTextModel``'s weights in 2022, which some tools still expect."""
 
 
 class StoredTensor(NamedTuple):
@@ -87,7 +64,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     Args:
         folder: The model.
-        part: ``text_encoder``, ``unet`` or ``vae``.
+        part: A part that holds weights, such as ``unet``.
         dtype: Type of the returned tensors; None keeps the stored type.
 
     Attributes:
@@ -99,12 +76,13 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, part: str, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
+        model = KINDS.get(weighted_parts(folder).get(part, ""), Kind("diffusers"))
         self.described: dict[str, StoredTensor] = {}
         for file in weight_files(folder, part):
             for stored, (kind, shape) in read_header(file).items():
-                if NO_WEIGHTS[part].fullmatch(stored):
+                if model.ignored.fullmatch(stored):
                     continue
-                name = parameter_name(part, stored)
+                name = model.parameter_name(stored)
                 if (other := self.described.get(name)) is not None:
                     raise ValueError(
                         f"{file} has {stored!r}, and {other.file.name} has {other.stored!r}, which are the same "
@@ -130,7 +108,7 @@ class WholeModel:
     """All weights of a model.
 
     Attributes:
-        parts: ``text_encoder``, ``unet`` and ``vae``, each its parameters by name within the part.
+        parts: The parts that hold weights, each its parameters, and buffers that are saved, by name within the part.
     """
 
     parts: dict[str, Mapping[str, Tensor]]
@@ -138,15 +116,12 @@ class WholeModel:
     @classmethod
     def loaded(cls, pipeline: Pipeline) -> WholeModel:
         """The weights of a loaded pipeline, not copied."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            part: dict(module.named_parameters()) for part, module in pipeline.parts.items()
-        }
-        return cls(parts)
+        return cls({part: weights_of(module) for part, module in pipeline.parts.items()})
 
     @classmethod
     def in_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> WholeModel:
         """The weights in the files of ``folder``."""
-        return cls({part: StoredWeights(folder, part, dtype) for part in WEIGHTED_PARTS})
+        return cls({part: StoredWeights(folder, part, dtype) for part in weighted_parts(folder)})
 
     def __getitem__(self, name: str) -> Tensor:
         part, _, rest = name.partition(".")
@@ -165,10 +140,9 @@ class WholeModel:
 
 
 def rename_weights(folder: Path) -> None:
-    """Give the weights in ``folder`` the names of 2022, which tools for transformers 4 need."""
-    for part, prefix in OLD_PREFIX.items():
-        for path in (folder / part).glob("*.safetensors"):
+    """Give the weights of CLIP text encoders in ``folder`` the names of 2022, which tools for transformers 4 need."""
+    for part, kind in weighted_parts(folder).items():
+        for path in (folder / part).glob("*.safetensors") if kind == "CLIPTextModel" else ():
             stored = load(path.read_bytes())  # not mapped, since the file is overwritten
-            path.write_bytes(
-                save({prefix + name.removeprefix(prefix): v for name, v in stored.items()}, {"format": "pt"})
-            )
+            names = {name: OLD_PREFIX + name.removeprefix(OLD_PREFIX) for name in stored}
+            path.write_bytes(save({names[name]: value for name, value in stored.items()}, {"format": "pt"}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from lit_unlearn.diffusion.new_tokens import (
 from lit_unlearn.diffusion.prompts import encode, residual_stream, token_ids, tokenize
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,22 @@ class TextEncoder:
     Attributes:
         part: Its name among the parts of the pipeline.
         model: ``input_ids`` (B, L) to states (B, L, D).
-        tokenizer: Byte-pair tokenizer.
+        tokenizer: Byte-pair tokenizer of a CLIP, or unigram tokenizer of a T5.
+        layer: Number of the hidden states that the denoiser attends to, counted from the last (-1), without a final
+            norm; None for the last ones after the final norm.
+        positions: Number of positions that the encoder reads, L; None takes the tokenizer's ``model_max_length``.
     """
 
     part: str
-    model: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layer: int | None = None
+    positions: int | None = None
 
     @property
     def length(self) -> int:
         """Number of positions that the encoder reads, L."""
-        return int(self.tokenizer.model_max_length)
+        return int(self.tokenizer.model_max_length if self.positions is None else self.positions)
 
     @property
     def eos(self) -> int:
@@ -85,11 +90,11 @@ class TextEncoder:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """``input_ids`` (B, L), padded; warns of prompts that are cut off."""
-        return tokenize(self.tokenizer, prompts)
+        return tokenize(self.tokenizer, prompts, self.length, self.part)
 
     def tokenize_templates(self, templates: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``slots`` (B, L) of templates in which every ``{}`` stands for ``count`` learned tokens."""
-        return tokenize_templates(self.tokenizer, templates, count)
+        return tokenize_templates(self.tokenizer, templates, count, self.length)
 
     def words(self, text: str) -> list[int]:
         """Ids of the tokens of ``text``, without the tokens that begin and end a prompt."""
@@ -101,10 +106,30 @@ class TextEncoder:
 
     def states(self, input_ids: Tensor) -> Tensor:
         """States (B, L, D) for ``input_ids`` (B, L), which the denoiser attends to."""
-        return encode(self.model, input_ids)
+        if self.layer is None:
+            return encode(self.model, input_ids)
+        return self.read(input_ids)[0]
 
-    def stream(self, input_ids: Tensor, layer: int = -1) -> Tensor:
-        """Output (n, L, D), float32, of ``layer`` (default: the last) for ``input_ids`` (n, L), before a final norm."""
+    def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """States (B, L, D) and the pooled vectors (B, P) for ``input_ids`` (B, L), from one forward pass.
+
+        The pooled vectors of a ``CLIPTextModelWithProjection`` are ``text_embeds``, those of a ``CLIPTextModel`` are
+        ``pooler_output``; a T5 has none.
+        """
+        output = self.model(input_ids.to(self.model.device), output_hidden_states=self.layer is not None)
+        pooled = output.get("text_embeds", output.get("pooler_output"))
+        return output.last_hidden_state if self.layer is None else output.hidden_states[self.layer], pooled
+
+    def stream(self, input_ids: Tensor, layer: int | None = None) -> Tensor:
+        """The residual stream (n, L, D), float32, after a layer, before any final norm.
+
+        Args:
+            input_ids: Tokens, (n, L).
+            layer: Number of the layer, from 0 or, counted from the last, -1; None for the last one whose output the
+                denoiser attends to.
+        """
+        if layer is None:
+            layer = -1 if self.layer is None else self.layer
         return residual_stream(self.model, input_ids, layer)
 
     @contextmanager
@@ -124,7 +149,7 @@ class TextEncoder:
 
     def names_mask(self, prompts: Sequence[str], occurrences: Callable[[str], Sequence[tuple[int, int]]]) -> Tensor:
         """Marks the tokens of places found by ``occurrences`` in each prompt, (B, L) bool; see ``concept_tokens``."""
-        return names_mask(self.tokenizer, prompts, occurrences)
+        return names_mask(self.tokenizer, prompts, occurrences, self.length)
 
     def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
         """Ids (A,) of the tokens that a person can type as words; see ``discrete_prompts.whole_words``."""
@@ -133,6 +158,18 @@ class TextEncoder:
     def words_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens from ``whole_words``."""
         return words_of(self.tokenizer, tokens)
+
+
+CLIP_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+T5_SETTINGS = (
+    *("feed_forward_proj", "layer_norm_epsilon", "num_heads"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+)
+
+
+def text_settings(config: Any) -> dict[str, str]:
+    """Fields of a text encoder's configuration that change its output without changing its weights."""
+    return {name: str(getattr(config, name)) for name in (T5_SETTINGS if config.model_type == "t5" else CLIP_SETTINGS)}
 
 
 def linear_layers(module: nn.Module, endings: tuple[str, ...]) -> list[nn.Module]:

@@ -23,8 +23,8 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
-from lit_unlearn.diffusion.source import EMBEDDED
-from lit_unlearn.diffusion.stored import WEIGHTED_PARTS, WholeModel
+from lit_unlearn.diffusion.source import EMBEDDED, STEMS
+from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.older import in_todays_terms
 from lit_unlearn.system.errors import warn
 from lit_unlearn.system.run_file import unfinished
@@ -32,7 +32,7 @@ from lit_unlearn.system.run_file import unfinished
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
 """Fields of a delta's metadata that are required for reading it; each is JSON text."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WEIGHT_NAME = re.compile(rf"({'|'.join(WEIGHTED_PARTS)})(\.\w+)+", flags=re.ASCII)
+WEIGHT_NAME = re.compile(rf"({'|'.join(STEMS)})(\.\w+)+", flags=re.ASCII)
 UNPICKLING_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
@@ -109,7 +109,7 @@ class Edit:
                 raise refuse(f"its {name} is {value!r:.40}")
         if not isinstance(options.get("revision"), str | None):
             raise refuse("its revision is not text")
-        if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(WEIGHTED_PARTS):
+        if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(STEMS):
             raise refuse("its base weights are no mapping of parts")
         for name, value in self.weights.items():
             if not isinstance(name, str) or not WEIGHT_NAME.fullmatch(name):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem, Pictures
-from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.emoji.data import DrawingDataset
 from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.judges.base import judge_questions
@@ -35,13 +35,14 @@ def judge_accuracy(judge: ClassifierJudge, images: Tensor, labels: Tensor) -> di
 
 
 @torch.no_grad()
-def figures_of_parts(pipeline: StableDiffusion, judge: ClassifierJudge, drawings: int = 2560) -> dict[str, Any]:
+def figures_of_parts(pipeline: Pipeline, judge: ClassifierJudge, drawings: int = 2560) -> dict[str, Any]:
     """The judge's accuracy on held-out drawings and on their reconstructions, and the reconstructions' PSNR in dB."""
     data = DrawingDataset(drawings, "validation", seed=1)
     items = [data[i] for i in range(len(data))]
     images, labels = torch.stack([i["images"] for i in items]), torch.stack([i["labels"] for i in items])
-    latents = torch.cat([pipeline.vae.encode(part).latent_dist.mode() for part in images.split(64)])
-    decoded = torch.cat([pipeline.vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
+    vae: Any = pipeline.parts["vae"]
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
+    decoded = torch.cat([vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
     return {
         "drawings": judge_accuracy(judge, images, labels),
         "reconstructions": judge_accuracy(judge, decoded, labels),
@@ -51,7 +52,7 @@ def figures_of_parts(pipeline: StableDiffusion, judge: ClassifierJudge, drawings
 
 
 def figures_of_pictures(
-    pipeline: StableDiffusion,
+    pipeline: Pipeline,
     judge: ClassifierJudge,
     num_inference_steps: int,
     guidance_scale: float,

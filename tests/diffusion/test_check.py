@@ -108,9 +108,13 @@ BROKEN = {
     "a UNet of one's own": (edit("model_index.json", unet=["mine", "MyUNet"]), "unet 'MyUNet'"),
     "SDXL": (
         edit("model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=["transformers", "CLIP"]),
-        "is a StableDiffusionXLPipeline with text_encoder_2, which is not supported",
+        "lacks tokenizer_2: a StableDiffusionXLPipeline has",
     ),
-    "FLUX": (edit("model_index.json", _class_name="FluxPipeline", unet=LEFT_OUT), "is a FluxPipeline, "),
+    "a family that is not known": (
+        edit("model_index.json", _class_name="LuminaPipeline", unet=LEFT_OUT),
+        r"is a LuminaPipeline, .* known are StableDiffusionPipeline \(Stable Diffusion 1.x and 2.x\), "
+        r"StableDiffusionXLPipeline \(Stable Diffusion XL\)",
+    ),
     "a ControlNet": (edit("model_index.json", controlnet=["diffusers", "ControlNetModel"]), "with controlnet"),
     "no class": (edit("model_index.json", _class_name=LEFT_OUT), "has no _class_name"),
     # forms

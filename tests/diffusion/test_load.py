@@ -21,7 +21,7 @@ from torch.testing import assert_close
 import lit_unlearn
 from helpers import sample_latents
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import PARTS, check_model, load_pipeline
+from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import decode_latents, initial_noise
 from lit_unlearn.diffusion.source import resolve_model
@@ -103,7 +103,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
 # --- checks before anything is loaded
 
 
-@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
+@pytest.mark.parametrize("part", ["model_index.json", *StableDiffusion.declared])
 def test_a_missing_part_is_named(part: str, broken_model: Callable[..., Path]) -> None:
     def remove(folder: Path) -> None:
         path = folder / part

@@ -54,11 +54,12 @@ def test_groups_select_what_they_say(components: StableDiffusion) -> None:
         },
         "selfattn": attention_parameters(unet, cross=False),
         "full": everything,
+        "context": attention_parameters(unet, cross=True, only=("to_k", "to_v")),
         "embedding": {"text_encoder.embeddings.token_embedding.weight"},
         "text-fc1": {f"text_encoder.encoder.layers.{i}.mlp.fc1.weight" for i in range(3)},
         "text-fc2": {f"text_encoder.encoder.layers.{i}.mlp.fc2.weight" for i in range(3)},
     }
-    assert set(expected) == set(GROUPS)
+    assert {*expected, "joint-kv"} == set(GROUPS)  # a UNet has no joint attention
     for group, parameters in expected.items():
         selected = match_parameters(group, names)
         assert set(selected) == parameters, group

@@ -102,7 +102,7 @@ class DiffusionEditor(L.LightningModule):
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods may restrict the choice."""
-        return match_parameters(self.edited_parameters, names)
+        return match_parameters(self.edited_parameters, names, self.base.family.unread(names))
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
         """As ``DiffusionEditor.select``, for methods that cannot edit every weight.

@@ -1,28 +1,36 @@
-"""The families of pipelines. A new family needs a class here and a test file."""
+"""Stable Diffusion 1.x and 2.x."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Generator, Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.families.forms import check_conditions, check_latents, check_sides
 from lit_unlearn.diffusion.noise import DDPM
 from lit_unlearn.diffusion.parameters import num_places, sides
-from lit_unlearn.diffusion.pipeline import Change, Conditions, Pipeline
-from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, denoise, encode_pictures
+from lit_unlearn.diffusion.parts import Part
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.sampling import decode_latents, encode_pictures
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
-"""Fields of a text encoder's configuration that change its output without changing its weights."""
+CONDITIONS = {
+    "time_cond_proj_dim": "the guidance scale (it was distilled for few steps)",
+    "class_embed_type": "a class",
+    "num_class_embeds": "a class",
+    "addition_embed_type": "sizes, pictures or pooled text (as SDXL)",
+    "encoder_hid_dim": "states of another width",
+    "encoder_hid_dim_type": "states of another kind",
+}
+"""Fields of a UNet's configuration for inputs besides latents, timesteps and text, with the name of the input."""
 
 
 @dataclass(eq=False)
@@ -37,7 +45,21 @@ class StableDiffusion(Pipeline):
         scheduler: The sampler's configuration; every sampling takes a fresh copy.
     """
 
+    index_class: ClassVar[str] = "StableDiffusionPipeline"
+    title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
+    form: ClassVar[str] = "a single CLIPTextModel, a UNet2DConditionModel and an AutoencoderKL"
+    declared: ClassVar[Mapping[str, Part]] = {
+        "tokenizer": Part(("CLIPTokenizer", "CLIPTokenizerFast"), encoder="text_encoder"),
+        "text_encoder": Part(("CLIPTextModel",)),
+        "unet": Part(("UNet2DConditionModel",)),
+        "vae": Part(("AutoencoderKL",)),
+        "scheduler": Part(),
+    }
     denoiser_part: ClassVar[str] = "unet"
+    mended: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "scheduler": ("steps_offset", "clip_sample"),
+        "unet": ("sample_size",),
+    }
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -45,20 +67,29 @@ class StableDiffusion(Pipeline):
     vae: AutoencoderKL
     scheduler: SchedulerMixin
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """See ``Pipeline.parts``."""
-        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+    @classmethod
+    def check_forms(cls, configs: Mapping[str, Any], model: str) -> None:
+        """See ``Pipeline.check_forms``."""
+        text, unet, vae = configs["text_encoder"], configs["unet"], configs["vae"]
+        check_conditions(unet, CONDITIONS, model)
+        check_latents({"unet in_channels": unet.in_channels, "unet out_channels": unet.out_channels}, vae, model)
+        widths = unet.cross_attention_dim
+        if set(widths if isinstance(widths, list | tuple) else [widths]) != {text.hidden_size}:
+            raise ValueError(
+                f"model={model!r} has unet cross_attention_dim={widths} and text_encoder hidden_size="
+                f"{text.hidden_size}, which must be equal: take both from one pipeline."
+            )
+        check_sides("unet", unet.sample_size, model)
+
+    @classmethod
+    def process(cls, scheduler: Any, denoiser_config: Mapping[str, Any]) -> DDPM:
+        """See ``Pipeline.process``."""
+        return DDPM(scheduler)
 
     @property
     def texts(self) -> tuple[TextEncoder, ...]:
         """See ``Pipeline.texts``."""
         return (TextEncoder("text_encoder", self.text_encoder, self.tokenizer),)
-
-    @property
-    def noise(self) -> DDPM:
-        """See ``Pipeline.noise``."""
-        return DDPM(self.scheduler)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -75,16 +106,6 @@ class StableDiffusion(Pipeline):
     def num_places(self, name: str) -> int:
         """See ``Pipeline.num_places``."""
         return num_places(self.unet.config, name)
-
-    def settings(self) -> dict[str, Any]:
-        """See ``Pipeline.settings``."""
-        return {
-            "unet": _plain(self.unet.config),
-            "text_encoder": {name: str(getattr(self.text_encoder.config, name)) for name in TEXT_SETTINGS},
-            "vae": _plain(self.vae.config),
-            "scheduler": _plain(self.scheduler.config),
-            "latents": list(self.latent_shape),
-        }
 
     def with_sampler(self, kind: Literal["model", "ddim"]) -> StableDiffusion:  # type: ignore[override]
         """See ``Pipeline.with_sampler``."""
@@ -103,40 +124,6 @@ class StableDiffusion(Pipeline):
             return self.unet(*given).sample
         return functional_call(self.unet, dict(values), given).sample
 
-    def chain(
-        self,
-        conditions: Conditions,
-        noise: Tensor,
-        num_inference_steps: int,
-        guidance_scale: float,
-        stop: int | None = None,
-        generators: Sequence[Generator] = (),
-        start: int | None = None,
-        change: Change | None = None,
-    ) -> Iterator[DenoisingStep]:
-        """See ``Pipeline.chain``."""
-        states: Sequence[Tensor] | Callable[[int], Sequence[Tensor]]
-        if callable(conditions):
-            at_step = conditions
-
-            def states(number: int) -> list[Tensor]:
-                return [condition.states for condition in at_step(number)]
-
-        else:
-            states = [condition.states for condition in conditions]
-        return denoise(
-            self.unet,
-            self.scheduler,
-            states,
-            noise,
-            num_inference_steps,
-            guidance_scale,
-            stop,
-            generators,
-            start,
-            change,
-        )
-
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``."""
         return encode_pictures(self.vae, pictures)
@@ -144,10 +131,6 @@ class StableDiffusion(Pipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """See ``Pipeline.decode``."""
         return decode_latents(self.vae, latents)
-
-    def save(self, folder: str | Path) -> None:
-        """See ``Pipeline.save``."""
-        self.to_diffusers().save_pretrained(folder)
 
     def to_diffusers(self) -> StableDiffusionPipeline:
         """The same parts as a pipeline of diffusers, which corrects configurations of 2022 in place."""
@@ -163,11 +146,6 @@ class StableDiffusion(Pipeline):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration of diffusers without its metadata, such as the version."""
-    return {name: str(value) for name, value in config.items() if name == "_class_name" or not name.startswith("_")}
 
 
 __all__ = ["StableDiffusion"]
