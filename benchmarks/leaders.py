@@ -9,6 +9,7 @@ where it stopped, also from a fresh clone. ``--methods``, ``--measures`` and ``-
     clean      an edit of one concept: forget, retain, drift, leak, reach, spontaneous rate; by two judges
     token      a learned token on it (concept inversion), three seeds, judged at the recipe's guidance and without any
     attacks    searched prompts, Ring-A-Bell, completion, the noise probe and relearning
+    probes     image to image, inpainting, inversion, prompts of five levels, relearning by other means
     strong     a learned token with four times the steps and the best of three restarts
     ten        ten concepts at once; what they retain are the other ten
     twenty     all twenty at once; what they retain are the model's other subjects (``held``)
@@ -42,13 +43,18 @@ from lit_unlearn.system.names import joint_name
 
 METHODS = ("null_space", "null_space_robust", "uce", "speed", "null_space_unet", "memit", "esd", "concept_ablation")
 OURS = ("null_space", "null_space_robust")
-MEASURES = ("clean", "ten", "twenty", "token", "attacks", "sequence", "strong")
+MEASURES = ("clean", "ten", "twenty", "token", "attacks", "sequence", "probes", "strong")
 TWENTY = tuple(sorted(SINGLE))
 SEQUENCE = (*TEN[0], *(name for name in SINGLE if name not in TEN[0]))
 """The ten first, then the others."""
-ONLY = {"strong": (*OURS, "uce"), "sequence": ("null_space", "uce", "speed", "null_space_unet", "memit", "esd")}
+ONLY = {
+    "strong": (*OURS, "uce"),
+    "probes": (*OURS, "uce"),
+    "sequence": ("null_space", "uce", "speed", "null_space_unet", "memit", "esd"),
+}
 """Methods of the measures that take long; a sequence of ours is the edit of all its concepts at once (a test)."""
 ATTACKS = ("prompt_search", "ring_a_bell", "completion", "noise_probe", "relearning")
+PROBES = ("image_to_image", "inpainting", "inversion", "prompt_levels")
 TOKEN_SEEDS, NUM_PICTURES = (0, 1, 2), 20
 OTHER_SUBJECTS = ("tulip", "parrot", "basketball", "standing")
 """Subjects that the model draws and the concept set does not have."""
@@ -73,7 +79,7 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
     """All cells, measure by measure, so that an unfinished bench compares the methods on the same cells."""
     cells = []
     for measure in arguments.measures:
-        alone = measure in ("clean", "token", "attacks", "strong")
+        alone = measure in ("clean", "token", "attacks", "probes", "strong")
         for concept in arguments.concepts if alone else [""]:
             for method in arguments.methods:
                 if method in ONLY.get(measure, arguments.methods):
@@ -215,7 +221,7 @@ def token(checkpoint: Path, concept: str) -> dict[str, Any]:
     return {"pictures": NUM_PICTURES, "shown": shown}
 
 
-def attacked(checkpoint: Path, names: Sequence[str], **options: Any) -> dict[str, Any]:
+def attacked(checkpoint: Path, names: Sequence[Any], **options: Any) -> dict[str, Any]:
     """Pictures that show the concept under each attack, of how many."""
     from lit_unlearn.attacks.run import attack_run
 
@@ -231,7 +237,9 @@ def sequence(method: str, root: Path) -> dict[str, Any]:
     from lit_unlearn.cli import main as cli
 
     steps: dict[str, Any] = {}
-    folder, checkpoint, seconds = None, None, 0.0
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    seconds = 0.0
     for number, concept in enumerate(SEQUENCE, 1):
         options, name = retained(method), f"sequence_{number:02}"
         started = time.perf_counter()
@@ -281,7 +289,8 @@ def scored(method: str, checkpoint: Path, folder: Path | None, concepts: Sequenc
 
         edit = read_edit(checkpoint)
     concept_set = load_concept_set("emoji20")
-    items = list(Pictures(concept_set, 1, 0))
+    drawn = Pictures(concept_set, 1, 0)
+    items = [drawn[number] for number in range(len(drawn))]
     settings = edit.hyper_parameters["num_inference_steps"], edit.hyper_parameters["guidance_scale"]
     parts = [items[start : start + 40] for start in range(0, len(items), 40)]
     pictures = torch.cat([pipeline.draw([i.prompt for i in part], [i.seed for i in part], *settings) for part in parts])
@@ -312,6 +321,10 @@ def make(cell: Cell, root: Path) -> dict[str, Any]:
     checkpoint = edited(cell.method, [cell.concept], root)
     if cell.measure == "token":
         return token(checkpoint, cell.concept)
+    if cell.measure == "probes":
+        from lit_unlearn.attacks.relearning import Relearning
+
+        return attacked(checkpoint, [*PROBES, Relearning(pictures="others"), Relearning(parts="all")])
     if cell.measure == "strong":
         folder = root / "strong" / cell.method / joint_name([cell.concept])
         return attacked(checkpoint, ["concept_inversion"], output=folder, budget=4, restarts=3)

@@ -22,7 +22,13 @@ def tables(results: Results) -> str:
     """All tables as Markdown."""
     methods = list(dict.fromkeys(key.split("/")[0] for key in results))
     parts = [many(results, methods), in_sequence(results, methods), alone(results, methods)]
-    parts += [under_attack(results, methods), by_concept(results, methods), limits(results, methods), took(results)]
+    parts += [
+        under_attack(results, methods),
+        under_attack(results, methods, PROBED, "Probed"),
+        by_concept(results, methods),
+        limits(results, methods),
+        took(results),
+    ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -169,9 +175,25 @@ COLUMNS: dict[str, tuple[str, Pick]] = {
     "noise probe": ("attacks", attack_share("noise_probe")),
     "relearning": ("attacks", attack_share("relearning")),
 }
+PROBED: dict[str, tuple[str, Pick]] = {
+    label: ("probes", attack_share(name))
+    for label, name in {
+        "image to image": "image_to_image",
+        "inpainting": "inpainting",
+        "inversion": "inversion",
+        "prompt levels": "prompt_levels",
+        "relearning on others": "relearning_others",
+        "relearning, all weights": "relearning_all",
+    }.items()
+}
 
 
-def under_attack(results: Results, methods: Sequence[str]) -> str:
+def under_attack(
+    results: Results,
+    methods: Sequence[str],
+    columns: Mapping[str, tuple[str, Pick]] = COLUMNS,
+    title: str = "Under attack",
+) -> str:
     """Shares of pictures that show the concept under attack; both halves and kinds of concepts."""
     kinds = {c.name: c.kind for c in load_concept_set("emoji20").concepts.values()}
     groups = dict(HALVES)
@@ -180,10 +202,10 @@ def under_attack(results: Results, methods: Sequence[str]) -> str:
     rows = []
     for method in methods:
         for group, concepts in groups.items():
-            cells = [pooled(results, method, measure, concepts, pick) for measure, pick in COLUMNS.values()]
+            cells = [pooled(results, method, measure, concepts, pick) for measure, pick in columns.values()]
             if any(cells):
                 rows.append([f"{method}, {group}", *cells])
-    return f"## Under attack\n\n{table(['', *COLUMNS], rows)}" if rows else ""
+    return f"## {title}\n\n{table(['', *columns], rows)}" if rows else ""
 
 
 def by_concept(results: Results, methods: Sequence[str]) -> str:

@@ -23,7 +23,9 @@ from torch import Tensor
 Positions = Literal["all", "no_bos", "content", "eot"]
 
 
-def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_id: int) -> list[int]:
+def align_tokens(
+    edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_id: int, begins: bool = True
+) -> list[int]:
     """Give, for every position of the edit prompt, the position of the target prompt whose key or value it should take.
 
     The shared beginning and the shared end of the two texts map one to one. The concept lies between them: its first
@@ -37,8 +39,8 @@ def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_i
         edit_ids: Token ids of the edit prompt, with or without BOS, EOS and padding.
         target_ids: Token ids of the target prompt, in the same form.
         eos_token_id: Ends the text at its first occurrence, whether the tokenizer pads with it (SD 1.x) or with
-            another id (SD 2.x). The first position never ends a text, since it may hold a BOS with the same id.
-            Without EOS the whole sequence is text.
+            another id (SD 2.x). Without EOS the whole sequence is text.
+        begins: Whether the first position holds a BOS, which never ends a text, even if it has the same id.
 
     Returns:
         One position in ``target_ids`` for each of ``edit_ids``; the positions never decrease.
@@ -49,7 +51,7 @@ def align_tokens(edit_ids: Sequence[int], target_ids: Sequence[int], eos_token_i
     edit, target = [int(token) for token in edit_ids], [int(token) for token in target_ids]
     if not edit or not target:
         raise ValueError(f"edit_ids has {len(edit)} and target_ids {len(target)} tokens; both need at least one.")
-    edit_end, target_end = _text_length(edit, eos_token_id), _text_length(target, eos_token_id)
+    edit_end, target_end = (_text_length(ids, eos_token_id, begins) for ids in (edit, target))
     shortest = min(edit_end, target_end)
     prefix = 0
     while prefix < shortest and edit[prefix] == target[prefix]:
@@ -79,14 +81,15 @@ def from_first_difference(edit_ids: Tensor, target_ids: Tensor) -> Tensor:
     return (edit_ids != target_ids).cumsum(1) > 0
 
 
-def positions_mask(ids: Sequence[int] | Tensor, eos_token_id: int, which: Positions) -> Tensor:
-    """Return the mask of the positions that are edited. Position 0 is BOS.
+def positions_mask(ids: Sequence[int] | Tensor, eos_token_id: int, which: Positions, begins: bool = True) -> Tensor:
+    """Return the mask of the positions that are edited.
 
     Args:
         ids: Token ids, (T,) or (B, T).
         eos_token_id: Ends the text at its first occurrence after BOS; without it everything except BOS is content.
         which: ``all`` positions; ``no_bos``, all except BOS, which is the same in every prompt; ``content``, the text
             between BOS and the first EOS; ``eot``, the first EOS and the padding after it.
+        begins: Whether position 0 is BOS.
 
     Returns:
         Boolean mask of the shape of ``ids``.
@@ -98,14 +101,14 @@ def positions_mask(ids: Sequence[int] | Tensor, eos_token_id: int, which: Positi
         raise ValueError(f"which={which!r} is unknown; choose one of {', '.join(get_args(Positions))}.")
     ids = torch.as_tensor(ids)
     after_bos = torch.ones_like(ids, dtype=torch.bool)
-    after_bos[..., :1] = False
+    after_bos[..., : int(begins)] = False
     ended = ((ids == eos_token_id) & after_bos).cumsum(-1) > 0
     return {"all": torch.ones_like(after_bos), "no_bos": after_bos, "content": after_bos & ~ended, "eot": ended}[which]
 
 
-def _text_length(ids: list[int], eos_token_id: int) -> int:
+def _text_length(ids: list[int], eos_token_id: int, begins: bool) -> int:
     """Number of positions before the first EOS."""
-    return ids.index(eos_token_id, 1) if eos_token_id in ids[1:] else len(ids)
+    return ids.index(eos_token_id, int(begins)) if eos_token_id in ids[int(begins) :] else len(ids)
 
 
 def _spread(length: int, target_length: int) -> list[int]:

@@ -24,18 +24,19 @@ from lit_unlearn.core.alignment import align_tokens, positions_mask
 SubjectTokens = Literal["last_subject", "from_subject", "all"]
 
 
-def last_subject_token(input_ids: Tensor, eos_token_id: int) -> Tensor:
+def last_subject_token(input_ids: Tensor, eos_token_id: int, begins: bool = True) -> Tensor:
     """Position (n,) of the last token before the first end-of-text token of ``input_ids`` (n, L).
 
-    For an empty phrase it is 0, the BOS token; for a phrase without an end-of-text token it is the last position.
+    For an empty phrase it is 0, the BOS token, or the end-of-text token of a tokenizer without BOS (``begins`` is
+    false); for a phrase without an end-of-text token it is the last position.
     """
-    ended = positions_mask(input_ids, eos_token_id, "eot")
+    ended = positions_mask(input_ids, eos_token_id, "eot", begins)
     length = torch.where(ended.any(-1), ended.int().argmax(-1), input_ids.shape[-1])
-    return length - 1
+    return (length - 1).clamp(min=0)
 
 
 def subject_positions(
-    phrase_ids: Tensor, guide_ids: Sequence[Tensor], eos_token_id: int, which: SubjectTokens
+    phrase_ids: Tensor, guide_ids: Sequence[Tensor], eos_token_id: int, which: SubjectTokens, begins: bool = True
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Find the edited states of ``n`` phrases and the states of their guides.
 
@@ -46,6 +47,7 @@ def subject_positions(
         which: ``last_subject``, the last token of the phrase (UCE's code of 2025); ``from_subject``, the positions from
             that token to the end of the window, as many as remain in the longest of phrase and guides (UCE's code of
             2023); ``all`` positions except BOS, each with the guide's position that is aligned with it.
+        begins: Whether every text begins with BOS.
 
     Returns:
         Rows (m,) of ``phrase_ids``, positions (m,) in these phrases, and positions (m,) in each of the guides.
@@ -57,11 +59,11 @@ def subject_positions(
         raise ValueError(f"tokens={which!r} is unknown; choose one of {', '.join(get_args(SubjectTokens))}.")
     count, length = phrase_ids.shape
     if which == "all":
-        rows = torch.arange(count).repeat_interleave(length - 1)
-        positions = torch.arange(1, length).repeat(count)
-        return rows, positions, [_aligned(phrase_ids, ids, eos_token_id)[rows, positions] for ids in guide_ids]
-    start = last_subject_token(phrase_ids, eos_token_id)
-    guide_start = [last_subject_token(ids, eos_token_id) for ids in guide_ids]
+        rows = torch.arange(count).repeat_interleave(length - int(begins))
+        positions = torch.arange(int(begins), length).repeat(count)
+        return rows, positions, [_aligned(phrase_ids, ids, eos_token_id, begins)[rows, positions] for ids in guide_ids]
+    start = last_subject_token(phrase_ids, eos_token_id, begins)
+    guide_start = [last_subject_token(ids, eos_token_id, begins) for ids in guide_ids]
     if which == "last_subject":
         return torch.arange(count), start, guide_start
     reach = length - torch.stack([start, *guide_start]).amax(0)  # (n,), at least 1
@@ -70,7 +72,7 @@ def subject_positions(
     return rows, start[rows] + offset, [first[rows] + offset for first in guide_start]
 
 
-def _aligned(phrase_ids: Tensor, guide_ids: Tensor, eos_token_id: int) -> Tensor:
+def _aligned(phrase_ids: Tensor, guide_ids: Tensor, eos_token_id: int, begins: bool) -> Tensor:
     """For every position of each phrase, the aligned position of its guide, (n, L)."""
     pairs = zip(phrase_ids.tolist(), guide_ids.tolist(), strict=True)
-    return torch.tensor([align_tokens(phrase, guide, eos_token_id) for phrase, guide in pairs])
+    return torch.tensor([align_tokens(phrase, guide, eos_token_id, begins) for phrase, guide in pairs])

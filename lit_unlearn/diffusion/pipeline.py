@@ -267,6 +267,18 @@ class Pipeline(ABC):
         return layer
 
     @property
+    def token_order(self) -> tuple[int, ...]:
+        """Numbers of the text encoders whose positions follow one another in ``Condition.states``.
+
+        Encoders whose states lie beside each other at the same positions count as the first of them.
+        """
+        return (0,)
+
+    def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
+        """What the first linear maps on text read of ``condition``, (B, L, d_in) for each way; see ``text_ways``."""
+        return {"tokens": condition.states}
+
+    @property
     def reader(self) -> PromptReader:
         """Reads prompts as the text encoders do."""
         return PromptReader(*zip(*((text.tokenizer, text.length, text.part) for text in self.texts), strict=True))

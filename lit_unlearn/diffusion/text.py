@@ -84,6 +84,16 @@ class TextEncoder:
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def begins(self) -> bool:
+        """Whether every prompt begins with a token of its own, as CLIP's do and T5's do not."""
+        return self.tokenizer.bos_token_id is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a state depends only on the tokens up to its position, as in CLIP and not in T5."""
+        return self.begins
+
+    @property
     def table(self) -> Tensor:
         """Embeddings of the vocabulary, (tokens, D); the parameter itself, not a copy."""
         return token_table(self.model).weight

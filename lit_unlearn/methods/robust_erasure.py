@@ -37,8 +37,8 @@ from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import check_retained
-from lit_unlearn.methods.shared.cross_attention import select_keys_and_values
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
+from lit_unlearn.methods.shared.text_maps import select_keys_and_values
 from lit_unlearn.system.devices import for_solving
 
 

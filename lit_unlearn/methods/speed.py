@@ -12,11 +12,11 @@ from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.core.speed import k_means
-from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
+from lit_unlearn.core.subject_tokens import SubjectTokens
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
-from lit_unlearn.methods.shared.cross_attention import select_keys_and_values, text_states
+from lit_unlearn.methods.shared.text_maps import TextKeys, by_way, select_first_maps, subject_places, text_keys
 from lit_unlearn.system.devices import for_solving
 
 
@@ -33,7 +33,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         towards: Text whose values the concept gets: its ``target``, its ``anchor``, or the ``empty`` prompt.
         retain: Texts to retain besides those of the set's other concepts.
         seed: Seed of the augmentation's noise and of the random start of the centres.
-        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``; the paper edits ``to_v``.
+        edited_parameters: Group or pattern of the linear maps that read text first; the paper edits ``attn2.to_v``.
         **kwargs: See ``ConceptEditor``.
 
     Raises:
@@ -97,60 +97,68 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         return texts
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
+        """Weights of the first linear maps on text that the pattern selects.
 
         Raises:
             ValueError: It selects another weight.
         """
-        return select_keys_and_values(self, names)
+        return select_first_maps(self, names)
 
     def on_fit_start(self) -> None:
-        """Gather the inputs of the edited layers; all layers have the same inputs."""
+        """Gather the inputs of the edited layers; all layers of a way have the same inputs."""
         super().on_fit_start()
-        eos_token_id = self.pipeline.text.eos
-        ids, states = text_states(self.pipeline, self.edited_texts)
-        anchor_ids, anchor_states = text_states(self.pipeline, self.anchor_texts)
-        rows, places, (anchor_places,) = subject_positions(ids, [anchor_ids], eos_token_id, self.tokens)
-        retained_ids, retained_states = text_states(self.pipeline, self.retained_texts)
-        retained_rows, retained_places, _ = subject_positions(retained_ids, [], eos_token_id, self.tokens)
-        self.keys = for_solving(states[rows, places])
-        self.anchors = for_solving(anchor_states[rows, anchor_places])
-        kept = for_solving(retained_states[retained_rows, retained_places])
-        moment, prompts = second_moment(kept).cpu(), len(self.retained_texts)
-        own = Retained(moment, len(kept), kept, self.invariant_keys(), prompts, largest_norm(kept))
-        self.retained = dict.fromkeys(self.edited_names, own)
+        edited, anchors = text_keys(self.pipeline, self.edited_texts), text_keys(self.pipeline, self.anchor_texts)
+        retained, empty = text_keys(self.pipeline, self.retained_texts), text_keys(self.pipeline, [""])
+        self.keys: dict[str, Tensor] = {}
+        self.anchors: dict[str, Tensor] = {}
+        self.retained = {}
+        for way, names in by_way(self.edited_names).items():
+            rows, places, (anchor_places,) = subject_places(self.pipeline, edited[way], [anchors[way]], self.tokens)
+            kept_places = subject_places(self.pipeline, retained[way], [], self.tokens)[:2]
+            self.keys[way] = for_solving(edited[way].at(rows, places))
+            self.anchors[way] = for_solving(anchors[way].at(rows, anchor_places))
+            kept = for_solving(retained[way].at(*kept_places))
+            moment, prompts = second_moment(kept).cpu(), len(self.retained_texts)
+            own = Retained(moment, len(kept), kept, self.invariant_keys(empty[way]), prompts, largest_norm(kept))
+            self.retained |= dict.fromkeys(names, own)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
-        """All layers at once."""
-        group = []
-        for number, (name, layer) in enumerate(self.layers.items()):
-            weight = for_solving(layer.weight.detach())
-            group.append(
-                Write(
-                    name,
-                    weight,
-                    layer.weight.dtype,
-                    self.keys,
-                    self.anchors @ weight.mT,
-                    self.retained[name],
-                    anchors=self.anchors,
-                    texts=len(self.edited_texts),
-                    seed=(self.seed, "augmentation", number),
+        """All layers of a way at once."""
+        number = 0
+        for way, names in by_way(self.edited_names).items():
+            group = []
+            for name in names:
+                weight = for_solving(self.layers[name].weight.detach())
+                group.append(
+                    Write(
+                        name,
+                        weight,
+                        self.layers[name].weight.dtype,
+                        self.keys[way],
+                        self.anchors[way] @ weight.mT,
+                        self.retained[name],
+                        anchors=self.anchors[way],
+                        texts=len(self.edited_texts),
+                        seed=(self.seed, "augmentation", number),
+                    )
                 )
-            )
-        yield group
+                number += 1
+            yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
         """Report the number of keys, and how much the weights have changed."""
-        self.report |= {"edited_keys": len(self.keys), "retained_keys": next(iter(self.retained.values())).count}
+        retained = {way: self.retained[names[0]] for way, names in by_way(self.edited_names).items()}
+        self.report |= {
+            "edited_keys": sum(map(len, self.keys.values())),
+            "retained_keys": sum(kept.count for kept in retained.values()),
+        }
         super().after_writes(epoch, is_last)
 
-    def invariant_keys(self) -> Tensor | None:
-        """The invariants K2, as rows (k, D), float64, or None."""
+    def invariant_keys(self, empty: TextKeys) -> Tensor | None:
+        """The invariants K2 of the ``empty`` prompt, as rows (k, d_in), float64, or None."""
         if self.invariants is None:
             return None
-        _, states = text_states(self.pipeline, [""])
-        start, padding = for_solving(states[0, :1]), for_solving(states[0, 1:])
-        if self.invariants == 0:
+        start, padding = for_solving(empty.states[0, :1]), for_solving(empty.states[0, 1:])
+        if self.invariants == 0 or not len(padding):
             return start
         return torch.cat([start, k_means(padding, self.invariants, seeded(self.seed, "centres"))])

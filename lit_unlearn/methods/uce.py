@@ -8,26 +8,45 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.reach import largest_norm
-from lit_unlearn.core.solvers import Retained, Write
-from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, subject_positions
+from lit_unlearn.core.solvers import Write
+from lit_unlearn.core.subject_tokens import SubjectTokens
 from lit_unlearn.core.uce import without_component
 from lit_unlearn.data.concepts import Concept
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
-from lit_unlearn.methods.shared.cross_attention import select_keys_and_values, text_states
+from lit_unlearn.methods.shared.text_maps import (
+    TextKeys,
+    by_way,
+    retained_inputs,
+    select_first_maps,
+    subject_places,
+    text_keys,
+)
 from lit_unlearn.system.devices import for_solving
 
 TEMPLATES = ("a picture of {}", "an image of {}", "a drawing of {}", "this is {}", "look at {}")
 STYLE_TEMPLATES = ("a picture in {} style", "an image in the style of {}", "drawn as {}", "{} art", "work in {}")
 """Ways to put a name into words, for ``expand``."""
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """The edited states on one way of the text.
+
+    Attributes:
+        keys: Their states, (m, d_in), float64.
+        guides: States of each list of guides, (m, d_in), float64.
+        rows: Number of the phrase that each state belongs to, (m,).
+    """
+
+    keys: Tensor
+    guides: list[Tensor]
+    rows: Tensor
 
 
 class PhraseMap(ClosedFormMethod, ConceptEditor):
@@ -41,7 +60,8 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
             of 2025); or ``all`` positions, also those of the empty prompt (UCE's code of 2023).
         tokens: States of a phrase that are edited: ``last_subject``, its last token (code of 2025); ``from_subject``,
             from that token to the end of the window (code of 2023); ``all`` except BOS, aligned with the guide's.
-        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
+        edited_parameters: Group or pattern of the linear maps that read text first: ``attn2.to_k`` and ``attn2.to_v``
+            of a UNet, a context embedder, the embedder of pooled vectors. A pooled vector is a single state.
         **kwargs: See ``ConceptEditor``.
 
     Raises:
@@ -64,16 +84,22 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
         self.preserved = self._preserved_prompts(preserve)
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
+        """Weights of the first linear maps on text that the pattern selects.
 
         Raises:
             ValueError: It selects another weight.
         """
-        return select_keys_and_values(self, names)
+        return select_first_maps(self, names)
 
     @abstractmethod
-    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
-        """v* (m, d_out) of a layer, from its pretrained outputs (m, d_out) for the phrases' and the guides' states."""
+    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """v* (m, d_out) of a layer.
+
+        Args:
+            outputs: Its pretrained outputs for the phrases' states, (m, d_out).
+            guide_outputs: Its pretrained outputs for the states of each list of guides, (m, d_out).
+            rows: Number of the phrase that each state belongs to, (m,).
+        """
 
     def other_prompts(self) -> list[str]:
         """Prompts for ``preserve: others``: names of the other concepts, except those that name an edited one."""
@@ -98,52 +124,39 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Encode phrases, guides and preserved prompts, once."""
         super().on_fit_start()
-        eos_token_id = self.pipeline.text.eos
-        ids, states = text_states(self.pipeline, self.phrases)
-        encoded = [text_states(self.pipeline, guides) for guides in self.guides]
-        self.rows, places, guide_places = subject_positions(
-            ids, [guide_ids for guide_ids, _ in encoded], eos_token_id, self.tokens
-        )
-        self.keys = for_solving(states[self.rows, places])
-        self.guide_keys = [
-            for_solving(guide_states[self.rows, guide_place])
-            for (_, guide_states), guide_place in zip(encoded, guide_places, strict=True)
-        ]
-        self.rows = self.rows.to(self.keys.device)
-        kept = self._preserved(eos_token_id) if self.preserved else Retained()
-        self.retained = dict.fromkeys(self.edited_names, kept)
+        phrases, guides = text_keys(self.pipeline, self.phrases), [text_keys(self.pipeline, g) for g in self.guides]
+        ways = by_way(self.edited_names)
+        self.mapped = {way: self._mapped(phrases[way], [guide[way] for guide in guides]) for way in ways}
+        every = self.preserve_tokens == "all"
+        kept = retained_inputs(self.pipeline, list(ways), self.preserved, int(every), last_subject=not every)
+        self.retained = {name: kept[way] for way, names in ways.items() for name in names}
 
-    def _preserved(self, eos_token_id: int) -> Retained:
-        """The sum of c_p c_pᵀ over the preserved states, computed in batches of prompts."""
-        prompts = [*self.preserved, *([""] if self.preserve_tokens == "all" else [])]
-        moments, count, longest = [], 0, 0.0
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            ids, states = text_states(self.pipeline, prompts[start : start + ENCODE_BATCH])
-            if self.preserve_tokens == "last_subject":
-                states = states[torch.arange(len(ids)), last_subject_token(ids, eos_token_id)]
-            keys = states.flatten(0, -2)
-            moments.append(second_moment(keys))
-            count, longest = count + len(keys), max(longest, largest_norm(keys))
-        moment = torch.stack(moments).sum(0).cpu()
-        return Retained(moment, count, prompts=len(self.preserved), largest_norm=longest)
+    def _mapped(self, phrases: TextKeys, guides: Sequence[TextKeys]) -> Mapped:
+        rows, places, guide_places = subject_places(self.pipeline, phrases, guides, self.tokens)
+        keys = for_solving(phrases.at(rows, places))
+        found = [for_solving(guide.at(rows, place)) for guide, place in zip(guides, guide_places, strict=True)]
+        return Mapped(keys, found, rows.to(keys.device))
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
-        """All layers at once, from their pretrained weights, so that the rounds of debiasing do not accumulate."""
-        group = []
-        for name, layer in self.layers.items():
-            weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
-            values = self.layer_targets(weight)
-            group.append(Write(name, weight, layer.weight.dtype, self.keys, values, self.retained[name]))
-        yield group
+        """All layers of a way at once, from their pretrained weights: the rounds of debiasing do not accumulate."""
+        for way, names in by_way(self.edited_names).items():
+            keys, group = self.mapped[way].keys, []
+            for name in names:
+                layer = self.layers[name]
+                weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
+                values = self.layer_targets(weight, way)
+                group.append(Write(name, weight, layer.weight.dtype, keys, values, self.retained[name]))
+            yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
         """Report the number of edited states, and how much the weights have changed."""
-        self.report["edited_states"] = len(self.keys)
+        self.report["edited_states"] = sum(len(mapped.keys) for mapped in self.mapped.values())
         super().after_writes(epoch, is_last)
 
-    def layer_targets(self, weight: Tensor) -> Tensor:
-        """v* (m, d_out) of the layer whose pretrained weight is ``weight`` (d_out, d_in), float64."""
-        return self.targets(self.keys @ weight.mT, [keys @ weight.mT for keys in self.guide_keys])
+    def layer_targets(self, weight: Tensor, way: str) -> Tensor:
+        """v* (m, d_out) of the layer whose pretrained weight is ``weight`` (d_out, d_in), float64, on ``way``."""
+        mapped = self.mapped[way]
+        return self.targets(mapped.keys @ weight.mT, [keys @ weight.mT for keys in mapped.guides], mapped.rows)
 
 
 class UCE(PhraseMap):
@@ -226,10 +239,10 @@ class UCE(PhraseMap):
             return super().other_prompts()
         return self.concepts.retain_prompts(self.edited_labels)
 
-    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
+    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor], rows: Tensor) -> Tensor:
         """v* (m, d_out): the guide's outputs, with ``tensor`` without their component along ``outputs``."""
         (goal,) = guide_outputs
-        return goal if self.technique == "replace" else without_component(goal, outputs, self.rows)
+        return goal if self.technique == "replace" else without_component(goal, outputs, rows)
 
 
 def expanded(names: Sequence[str], kind: str) -> list[str]:

@@ -149,10 +149,10 @@ class UCEDebias(PhraseMap):
         ratios = torch.tensor(self.report["rounds"][-1]["ratios"], dtype=torch.float64)
         self.alphas = debiasing_step(self.alphas, ratios, self.wished, self.step, self.tolerance)
 
-    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor]) -> Tensor:
+    def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor], rows: Tensor) -> Tensor:
         """v* (m, d_out): the phrase's outputs plus α times the outputs of the attributes."""
         alphas = self.alphas[self.subject_of].to(outputs.device)
-        return shifted_by_attributes(outputs, torch.stack(list(guide_outputs)), alphas, self.rows, self.normalised)
+        return shifted_by_attributes(outputs, torch.stack(list(guide_outputs)), alphas, rows, self.normalised)
 
     def on_train_epoch_end(self) -> None:
         """Measure the shares after this round's edit, and end the run if they are near enough."""

@@ -59,3 +59,12 @@ def test_all_positions_but_bos_are_aligned() -> None:
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="tokens='first' is unknown; choose one of last_subject, from_subject, all"):
         subject_positions(ids([5]), [ids([6])], EOS, "first")  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_without_bos() -> None:
+    # T5: the text begins at position 0, and an empty one is its end.
+    phrases, guides = torch.tensor([[5, 6, 1, 0, 0], [1, 0, 0, 0, 0]]), torch.tensor([[7, 1, 0, 0, 0]] * 2)
+    assert last_subject_token(phrases, 1, begins=False).tolist() == [1, 0]
+    rows, positions, (guide,) = subject_positions(phrases[:1], [guides[:1]], 1, "all", begins=False)
+    assert (rows.tolist(), positions.tolist()) == ([0] * 5, [0, 1, 2, 3, 4])
+    assert guide.tolist() == [0, 0, 1, 2, 3]  # both words take the guide's only one; its end and padding follow

@@ -96,8 +96,8 @@ def test_keys_are_states_of_the_last_token_of_the_name(
     module = started(speed(model=path, concept="cat", retain=["the soccer ball"]), fit)
     ids = tokenize(module.pipeline.tokenizer, ["the soccer ball"])[0].tolist()
     assert ids[4] == module.pipeline.tokenizer.eos_token_id
-    assert torch.equal(module.keys, states(module, "cat").double()[:, 1])
-    assert torch.equal(module.anchors, states(module, "parrot").double()[:, 1])
+    assert torch.equal(module.keys["tokens"], states(module, "cat").double()[:, 1])
+    assert torch.equal(module.anchors["tokens"], states(module, "parrot").double()[:, 1])
     rows = torch.cat([states(module, "dog").double()[:, 1], states(module, "the soccer ball").double()[:, 3]])
     assert_close(kept(module).keys, rows)
     assert_close(kept(module).moment, rows.mT @ rows)
@@ -105,20 +105,20 @@ def test_keys_are_states_of_the_last_token_of_the_name(
     assert (kept(module).count, kept(module).prompts) == (2, 2)
     (writes,) = module.writes(0)
     assert {write.texts for write in writes} == {1}
-    assert module.keys.dtype == torch.float64
+    assert module.keys["tokens"].dtype == torch.float64
 
 
 def test_the_empty_anchor_is_the_start_of_text(speed: Build, fit: Fit) -> None:
     module = started(speed(towards="empty"), fit)
-    assert torch.equal(module.anchors, states(module, "").double()[:, 0])
+    assert torch.equal(module.anchors["tokens"], states(module, "").double()[:, 0])
 
 
 def test_all_tokens_are_aligned_with_the_anchors(speed: Build, fit: Fit) -> None:
     module = started(speed(prompts="edit_prompts", tokens="all"), fit)
-    assert_close(module.keys, states(module, *module.edited_texts).double()[:, 1:].flatten(0, 1))
+    assert_close(module.keys["tokens"], states(module, *module.edited_texts).double()[:, 1:].flatten(0, 1))
     # "dog" takes "ball", the last of its anchor's two tokens, and all behind it shifts by one.
     places = [1, 3, *range(4, LENGTH), LENGTH - 1]
-    assert_close(module.anchors, states(module, *module.anchor_texts).double()[:, places].flatten(0, 1))
+    assert_close(module.anchors["tokens"], states(module, *module.anchor_texts).double()[:, places].flatten(0, 1))
     assert_close(kept(module).keys, states(module, *module.retained_texts).double()[:, 1:].flatten(0, 1))
     (writes,) = module.writes(0)
     assert {write.texts for write in writes} == {2}
@@ -155,7 +155,7 @@ def test_invariants_are_start_of_text_and_centres_of_the_padding(
             r"model\.retain has 'my Dog', which names the edited concept 'dog' \('Dog'\)",
         ),
         ({"concept": ["dog", "cat"]}, r"concept=dog, cat leaves no text of pets to retain: .* model\.retain"),
-        ({"edited_parameters": "selfattn"}, r"edits only weights of attn2\.to_k and attn2\.to_v"),
+        ({"edited_parameters": "selfattn"}, r"edits only the maps that read text first"),
         ({"edited_parameters": "nothing"}, r"edited_parameters='nothing' selects no parameter"),
     ],
 )

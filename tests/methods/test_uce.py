@@ -105,8 +105,10 @@ def test_the_state_of_the_last_token(model: str, towards: str, uce: Build, fit: 
     pad = int(tokenize(module.pipeline.tokenizer, [""])[0, -1])
     assert (pad == module.pipeline.tokenizer.eos_token_id) is (model == "tiny_sd")
     keys, guides = states(module, *module.phrases).double(), states(module, *module.guides[0]).double()
-    assert torch.equal(module.keys, torch.stack([keys[0, ends[0]], keys[1, ends[1]]]))
-    assert torch.equal(module.guide_keys[0], torch.stack([guides[0, guide_ends[0]], guides[1, guide_ends[1]]]))
+    assert torch.equal(module.mapped["tokens"].keys, torch.stack([keys[0, ends[0]], keys[1, ends[1]]]))
+    assert torch.equal(
+        module.mapped["tokens"].guides[0], torch.stack([guides[0, guide_ends[0]], guides[1, guide_ends[1]]])
+    )
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
@@ -114,9 +116,9 @@ def test_the_states_from_the_last_token_on(model: str, uce: Build, fit: Fit, req
     module = uce(model=str(request.getfixturevalue(model)), tokens="from_subject")
     fit(module)
     # "dog" ends at 1 and "soccer ball" at 2, so the window of the guide ends one position earlier.
-    assert torch.equal(module.keys, states(module, "dog").double()[0, 1 : LENGTH - 1])
-    assert torch.equal(module.guide_keys[0], states(module, "soccer ball").double()[0, 2:])
-    assert module.rows.tolist() == [0] * (LENGTH - 2)
+    assert torch.equal(module.mapped["tokens"].keys, states(module, "dog").double()[0, 1 : LENGTH - 1])
+    assert torch.equal(module.mapped["tokens"].guides[0], states(module, "soccer ball").double()[0, 2:])
+    assert module.mapped["tokens"].rows.tolist() == [0] * (LENGTH - 2)
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
@@ -138,11 +140,14 @@ def test_targets_are_the_guides_outputs(uce: Build, fit: Fit) -> None:
     module = uce(tokens="from_subject", preserve=None)
     fit(module)
     weight = next(iter(module.pretrained.values.values())).double()
-    goal = module.guide_keys[0] @ weight.mT
-    assert torch.equal(module.layer_targets(weight), goal)
+    goal = module.mapped["tokens"].guides[0] @ weight.mT
+    assert torch.equal(module.layer_targets(weight, "tokens"), goal)
     module.technique = "tensor"
-    assert torch.equal(module.layer_targets(weight), without_component(goal, module.keys @ weight.mT, module.rows))
-    assert (module.layer_targets(weight) - goal).norm() > 1e-2 * goal.norm()
+    assert torch.equal(
+        module.layer_targets(weight, "tokens"),
+        without_component(goal, module.mapped["tokens"].keys @ weight.mT, module.mapped["tokens"].rows),
+    )
+    assert (module.layer_targets(weight, "tokens") - goal).norm() > 1e-2 * goal.norm()
 
 
 # --- bad input

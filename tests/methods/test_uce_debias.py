@@ -88,11 +88,14 @@ def test_rounds_do_not_pile_up(debias: Build, fit: Fit) -> None:
     pretrained = [module.pretrained.values[name].double() for name in module.layers]
     targets = [
         shifted_by_attributes(
-            module.keys @ w.mT, torch.stack([k @ w.mT for k in module.guide_keys]), module.alphas, module.rows
+            module.mapped["tokens"].keys @ w.mT,
+            torch.stack([k @ w.mT for k in module.mapped["tokens"].guides]),
+            module.alphas,
+            module.mapped["tokens"].rows,
         )
         for w in pretrained
     ]
-    updates = map_updates(pretrained, module.keys, targets)
+    updates = map_updates(pretrained, module.mapped["tokens"].keys, targets)
     for layer, weight, update in zip(module.layers.values(), pretrained, updates, strict=True):
         assert update.norm() > 1e-3 * weight.norm()
         assert_close(layer.weight.double(), weight + update, rtol=1e-6, atol=1e-6)  # float32
