@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_families import build_sd3, build_sdxl
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import SHARED, draw_weights, load_copy
@@ -138,6 +139,25 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of Stable Diffusion 2.x: velocity prediction, prompts padded with "!" instead of EOS."""
     return build_pipeline(tmp_path_factory.mktemp("models") / "tiny-sd2", 1, "gelu", "v_prediction", pad_token="!")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of the form of Stable Diffusion XL; not to be written to."""
+    return build_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of the form of Stable Diffusion 3; not to be written to."""
+    return build_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_sd3``, without a T5 and with timesteps that depend on the size; not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3-without-t5"
+    return build_sd3(folder, with_t5=False, use_dynamic_shifting=True)
 
 
 @pytest.fixture(scope="session")
