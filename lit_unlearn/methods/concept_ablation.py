@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -72,6 +72,8 @@ class ConceptAblation(GradientEditor, ConceptEditor):
     """
 
     num_pairs: int
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,

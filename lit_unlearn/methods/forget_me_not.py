@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -64,6 +64,8 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
     """
 
     num_pairs: int
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class RenameTokens(ConceptEditor):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(self, edited_parameters: str = "embedding", **kwargs: object) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]

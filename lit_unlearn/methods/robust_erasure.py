@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,8 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,

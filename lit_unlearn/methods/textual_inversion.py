@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,8 @@ class TextualInversion(GradientEditor, ReferenceImages):
     """
 
     num_pairs: int
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,

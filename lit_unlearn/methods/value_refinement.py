@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         edited_parameters: Group or pattern, of which only the layers from ``first_layer`` to ``last_layer`` are edited.
         **kwargs: See ``ConceptEditor``.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,

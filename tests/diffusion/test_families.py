@@ -16,9 +16,12 @@ from torch.testing import assert_close
 
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import FAMILIES
+from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.load import check_model, load_pipeline
+from lit_unlearn.diffusion.parameters import match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.diffusion.text_ways import way_of
 
 PROMPTS, SEEDS, STEPS = ["a dog at sunset", "an owl"], [11, 5], 3
 MODELS = ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5"]
@@ -240,6 +243,24 @@ def test_streams_and_learned_tokens_of_each_encoder(pipeline: Pipeline) -> None:
             assert_close(stream, text.states(placed), rtol=0, atol=0)
         else:  # of a T5: before the norm
             assert_close(text.model.encoder.final_layer_norm(stream), text.states(placed), rtol=0, atol=1e-5)
+
+
+def test_the_inputs_of_the_first_maps_are_what_they_read(pipeline: Pipeline) -> None:
+    names = match_parameters("context", pipeline.named_parameters())
+    condition = pipeline.encode(PROMPTS).detach()
+    with capture_inputs(pipeline.sites(names)) as seen, torch.no_grad():
+        pipeline.predict(pipeline.initial_noise(SEEDS), torch.tensor(500), condition)
+    inputs = pipeline.first_inputs(condition)
+    for name in names:
+        way = way_of(name)
+        assert way is not None
+        assert_close(inputs[way], seen[name], rtol=0, atol=1e-5)
+    assert {way_of(name) for name in names} == set(inputs) == {"tokens", "pooled"}
+    positions = sum(pipeline.texts[number].length for number in pipeline.token_order)
+    assert (
+        positions + 256 * ("text_encoder_3" in type(pipeline).declared and len(pipeline.texts) == 2)
+        == (condition.states.shape[1])
+    )
 
 
 def text_layers(model: Any) -> int:

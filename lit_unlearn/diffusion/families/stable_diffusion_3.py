@@ -129,6 +129,16 @@ class StableDiffusion3(Pipeline):
         return *clips, TextEncoder("text_encoder_3", self.text_encoder_3, self.tokenizer_3, positions=T5_LENGTH)
 
     @property
+    def token_order(self) -> tuple[int, ...]:
+        """See ``Pipeline.token_order``: the CLIPs, then the T5."""
+        return (0,) if self.text_encoder_3 is None else (0, 2)
+
+    def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
+        """See ``Pipeline.first_inputs``."""
+        assert condition.pooled is not None
+        return {"tokens": condition.states, "pooled": condition.pooled}
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """See ``Pipeline.latent_shape``."""
         config = self.transformer.config

@@ -173,13 +173,22 @@ class StableDiffusionXL(Pipeline):
         states = torch.zeros(1, self.texts[0].length, sum(config.hidden_size for config in configs), **options)
         return Condition(states, torch.zeros(1, configs[1].projection_dim, **options))
 
+    def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
+        """See ``Pipeline.first_inputs``; sizes follow the pooled vectors."""
+        assert condition.pooled is not None
+        sizes = self.unet.add_time_proj(self._sizes(condition).flatten()).view(len(condition), -1)
+        return {"tokens": condition.states, "pooled": torch.cat([condition.pooled, sizes.to(condition.pooled)], dim=-1)}
+
+    def _sizes(self, condition: Condition) -> Tensor:
+        """What the UNet is told of the sizes of pictures, (B, 6)."""
+        size, states = self.picture_size, condition.states
+        return torch.tensor([*size, 0, 0, *size], dtype=states.dtype, device=states.device).expand(len(condition), -1)
+
     def predict(
         self, x_t: Tensor, timesteps: Tensor, condition: Condition, values: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """See ``Pipeline.predict``."""
-        size = self.picture_size
-        sizes = torch.tensor([*size, 0, 0, *size], dtype=condition.states.dtype, device=x_t.device)
-        added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(len(x_t), -1)}
+        added = {"text_embeds": condition.pooled, "time_ids": self._sizes(condition)}
         given, options = (x_t, timesteps, condition.states), {"added_cond_kwargs": added}
         if values is None:
             return self.unet(*given, **options).sample

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -48,6 +48,9 @@ class DiffusionEditor(L.LightningModule):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
+    one_text_encoder: ClassVar[bool] = False
+    """Whether the method works only with models that have a single text encoder."""
+
     recipe: dict[str, Any] | None = None
     """Everything that determined the fit, as a recipe, if it was run from the command line."""
 
@@ -76,6 +79,7 @@ class DiffusionEditor(L.LightningModule):
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
         self.base = BaseModel.find(model, revision)
         if self.base.names:
+            self._check_family()
             self.select(self.base.names)
         self.base.check_steps(num_inference_steps, "model.num_inference_steps")
         self.forwards = ForwardCount()
@@ -84,6 +88,16 @@ class DiffusionEditor(L.LightningModule):
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
+
+    def _check_family(self) -> None:
+        """Refuse a model of a family that the method cannot edit, before its weights are loaded."""
+        family = self.base.family
+        encoders = [part.encoder for part in family.declared.values() if part.encoder]
+        if self.one_text_encoder and len(encoders) > 1:
+            raise ValueError(
+                f"model={self.model_id!r} is of {family.title}, with {', '.join(encoders)}, and {type(self).__name__} "
+                "edits models with one text encoder: choose another method, or a model of Stable Diffusion 1.x or 2.x."
+            )
 
     @property
     def edited_labels(self) -> list[str]:
@@ -127,6 +141,7 @@ class DiffusionEditor(L.LightningModule):
         """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
         if hasattr(self, "pipeline"):
             return
+        self._check_family()
         self.pipeline: Pipeline = self.base.load(self.weights_dtype)
         for name, part in self.pipeline.parts.items():  # so that Lightning moves them; checkpoints use the names
             self.add_module(name, part)
