@@ -10,6 +10,8 @@ from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -171,4 +173,30 @@ def build_sd3(output: Path, with_t5: bool = True, **scheduler: Any) -> Path:
         tokenizer_3=third,  # type: ignore[arg-type]
     ).save_pretrained(output)
     SHARED.add(str(output))
+    return output
+
+
+def build_flux(output: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
+    """Write a pipeline in the layout of FLUX.1: dev, or schnell without ``guidance_embeds``."""
+    tokenizer, tokenizer_2, width = train_tokenizer(), t5_tokenizer(), 48
+    with torch.random.fork_rng():
+        first, second = clip(CLIPTextModel, tokenizer, 0, width=16, projection=16), t5(tokenizer_2, 2, width)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=width,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = autoencoder(
+            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        )
+    draw_weights(transformer, 3, gain=1.0)
+    sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    FluxPipeline(sampler, vae, first, tokenizer, second, tokenizer_2, transformer).save_pretrained(output)
     return output
