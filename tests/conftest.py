@@ -147,34 +147,20 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of Stable Diffusion XL; not to be written to."""
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return build_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl", train_tokenizer())
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl_empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As ``tiny_sdxl``, with guidance away from the empty prompt instead of zeros; not to be written to."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        folder = tmp_path_factory.mktemp("models") / "tiny-sdxl-empty"
-        return build_sdxl(folder, train_tokenizer(), force_zeros_for_empty_prompt=False)
+    return build_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of Stable Diffusion 3; not to be written to."""
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return build_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3", train_tokenizer())
+    return build_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd3_without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As ``tiny_sd3``, without a T5; not to be written to."""
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return build_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3-clip", train_tokenizer(), with_t5=False)
+    """As ``tiny_sd3``, without a T5 and with timesteps that depend on the size; not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3-without-t5"
+    return build_sd3(folder, with_t5=False, use_dynamic_shifting=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,17 @@
-"""Pipelines of random weights in the layouts of families besides Stable Diffusion 1 and 2."""
+"""Random-weight pipelines in the layouts of newer families, small enough to build and sample in a second."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -21,49 +24,64 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "in",
-    "at",
-    "of",
-    "with",
-    "rain",
-    "sunset",
-    "dog",
-    "cat",
-    "owl",
-    "soccer",
-    "ball",
-    "parrot",
-    "toy",
-]
+from helpers import SHARED, draw_weights
+from lit_unlearn.emoji.captions import vocabulary
+from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 
 
-def clip(kind: type, tokenizer: CLIPTokenizer, width: int, layers: int = 3) -> CLIPTextModel:
-    """A text encoder of ``kind`` with states of ``width`` channels, and pooled vectors of as many."""
+def clip(kind: type, tokenizer: CLIPTokenizer, seed: int, width: int, projection: int, layers: int = 3) -> Any:
+    """A CLIP text encoder; prompts differ in its states by more than rounding."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=width,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=projection,
+        hidden_act="quick_gelu" if kind is CLIPTextModel else "gelu",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return kind(config)
+    model = kind(config)
+    draw_weights(model, seed, gain=2.0)
+    return model
 
 
-def autoencoder(channels: int = 4, **config: float) -> AutoencoderKL:
-    """An autoencoder from 16 by 16 pixels to 8 by 8 latents."""
-    return AutoencoderKL(
+def t5_tokenizer() -> T5Tokenizer:
+    """A tokenizer of T5's kind: each word of the captions is one token, other words are letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    words = sorted(
+        {f"▁{word}" for text in vocabulary() for word in text.split()} - {f"▁{letter}" for letter in letters}
+    )
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(letter, -8.0) for letter in letters] + [(word, -2.0) for word in words]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def t5(tokenizer: T5Tokenizer, seed: int, width: int) -> T5EncoderModel:
+    """A T5 encoder with gated feed-forward layers, as version 1.1."""
+    config = T5Config(
+        vocab_size=len(tokenizer) + 2,  # published ones embed more than there are
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    model = T5EncoderModel(config)
+    draw_weights(model, seed, gain=1.0)
+    return model
+
+
+def autoencoder(channels: int, **config: Any) -> AutoencoderKL:
+    """An autoencoder that halves the sides."""
+    vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -73,89 +91,112 @@ def autoencoder(channels: int = 4, **config: float) -> AutoencoderKL:
         sample_size=16,
         **config,
     )
+    draw_weights(vae, 5, gain=3**-0.5)
+    return vae
 
 
-def t5_tokenizer() -> T5TokenizerFast:
-    """A unigram tokenizer of whole words, which ends texts as a T5's does."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in WORDS)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def build_sdxl(folder: Path, tokenizer: CLIPTokenizer, **options: bool) -> Path:
-    """Write a pipeline in the layout of Stable Diffusion XL into ``folder``."""
-    first = clip(CLIPTextModel, tokenizer, 16)
-    second = clip(CLIPTextModelWithProjection, tokenizer, 24)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16 + 24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
-    )
+def build_sdxl(output: Path, **options: Any) -> Path:
+    """Write a pipeline in the layout of Stable Diffusion XL; its pictures have 16 by 16 pixels."""
+    tokenizer = train_tokenizer()
+    with torch.random.fork_rng():
+        first = clip(CLIPTextModel, tokenizer, 0, width=16, projection=16)
+        second = clip(CLIPTextModelWithProjection, tokenizer, 1, width=24, projection=20, layers=4)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=16 + 24,
+            attention_head_dim=2,
+            norm_num_groups=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=20 + 6 * 8,
+        )
+        vae = autoencoder(4, scaling_factor=0.13025)
+    draw_weights(unet, 2, gain=3**-0.5)
     with torch.no_grad():
         for name, weight in unet.named_parameters():
             if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight")):
-                weight.mul_(10)  # else a prompt would hardly matter
+                weight.mul_(10)  # at that size a prompt would hardly matter
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
     StableDiffusionXLPipeline(
-        vae=autoencoder(),
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
-        add_watermarker=False,
-        **options,
-    ).save_pretrained(folder)
-    return folder
+        vae, first, second, tokenizer, train_tokenizer(), unet, scheduler, add_watermarker=False, **options
+    ).save_pretrained(output)
+    SHARED.add(str(output))
+    return output
 
 
-def build_sd3(folder: Path, tokenizer: CLIPTokenizer, with_t5: bool = True) -> Path:
-    """Write a pipeline in the layout of Stable Diffusion 3 into ``folder``, without its T5 if asked."""
-    words = t5_tokenizer() if with_t5 else None
-    config = T5Config(
-        vocab_size=len(WORDS) + 3,
-        d_model=48,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=48,
-        caption_projection_dim=32,
-        pooled_projection_dim=16 + 24,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-    with torch.no_grad():
-        for name, weight in transformer.named_parameters():
-            if "context_embedder.weight" in name or "text_embedder.linear_1.weight" in name:
-                weight.mul_(10)
+def build_sd3(output: Path, with_t5: bool = True, **scheduler: Any) -> Path:
+    """Write a pipeline in the layout of Stable Diffusion 3; its pictures have 16 by 16 pixels."""
+    tokenizer, width = train_tokenizer(), 48
+    third = t5_tokenizer() if with_t5 else None
+    with torch.random.fork_rng():
+        encoders = [
+            clip(CLIPTextModelWithProjection, tokenizer, 0, width=16, projection=16),
+            clip(CLIPTextModelWithProjection, tokenizer, 1, width=24, projection=20, layers=4),
+        ]
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=width,
+            caption_projection_dim=32,
+            pooled_projection_dim=36,
+            out_channels=16,
+            pos_embed_max_size=12,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        )
+        vae = autoencoder(
+            16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+        )
+        encoder_3 = None if third is None else t5(third, 2, width)
+    draw_weights(transformer, 3, gain=1.0)
     StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(CLIPTextModelWithProjection, tokenizer, 16),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **scheduler),
+        vae=vae,
+        text_encoder=encoders[0],
         tokenizer=tokenizer,
-        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 24),
-        tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel(config) if with_t5 else None,
-        tokenizer_3=words,
-    ).save_pretrained(folder)
-    return folder
+        text_encoder_2=encoders[1],
+        tokenizer_2=train_tokenizer(),
+        text_encoder_3=encoder_3,  # type: ignore[arg-type]
+        tokenizer_3=third,  # type: ignore[arg-type]
+    ).save_pretrained(output)
+    SHARED.add(str(output))
+    return output
+
+
+def build_flux(output: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
+    """Write a pipeline in the layout of FLUX.1: dev, or schnell without ``guidance_embeds``."""
+    tokenizer, tokenizer_2, width = train_tokenizer(), t5_tokenizer(), 48
+    with torch.random.fork_rng():
+        first, second = clip(CLIPTextModel, tokenizer, 0, width=16, projection=16), t5(tokenizer_2, 2, width)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=width,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = autoencoder(
+            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        )
+    draw_weights(transformer, 3, gain=1.0)
+    sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    FluxPipeline(sampler, vae, first, tokenizer, second, tokenizer_2, transformer).save_pretrained(output)
+    return output

@@ -12,8 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.check import family_in
-from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.families import FAMILIES, StableDiffusion
 from lit_unlearn.diffusion.parts import KINDS
 from lit_unlearn.diffusion.public_name import hub_snapshot
 from lit_unlearn.diffusion.source import STEMS, weight_files, weighted_parts
@@ -72,17 +71,17 @@ def kept_of(base: BaseModel, weights: Collection[str]) -> Kept:
         )
     if folder is None:
         kept.left_out = {"all other files": "they are not in the hub's cache, and the hub cannot be reached"}
-        kept.index["requires_safety_checker"] = False
+        if base.folder is None or base.family is StableDiffusion:
+            kept.index["requires_safety_checker"] = False
         return kept
-    family = family_in(folder, base.name)
-    checkable = family is StableDiffusion  # pipelines of other families have no safety checker
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     listed = {name for name, entry in index.items() if isinstance(entry, list) and None not in entry}
+    family = FAMILIES.get(index.get("_class_name"), StableDiffusion)
     parts = listed - set(family.declared)
     for part in sorted(parts):
         if reason := _keep_part(folder, part, index[part], kept):
             kept.left_out[part] = reason
-    if checkable:
+    if family is StableDiffusion:  # pipelines of other families have no safety checker
         kept.index["requires_safety_checker"] = (
             "safety_checker" not in kept.left_out and index.get("requires_safety_checker", True) is not False
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_unlearn.diffusion.text_ways import WAYS
 from lit_unlearn.system.errors import plain_warnings
 
 GROUPS: dict[str, str] = {
@@ -25,10 +26,7 @@ GROUPS: dict[str, str] = {
     "selfattn": r"^unet\..*attn1\.",
     "full": r"^(unet|transformer)\.",
     "joint-kv": r"^transformer\..*\.attn\.add_[kv]_proj\.weight$",
-    "context": (
-        r"^unet\..*attn2\.to_[kv]\.weight$|^unet\.add_embedding\.linear_1\.weight$|"
-        r"^transformer\.(context_embedder|time_text_embed\.text_embedder\.linear_1)\.weight$"
-    ),
+    "context": "|".join(WAYS.values()),
     "embedding": r"^text_encoder(_\d)?\.(.*token_embedding|shared)\.weight$",
     "text-fc1": r"^text_encoder(_\d)?\..*(mlp\.fc1|DenseReluDense\.wi(_\d)?)\.weight$",
     "text-fc2": r"^text_encoder(_\d)?\..*(mlp\.fc2|DenseReluDense\.wo)\.weight$",

@@ -153,11 +153,11 @@ def test_another_pipeline_is_refused_before_its_weights_are_downloaded(
 ) -> None:
     index = snapshot / "model_index.json"
     index.write_text(
-        json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}),
+        json.dumps({"_class_name": "LuminaPipeline", "transformer": ["diffusers", "LuminaNextDiT2DModel"]}),
         encoding="utf-8",
     )
     downloads = remote(["transformer/diffusion_pytorch_model.safetensors"])
-    with pytest.raises(ValueError, match="is a FluxPipeline, which is not supported"):
+    with pytest.raises(ValueError, match="is a LuminaPipeline, which is not supported: known are"):
         BaseModel.find(MODEL).fetch()
     assert len(downloads) == 1
 

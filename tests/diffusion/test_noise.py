@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 from torch.testing import assert_close
 
 from helpers import load_copy, normal
-from lit_unlearn.diffusion.noise import DDPM
+from lit_unlearn.diffusion.noise import DDPM, Flow
 
 TIMESTEPS = torch.tensor([0, 1, 250, 999])
 SHAPE = (len(TIMESTEPS), 4, 8, 8)
@@ -115,3 +115,54 @@ def test_its_sampler_keeps_no_state_and_can_be_another(model: str, request: pyte
         assert torch.equal(
             getattr(ddim, name)(latents, noise, TIMESTEPS), getattr(own, name)(latents, noise, TIMESTEPS)
         )
+
+
+# --- flow matching
+
+
+def flow(**config: object) -> Flow:
+    return Flow(FlowMatchEulerDiscreteScheduler(**config), num_patches=1024)  # type: ignore[arg-type]
+
+
+def test_flow_goes_straight_from_the_picture_to_noise() -> None:
+    process, (latents, noise) = flow(shift=3.0), torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([1000.0, 250.0, 1.0])
+    noised = process.add(latents, noise, timesteps)
+    assert torch.equal(noised[0], noise[0])
+    assert_close(noised[1], 0.75 * latents[1] + 0.25 * noise[1], rtol=0, atol=1e-6)
+    target = process.target(latents, noise, timesteps)
+    assert_close(noised + (0.5 - timesteps / 1000).view(-1, 1, 1, 1) * target, (latents + noise) / 2, rtol=0, atol=1e-5)
+    assert_close(process.noise_of(target, noised, timesteps), noise, rtol=0, atol=1e-5)
+    picture, sigma = process.levels(latents.bfloat16(), timesteps)
+    assert (picture.dtype, sigma.shape) == (torch.bfloat16, (3, 1, 1, 1))
+
+
+def test_the_sampler_of_flow_ends_at_the_picture_if_the_velocity_is_right() -> None:
+    process, (latents, noise) = flow(shift=3.0), torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampler, x_t = process.sampler(5), noise
+    for number, timestep in enumerate(sampler.timesteps):
+        assert_close(process.at_step(latents, noise, 5, number), x_t, rtol=0, atol=1e-5)
+        assert_close(process.add(latents, noise, timestep.view(1)), x_t, rtol=0, atol=1e-5)
+        x_t = sampler.step(process.target(latents, noise, timestep), timestep, x_t).prev_sample
+    assert_close(x_t, latents, rtol=0, atol=1e-5)
+    assert torch.equal(process.at_step(latents, noise, 5, 5), latents)
+
+
+def test_timesteps_of_flow_are_drawn_from_the_whole_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([flow().draw_timestep(generator) for _ in range(5000)])
+    assert (int(drawn.min()), int(drawn.max())) == (1, 1000) and abs(float(drawn.float().mean()) - 500.5) < 15
+    assert {int(flow().draw_timestep(generator, 3, 5)) for _ in range(50)} == {4, 5}
+
+
+def test_flow_is_shifted_by_the_size_and_as_in_flux() -> None:
+    dynamic = flow(use_dynamic_shifting=True)
+    assert dynamic.step_arguments(4)["mu"] == pytest.approx(0.5 + (1.15 - 0.5) * (1024 - 256) / (4096 - 256))
+    whole = Flow(dynamic.scheduler, 1024, whole_range=True)
+    assert whole.step_arguments(4)["sigmas"].tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert len(whole.timesteps(4)) == 4
+
+
+@pytest.mark.parametrize(("strength", "start"), [(1.0, 0), (0.7, 0), (0.5, 1), (0.34, 1), (0.33, 2)])
+def test_flow_starts_where_diffusers_does(strength: float, start: int) -> None:
+    assert flow().start_step(3, strength) == start

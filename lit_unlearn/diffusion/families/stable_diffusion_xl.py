@@ -164,18 +164,6 @@ class StableDiffusionXL(Pipeline):
         read = [text.read(ids) for text, ids in zip(self.texts, tokens.ids, strict=True)]
         return Condition(torch.cat([states for states, _ in read], dim=-1), read[1][1])
 
-    def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
-        """See ``Pipeline.first_inputs``; the pooled vector goes together with the embedded sizes."""
-        assert condition.pooled is not None
-        sizes = self.unet.add_time_proj(self._sizes(condition.pooled).flatten()).to(condition.pooled)
-        pooled = torch.cat([condition.pooled, sizes.view(1, -1).expand(len(condition), -1)], dim=-1)
-        return {"tokens": condition.states, "pooled": pooled.unsqueeze(1)}
-
-    def _sizes(self, like: Tensor) -> Tensor:
-        """Original size, corner of the crop and target size, (6,), of the type and on the device of ``like``."""
-        size = self.picture_size
-        return torch.tensor([*size, 0, 0, *size]).to(like)
-
     def unconditional(self) -> Condition:
         """See ``Pipeline.unconditional``; zeros if the model says so."""
         if not self.force_zeros_for_empty_prompt:
@@ -185,12 +173,23 @@ class StableDiffusionXL(Pipeline):
         states = torch.zeros(1, self.texts[0].length, sum(config.hidden_size for config in configs), **options)
         return Condition(states, torch.zeros(1, configs[1].projection_dim, **options))
 
+    def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
+        """See ``Pipeline.first_inputs``; sizes follow the pooled vectors."""
+        assert condition.pooled is not None
+        sizes = self.unet.add_time_proj(self._sizes(condition).flatten()).view(len(condition), -1)
+        pooled = torch.cat([condition.pooled, sizes.to(condition.pooled)], dim=-1)
+        return {"tokens": condition.states, "pooled": pooled.unsqueeze(1)}
+
+    def _sizes(self, condition: Condition) -> Tensor:
+        """What the UNet is told of the sizes of pictures, (B, 6)."""
+        size, states = self.picture_size, condition.states
+        return torch.tensor([*size, 0, 0, *size], dtype=states.dtype, device=states.device).expand(len(condition), -1)
+
     def predict(
         self, x_t: Tensor, timesteps: Tensor, condition: Condition, values: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """See ``Pipeline.predict``."""
-        sizes = self._sizes(condition.states).to(x_t.device)
-        added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(len(x_t), -1)}
+        added = {"text_embeds": condition.pooled, "time_ids": self._sizes(condition)}
         given, options = (x_t, timesteps, condition.states), {"added_cond_kwargs": added}
         if values is None:
             return self.unet(*given, **options).sample

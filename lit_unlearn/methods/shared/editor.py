@@ -49,7 +49,7 @@ class DiffusionEditor(L.LightningModule):
     """
 
     one_text_encoder: ClassVar[bool] = False
-    """Whether the method works only with families that have a single text encoder."""
+    """Whether the method works only with models that have a single text encoder."""
 
     recipe: dict[str, Any] | None = None
     """Everything that determined the fit, as a recipe, if it was run from the command line."""
@@ -90,14 +90,13 @@ class DiffusionEditor(L.LightningModule):
         self._started: float | None = None
 
     def _check_family(self) -> None:
-        """Refuse a family of several text encoders if the method works with one only."""
+        """Refuse a model of a family that the method cannot edit, before its weights are loaded."""
         family = self.base.family
         encoders = [part.encoder for part in family.declared.values() if part.encoder]
         if self.one_text_encoder and len(encoders) > 1:
             raise ValueError(
-                f"model={self.model_id!r} is {family.title}, with the text encoders {', '.join(encoders)}, and "
-                f"{type(self).__name__} works with a single one only: choose null_space_context.yaml, uce.yaml, "
-                "speed.yaml, esd.yaml or concept_ablation.yaml."
+                f"model={self.model_id!r} is of {family.title}, with {', '.join(encoders)}, and {type(self).__name__} "
+                "edits models with one text encoder: choose another method, or a model of Stable Diffusion 1.x or 2.x."
             )
 
     @property
@@ -142,6 +141,7 @@ class DiffusionEditor(L.LightningModule):
         """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
         if hasattr(self, "pipeline"):
             return
+        self._check_family()
         self.pipeline: Pipeline = self.base.load(self.weights_dtype)
         for name, part in self.pipeline.parts.items():  # so that Lightning moves them; checkpoints use the names
             self.add_module(name, part)
