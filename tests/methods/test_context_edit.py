@@ -132,8 +132,8 @@ def test_the_states_of_all_encoders_are_read_and_aligned(tiny_sd3: Path, pets: s
     # The CLIPs' positions of both prompts come first, without BOS, then the T5's, which has none.
     assert_close(pairs.keys[: clip - 1], edited[0, 1:clip], rtol=0, atol=1e-5)
     assert_close(pairs.keys[2 * (clip - 1) :][:t5], edited[0, clip:], rtol=0, atol=1e-5)
-    words = pairs.goals[2 * (clip - 1) :][:3]  # "a dog </s>" takes "a soccer ball </s>"
-    assert_close(words, targets[0, [clip, clip + 2, clip + 3]], rtol=0, atol=1e-5)
+    words = pairs.goals[2 * (clip - 1) :][:4]  # the four pieces of "a dog </s>" take those of "a soccer ball </s>"
+    assert_close(words, targets[0, [clip, clip + 1, clip + 3, clip + 4]], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5"])
