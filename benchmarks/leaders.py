@@ -261,8 +261,6 @@ def sequence(method: str, root: Path) -> dict[str, Any]:
                         str(checkpoint),
                         "-o",
                         str(folder),
-                        "--format",
-                        "folder",
                         *(["--model", str(before)] if before else []),
                     ]
                 )
