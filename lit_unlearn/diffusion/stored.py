@@ -16,10 +16,21 @@ from torch import Tensor
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.parts import KINDS, Kind, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import is_pointer, weight_files, weighted_parts
+from lit_unlearn.diffusion.source import STEMS, is_pointer, weight_files, weighted_parts
 
+USUAL = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+"""Classes of parts if ``model_index.json``, which says so, is broken."""
 OLD_PREFIX = "text_model."
 """Prefix of the names of a ``CLIPTextModel``'s weights in 2022, which some tools still expect."""
+
+
+def _kind(folder: Path, part: str) -> Kind:
+    """The class of a part, by ``model_index.json`` if that can be read."""
+    try:
+        named = weighted_parts(folder)
+    except ValueError:
+        named = {}
+    return KINDS.get(named.get(part, USUAL.get(part, "")), Kind("diffusers"))
 
 
 class StoredTensor(NamedTuple):
@@ -76,7 +87,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, part: str, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
-        model = KINDS.get(weighted_parts(folder).get(part, ""), Kind("diffusers"))
+        model = _kind(folder, part)
         self.described: dict[str, StoredTensor] = {}
         for file in weight_files(folder, part):
             for stored, (kind, shape) in read_header(file).items():
@@ -120,8 +131,8 @@ class WholeModel:
 
     @classmethod
     def in_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> WholeModel:
-        """The weights in the files of ``folder``."""
-        return cls({part: StoredWeights(folder, part, dtype) for part in weighted_parts(folder)})
+        """The weights in the files of ``folder``, whatever its ``model_index.json`` says."""
+        return cls({part: StoredWeights(folder, part, dtype) for part in STEMS if weight_files(folder, part)})
 
     def __getitem__(self, name: str) -> Tensor:
         part, _, rest = name.partition(".")

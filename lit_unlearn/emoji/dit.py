@@ -7,7 +7,6 @@ only the transformer.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from lit_unlearn.emoji.drawing import ATTRIBUTES, RESOLUTION, Drawing
 from lit_unlearn.emoji.parts import trained_part
 from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.judges.emoji import EmojiJudge
+from lit_unlearn.system.files import copy_into
 
 VALIDATION_SEED = 6_000_000
 """Seed of the first picture that a training draws for its curve."""
@@ -381,7 +381,7 @@ class DiTTraining(L.LightningModule):
         pipeline.transformer.half()
         pipeline.save_pretrained(output)
         for name in ENCODERS:  # as they were written: the weights in half precision
-            shutil.copytree(self.parts[name], output / name, dirs_exist_ok=True)
+            copy_into(Path(self.parts[name]), output / name)
 
 
 def draw(

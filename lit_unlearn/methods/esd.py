@@ -129,9 +129,7 @@ class ESD(GradientEditor, ConceptEditor):
             ValueError: It selects another weight.
         """
         part = self.base.family.denoiser_part
-        groups = "xattn, xattn-kv, noxattn, selfattn, full" if part == "unet" else "joint-kv, full"
-        where = "the UNet" if part == "unet" else f"the {part}"
-        why = f": ESD edits only weights of {where}; choose {groups} or a pattern within {part}."
+        why = f": ESD edits only weights of the {part}; choose a group of it or a pattern within {part}."
         return self.select_only(names, lambda name: name.startswith(f"{part}."), why)
 
     def on_fit_start(self) -> None:

@@ -81,7 +81,7 @@ def test_uce_in_the_null_space(method: Build, fit: Fit) -> None:
     assert_close(P @ preserved.mT, torch.zeros(32, 2, dtype=torch.float64), rtol=0, atol=1e-6)
     for name, layer in module.layers.items():
         W = module.pretrained.values[name].double()
-        change = projected(W, module.keys, module.guide_keys[0] @ W.mT, P, 1e-3)
+        change = projected(W, module.mapped["tokens"].keys, module.mapped["tokens"].guides[0] @ W.mT, P, 1e-3)
         # Rounded to float32 once.
         assert_close(layer.weight.detach().double(), W + change, rtol=1e-6, atol=1e-6)
         report = module.report["layers"][name]
@@ -91,9 +91,9 @@ def test_uce_in_the_null_space(method: Build, fit: Fit) -> None:
     assert moved(module, preserved) < 1e-6
     assert moved(edited(RidgeMap()), preserved) > 1e-3
     for layer in module.layers.values():
-        wished = module.guide_keys[0] @ layer.weight.detach().double().mT
+        wished = module.mapped["tokens"].guides[0] @ layer.weight.detach().double().mT
         assert wished.isfinite().all()
-    assert moved(module, module.keys) > 0.1
+    assert moved(module, module.mapped["tokens"].keys) > 0.1
 
 
 def test_speed_by_uces_solver(method: Build, fit: Fit) -> None:
@@ -107,14 +107,14 @@ def test_speed_by_uces_solver(method: Build, fit: Fit) -> None:
     assert changed(before, after) == module.edited_names
     for name in module.edited_names:
         W = before[name].double()
-        expected = ridge_map_update(W, module.keys, module.anchors @ W.mT, retained, 2.0, 0.7, 0.3)
+        expected = ridge_map_update(W, module.keys["tokens"], module.anchors["tokens"] @ W.mT, retained, 2.0, 0.7, 0.3)
         assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
         report = module.report["layers"][name]
         assert report["residual"] < 0.9 * report["residual_before"]
     heavier = method(SPEED, retain=RETAIN)
     fit(heavier, ClosedFormEdit(RidgeMap(2.0, 1e9, 0.3)))
     assert moved(heavier, retained) < 1e-5 < 1e-3 < moved(module, retained)
-    assert moved(heavier, module.keys) > 1e-2
+    assert moved(heavier, module.keys["tokens"]) > 1e-2
 
 
 def test_speed_in_one_null_space(method: Build, fit: Fit) -> None:
@@ -124,7 +124,7 @@ def test_speed_in_one_null_space(method: Build, fit: Fit) -> None:
     assert retained is not None
     assert len(solver.null_spaces) == 1
     assert moved(module, retained) < 1e-6
-    assert moved(module, module.keys) > 1e-2
+    assert moved(module, module.keys["tokens"]) > 1e-2
 
 
 def test_keys_and_values_of_the_unet_by_least_squares(refinement: Build, fit: Fit) -> None:
@@ -196,13 +196,22 @@ def test_a_trainer_takes_the_solver_as_a_callback(refinement: Build, fit: Fit, t
 
 def own_formula(module: Any, solver: Solver, W: Tensor) -> Tensor:
     """The new weight (d_out, d_in), float64, of ``module`` by ``solver``, with columns and inverses."""
-    goal, retained = module.layer_targets(W), kept(module)
+    goal, retained = module.layer_targets(W, "tokens"), kept(module)
     assert retained.moment is not None
     if isinstance(solver, NullSpace):
-        return W + projected(W, module.keys, goal, solver.null_spaces[retained].projection, solver.ridge)
+        return W + projected(
+            W, module.mapped["tokens"].keys, goal, solver.null_spaces[retained].projection, solver.ridge
+        )
     assert isinstance(solver, RidgeMap) and solver.preserve_scale is not None
-    left = solver.lamb * W + solver.erase_scale * goal.mT @ module.keys + solver.preserve_scale * W @ retained.moment
-    right = solver.erase_scale * module.keys.mT @ module.keys + solver.preserve_scale * retained.moment
+    left = (
+        solver.lamb * W
+        + solver.erase_scale * goal.mT @ module.mapped["tokens"].keys
+        + solver.preserve_scale * W @ retained.moment
+    )
+    right = (
+        solver.erase_scale * module.mapped["tokens"].keys.mT @ module.mapped["tokens"].keys
+        + solver.preserve_scale * retained.moment
+    )
     return left @ torch.linalg.inv(right + solver.lamb * EYE)
 
 

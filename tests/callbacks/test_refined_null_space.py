@@ -71,7 +71,9 @@ def test_the_edit_is_the_papers_and_nothing_else_moves(
         if name not in module.edited_names:
             assert torch.equal(after[name], weight), name
             continue
-        expected = literal_update(weight.double(), module.keys, module.anchors, kept.keys, kept.invariants.mT)
+        expected = literal_update(
+            weight.double(), module.keys["tokens"], module.anchors["tokens"], kept.keys, kept.invariants.mT
+        )
         assert module.report["layers"][name]["kept"] == len(expected[0])
         # Rounded to float32 once.
         assert_close(after[name].double(), weight.double() + expected[1], rtol=1e-6, atol=1e-6)
@@ -131,9 +133,11 @@ def test_the_report_says_what_the_stored_weights_do(speed: Build, fit: Fit) -> N
         change = module.layers[name].weight.detach().double() - weight
         assert report["null_space_dimension"] == free.dimension == 32 - (len(RETAIN) + 1)
         assert report["relative_norm"] == pytest.approx(float(change.norm() / weight.norm()))
-        assert report["keys_kept"] == pytest.approx(float((module.keys @ free.basis).norm() / module.keys.norm()))
-        goal = (module.anchors - module.keys) @ weight.mT
-        left = goal - module.keys @ change.mT
+        assert report["keys_kept"] == pytest.approx(
+            float((module.keys["tokens"] @ free.basis).norm() / module.keys["tokens"].norm())
+        )
+        goal = (module.anchors["tokens"] - module.keys["tokens"]) @ weight.mT
+        left = goal - module.keys["tokens"] @ change.mT
         assert report["remaining_error"] == pytest.approx(float(left.norm() / goal.norm()))
     assert module.report["weight_change_ratio"] == module.pretrained.change_ratio() > 1e-2
 

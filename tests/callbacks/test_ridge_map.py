@@ -62,8 +62,8 @@ def test_every_layer_gets_the_closed_form_and_nothing_else_moves(
         if name not in module.edited_names:
             assert torch.equal(after[name], weight), name
             continue
-        goal = module.guide_keys[0] @ weight.double().mT
-        expected = ridge_map_update(weight.double(), module.keys, goal, preserved, 2.0, 1.0, 0.3)
+        goal = module.mapped["tokens"].guides[0] @ weight.double().mT
+        expected = ridge_map_update(weight.double(), module.mapped["tokens"].keys, goal, preserved, 2.0, 1.0, 0.3)
         # Rounded to float32 once.
         assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
         assert (after[name] - weight).norm() > 1e-2 * weight.norm()
@@ -74,8 +74,8 @@ def test_a_phrase_comes_out_as_its_guide(uce: Build, fit: Fit) -> None:
     module = uce(preserve=None, lamb=1e-6)
     fit(module, EDITS[module])
     with module.pretrained.restored():
-        goal, before = outputs(module, module.guide_keys[0]), outputs(module, module.keys)
-    for now, wished, was in zip(outputs(module, module.keys), goal, before, strict=True):
+        goal, before = outputs(module, module.mapped["tokens"].guides[0]), outputs(module, module.mapped["tokens"].keys)
+    for now, wished, was in zip(outputs(module, module.mapped["tokens"].keys), goal, before, strict=True):
         assert (was - wished).norm() > 0.1 * wished.norm()
         assert (now - wished).norm() < 1e-4 * wished.norm()
 
@@ -84,9 +84,9 @@ def test_one_run_edits_several_concepts(uce: Build, fit: Fit) -> None:
     module = uce(concept=["dog", "cat"], preserve=None, lamb=1e-6)
     fit(module, EDITS[module])
     with module.pretrained.restored():
-        goal = outputs(module, module.guide_keys[0])
-    assert len(module.keys) == 2
-    for now, wished in zip(outputs(module, module.keys), goal, strict=True):
+        goal = outputs(module, module.mapped["tokens"].guides[0])
+    assert len(module.mapped["tokens"].keys) == 2
+    for now, wished in zip(outputs(module, module.mapped["tokens"].keys), goal, strict=True):
         assert ((now - wished).norm(dim=-1) < 1e-4 * wished.norm(dim=-1)).all()
 
 
