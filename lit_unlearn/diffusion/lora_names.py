@@ -10,6 +10,8 @@ PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 """Prefix of each part's names."""
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """Layers of a text encoder for which loaders accept LoRA weights."""
+DROPPED = "unet.add_embedding."
+"""Layers of Stable Diffusion XL that diffusers drops without a word when it reads these names."""
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 """Layers of a text encoder that diffusers recognises only if an ``out_proj`` is in the file."""
 
@@ -18,7 +20,7 @@ def fits_lora(name: str, value: Tensor) -> bool:
     """Whether loaders accept a change of the weight ``name`` as LoRA: linear layers and convolutions."""
     layer, _, kind = name.rpartition(".")
     part = name.partition(".")[0]
-    if kind != "weight" or value.dim() not in (2, 4) or part not in PREFIXES:
+    if kind != "weight" or value.dim() not in (2, 4) or part not in PREFIXES or name.startswith(DROPPED):
         return False
     return part == "unet" or layer.endswith(TEXT_LAYERS)
 

@@ -63,7 +63,7 @@ def low_rank(
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
             f"lora: the edit changes {others[0]}{more}, which LoRA cannot hold (only linear layers and "
-            "convolutions): use --delta, or export the folder."
+            "convolutions of a UNet, and linear layers of a CLIP): use --delta, or export the folder."
         )
     parts, needed, notable = {}, {}, {}
     for name, value in edited.items():

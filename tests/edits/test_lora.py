@@ -125,6 +125,12 @@ def test_what_lora_cannot_hold_is_refused_by_name(components: StableDiffusion, n
         low_rank({name: value + 1}, {name: value}, 1)
 
 
+@pytest.mark.parametrize("name", ["unet.add_embedding.linear_1.weight", "transformer.context_embedder.weight"])
+def test_layers_that_diffusers_would_drop_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"the edit changes {name}, which LoRA cannot hold"):
+        low_rank({name: torch.ones(4, 4)}, {name: torch.zeros(4, 4)}, 1)
+
+
 def test_an_unchanged_layer_has_no_residual(base: dict[str, Tensor]) -> None:
     factors, report = low_rank({LINEAR: base[LINEAR]}, base, None)
     assert (report["rank"], report["residual"]) == (1, {LINEAR: 0.0})
