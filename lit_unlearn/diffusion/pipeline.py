@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.noise import NoiseProcess
+from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
@@ -52,6 +53,8 @@ class Pipeline(ABC):
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
 
+    vae: Any
+    """Latents (B, C, h, w) to pictures (B, 3, H, W) and back."""
     scheduler: Any
     """The sampler's configuration; every sampling takes a fresh copy."""
 
@@ -95,18 +98,9 @@ class Pipeline(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a picture's latents."""
 
-    @property
-    @abstractmethod
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of the model's pictures, in pixels."""
-
     @abstractmethod
     def num_places(self, name: str) -> int:
         """Positions (height times width) that the block of the denoiser's weight ``name`` works on."""
-
-    @abstractmethod
-    def with_sampler(self, kind: str) -> Pipeline:
-        """The same parts with another sampler; see ``DDPM.with_sampler`` and ``Flow.with_sampler``."""
 
     @abstractmethod
     def condition(self, tokens: Tokens) -> Condition:
@@ -163,6 +157,17 @@ class Pipeline(ABC):
     def noise(self) -> NoiseProcess:
         """The noise process that the model was trained with."""
         return self.process(self.scheduler, self.denoiser.config)  # type: ignore[attr-defined, arg-type]
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the model's pictures, in pixels."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        _, height, width = self.latent_shape
+        return height * factor, width * factor
+
+    def with_sampler(self, kind: Sampler) -> Pipeline:
+        """The same parts with another sampler; see ``DDPM.with_sampler`` and ``Flow.with_sampler``."""
+        return replace(self, scheduler=self.noise.with_sampler(kind).scheduler)  # type: ignore[type-var]
 
     def unconditional(self) -> Condition:
         """The condition, of one row, that guidance leads away from: that of the empty prompt."""

@@ -18,7 +18,7 @@ from lit_unlearn.core.alignment import from_first_difference
 from lit_unlearn.core.solvers import Write
 from lit_unlearn.core.subject_tokens import SubjectTokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.text_maps import (
     TextKeys,
     by_way,
@@ -72,16 +72,10 @@ class ContextEdit(ClosedFormMethod, ConceptEditor):
     ) -> None:
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
         self.tokens, self.retain_empty = tokens, retain_empty
-        own = [list(zip(c.edit_prompts, c.target_prompts, strict=True)) for c in self.repaired]
+        own = [pairs_of(concept) for concept in self.repaired]
         self.targets_of_edited = list(zip(self.repaired, own, strict=True))
         self.pairs = [pair for pairs in own for pair in pairs]
-        check_retained(retain or [], self.edited)
-        self.retain_prompts = self.concepts.retain_prompts(self.edited_labels) + (retain or [])
-        if not self.retain_prompts:
-            raise ValueError(
-                f"concept={', '.join(self.edited_labels)} leaves no prompt of {self.concepts.name} to retain: edit "
-                "fewer concepts at once, or name what to keep in model.retain."
-            )
+        self.retain_prompts = self.prompts_to_retain(retain)
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of the first linear maps on text that the pattern selects.

@@ -36,7 +36,7 @@ from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.methods.shared.concept_editor import check_retained
+from lit_unlearn.methods.shared.concept_editor import pairs_of
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
 from lit_unlearn.methods.shared.text_maps import select_keys_and_values
 from lit_unlearn.system.devices import for_solving
@@ -106,13 +106,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         self.pushed = [c for c in self.repaired if guidance_edit and c.kind in ATTRIBUTES]
         self.targets_of_edited = [(c, pairs_of(c)) for c in self.repaired]
         self.pairs = [pair for concept in self.repaired for pair in pairs_of(concept)]
-        check_retained(retain or [], self.edited)
-        self.retain_prompts = self.concepts.retain_prompts(self.edited_labels) + (retain or [])
-        if not self.retain_prompts:
-            raise ValueError(
-                f"concept={', '.join(self.edited_labels)} leaves no prompt of {self.concepts.name} to retain: edit "
-                "fewer concepts at once, or name what to keep in model.retain."
-            )
+        self.retain_prompts = self.prompts_to_retain(retain)
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
@@ -300,11 +294,6 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         found = sum(len(prompts.tokens) * self.pipeline.text.length for prompts in self.prompts) if epoch else 0
         self.report["edited_states"] = len(self.keys) + epoch * found
         super().after_writes(epoch, is_last)
-
-
-def pairs_of(concept: Concept) -> list[tuple[str, str]]:
-    """Pairs of an edit prompt and its target prompt."""
-    return list(zip(concept.edit_prompts, concept.target_prompts, strict=True))
 
 
 def taken(rows: Tensor, positions: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         """Gather the inputs of the edited layers; all layers of a way have the same inputs."""
         super().on_fit_start()
         edited, anchors = text_keys(self.pipeline, self.edited_texts), text_keys(self.pipeline, self.anchor_texts)
-        retained, empty = text_keys(self.pipeline, self.retained_texts), text_keys(self.pipeline, [""])
+        retained = text_keys(self.pipeline, self.retained_texts)
+        empty = {} if self.invariants is None else text_keys(self.pipeline, [""])
         self.keys: dict[str, Tensor] = {}
         self.anchors: dict[str, Tensor] = {}
         self.retained = {}
@@ -119,7 +120,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
             self.anchors[way] = for_solving(anchors[way].at(rows, anchor_places))
             kept = for_solving(retained[way].at(*kept_places))
             moment, prompts = second_moment(kept).cpu(), len(self.retained_texts)
-            own = Retained(moment, len(kept), kept, self.invariant_keys(empty[way]), prompts, largest_norm(kept))
+            own = Retained(moment, len(kept), kept, self.invariant_keys(empty.get(way)), prompts, largest_norm(kept))
             self.retained |= dict.fromkeys(names, own)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
@@ -154,9 +155,9 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         }
         super().after_writes(epoch, is_last)
 
-    def invariant_keys(self, empty: TextKeys) -> Tensor | None:
+    def invariant_keys(self, empty: TextKeys | None) -> Tensor | None:
         """The invariants K2 of the ``empty`` prompt, as rows (k, d_in), float64, or None."""
-        if self.invariants is None:
+        if self.invariants is None or empty is None:
             return None
         start, padding = for_solving(empty.states[0, :1]), for_solving(empty.states[0, 1:])
         if self.invariants == 0 or not len(padding):

@@ -29,7 +29,7 @@ from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.methods.shared.concept_editor import ConceptEditor, check_retained
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
 from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
@@ -95,21 +95,12 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.start = start if values == "refined" else values
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.latents_per_prompt, self.seed, self.optimizer = latents_per_prompt, seed, optimizer
-        of_concepts = [
-            list(zip(c.edit_prompts, c.target_prompts, strict=True)) if pairs == "prompts" else [(c.names[0], c.target)]
-            for c in self.repaired
-        ]
+        of_concepts = [pairs_of(c) if pairs == "prompts" else [(c.names[0], c.target)] for c in self.repaired]
         self.targets_of_edited = list(zip(self.repaired, of_concepts, strict=True))
         self.edit_prompts = [text for own in of_concepts for text, _ in own]
         self.target_prompts = [into for own in of_concepts for _, into in own]
         self.num_pairs = len(self.edit_prompts)
-        check_retained(retain or [], self.edited)
-        self.retain_prompts = self.concepts.retain_prompts([concept.name for concept in self.edited]) + (retain or [])
-        if not self.retain_prompts:
-            raise ValueError(
-                f"concept={', '.join(concept.name for concept in self.edited)} leaves no prompt of "
-                f"{self.concepts.name} to retain: edit fewer concepts at once, or name what to keep in model.retain."
-            )
+        self.retain_prompts = self.prompts_to_retain(retain)
         self.state: LayerState | None = None
         self.errors: list[Tensor] = []  # one for each step of this layer
         self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -124,12 +124,6 @@ class Flux(Pipeline):
         """See ``Pipeline.latent_shape``."""
         return self.transformer.config.in_channels // 4, self.sample_size, self.sample_size
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """See ``Pipeline.picture_size``."""
-        side = self.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return side, side
-
     def num_places(self, name: str) -> int:
         """See ``Pipeline.num_places``; all blocks work on the same patches."""
         return (self.sample_size // 2) ** 2
@@ -137,10 +131,6 @@ class Flux(Pipeline):
     def settings(self) -> dict[str, Any]:
         """See ``Pipeline.settings``."""
         return {**super().settings(), "guidance": self.guidance}
-
-    def with_sampler(self, kind: Literal["model", "ddim"]) -> Flux:  # type: ignore[override]
-        """See ``Pipeline.with_sampler``."""
-        return replace(self, scheduler=self.noise.with_sampler(kind).scheduler)
 
     def condition(self, tokens: Tokens) -> Condition:
         """See ``Pipeline.condition``."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.func import functional_call
@@ -96,20 +96,9 @@ class StableDiffusion(Pipeline):
         """See ``Pipeline.latent_shape``."""
         return self.unet.config.in_channels, *sides(self.unet.config)
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """See ``Pipeline.picture_size``."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = sides(self.unet.config)
-        return height * factor, width * factor
-
     def num_places(self, name: str) -> int:
         """See ``Pipeline.num_places``."""
         return num_places(self.unet.config, name)
-
-    def with_sampler(self, kind: Literal["model", "ddim"]) -> StableDiffusion:  # type: ignore[override]
-        """See ``Pipeline.with_sampler``."""
-        return replace(self, scheduler=self.noise.with_sampler(kind).scheduler)
 
     def condition(self, tokens: Tokens) -> Condition:
         """See ``Pipeline.condition``."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -146,19 +146,9 @@ class StableDiffusion3(Pipeline):
         config = self.transformer.config
         return config.in_channels, config.sample_size, config.sample_size
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """See ``Pipeline.picture_size``."""
-        side = self.transformer.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return side, side
-
     def num_places(self, name: str) -> int:
         """See ``Pipeline.num_places``; all blocks work on the same patches."""
         return (self.transformer.config.sample_size // self.transformer.config.patch_size) ** 2
-
-    def with_sampler(self, kind: Literal["model", "ddim"]) -> StableDiffusion3:  # type: ignore[override]
-        """See ``Pipeline.with_sampler``."""
-        return replace(self, scheduler=self.noise.with_sampler(kind).scheduler)
 
     def condition(self, tokens: Tokens) -> Condition:
         """See ``Pipeline.condition``."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -140,13 +140,6 @@ class StableDiffusionXL(Pipeline):
         """See ``Pipeline.latent_shape``."""
         return self.unet.config.in_channels, *sides(self.unet.config)
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """See ``Pipeline.picture_size``."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = sides(self.unet.config)
-        return height * factor, width * factor
-
     def num_places(self, name: str) -> int:
         """See ``Pipeline.num_places``."""
         return num_places(self.unet.config, name)
@@ -154,10 +147,6 @@ class StableDiffusionXL(Pipeline):
     def settings(self) -> dict[str, Any]:
         """See ``Pipeline.settings``."""
         return {**super().settings(), "force_zeros_for_empty_prompt": self.force_zeros_for_empty_prompt}
-
-    def with_sampler(self, kind: Literal["model", "ddim"]) -> StableDiffusionXL:  # type: ignore[override]
-        """See ``Pipeline.with_sampler``."""
-        return replace(self, scheduler=self.noise.with_sampler(kind).scheduler)
 
     def condition(self, tokens: Tokens) -> Condition:
         """See ``Pipeline.condition``."""

@@ -38,6 +38,11 @@ def check_retained(prompts: Sequence[str], edited: Sequence[Concept], field: str
                 )
 
 
+def pairs_of(concept: Concept) -> list[tuple[str, str]]:
+    """Pairs of an edit prompt and its target prompt."""
+    return list(zip(concept.edit_prompts, concept.target_prompts, strict=True))
+
+
 class ConceptEditor(DiffusionEditor):
     """Base of the methods that edit concepts: their concepts, and the test with pictures of all concepts of a set.
 
@@ -111,6 +116,20 @@ class ConceptEditor(DiffusionEditor):
         if self.base.reader is None:
             with user_errors():
                 check_cuts(self.pipeline.reader, self.concepts, self.edited)
+
+    def prompts_to_retain(self, further: Sequence[str] | None) -> list[str]:
+        """The edit prompts of the set's other concepts, and the ``further`` ones of ``model.retain``.
+
+        Raises:
+            ValueError: One of ``further`` names an edited concept, or nothing is left.
+        """
+        check_retained(further or [], self.edited)
+        if not (prompts := self.concepts.retain_prompts(self.edited_labels) + list(further or [])):
+            raise ValueError(
+                f"concept={', '.join(self.edited_labels)} leaves no prompt of {self.concepts.name} to retain: edit "
+                "fewer concepts at once, or name what to keep in model.retain."
+            )
+        return prompts
 
     @property
     def edited_labels(self) -> list[str]:
