@@ -8,7 +8,7 @@ import lightning as L
 from typing_extensions import override
 
 from lit_unlearn.callbacks.folders import folder_of
-from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
+from lit_unlearn.diffusion.source import SHIPPED, shipped_folder
 from lit_unlearn.edits.export import make_public
 from lit_unlearn.edits.public import Places
 from lit_unlearn.emoji.parts import FOLDER
@@ -28,17 +28,17 @@ class SavePretrained(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse to overwrite the embedded model, which all commands use.
+        """Refuse to overwrite an embedded model, which all commands use.
 
         Raises:
-            ValueError: The output is the embedded model or a folder in it.
+            ValueError: The output is an embedded model or a folder in it.
         """
         if self.output is None:
             return
-        shipped = Path(resolve_model(EMBEDDED)).resolve()
-        if shipped in (self.output.resolve(), *self.output.resolve().parents):
+        shipped = {folder.resolve() for name in SHIPPED if (folder := shipped_folder(name))}
+        if shipped & {self.output.resolve(), *self.output.resolve().parents}:
             raise ValueError(
-                f"SavePretrained.output={self.output} is the embedded model: leave it out, which writes into the run's "
+                f"SavePretrained.output={self.output} is an embedded model: leave it out, which writes into the run's "
                 "folder, and put the result in place with python -m lit_unlearn.emoji.replace."
             )
 

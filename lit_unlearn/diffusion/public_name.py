@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
+from lit_unlearn.diffusion.source import SHIPPED, shipped_folder
 
 SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?$")
 """End of a path in the hub's cache: the id, with ``--`` for ``/``, and the commit."""
@@ -38,7 +38,8 @@ def public_name(base: BaseModel, sha256: Mapping[str, str]) -> tuple[str, str | 
     if found := hub_snapshot(base.place):
         return found
     place = Path(os.path.abspath(base.place))
-    if place == Path(os.path.abspath(resolve_model(f"checkpoints/{EMBEDDED}"))):
-        return EMBEDDED, None
+    for name in SHIPPED:
+        if (shipped := shipped_folder(name)) and place == Path(os.path.abspath(shipped)):
+            return name, None
     digest = hashlib.sha256(json.dumps(dict(sha256), sort_keys=True).encode()).hexdigest()
     return f"{' '.join(place.name.split()) or 'model'}@{digest[:12]}", None

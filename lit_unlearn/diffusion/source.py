@@ -12,7 +12,10 @@ from typing import Any
 from lit_unlearn.system.json_files import read_json
 
 EMBEDDED = "emoji-sd"
-"""Name of the model that ships with the project."""
+"""Name of the model that ships with the project and that recipes edit if they are given no other."""
+
+SHIPPED = (EMBEDDED, "emoji-dit")
+"""Names of all models that ship with the project."""
 
 SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Endings of files with a whole model, as used by web UIs."""
@@ -40,7 +43,7 @@ STEMS = {
 def resolve_model(model: str) -> Path | str:
     """Return the folder that ``model`` stands for, or ``model`` itself if it is a hub id.
 
-    A folder with this path is tried first (``~`` is the home folder); ``emoji-sd`` is then looked up in
+    A folder with this path is tried first (``~`` is the home folder); a name in ``SHIPPED`` is then looked up in
     ``checkpoints/`` and in the installed package.
 
     Raises:
@@ -49,14 +52,19 @@ def resolve_model(model: str) -> Path | str:
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
         return path
-    if model.replace("\\", "/") in (EMBEDDED, f"checkpoints/{EMBEDDED}"):  # a run made on Windows may have \
-        package = Path(str(files("lit_unlearn")))
-        for folder in (Path("checkpoints"), package / "checkpoints", package.parent / "checkpoints"):
-            if (folder / EMBEDDED).is_dir():
-                return folder / EMBEDDED
+    name = model.replace("\\", "/").removeprefix("checkpoints/")  # a run made on Windows may have \
+    if name in SHIPPED and (folder := shipped_folder(name)):
+        return folder
     if reason := _not_a_model(model, path):
         raise ValueError(f"model={model!r} {reason}.")
     return model
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of the model ``name`` of ``SHIPPED``, or None if it is in neither ``checkpoints/`` nor the package."""
+    package = Path(str(files("lit_unlearn")))
+    places = (Path("checkpoints"), package / "checkpoints", package.parent / "checkpoints")
+    return next((place / name for place in places if (place / name).is_dir()), None)
 
 
 def _not_a_model(model: str, path: Path) -> str:
@@ -83,7 +91,7 @@ def _not_a_model(model: str, path: Path) -> str:
         is_id = False
     if is_id:
         return ""
-    return f"is no folder and no hub id (owner/name): give a diffusers folder, or {EMBEDDED!r}"
+    return f"is no folder and no hub id (owner/name): give a diffusers folder, or {' or '.join(map(repr, SHIPPED))}"
 
 
 def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:

@@ -112,6 +112,6 @@ def test_the_unet_is_trained_with_the_parts_of_runs_or_of_the_model(shipped: Pat
 
 @pytest.mark.parametrize("output", ["checkpoints/emoji-sd", "checkpoints/emoji-sd/judge", "checkpoints/x/../emoji-sd"])
 def test_a_recipe_that_writes_over_the_embedded_model_is_refused(shipped: Path, output: str) -> None:
-    with pytest.raises(ValueError, match="is the embedded model: leave it out"):
+    with pytest.raises(ValueError, match="is an embedded model: leave it out"):
         SavePretrained(output).setup(L.Trainer(logger=False), torch.nn.Module(), "fit")  # type: ignore[arg-type]
     SavePretrained("checkpoints/mine").setup(L.Trainer(logger=False), torch.nn.Module(), "fit")  # type: ignore[arg-type]
