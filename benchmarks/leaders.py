@@ -23,21 +23,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emoji20 import SINGLE, TEN
 from leaders_tables import tables
 from quiet import QUIET, output_to
+from stored import add_options, make_stored
 
 from lit_unlearn.system.names import joint_name
 
@@ -106,39 +102,42 @@ def retained(method: str) -> list[str]:
     return [] if option is None else [option, json.dumps(prompts_of_others(kept=True))]
 
 
-def edited(method: str, concepts: Sequence[str], root: Path, options: Sequence[str] = (), name: str = "") -> Path:
-    """The checkpoint of an edit, which is made if it is not there."""
+def edited(recipe: str, concepts: Sequence[str], root: Path, options: Sequence[str] = (), name: str = "") -> Path:
+    """The checkpoint of an edit, which is made if it is not there; ``name`` is a folder for edits of another kind."""
     from lit_unlearn.training.cli import run
 
     top = root / "edits" / name
-    run_folder = top / method / joint_name(concepts) / "version_0"
+    run_folder = top / recipe / joint_name(concepts) / "version_0"
     checkpoint, done = run_folder / "checkpoints" / "last.ckpt", run_folder / "done"
     if not done.exists():
         shutil.rmtree(run_folder, ignore_errors=True)
         with output_to(root / "output.log"):
-            run(["fit", *common(method, concepts, top), "--fresh", *options])
+            run(["fit", *common(recipe, concepts, top), "--fresh", *options])
         done.touch()
     return checkpoint
 
 
-def common(method: str, concepts: Sequence[str], top: Path) -> list[str]:
+def common(recipe: str, concepts: Sequence[str], top: Path) -> list[str]:
     """Options of a fit and of a test."""
     from lit_unlearn.training.recipes import find_recipe
 
-    options = ["--config", str(find_recipe(f"{method}.yaml")), "--concept", json.dumps(list(concepts))]
+    options = ["--config", str(find_recipe(f"{recipe}.yaml")), "--concept", json.dumps(list(concepts))]
     return [*options, "--trainer.default_root_dir", str(top), "--data.images_per_prompt", "1", *QUIET]
 
 
-def tested(method: str, concepts: Sequence[str], root: Path, options: Sequence[str] = ()) -> dict[str, Any]:
+def tested(
+    recipe: str, concepts: Sequence[str], root: Path, options: Sequence[str] = (), name: str = ""
+) -> dict[str, Any]:
     """Scores of an edit, by both judges."""
     from lit_unlearn.training.cli import run
 
-    checkpoint = edited(method, concepts, root, options)
+    checkpoint = edited(recipe, concepts, root, options, name)
     scores = checkpoint.parents[1] / "scores.json"
     if not scores.exists():
         with output_to(root / "output.log"):
             judges = ["--model.second_judge", "emoji_second"]
-            run(["test", *common(method, concepts, root / "edits"), "--ckpt_path", str(checkpoint), *judges, *options])
+            options = [*common(recipe, concepts, root / "edits" / name), *judges, *options]
+            run(["test", *options, "--ckpt_path", str(checkpoint)])
     found = json.loads(scores.read_text(encoding="utf-8"))
     layers = [layer for layer in found["edit"].get("layers", {}).values() if "leak" in layer]
     edited_scores = [score for score in found["per_concept"].values() if score["edited"]]
@@ -221,71 +220,87 @@ def token(checkpoint: Path, concept: str) -> dict[str, Any]:
     return {"pictures": NUM_PICTURES, "shown": shown}
 
 
-def attacked(checkpoint: Path, names: Sequence[Any], **options: Any) -> dict[str, Any]:
+def attacked(
+    checkpoint: Path, names: Sequence[Any], num_pictures: int = NUM_PICTURES, **options: Any
+) -> dict[str, Any]:
     """Pictures that show the concept under each attack, of how many."""
     from lit_unlearn.attacks.run import attack_run
 
-    results = attack_run(checkpoint, names, num_pictures=NUM_PICTURES, existing="keep", **options)
+    results = attack_run(checkpoint, names, num_pictures=num_pictures, existing="keep", **options)
     return {
         result.attack: {"shown": result.shown, "pictures": result.pictures, "seconds": result.seconds}
         for result in results
     }
 
 
-def sequence(method: str, root: Path) -> dict[str, Any]:
-    """Scores after some of the edits: of all concepts so far, of the earlier ones alone, and of what is held."""
+def sequence(
+    recipe: str,
+    root: Path,
+    concepts: Sequence[str] = SEQUENCE,
+    first: Sequence[str] = (),
+    options: Sequence[str] = (),
+    label: str = "sequence",
+    together: bool = False,
+) -> dict[str, Any]:
+    """Scores after some of the edits: of all concepts so far, of the earlier ones alone, and of what is held.
+
+    Args:
+        recipe: Name of the recipe.
+        root: Folder of the bench.
+        concepts: What is edited, in this order.
+        first: Option that gives the model of the first edit; empty for the recipe's.
+        options: Further options of each fit.
+        label: Beginning of the names of the edits' folders.
+        together: Whether each edit writes all concepts so far, from the first model; else each edits the model before.
+    """
     from lit_unlearn.cli import main as cli
 
     steps: dict[str, Any] = {}
     folder: Path | None = None
-    checkpoint: Path | None = None
     seconds = 0.0
-    for number, concept in enumerate(SEQUENCE, 1):
-        options, name = retained(method), f"sequence_{number:02}"
+    for number, concept in enumerate(concepts, 1):
+        given, name = [*first, *options], f"{label}_{number:02}"
         started = time.perf_counter()
-        if method in OURS:
-            names = list(SEQUENCE[:number])
-            options += [] if checkpoint is None else ["--model.earlier", json.dumps(names[:-1])]
+        if together:
+            names = list(concepts[:number])
+            given += ["--model.earlier", json.dumps(names[:-1])] if number > 1 else []
         else:
             names = [concept]
-            options += [] if folder is None else ["--model.model", str(folder)]
-        checkpoint = edited(method, names, root, options, name)
+            given = [*options, *(first if folder is None else ("--model.model", str(folder)))]
+        checkpoint = edited(recipe, names, root, given, name)
         seconds += time.perf_counter() - started
-        before, folder = folder, root / "edits" / name / method / "model"
-        if method not in OURS and not (folder / "model_index.json").exists():
+        before, folder = folder, root / "edits" / name / recipe / "model"
+        if not together and not (folder / "model_index.json").exists():
+            written = ["export", "--ckpt_path", str(checkpoint), "-o", str(folder)]
             with output_to(root / "output.log"):
-                code = cli(
-                    [
-                        "export",
-                        "--ckpt_path",
-                        str(checkpoint),
-                        "-o",
-                        str(folder),
-                        *(["--model", str(before)] if before else []),
-                    ]
-                )
+                code = cli([*written, *(["--model", str(before)] if before else [])])
             if code:
                 raise RuntimeError(f"export of {checkpoint} ended with {code}: see {root / 'output.log'}")
         if number in STEPS_SCORED:
-            steps[str(number)] = scored(method, checkpoint, folder, SEQUENCE[:number]) | {"seconds": seconds}
+            found = scored(checkpoint, None if together else folder, concepts[:number])
+            steps[str(number)] = found | {"seconds": seconds}
     return {"steps": steps}
 
 
-def scored(method: str, checkpoint: Path, folder: Path | None, concepts: Sequence[str]) -> dict[str, Any]:
-    """Forget, relapse (of all but the last concept), retain and held of the model after the last of ``concepts``."""
+def scored(checkpoint: Path, folder: Path | None, concepts: Sequence[str]) -> dict[str, Any]:
+    """Forget, relapse (of all but the last concept), retain and held of the model after the last of ``concepts``.
+
+    Args:
+        checkpoint: The last edit.
+        folder: The model after it, or None if its checkpoint holds all edits.
+        concepts: All edited concepts.
+    """
     import torch
 
     from lit_unlearn.data.concepts import load_concept_set
     from lit_unlearn.data.prompts import Pictures
     from lit_unlearn.diffusion.load import load_pipeline
+    from lit_unlearn.edits.checkpoint import read_edit
     from lit_unlearn.judges.base import judge_questions
     from lit_unlearn.judges.load import load_judge
 
-    pipeline, _, edit = load(checkpoint) if method in OURS else (load_pipeline(str(folder)), None, None)
-    if edit is None:
-        from lit_unlearn.edits.checkpoint import read_edit
-
-        edit = read_edit(checkpoint)
+    edit = read_edit(checkpoint)
+    pipeline = load(checkpoint)[0] if folder is None else load_pipeline(str(folder))
     concept_set = load_concept_set("emoji20")
     drawn = Pictures(concept_set, 1, 0)
     items = [drawn[number] for number in range(len(drawn))]
@@ -308,7 +323,7 @@ def scored(method: str, checkpoint: Path, folder: Path | None, concepts: Sequenc
 def make(cell: Cell, root: Path) -> dict[str, Any]:
     """Make a result."""
     if cell.measure == "sequence":
-        return sequence(cell.method, root)
+        return sequence(cell.method, root, options=retained(cell.method), together=cell.method in OURS)
     if cell.measure in ("ten", "twenty"):
         concepts, options = (TEN[0], []) if cell.measure == "ten" else (TWENTY, retained(cell.method))
         found = tested(cell.method, concepts, root, options)
@@ -329,59 +344,15 @@ def make(cell: Cell, root: Path) -> dict[str, Any]:
     return attacked(checkpoint, ATTACKS)
 
 
-def run_cell(cell: Cell, root: Path) -> str:
-    """Make a result with one thread and store it; return a line to print."""
-    import torch
-
-    from lit_unlearn.system.json_files import write_json
-
-    torch.set_num_threads(1)
-    started = time.perf_counter()
-    try:
-        result = make(cell, root)
-    except Exception as error:  # any failure of a method is reported, and the bench continues
-        return f"FAILED {cell.key}: {type(error).__name__}: {error}"
-    seconds = time.perf_counter() - started
-    write_json(
-        root / "cells" / f"{cell.key.replace('/', '__')}.json", {"key": cell.key, "result": result, "took": seconds}
-    )
-    short = {name: value for name, value in result.items() if isinstance(value, float) or name == "shown"}
-    return f"{cell.key} ({seconds:.0f} s) {short}"
-
-
 def main() -> None:
     """Make the results that are missing, then write the tables."""
-    from lit_unlearn.system.json_files import write_json
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="logs/bench/leaders")
-    parser.add_argument("--results", default="docs/results/leaders.json")
+    add_options(parser, "logs/bench/leaders", "docs/results/leaders.json")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES)
     parser.add_argument("--concepts", nargs="+", default=list(SINGLE), choices=SINGLE)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--output", default=None, help="Markdown file to write")
-    parser.add_argument("--summary_only", action="store_true", help="do not run anything, only write the tables")
     arguments = parser.parse_args()
-    root, results = Path(arguments.root).absolute(), Path(arguments.results)
-    (root / "cells").mkdir(parents=True, exist_ok=True)
-    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    stored = {path.stem.replace("__", "/") for path in (root / "cells").glob("*.json")}
-    todo = [cell for cell in make_cells(arguments) if cell.key not in known and cell.key not in stored]
-    if not arguments.summary_only:
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with context.Pool(arguments.processes, maxtasksperchild=12) as pool:
-            for line in pool.imap_unordered(partial(run_cell, root=root), todo):
-                print(line, flush=True)
-    for path in (root / "cells").glob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known[content["key"]] = content["result"] | {"took": content["took"]}
-    write_json(results, dict(sorted(known.items())))
-    command = f"python benchmarks/leaders.py {shlex.join(a for a in sys.argv[1:] if a != '--summary_only')}".strip()
-    text = f"# Which method leads\n\nMade until {date.today()} by\n\n    {command}\n\n{tables(known)}"
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text, encoding="utf-8")
+    make_stored(arguments, make_cells(arguments), make, tables, "Which method leads")
 
 
 if __name__ == "__main__":
