@@ -1,6 +1,7 @@
 # Every target sets up .venv first: once, and again when pyproject.toml or constraints.txt change.
 #
 #   make demo CONCEPT=cat               another concept
+#   make demo MODEL=emoji-dit           a diffusion transformer with three text encoders
 #   make install PYTHON=python3.12      another interpreter
 #   make test PYTHON=python3.13 VENV=.venv-3.13    another interpreter in an environment of its own
 #   make install EXTRAS=                only what is needed for running, no development tools
@@ -9,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 CONCEPT ?= dog
+MODEL ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## remove a concept from the embedded model and score it
-	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)"
+	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)" $(if $(MODEL),--model "$(MODEL)")
 
 # A file that is opened without an encoding is read in another one on Windows. With this variable Python warns of that,
 # and a warning fails a test.
