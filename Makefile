@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 LOWEST := $(VENV)-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-devices test-lowest lint hooks clean
+.PHONY: help install demo test test-slow test-devices test-lowest lint docs hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -62,9 +62,13 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(STAMP) ## build the documentation into site/
+	$(BIN)/python -m mkdocs build --quiet
+	@echo "To read it: $(BIN)/python -m http.server --directory site, then http://localhost:8000"
+
 hooks: $(STAMP) ## check every commit before it is made
 	$(BIN)/pre-commit install
 
 clean: ## remove files left by builds and tests; environments, logs and checkpoints stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
