@@ -62,13 +62,13 @@ def run(options: argparse.Namespace) -> None:
     """
     import torch
 
+    from lit_unlearn.edits.card import left_out
     from lit_unlearn.edits.checkpoint import chosen_base, read_edit, warn_unfinished
     from lit_unlearn.edits.export import (
         export_delta,
         export_lora,
         export_pipeline,
         export_single,
-        left_out,
         output_path,
         provenance,
     )
