@@ -16,6 +16,7 @@ from lit_unlearn.diffusion.parts import Part, described_model, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.diffusion.samplers import make_sampler
+from lit_unlearn.diffusion.single_file.file import DTYPES
 from lit_unlearn.diffusion.source import ORIGINS, STEMS, read_config, weight_files, weights_folder
 from lit_unlearn.diffusion.stored import stored_weights
 from lit_unlearn.system.errors import essence
@@ -110,7 +111,9 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
         expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
         where, described = f"model={model!r}: {part}/", f"the {type(module).__name__} that its config.json describes"
         copy = "copy the part again, with its config.json"
+        floats = FLOATS
         if weights_folder(path, part) is None:  # in a single file
+            floats = tuple(DTYPES)
             where = f"model={model!r} ({part}): "
             described = f"the {type(module).__name__} of {family_in(path, model).title}"
             copy = "give a whole model that draws from text alone, or config_folder=FOLDER with its own config.json"
@@ -132,7 +135,7 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
                     f"{where}{tensor.file.name} has {name!r} of the shape {tensor.shape}, and {described} has it of "
                     f"{expected[name]}: {copy}."
                 )
-            if tensor.dtype not in FLOATS:
+            if tensor.dtype not in floats:
                 raise ValueError(
                     f"{where}{tensor.file.name} has {name!r} as {tensor.dtype}: quantized weights cannot be edited, "
                     "take those of 16 or 32 bits."

@@ -153,21 +153,14 @@ def _check_family(sources: _Sources) -> None:
 
 def _parts(sources: _Sources) -> dict[str, str]:
     """The classes of all parts that hold weights, by name; optional ones that nobody has are left out."""
-    found, missing = {}, []
+    found, missing, left_out = dict[str, str](), list[str](), list[str]()
     for part, declared in sources.family.declared.items():
         if not declared.has_weights:
             continue
         if part in sources.file.parts or sources.in_given(part):
             found[part] = declared.kinds[0]
-        elif not declared.optional:
-            missing.append(part)
         else:
-            with plain_warnings():
-                warnings.warn(
-                    f"model={sources.model!r} has no {part} ({PLACES[part]}), and prompts are read without it, as in "
-                    "diffusers; config_folder=FOLDER with one adds it.",
-                    stacklevel=2,
-                )
+            (left_out if declared.optional else missing).append(part)
     if missing:
         lacks = f"config_folder={str(sources.given)!r} lacks" if sources.given is not None else "it lacks"
         more = ", and an edit of text encoders is exported as a folder or a delta" if "text_encoder" in missing else ""
@@ -176,6 +169,13 @@ def _parts(sources: _Sources) -> dict[str, str]:
             f"config_folder=FOLDER, a model of {sources.family.title} in the diffusers layout that has them; they are "
             f"read from there{more}."
         )
+    for part in left_out:
+        with plain_warnings():
+            warnings.warn(
+                f"model={sources.model!r} has no {part} ({PLACES[part]}), and prompts are read without it, as in "
+                "diffusers; config_folder=FOLDER with one adds it.",
+                stacklevel=2,
+            )
     return found
 
 
