@@ -31,14 +31,11 @@ def test_a_single_file_is_never_a_hub_id(
         Path(name).touch()
     what = "names a single file, which does not exist"
     if exists:
-        ending = Path(name).suffix.lower()
+        made, ending = f"{Path(name).stem}.safetensors", Path(name).suffix.lower()
         what = {
             ".safetensors": "is a single file: give the folder of a model",
             ".gguf": "is a GGUF file, whose weights are too coarse for an edit",
-        }.get(
-            ending,
-            rf"is a pickle, .* convert {Path(name).name} -o {Path(name).stem}.safetensors`, and give {Path(name).stem}",
-        )
+        }.get(ending, rf"is a pickle, .* convert {Path(name).name} -o {made}`, and give {made}")
     with pytest.raises(ValueError, match=what):
         resolve_model(name)
     if exists and name.lower().endswith(".safetensors"):
