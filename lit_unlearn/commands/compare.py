@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         check_prompts(prompts)
         if len(prompts) * options.num > ROWS:
             raise ValueError(f"prompts and num give {len(prompts) * options.num} pictures a run: give at most {ROWS}.")
-        bases = [chosen_base(options.model, options.revision, edit) for edit in edits]
+        bases = [chosen_base(options.model, options.revision, edit, options.config_folder) for edit in edits]
         if len({base.place for base in bases}) > 1:
             names = ", ".join(dict.fromkeys(base.name for base in bases))
             raise ValueError(f"The runs edit different models ({names}): compare edits of one model.")

@@ -111,7 +111,7 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
         expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
         where, described = f"model={model!r}: {part}/", f"the {type(module).__name__} that its config.json describes"
         copy = "copy the part again, with its config.json"
-        floats = FLOATS
+        floats: tuple[str, ...] = FLOATS
         if weights_folder(path, part) is None:  # in a single file
             floats = tuple(DTYPES)
             where = f"model={model!r} ({part}): "
@@ -145,12 +145,13 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
     return names
 
 
-def load_tokenizer(path: Path, part: str, model: str, text_config: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, part: str, declared: Part, model: str, text_config: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer of a folder; if it has no length, it gets the text encoder's.
 
     Args:
         path: The folder.
         part: Name of the tokenizer.
+        declared: What its family says of it.
         model: The model's name as the user gave it.
         text_config: Configuration of its text encoder.
 
@@ -160,7 +161,6 @@ def load_tokenizer(path: Path, part: str, model: str, text_config: Any) -> PreTr
     import transformers
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-    declared = declared_parts(path, model)[part]
     folder, encoder = path / part, declared.encoder
     of_a_clip = declared.kinds[0].startswith("CLIP")
     others = ("vocab.json", "merges.txt") if of_a_clip else ("spiece.model",)
@@ -208,7 +208,8 @@ def read_tokenizers(path: Path, model: str) -> dict[str, PreTrainedTokenizerBase
     lengths = {}
     for part, of in declared.items():
         if of.encoder:
-            found[part] = load_tokenizer(path, part, model, _described(path, of.encoder, model).config)
+            config = _described(path, of.encoder, declared[of.encoder].kinds[0], model).config
+            found[part] = load_tokenizer(path, part, of, model, config)
             if of.length is None:
                 lengths[f"{part} model_max_length"] = found[part].model_max_length
     check_equal(lengths, model)
@@ -312,10 +313,10 @@ def _entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _modules(path: Path, model: str) -> dict[str, nn.Module]:
     """The parts of a folder that have weights, as their configurations describe them."""
     parts = declared_parts(path, model)
-    return {name: _described(path, name, model) for name, part in parts.items() if part.has_weights}
+    return {name: _described(path, name, part.kinds[0], model) for name, part in parts.items() if part.has_weights}
 
 
-def _described(path: Path, part: str, model: str) -> nn.Module:
+def _described(path: Path, part: str, kind: str, model: str) -> nn.Module:
     """The model described by ``config.json`` of a part, on the meta device: shapes without values."""
     config = read_config(path / part / "config.json")
     if "quantization_config" in config:
@@ -330,7 +331,6 @@ def _described(path: Path, part: str, model: str) -> nn.Module:
         )
     from huggingface_hub.errors import StrictDataclassError  # transformers checks types with it
 
-    kind = declared_parts(path, model)[part].kinds[0]
     try:
         return described_model(kind, config)
     except (*BROKEN_CONFIG, StrictDataclassError) as error:

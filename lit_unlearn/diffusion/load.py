@@ -128,7 +128,7 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
             loaded[name] = module.to(memory_format=torch.channels_last) if convolves else module
     for name, part in declared.items():
         if part.encoder:
-            loaded[name] = load_tokenizer(path, name, model, loaded[part.encoder].config)
+            loaded[name] = load_tokenizer(path, name, part, model, loaded[part.encoder].config)
     index = read_config(path / "model_index.json")
     build: Any = family  # a dataclass
     pipeline: Pipeline = build(**loaded, scheduler=load_scheduler(path, model), **family.options(index))
