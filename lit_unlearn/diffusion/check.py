@@ -42,6 +42,8 @@ ORIGINAL = (
 """Beginnings or parts of the names of weights in the original code of Stable Diffusion."""
 BROKEN_CONFIG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """Errors that the libraries raise when a model is made from a wrong configuration."""
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Names of files with LoRA weights, as peft and diffusers write them."""
 ROUNDED = 128
 """A T5 embeds this many tokens more than there are at most: the number is a multiple of it."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -262,6 +264,11 @@ def _check_index(path: Path, model: str) -> dict[str, Any]:
     """Check which parts a folder has, and their classes in ``model_index.json``; return its content."""
     if not (path / "model_index.json").is_file():
         there = sorted(entry.name for entry in path.iterdir())
+        if any(name in there for name in ADAPTERS):
+            raise ValueError(
+                f"model={model!r} holds LoRA weights, no model: give the model, or merge both in diffusers with "
+                "fuse_lora() and unload_lora_weights(), and save it."
+            )
         listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         raise ValueError(
             f"model={model!r} lacks model_index.json (there is {listed or 'nothing'}): a folder in the diffusers "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ from lit_unlearn.diffusion.single_file.architectures import architecture_of, arc
 from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.diffusion.single_file.layout import PLACES
 from lit_unlearn.diffusion.source import ORIGINS, Origin, read_config, resolve_model, weight_files
-from lit_unlearn.system.errors import plain_warnings
+from lit_unlearn.system.errors import warn
 
 INDEX = "model_index.json"
 TOKENIZER_FILES = {
@@ -170,12 +169,12 @@ def _parts(sources: _Sources) -> dict[str, str]:
             f"read from there{more}."
         )
     for part in left_out:
-        with plain_warnings():
-            warnings.warn(
-                f"model={sources.model!r} has no {part} ({PLACES[part]}), and prompts are read without it, as in "
-                "diffusers; config_folder=FOLDER with one adds it.",
-                stacklevel=2,
-            )
+        warn(
+            f"model={sources.model!r} has no {part} ({PLACES[part]}), and prompts are read without it, as in "
+            "diffusers; config_folder=FOLDER with one adds it."
+        )
+    if others := [part for part in found if part not in sources.file.parts]:
+        warn(f"model={sources.model!r} holds no {_listed(others)}: read from config_folder={str(sources.given)!r}.")
     return found
 
 

@@ -120,6 +120,13 @@ class DiffusionEditor(L.LightningModule):
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods may restrict the choice."""
+        for part, declared in self.base.family.declared.items():
+            missing = declared.optional and not any(name.startswith(f"{part}.") for name in names)
+            if missing and declared.has_weights and part in self.edited_parameters:
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} names {part}, which model={self.model_id!r} does "
+                    "not have: edit other weights, or take a model with it."
+                )
         return match_parameters(self.edited_parameters, names, self.base.family.unread(names))
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:

@@ -44,7 +44,6 @@ def assert_same(found: WholeModel, expected: WholeModel) -> None:
             assert torch.equal(other, value), name
 
 
-@pytest.mark.filterwarnings("ignore:.*has no text_encoder_3")
 @pytest.mark.parametrize("model", MODELS)
 def test_a_file_is_the_folder_that_it_was_made_of(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder: Path = request.getfixturevalue(model)
@@ -83,7 +82,7 @@ def test_diffusers_reads_the_same_denoiser(model: str, request: pytest.FixtureRe
     ("model", "part"), [("tiny_sd", "unet"), ("tiny_sd3", "transformer"), ("tiny_flux", "transformer")]
 )
 def test_a_denoiser_alone_takes_the_rest_from_the_folder(
-    model: str, part: str, request: pytest.FixtureRequest, tmp_path: Path
+    model: str, part: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder: Path = request.getfixturevalue(model)
     file = as_single_file(folder, tmp_path / "model.safetensors", parts=[part], prefix="")
@@ -94,6 +93,7 @@ def test_a_denoiser_alone_takes_the_rest_from_the_folder(
     found, before = WholeModel.loaded(base.load()), WholeModel.in_folder(folder)
     differing = [name for name in before.names() if not torch.equal(found[name], before[name])]
     assert {name.partition(".")[0] for name in differing} == {part}  # of the file
+    assert f"and vae: read from config_folder={str(folder)!r}" in capsys.readouterr().err
     with pytest.raises(ValueError, match=rf"holds {part} alone, and it lacks text_encoder.* and vae: give config_fo"):
         BaseModel.find(str(file))
 
@@ -129,10 +129,10 @@ def test_a_projection_that_is_left_out_is_the_identity(tmp_path: Path, tiny_sd3:
     assert values is not None and torch.equal(values[name], torch.eye(16))
 
 
-def test_without_a_t5_it_is_said(tmp_path: Path, tiny_sd3_without_t5: Path) -> None:
+def test_without_a_t5_it_is_said(tmp_path: Path, tiny_sd3_without_t5: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = as_single_file(tiny_sd3_without_t5, tmp_path / "model.safetensors")
-    with pytest.warns(match=r"has no text_encoder_3 \(text_encoders.t5xxl.\*\), and prompts are read without it"):
-        base = BaseModel.find(str(file), config_folder=str(tiny_sd3_without_t5))
+    base = BaseModel.find(str(file), config_folder=str(tiny_sd3_without_t5))
+    assert "has no text_encoder_3 (text_encoders.t5xxl.*), and prompts are read without it" in capsys.readouterr().err
     assert not any(name.startswith("text_encoder_3") for name in base.names)
 
 

@@ -180,6 +180,7 @@ EMA = {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3)}
         ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "one part of a model with diffusers' names"),
         ({"a.weight": (1,)}, r"is no checkpoint of Stable Diffusion 1, 2, XL, 3 or FLUX.1 .* \(it has 'a.weight'\)"),
         ({}, r"it is empty"),
+        ({"unet.conv_in.weight": (1,)}, r"holds some weights by lit-unlearn's names, no model: an edit \(a delta\) is"),
         ({"double_blocks.0.txt_attn.qkv.weight": (9, 3)}, "is no checkpoint"),  # FLUX.2 and Chroma
     ],
 )
