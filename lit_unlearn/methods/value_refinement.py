@@ -15,6 +15,7 @@ all layers are gathered once, before the first edit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
@@ -59,7 +62,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         last_layer: Last text layer that is edited, counted in the same way; null edits up to the last one.
         positions: Token positions that are edited: ``all``, ``no_bos``, ``content`` or ``eot`` (the end-of-text token
             and the padding after it). In a last layer that acts on the pooled vector alone, only the position where
-            that is read, the end-of-text token, is edited and retained.
+            that is read, the end-of-text token, is edited and retained; it counts as often as a text has positions.
         values: How V1 is found: ``refined`` (Algorithm 1); or, without gradient descent, ``target`` (``W K1*``, the
             paper's direct choice) or ``residual`` (``W K1`` plus this layer's share of the difference from the states
             where the encoder is read to those of the target prompts, as in MEMIT).
@@ -68,6 +71,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         pairs: Which pairs are edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or
             ``names`` (the bare name of the concept and that of its target, as in the authors' code).
         retain: Further prompts to retain, besides the edit prompts of the set's other concepts.
+        retain_empty: Also retain the empty prompt, with the weight of all retained prompts together, since
+            classifier-free guidance uses it with each of them; null does so in models with several text encoders.
         pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
         min_timestep: Smallest timestep at which the UNet's predictions are compared.
         max_timestep: Largest timestep, exclusive.
@@ -90,6 +95,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         start: Literal["output", "target", "residual"] = "output",
         pairs: Literal["prompts", "names"] = "prompts",
         retain: list[str] | None = None,
+        retain_empty: bool | None = None,
         pull: float = 0.0,
         min_timestep: int = 50,
         max_timestep: int = 1000,
@@ -114,7 +120,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.edit_prompts = [text for own in of_concepts for text, _ in own]
         self.target_prompts = [into for own in of_concepts for _, into in own]
         self.num_pairs = len(self.edit_prompts)
-        self.retain_prompts = self.prompts_to_retain(retain)
+        self.retain_prompts, self.retain_empty = self.prompts_to_retain(retain), retain_empty
         self.state: LayerState | None = None
         self.errors: list[Tensor] = []  # one for each step of this layer
         self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written
@@ -260,12 +266,23 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
                 with capture_inputs(own) as captured:
                     text.states(ids)
                 for name, keys in captured.items():
-                    at_end = name in self.stretch_of(name).only_end
-                    found[name] = keys[ends(ids, text).to(keys.device)].unsqueeze(1) if at_end else keys
+                    if name in self.stretch_of(name).only_end:
+                        keys = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
+                    found[name] = keys
             return found
 
         tokens = self.pipeline.tokenize(self.retain_prompts)
         self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
+        if len(self.pipeline.texts) > 1 if self.retain_empty is None else self.retain_empty:
+            for name, found in inputs(self.pipeline.tokenize([""])).items():
+                keys, own = found.flatten(0, 1), self.retained[name]
+                assert own.moment is not None and own.largest_norm is not None
+                self.retained[name] = replace(
+                    own,
+                    moment=own.moment + len(tokens) * second_moment(keys).cpu(),
+                    count=own.count + len(tokens) * len(keys),
+                    largest_norm=max(own.largest_norm, largest_norm(keys)),
+                )
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of pictures of the edit prompts, drawn by the model as it is now."""
@@ -332,9 +349,10 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         pairs = self.pairs_for(name)
         keys = self.capture_keys(name, pairs.edit_ids)
         weight = self.layers[name].weight.float()
-        only_end = name in self.stretch_of(name).only_end
-        mask = ends(pairs.edit_ids, pairs.text).to(keys.device) if only_end else pairs.mask
-        return LayerState(name, self.layers[name], keys, keys @ weight.mT, mask)
+        state = LayerState(name, self.layers[name], keys, keys @ weight.mT, pairs.mask)
+        if name in self.stretch_of(name).only_end:
+            state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
+        return state
 
     # --- writes at the end of an epoch
 
@@ -364,7 +382,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """Which edited keys (m,) can have seen the concept, see ``TokenPairs.carrying``; None: all."""
-        return self.pairs_for(state.name).carrying()[state.mask.cpu()]
+        return state.edited(self.pairs_for(state.name).carrying().to(state.mask.device))
 
     def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
         """Also the round, and the error of the gradient descent if there was one."""

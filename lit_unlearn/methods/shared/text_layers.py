@@ -7,7 +7,8 @@ An encoder is read after one layer by the way of the states and perhaps after an
     a T5, or the encoder of SD 1.x          0 .. N-1 -> states
 
 The pooled vector is a prompt's state at the end of its text. So of a feed-forward network in the last layer, which
-nothing else reads, only that position acts, and only it is edited and retained.
+nothing else reads, only that position acts, and only it is edited and retained. It counts as often as a text has
+positions, so that a ridge means the same in all layers.
 """
 
 from __future__ import annotations
