@@ -80,8 +80,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         seed: Seed of these pictures, of timesteps and of noise.
         optimizer: Optimizer of V1, reset for each layer.
         edited_parameters: Group or pattern, of which only the layers from ``first_layer`` to ``last_layer`` are edited:
-            ``text-fc2``, in all text encoders; or a part, such as ``text_encoder_2.*fc2`` for a single encoder,
-            ``mlp\.fc2`` for all CLIPs, ``DenseReluDense\.wo`` for a T5.
+            ``text-fc2``, in all text encoders; or a part, such as ``text_encoder_2\..*fc2\.weight`` for a single one,
+            ``mlp\.fc2\.weight`` for all CLIPs, ``DenseReluDense\.wo\.weight`` for a T5.
         **kwargs: See ``ConceptEditor``.
     """
 
@@ -133,7 +133,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             ValueError: No layer of a text encoder is left, a weight outside the text layers is selected, or one for
                 which ``positions`` or ``start`` is not possible.
         """
-        why = ": only weights of text layers."
+        why = ": only weights of text layers, such as text-fc2 or a pattern that ends with weight."
         selected = self.select_only(names, lambda name: bool(TEXT_LAYER.match(name)), why)
         read_after = self.base.family.read_after
         kept = chosen_layers(
