@@ -1,6 +1,7 @@
 # Every target sets up .venv first: once, and again when pyproject.toml or constraints.txt change.
 #
 #   make demo CONCEPT=cat               another concept
+#   make demo MODEL=emoji-dit           a diffusion transformer with three text encoders
 #   make install PYTHON=python3.12      another interpreter
 #   make test PYTHON=python3.13 VENV=.venv-3.13    another interpreter in an environment of its own
 #   make install EXTRAS=                only what is needed for running, no development tools
@@ -9,13 +10,14 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 CONCEPT ?= dog
+MODEL ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := $(VENV)-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-devices test-lowest lint hooks clean
+.PHONY: help install demo test test-slow test-devices test-lowest lint docs hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## remove a concept from the embedded model and score it
-	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)"
+	$(BIN)/lit-unlearn demo --concept "$(CONCEPT)" $(if $(MODEL),--model "$(MODEL)")
 
 # A file that is opened without an encoding is read in another one on Windows. With this variable Python warns of that,
 # and a warning fails a test.
@@ -60,9 +62,13 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(STAMP) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "To read it: $(BIN)/python -m http.server --directory site, then http://localhost:8000"
+
 hooks: $(STAMP) ## check every commit before it is made
 	$(BIN)/pre-commit install
 
 clean: ## remove files left by builds and tests; environments, logs and checkpoints stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -17,7 +17,10 @@ def parser() -> Parser:
     """Options of ``demo``."""
     made = command_parser("demo", DESCRIPTION)
     made.add_argument("--concept", action=Once, default="dog", help="concept to remove; default: dog")
-    made.add_argument("--config", default="null_space.yaml", help="recipe; default: null_space.yaml")
+    made.add_argument(
+        "--config", help="recipe; default: null_space.yaml, and null_space_context.yaml for a model that is named"
+    )
+    made.add_argument("--model", help="emoji-dit, or another model; default: emoji-sd")
     return made
 
 
@@ -32,8 +35,11 @@ def run(options: argparse.Namespace) -> None:
     from lit_unlearn.training import cli as training
 
     started = time.monotonic()
-    recipe = ["--config", options.config, "--concept", options.concept]
-    found = ["--config", str(find_recipe(options.config)), "--concept", options.concept]
+    config = options.config or ("null_space_context.yaml" if options.model else "null_space.yaml")
+    model = ["--model", options.model] if options.model else []
+    concept = ["--concept", options.concept]
+    recipe = ["--config", config, *concept, *model]
+    found = ["--config", str(find_recipe(config)), *concept, *(f"--model.model={name}" for name in model[1:])]
     _say("fit", *recipe)
     fit = training.run(["fit", *found])
     folder = Path(fit.trainer.log_dir or "")
@@ -59,9 +65,9 @@ def run(options: argparse.Namespace) -> None:
     prompt = fit.edited[0].direct[0]
     print("\nTry next:")
     print(f"  {_command('generate', prompt, '--ckpt_path', ckpt_path, '--output', 'edited.png')}")
-    print(f"  {_command('generate', prompt, '--output', 'unedited.png')}")
+    print(f"  {_command('generate', prompt, *model, '--output', 'unedited.png')}")
     other = next(name for name in fit.concept_names if name not in {concept.name for concept in fit.edited})
-    print(f"  {_command('demo', '--concept', other)}")
+    print(f"  {_command('demo', '--concept', other, *model)}")
 
 
 def _command(*args: str) -> str:

@@ -99,12 +99,13 @@ def figures_of_pictures(
 
 
 def worse(found: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
-    """One text for each number in ``found`` that is worse than the ``published`` one by more than chance."""
+    """One text for each number in ``found`` that is worse by more than chance than the same in ``published``."""
     behind = []
     for what in ("drawings", "reconstructions", "direct", "indirect"):
         for name, value in found.get(what, {}).items():
-            if value < published[what][name] - (LEAST if name == "least" else SHARE):
+            if value < published.get(what, {}).get(name, 0.0) - (LEAST if name == "least" else SHARE):
                 behind.append(f"{what} {name} {value:.1%} instead of {published[what][name]:.1%}")
-    if found.get("psnr_db", published["psnr_db"]) < published["psnr_db"] - DECIBELS:
+    least = published.get("psnr_db", 0.0)
+    if found.get("psnr_db", least) < least - DECIBELS:
         behind.append(f"PSNR {found['psnr_db']:.1f} dB instead of {published['psnr_db']:.1f}")
     return behind

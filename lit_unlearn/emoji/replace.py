@@ -1,6 +1,7 @@
-"""Puts the parts that runs have trained into the embedded model, if the result is as good as the published model.
+"""Puts the parts that runs have trained into an embedded model, if the result is as good as the published model.
 
     python -m lit_unlearn.emoji.replace logs/emoji/text_to_image/version_0 logs/emoji/judge/version_0
+    python -m lit_unlearn.emoji.replace logs/emoji/dit/version_0 --model emoji-dit
 
 The new model is made beside the old one: a copy in which the parts of the runs, in order, replace its own. The whole
 model is measured, which takes about three minutes on two cores, and then replaces the old one in one step, or nothing
@@ -20,6 +21,7 @@ from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
 from lit_unlearn.emoji.figures import figures_of_parts, figures_of_pictures, worse
 from lit_unlearn.emoji.parts import FOLDER
 from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.judges.emoji import EmojiJudge
 from lit_unlearn.system.errors import UserError, user_errors
 from lit_unlearn.system.files import copy_into, replaced_folder
 
@@ -29,7 +31,7 @@ def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
 
     Args:
         runs: Folders of runs of the recipes ``emoji/*.yaml``; if several runs have the same part, the last one counts.
-        model: Folder of the embedded model.
+        model: Folder of the embedded model; it is judged by its own judge, or by that of emoji-sd if it has none.
         figures: File with the published numbers, as ``benchmarks/emoji_sd.py`` writes it.
 
     Raises:
@@ -46,7 +48,8 @@ def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
         copy_into(model, folder)
         for run in runs:
             copy_into(run / FOLDER, folder)
-        pipeline, judge = load_pipeline(str(folder)), ClassifierJudge(folder / "judge")
+        own = folder / "judge"
+        pipeline, judge = load_pipeline(str(folder)), ClassifierJudge(own) if own.is_dir() else EmojiJudge()
         _refuse_worse(worse(figures_of_parts(pipeline, judge), published), model)
         sampler = published["sampler"]
         found, _ = figures_of_pictures(pipeline, judge, sampler["num_inference_steps"], sampler["guidance_scale"])
@@ -62,15 +65,16 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, logs/emoji/.../version_N")
-    parser.add_argument("--model", type=Path, help="folder of the embedded model; default: the one that is used")
+    parser.add_argument("--model", default=EMBEDDED, help="the embedded model, by name or folder; default: emoji-sd")
     parser.add_argument(
-        "--figures", type=Path, default=Path("docs/results/emoji_sd.json"), help="the published figures"
+        "--figures", type=Path, help="the published figures; default: those of the model in docs/results"
     )
     options = parser.parse_args(args)
     try:
         with user_errors():
-            model = options.model or Path(resolve_model(EMBEDDED))
-            replace_model(options.runs, model, options.figures)
+            model = Path(resolve_model(options.model))
+            figures = options.figures or Path("docs/results", f"{model.name.replace('-', '_')}.json")
+            replace_model(options.runs, model, figures)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,149 @@
+"""The documentation: its site builds, its commands are understood to the end, and those of the first pages are run."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_unlearn.cli import OTHER_COMMANDS, TRAINER_COMMANDS, main
+from lit_unlearn.training.recipes import find_recipe
+
+TOP = Path(__file__).parents[1]
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
+FILES = {"--ckpt_path", "--after", "--model", "--model.model", "--model.init_args.model", "--concept"}
+"""Options whose values on the pages stand for files and names of the reader."""
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The commands of lit-unlearn in the code blocks of a page, each on one line, without comments."""
+    fenced = False
+    for line in re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8")).splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif (fenced or line.startswith("    ")) and (
+            found := re.match(r"\s*(?:\$ )?lit-unlearn (.*?)(\s+#.*)?$", line)
+        ):
+            yield found[1]
+
+
+WRITTEN = sorted({command for page in PAGES for command in commands(page)})
+OTHERS = [command for command in WRITTEN if command.split()[0] in OTHER_COMMANDS]
+TRAINERS = [command for command in WRITTEN if command.split()[0] in TRAINER_COMMANDS]
+
+
+def test_every_command_is_known() -> None:
+    assert len(WRITTEN) > 60
+    assert set(OTHERS) | set(TRAINERS) == set(WRITTEN)
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_commands_are_parsed_to_the_end(command: str) -> None:
+    name, *options = shlex.split(command.replace("$i", "3"))  # in a loop of the shell
+    parser = import_module(f"lit_unlearn.commands.{name}").parser()
+    if name == "attack":
+        options = options[: next((i for i, o in enumerate(options) if "." in o and o.startswith("--")), None)]
+        options = [option for option in options if not option.startswith("my_package")]
+    parser.parse_args(options)
+
+
+@pytest.mark.parametrize("command", TRAINERS)
+def test_recipes_are_there(command: str) -> None:
+    options = shlex.split(command)
+    for option, value in itertools.pairwise(options):
+        if option == "--config":
+            assert find_recipe(value).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in TRAINERS if "my_package" not in c and ".help" not in c])
+def test_options_of_fits_and_tests_are_parsed_to_the_end(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands for a file or a name of the reader is left out, and the configuration is printed instead of run."""
+    monkeypatch.chdir(tmp_path)
+    options = shlex.split(command)
+    name, given = options[0], list(zip(options[1::], [*options[2:], ""], strict=True))
+    kept = [name]
+    for option, value in given:
+        if not option.startswith("--") or option in FILES or option.startswith("--print_config"):
+            continue
+        kept += [option] if value.startswith("--") or not value else [option, value]
+    assert main([*kept, "--print_config"]) == 0, capsys.readouterr().err
+    assert "model:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["index.md", "guides/compare.md", "guides/prove.md"])
+def test_commands_of_the_first_pages_are_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = list(commands(TOP / "docs" / page))
+    if page == "guides/prove.md":  # which begins with an edit that is there
+        written = ["fit --config null_space.yaml --concept dog", *written]
+    assert len(written) >= 3
+    for command in written:
+        name, *options = shlex.split(command)
+        fewer = ["--trainer.enable_progress_bar", "false"] if name in TRAINER_COMMANDS else []
+        fewer += ["--attacks", "noise_probe"] if name == "attack" and "--attacks" not in options else []
+        assert main([name, *options, *fewer]) == 0, command
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a broken link or anchor fails it."""
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-W", "ignore::EncodingWarning", "-m", "mkdocs", "build", "--strict", "--site-dir"]
+    made = subprocess.run([*command, folder], cwd=TOP, capture_output=True, encoding="utf-8")
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def test_site_has_all_pages_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    for page in PAGES[1:]:
+        assert (site / page.relative_to(TOP / "docs").with_suffix(".html")).is_file()
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        assert [address for address in loaded if "lit-unlearn" not in address] == []
+
+
+def test_reference_is_made_from_the_program(site: Path) -> None:
+    said = (site / "reference/commands.html").read_text(encoding="utf-8")
+    for name in (*TRAINER_COMMANDS, *OTHER_COMMANDS):
+        assert f'id="lit-unlearn-{name}"' in said
+    assert "--single_file" in said
+    recipes = (site / "reference/recipes.html").read_text(encoding="utf-8")
+    assert all(f">{file.name}" in recipes for file in (TOP / "configs").glob("*.yaml"))
+    python = (site / "reference/python.html").read_text(encoding="utf-8")
+    assert "Draw each prompt" in python or "from its own seed" in python
+
+
+@pytest.mark.slow
+def test_search_field_finds_a_parameter(site: Path, browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{server.server_port}/index.html")
+        field = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
+        browser.execute_script("arguments[0].focus()", field)
+        field.send_keys("forget_unused")
+        found = WebDriverWait(browser, 30).until(
+            lambda driver: driver.find_elements(By.CSS_SELECTOR, ".md-search-result__item a")
+        )
+        links = [link.get_attribute("href") for link in found]
+        server.shutdown()
+    assert any("null_space" in link for link in links)
