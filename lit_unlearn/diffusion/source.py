@@ -111,7 +111,7 @@ def _not_a_model(model: str, path: Path) -> str:
     if is_id:
         return ""
     shipped = " or ".join(map(repr, SHIPPED))
-    return f"is no folder and no hub id (owner/name): give a diffusers folder, a .safetensors file, or {shipped}"
+    return f"is no folder and no hub id (owner/name): give a diffusers folder, a .safetensors file, {shipped}"
 
 
 def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:
