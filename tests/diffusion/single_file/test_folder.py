@@ -273,3 +273,11 @@ def test_an_edit_reads_only_what_it_needs(tiny_sd: Path, tmp_path: Path) -> None
     base, other = BaseModel.find(str(file), config_folder=str(tiny_sd)), BaseModel.find(str(tiny_sd))
     assert base.fingerprint(LAYERS, torch.float32) == other.fingerprint(LAYERS, torch.float32)
     assert (base.single_file, other.single_file) == (file, None)
+
+
+def test_a_folder_with_lora_weights_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"holds LoRA weights, no model: give the model, or merge both .* fuse_lora\(\)"
+    ):
+        BaseModel.find(str(tmp_path))
