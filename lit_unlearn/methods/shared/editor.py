@@ -54,6 +54,9 @@ class DiffusionEditor(L.LightningModule):
     one_text_encoder: ClassVar[bool] = False
     """Whether the method works only with models that have a single text encoder."""
 
+    find_base: ClassVar[Callable[..., BaseModel]] = BaseModel.find
+    """Finds the base model; a plan replaces it, since it needs no weights."""
+
     recipe: dict[str, Any] | None = None
     """Everything that determined the fit, as a recipe, if it was run from the command line."""
 
@@ -81,7 +84,7 @@ class DiffusionEditor(L.LightningModule):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
-        self.base = BaseModel.find(model, revision, config_folder)
+        self.base = self.find_base(model, revision, config_folder)
         if self.base.names:
             self._check_family()
             self.select(self.base.names)
