@@ -1,8 +1,8 @@
 """Models without weights: what their configurations say, for a plan of a fit (``lit-unlearn plan``).
 
-    base = DescribedModel.find("flux1_dev")       # or a folder with configurations, or a hub id
-    base.names                                    # full names of all weights
-    base.pipeline(torch.bfloat16)                 # all parts on the meta device: shapes without values
+base = DescribedModel.find("flux1_dev")       # or a folder with configurations, or a hub id
+base.names                                    # full names of all weights
+base.pipeline(torch.bfloat16)                 # all parts on the meta device: shapes without values
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     plan = plan_fit(["fit", "--config", "null_space_context.yaml", "--config", "flux.yaml"])
     plan.print(console)
 
-The recipe and its options are those of ``lit-unlearn fit``, and the method itself selects the weights. Memory is counted
-by running the parts on the meta device (``diffusion.footprint``); what solvers need is computed from shapes.
+The recipe and its options are those of ``lit-unlearn fit``, and the method itself selects the weights. Memory is
+counted by running the parts on the meta device (``diffusion.footprint``); what solvers need is computed from shapes.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Plan:
         if self.optimizer:
             table.add_row("gradients and optimizer", f"{_gigabytes(self.optimizer)} GB")
         for what, size in self.ram.items():
-            table.add_row(what, f"{_gigabytes(size)} GB")
+            table.add_row(f"RAM: {what}", f"{_gigabytes(size)} GB")
         return table
 
 
@@ -384,7 +384,7 @@ class _Planner:
         found = {
             "largest part, while loading": max(plan.parameters.values()) * size,
             "all parts, with --offload": sum(plan.parameters.values()) * size,
-            "pretrained values of the edited weights": self._numel() * size,
+            "edited weights before the edit": self._numel() * size,
         }
         if isinstance(self.module, ClosedFormMethod):
             inputs = [self.shapes[group[0]][1] for group in self._groups()]
@@ -413,16 +413,16 @@ class _Planner:
             steps = epochs * (plan.steps or getattr(self.data, "steps", 1))
             forwards, exact = self._forwards(steps * self._batch())
             found["steps of gradient descent"] = f"{steps:,} of {self._batch()}"
-            found["denoiser, forwards with one picture"] = f"{'' if exact else 'at least '}{forwards:,}"
-            found["denoiser, backwards with one picture"] = f"{steps * self._batch():,}"
+            found["denoiser: forwards of one picture"] = f"{'' if exact else 'at least '}{forwards:,}"
+            found["denoiser: backwards of one picture"] = f"{steps * self._batch():,}"
         elif isinstance(module, ClosedFormMethod):
-            found["denoiser, forwards with one picture"] = "0"
+            found["denoiser: forwards of one picture"] = "0"
         if isinstance(self.data, ConceptPrompts):
             pictures = len(self.data.test_dataloader().dataset)  # type: ignore[arg-type]
             rows = self._guided(self.base.pipeline(torch.float32), module.guidance_scale)
             passes = pictures * module.num_inference_steps * rows
-            found["a test: pictures, before and after each"] = f"{pictures:,}"
-            found["a test: forwards with one picture"] = f"{2 * passes:,}"
+            found["a test: pictures before, and after"] = f"{pictures:,}"
+            found["a test: forwards of one picture"] = f"{2 * passes:,}"
         return found
 
     def _forwards(self, uses: int) -> tuple[int, bool]:
