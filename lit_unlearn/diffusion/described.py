@@ -121,6 +121,10 @@ class DescribedModel(BaseModel):
         """None: the tokenizers may be missing."""
         return None
 
+    def parts_with_weights(self) -> list[str]:
+        """Names of the parts that have weights."""
+        return list(self._modules())
+
     def parts(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         """The parts with weights, frozen, in ``dtype`` on the meta device."""
         return {

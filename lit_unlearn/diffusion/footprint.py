@@ -5,9 +5,9 @@
     predict_bytes(pipeline, 2)          # one call of the denoiser
     descent_bytes(pipeline, 1, names)   # with the gradients of some weights
 
-What is counted is every tensor that PyTorch makes, as long as something holds it. Fused attention is counted as such, as
-it runs on GPUs and processors. Scratch memory within a kernel (of convolutions, for example), the allocator's rounding
-and the libraries themselves are not.
+What is counted is every tensor that PyTorch makes, as long as something holds it. Fused attention is counted as such,
+as it runs on GPUs and processors. Scratch memory within a kernel (of convolutions, for example), the allocator's
+rounding and the libraries themselves are not.
 """
 
 from __future__ import annotations

@@ -221,6 +221,17 @@ def plan_fit(args: Sequence[str]) -> Plan:
         return _Planner(cli).plan()
 
 
+def solve_bytes(inputs: int, outputs: int, keys: int) -> int:
+    """Bytes of a solve in float64: moment and decomposition, keys and what they become, old and new weights, values.
+
+    Args:
+        inputs: Inputs of the maps that are solved together, d_in.
+        outputs: Their outputs together.
+        keys: Number of edited keys.
+    """
+    return 8 * (SCRATCH * inputs**2 + 2 * keys * inputs + 2 * outputs * inputs + keys * outputs)
+
+
 class _Planner:
     """Works out a plan from what the command line has built."""
 
@@ -376,7 +387,7 @@ class _Planner:
             one = way_of(group[0]) == "pooled" or getattr(self.module, "tokens", None) in ONE_STATE
             length = sum(pipeline.texts[number].length for number in pipeline.token_order)
             keys = self.edited * (1 if one else length)
-            most = max(most, 8 * (SCRATCH * inputs**2 + 2 * keys * inputs + 2 * outputs * inputs + keys * outputs))
+            most = max(most, solve_bytes(inputs, outputs, keys))
         return most
 
     def _ram(self, plan: Plan) -> dict[str, int]:
