@@ -151,7 +151,7 @@ def least_squares_update(
         ValueError: As in `null_space_update`, or the system is singular.
     """
     if sums is not None:
-        system = _least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
+        system = least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
         return solve_positive_definite(system, sums.residual, ridge).to(weight)
     return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight).to(weight)
 
@@ -165,7 +165,7 @@ def least_squares_condition(
 ) -> float:
     """Condition number of the system that `least_squares_update` solves; it takes the same arguments."""
     moment = second_moment(keys) if sums is None else sums.moment
-    return condition_number(_least_squares_system(moment, retained_moment, ridge, retain_weight))
+    return condition_number(least_squares_system(moment, retained_moment, ridge, retain_weight))
 
 
 def ridge_map_update(
@@ -338,12 +338,12 @@ def _least_squares(
 ) -> Tensor:
     """`least_squares_update` before the cast to the weight's dtype."""
     weight, keys, values = _checked_edit(weight, keys, values)
-    system = _least_squares_system(keys.mT @ keys, retained_moment, ridge, retain_weight)
+    system = least_squares_system(keys.mT @ keys, retained_moment, ridge, retain_weight)
     residual = values - keys @ weight.mT
     return solve_positive_definite(system, residual.mT @ keys, ridge)
 
 
-def _least_squares_system(edited_moment: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
+def least_squares_system(edited_moment: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
     """``retain_weight K0 K0^T + K1 K1^T + ridge I``, (d_in, d_in)."""
     check_nonnegative("ridge", ridge)
     check_nonnegative("retain_weight", retain_weight)

@@ -120,9 +120,10 @@ class NullSpace(Solver):
         if self.forget_unused:
             factor = space.basis.to(weight)
             weight = weight - (weight @ factor) @ factor.mT
-        sums = KeySums.of_many(weight, write.keys, write.values)
+        values = write.wanted()
+        sums = KeySums.of_many(weight, write.keys, values)
         settings = self._ridge(space), self.ridge_rule
-        change = null_space_update(weight, write.keys, write.values, space, *settings, sums=sums)
+        change = null_space_update(weight, write.keys, values, space, *settings, sums=sums)
         return (change + (weight - write.weight) if self.forget_unused else change), sums
 
     def _within_tolerance(self, write: Write, widest: NullSpaceBasis) -> NullSpaceBasis:
