@@ -67,7 +67,7 @@ class Retained:
         count: Number of retained keys.
         keys: The keys themselves, (n, d_in), for solvers that need each of them.
         invariants: Keys whose outputs must not change at all, (k, d_in), for solvers that support this.
-        prompts: Number of prompts that the keys come from.
+        prompts: Number of prompts that the keys come from, the empty one counted.
         largest_norm: Length of the longest key, which bounds the keys of the reach; None if it is not known.
     """
 
