@@ -38,6 +38,7 @@ from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.refined_null_space import RefinedNullSpace
 from lit_unlearn.core.solvers import Retained, RidgeMap, Write
 from lit_unlearn.core.speed import k_means
+from lit_unlearn.core.subject_tokens import last_subject_token
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.methods.shared.text_maps import retained_inputs, subject_places, text_keys
@@ -209,6 +210,12 @@ def uce_2023(
         for old, new, size in [*((name, " ", 1.0) for name in edited), *((name, name, scale) for name in ["", *kept])]:
             ids = pipeline.tokenize([old, new]).ids[0]
             context, goal = pipeline.text.states(ids)
+            if old != new:  # of an edited text only from its last token on, as far as both reach
+                starts = last_subject_token(ids, pipeline.text.eos)
+                reach = ids.shape[1] - int(starts.max())
+                context, goal = (
+                    part[first : first + reach] for part, first in zip((context, goal), starts, strict=True)
+                )
             values = [goal @ other.mT for other in weights]
             left = left + size * values[number].mT @ context
             system = system + size * context.mT @ context
@@ -384,11 +391,11 @@ def layer_rows(num_keys: int, repeats: int, d_in: int = 3072) -> list[Row]:
     ]
 
 
-def esd_row(steps: int, chain: int, repeats: int) -> Row:
-    """ESD's code of 2025 against kept states, on the embedded model."""
+def esd_row(steps: int, chain: int, repeats: int, model: str = "emoji-sd") -> Row:
+    """ESD's code of 2025 against kept states, by default on the embedded model."""
     from lit_unlearn.diffusion.load import load_pipeline
 
-    pipeline = load_pipeline("emoji-sd")
+    pipeline = load_pipeline(model)
     pipeline.denoiser.requires_grad_(True)
     # A stop of its own for each step, as evenly spread as a uniform draw is on average.
     stops = [(2 * number + 1) * chain // (2 * steps) for number in range(steps)]

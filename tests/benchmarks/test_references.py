@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import references
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import benchmarks.references as references
 from lit_unlearn.core.closed_form import null_space_update
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -74,8 +74,8 @@ def test_a_closed_form_is_solved_over_the_smaller_side() -> None:
     assert_close(update.float(), other, rtol=0, atol=1e-4)
 
 
-def test_esd_with_kept_states_takes_three_forwards_a_step() -> None:
-    row = references.esd_row(steps=4, chain=4, repeats=1)
+def test_esd_with_kept_states_takes_three_forwards_a_step(tiny_sd: Path) -> None:
+    row = references.esd_row(steps=4, chain=4, repeats=1, model=str(tiny_sd))
     # A stop at 0, 1, 2, 3 of 4: two forwards for each step of the chain, and three predictions.
     assert row.theirs.forwards == 2 * (0 + 1 + 2 + 3) + 3 * 4
     assert row.ours.forwards == 2 * 4 + 4
