@@ -73,11 +73,11 @@ def check_output(command: str, options: argparse.Namespace) -> None:
     if command == "export" and not (options.delta or options.lora or single):
         return  # it says itself what stands in its way, which may be an earlier export
     suffixes: Sequence[str] = ()
-    if command == "generate":
-        suffixes = [".png"]
+    if command in ("generate", "compare"):
+        suffixes = [".png" if command == "generate" else ".html"]
     elif command in ("export", "convert"):
         suffixes = [".safetensors"]
-    check_output_name(output, suffixes, may_be_folder=command not in ("generate", "convert"))
+    check_output_name(output, suffixes, may_be_folder=command not in ("generate", "compare", "convert"))
 
 
 def add_model_options(parser: Parser, default: str) -> None:
