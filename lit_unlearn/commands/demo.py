@@ -37,8 +37,9 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     config = options.config or ("null_space_context.yaml" if options.model else "null_space.yaml")
     model = ["--model", options.model] if options.model else []
-    common = ["--concept", options.concept, *model]
-    recipe, found = ["--config", config, *common], ["--config", str(find_recipe(config)), *common]
+    concept = ["--concept", options.concept]
+    recipe = ["--config", config, *concept, *model]
+    found = ["--config", str(find_recipe(config)), *concept, *(f"--model.model={name}" for name in model[1:])]
     _say("fit", *recipe)
     fit = training.run(["fit", *found])
     folder = Path(fit.trainer.log_dir or "")

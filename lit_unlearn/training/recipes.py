@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
+from lit_unlearn.diffusion.source import SHIPPED
 from lit_unlearn.system.errors import UserError, closest
 from lit_unlearn.system.names import why_not
 
@@ -66,6 +67,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
 
     Options then override recipes wherever they stand, and can set keys that only a recipe has, such as
     ``--edit.ridge``. If ``--concept`` is given several times, they form one list; of other options the last counts.
+    ``--model PLACE``, with a folder or a hub id instead of a class, is short for ``--model.model PLACE``.
 
     Raises:
         UserError: A recipe is missing.
@@ -81,7 +83,24 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
             recipes += [arg, str(find_recipe(name))]
         else:
             options.append(arg)
-    return [*args[:1], *recipes, *_joined_concepts(options)]
+    return [*args[:1], *recipes, *_joined_concepts(_named_models(options))]
+
+
+def _named_models(options: Sequence[str]) -> list[str]:
+    """Replace ``--model`` by ``--model.model`` in ``options`` where its value is a place and not a class."""
+    found: list[str] = []
+    for arg in options:
+        if found and found[-1] == "--model" and _is_place(arg):
+            found[-1] = "--model.model"
+        elif arg.startswith("--model=") and _is_place(arg.partition("=")[2]):
+            arg = f"--model.model={arg.partition('=')[2]}"
+        found.append(arg)
+    return found
+
+
+def _is_place(model: str) -> bool:
+    """Whether ``model`` is a folder, a hub id, a file or an embedded model, and not the import path of a class."""
+    return model in SHIPPED or model[:1] in ("~", ".") or "/" in model or "\\" in model or Path(model).exists()
 
 
 def _joined_concepts(options: Sequence[str]) -> list[str]:
