@@ -22,11 +22,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.checks import check_concept_set, concept_error
+from lit_unlearn.data.kinds import KINDS
 from lit_unlearn.data.names import Span, find_names, longer_names, name_key, replace_spans
 from lit_unlearn.system.strict_yaml import load_yaml
-
-KINDS = ("object", "person", "character", "style", "scene", "action", "content")
-"""Content is what a picture may not show: nudity, blood, violence."""
 
 MAX_BYTES = 2_000_000
 """Size limit of a concept set in bytes."""

@@ -27,13 +27,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lit_unlearn.data.concepts import KINDS, Concept, ConceptSet, concept_set_of
-from lit_unlearn.data.names import find_names, name_key
+from lit_unlearn.data.concepts import Concept, ConceptSet, concept_set_of
+from lit_unlearn.data.kinds import KINDS
+from lit_unlearn.data.names import ARTICLES, bare, find_names, name_key
 from lit_unlearn.system.strict_yaml import load_yaml
 
 EDIT, DIRECT = 15, 10
 """Edit prompts and direct prompts of a concept."""
-ARTICLES = ("a", "an", "the")
 DETERMINERS = {*ARTICLES, "some", "any", "my", "your", "his", "her", "their", "our", "this", "that", "these", "those"}
 DETERMINERS |= {"one", "two", "three", "four", "five", "many", "several", "no"}
 VOWEL_SOUND = re.compile(r"(?!uni(?![mn])|us[aeu]|ut[ei]|eu|ewe|one\b|once\b)[aeiou]|hour|honest|hono|heir")
@@ -70,12 +70,6 @@ def templates() -> Mapping[str, Any]:
     content = load_yaml(source.read_bytes(), Path(str(source)))
     assert isinstance(content, dict)
     return content
-
-
-def bare(name: str) -> str:
-    """``name`` without an article and without spaces around it: "a beach" is called "beach"."""
-    words = name.split()
-    return " ".join(words[1:] if len(words) > 1 and words[0].casefold() in ARTICLES else words)
 
 
 def phrase_of(name: str, kind: str) -> str:

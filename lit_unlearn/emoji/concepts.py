@@ -2,9 +2,9 @@
 
 ``emoji_set("parrot", "owl")`` is ``emoji20`` with the concept that it lacks. Its prompts have the form of those of
 ``emoji20``: a frame, a phrase of ``phrases.yaml``, and a style or scene where one is wanted; the first five descriptions
-are judged (``indirect``), the last four are for the edit. A concept of ``emoji20`` keeps its prompts if its target stays
-the same, and a style or a scene with another target keeps all but the target prompts, which get
-the phrases of that target at the same places of ``phrases.yaml``.
+are judged (``indirect``), the last four are for the edit. A concept of ``emoji20`` keeps its prompts if its target
+stays the same. A style or a scene with another target keeps all but the target prompts, which get the phrases of that
+target at the same places of ``phrases.yaml``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 
 from lit_unlearn.data.checks import check_concept_set
 from lit_unlearn.data.concepts import Concept, ConceptSet, concept_set_of, load_concept_set
-from lit_unlearn.data.names import name_key, read
-from lit_unlearn.data.templates import bare
+from lit_unlearn.data.names import bare, name_key, read
 from lit_unlearn.emoji.captions import phrases
 
 DIRECT = (
@@ -136,7 +135,9 @@ def _made(name: str, target: str, base: ConceptSet, others: Sequence[Concept], q
         return [text for text in sentences if read(text.format(*own)).letters not in taken][:number]
 
     edit = [*free(NAMED, 15 - len(DESCRIBED)), *free(DESCRIBED, len(DESCRIBED))]
-    fields: dict[str, Any] = base.concepts[name].content() if name in base.concepts else {"name": name, "names": (name,)}
+    fields: dict[str, Any] = (
+        base.concepts[name].content() if name in base.concepts else {"name": name, "names": (name,)}
+    )
     article = own[0].split()[0]
     return Concept(
         name=name,
