@@ -1,8 +1,8 @@
 """Reads lists of prompts and of concepts in the layouts that people have: CSV, TSV, or text with a prompt a line.
 
 Columns are found by their usual names, in upper or lower case: ``prompt`` (or ``adv_prompt``, ``text``), with
-``evaluation_seed``, ``sd_seed`` or ``seed`` and ``evaluation_guidance``, ``sd_guidance_scale`` or ``guidance`` where the
-list has them (I2P, Ring-A-Bell, MMA-Diffusion, the artists of ESD). A list of concepts has ``concept`` (``artist``,
+``evaluation_seed``, ``sd_seed`` or ``seed`` and ``evaluation_guidance``, ``sd_guidance_scale`` or ``guidance`` where
+the list has them (I2P, Ring-A-Bell, MMA-Diffusion, the artists of ESD). A list of concepts has ``concept`` (``artist``,
 ``class``, ``name``) and ``to`` (``target``), with ``kind`` and ``names`` (separated by semicolons) where given.
 """
 

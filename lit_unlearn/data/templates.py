@@ -3,15 +3,16 @@
 Data flow of ``lit-unlearn erase "Mickey Mouse" --to "a cartoon mouse" --kind character --protect "Minnie Mouse"``:
 
     templates.yaml --sentences of the kind--> written(...)        one concept: edit, target and direct prompts
-                   --others, retain-------->  set_of(...)         with neighbours and the user's own prompts: a ConceptSet
+                   --others, retain-------->  set_of(...)         with neighbours and the user's prompts: a ConceptSet
     ConceptSet.content() --> concepts.yaml --> the recipe, which fit, test and every later command read
 
 A kind has two lists of sentences that share none: ``edit`` (an edit prompt has the concept's phrase, its target prompt
 the target's) and ``direct`` (only judged). A sentence that names the concept itself is left out and a spare one takes
-its place: "{} on a table" for a table. There are no indirect prompts, since nobody can describe a concept from its
-name; a set like this has ``indirect: 0``. Retained are: general concepts, which are also judged; ``protect``, neighbours
-of the same kind that the user names, which are judged and count as ``adjacent``; general sentences, and the user's own
-``retain``, which are not judged.
+its place: "{} on a table" for a table. There are no indirect prompts, since a program cannot describe a concept from
+its name; a set like this has ``indirect: 0``.
+
+Retained are: general concepts, which are also judged; ``protect``, neighbours of the same kind that the user names,
+which are judged and count as ``adjacent``; general sentences, and the user's own ``retain``, which are not judged.
 
 Phrases are as the user writes them. Only an object in lower case gets an article by itself: "dog" becomes "a dog".
 """

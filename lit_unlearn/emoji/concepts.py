@@ -1,10 +1,10 @@
 """Concept sets for the embedded models, made of a name: they know few words, so that general sentences say nothing.
 
 ``emoji_set("parrot", "owl")`` is ``emoji20`` with the concept that it lacks. Its prompts have the form of those of
-``emoji20``: a frame, a phrase of ``phrases.yaml``, and a style or scene where one is wanted; the first five descriptions
-are judged (``indirect``), the last four are for the edit. A concept of ``emoji20`` keeps its prompts if its target
-stays the same. A style or a scene with another target keeps all but the target prompts, which get the phrases of that
-target at the same places of ``phrases.yaml``.
+``emoji20``: a frame, a phrase of ``phrases.yaml``, and a style or scene where one is wanted. The first five
+descriptions are judged (``indirect``), the last four are for the edit. A concept of ``emoji20`` keeps its prompts if
+its target stays the same. A style or a scene with another target keeps all but the target prompts, which get the
+phrases of that target at the same places of ``phrases.yaml``.
 """
 
 from __future__ import annotations
