@@ -100,8 +100,8 @@ def _check_unique(concepts: ConceptSet) -> None:
                 written[key] = here
                 places.setdefault((read(prompt).letters, is_edit), here)
     for prompt in concepts.retain:
-        if (here := places.get((read(prompt).letters, False))) is not None:
+        if (place := places.get((read(prompt).letters, False))) is not None:
             raise ValueError(
-                f"{concepts.path}: field 'retain': {prompt!r} is an evaluation prompt, {here}: an edit must not see "
+                f"{concepts.path}: field 'retain': {prompt!r} is an evaluation prompt, {place}: an edit must not see "
                 "what it is judged on, so take it out."
             )

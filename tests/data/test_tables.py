@@ -58,7 +58,7 @@ def test_bad_lists_are_refused(tmp_path: Path, name: str, text: str, message: st
 
 
 def test_missing_file_and_wrong_encoding_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="retain=.*missing.csv cannot be read"):
+    with pytest.raises(ValueError, match=r"retain=.*missing\.csv cannot be read"):
         read_prompts(tmp_path / "missing.csv", "retain")
     with pytest.raises(ValueError, match="is not text in UTF-8"):
         read_prompts(write(tmp_path, "a.csv", "prompt\nété\n", "latin-1"))
