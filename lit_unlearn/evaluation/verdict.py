@@ -10,6 +10,7 @@ GONE = 0.9
 """Least share of the edited concept's pictures without it, for the concept to count as erased."""
 LOSS = 0.05
 """Largest share of the other concepts' pictures that an edit may cost."""
+ROUNDING = 1e-9
 HIT = 0.2
 """Loss from which on a single other concept is named."""
 
@@ -35,17 +36,15 @@ def verdict_of(scores: Scores) -> Verdict:
         return Verdict(False, [f"Not known: the judge {scores.judge} gave no answer about {names}."])
     shown = f"the edited model shows {names} on {_count(after)} pictures of its prompts, the unedited one on "
     shown += _count(before)
-    gone = scores.forget >= GONE
+    gone = scores.forget >= GONE - ROUNDING
     lines = [f"{'Erased' if gone else 'Not erased'}: {shown} (judge: {scores.judge})."]
     loss, hit = _loss(scores)
     if scores.retain is None or loss is None:
         lines.append("Whether other concepts are kept was not judged.")
         return Verdict(gone, lines)
-    kept = loss <= LOSS
-    share = (
-        f"other concepts are on {scores.retain:.1%} of their pictures, before the edit on {scores.retain + loss:.1%}"
-    )
-    lines.append(f"{'Kept' if kept else 'Not kept'}: {share}.")
+    kept = loss <= LOSS + ROUNDING
+    share = f"on {scores.retain:.1%} of their pictures, without the edit on {scores.retain + loss:.1%}"
+    lines.append(f"{'Kept' if kept else 'Not kept'}: other concepts are {share}.")
     if hit:
         lines.append(f"Hit most: {', '.join(hit)}.")
     return Verdict(gone and kept, lines)

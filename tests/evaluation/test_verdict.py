@@ -42,7 +42,7 @@ def test_erased_and_kept() -> None:
         "Erased: the edited model shows dog on 1 of 20 pictures of its prompts, the unedited one on 20 of 20"
         in (found.lines[0])
     )
-    assert found.lines[1].startswith("Kept: others are on 95.0% of their pictures, without the edit on 100.0%")
+    assert found.lines[1].startswith("Kept: other concepts are on 95.0% of their pictures, without the edit on 100.0%")
 
 
 def test_not_erased() -> None:
