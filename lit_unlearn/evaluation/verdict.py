@@ -10,9 +10,10 @@ GONE = 0.9
 """Least share of the edited concept's pictures without it, for the concept to count as erased."""
 LOSS = 0.05
 """Largest share of the other concepts' pictures that an edit may cost."""
-ROUNDING = 1e-9
 HIT = 0.2
 """Loss from which on a single other concept is named."""
+ROUNDING = 1e-9
+"""How far shares may be off their limit because of floating point."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_unlearn import cli
+from lit_unlearn.commands.erase import check_drawn, parser, plan_of
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.training.recipes import resolve_recipes
 
@@ -58,6 +60,40 @@ def test_bad_input_is_told_in_a_sentence(given: list[str], message: str, capsys:
     assert cli.main(["erase", *given]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["taken"]
+
+
+class Never:
+    """A judge that sees nothing."""
+
+    name = "never"
+
+    def __call__(self, images: torch.Tensor, questions: list[str]) -> torch.Tensor:
+        return torch.zeros(len(images))
+
+
+def test_concept_that_the_model_does_not_draw_is_refused_before_a_fit(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lit_unlearn.judges.load.load_judge", lambda *_: Never())
+    given = ["erase", "Mickey Mouse", "--to", "a mouse", "--kind", "character", "--model", str(tiny_sd)]
+    assert cli.main([*given, "--num_inference_steps", "1"]) == 2
+    said = "shows Mickey Mouse on 0 of 10 pictures of its prompts, so there is nothing to erase"
+    assert said in capsys.readouterr().err
+    assert not Path("logs").exists()
+
+
+def test_judge_that_cannot_be_loaded_leaves_the_edit_unjudged_unless_it_was_named(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("clip is not there")
+
+    monkeypatch.setattr("lit_unlearn.judges.load.load_judge", fail)
+    given = ["dog", "--to", "cat", "--model", str(tiny_sd)]
+    assert check_drawn(plan_of(parser().parse_args(given))).judge is None
+    assert "nothing is judged: clip is not there" in capsys.readouterr().err
+    with pytest.raises(OSError, match="clip is not there"):
+        check_drawn(plan_of(parser().parse_args([*given, "--judge", "clip"])))
 
 
 def test_names_of_any_script_reach_a_fit_whole() -> None:
