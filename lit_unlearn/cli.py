@@ -21,7 +21,10 @@ TRAINER_COMMANDS = {
     "test": "score a run: pictures before and after, judged",
     "predict": "draw the evaluation pictures with a run's edited weights",
 }
-OTHER_COMMANDS = ("plan", "generate", "export", "attack", "verify", "convert", "report", "compare", "demo")
+OTHER_COMMANDS = (
+    *("erase", "concepts", "plan", "generate", "compare", "attack"),
+    *("export", "verify", "convert", "report", "demo"),
+)
 """Each one is a file in ``lit_unlearn/commands``."""
 TOLD_TO_STOP = 75
 """Exit code of a fit that a signal stopped: its state is saved, and the same command continues it (EX_TEMPFAIL)."""

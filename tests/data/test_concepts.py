@@ -228,7 +228,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dog(kind="thing"), "'kind': 'thing' is not one of object, action, style, scene"),
+        (dog(kind="thing"), "'kind': 'thing' is not one of object, person, character"),
         (dog(direct=["a dog"]), "'direct': 1 prompts where 2 are due"),
         (dog(indirect=["a barking pet", "a pal"]), "'indirect': 2 prompts where 1 are due"),
         (dog(edit_prompts=["a dog!"], target_prompts=["the cat"]), "'edit_prompts': 1 prompts where 2 are due"),
