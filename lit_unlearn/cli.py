@@ -13,6 +13,7 @@ from lit_unlearn import __version__
 from lit_unlearn.commands.parser import check_output
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
+from lit_unlearn.training.early import check_early
 from lit_unlearn.training.recipes import recipe_names, resolve_recipes
 
 TRAINER_COMMANDS = {
@@ -102,7 +103,8 @@ def _run(args: list[str]) -> int:
             note_signal(name)
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)
-        from lit_unlearn.training import cli as training
+        check_early(resolved)
+        from lit_unlearn.training import cli as training  # takes seconds
 
         training.run(resolved)
         return 0

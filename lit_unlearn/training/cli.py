@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
 from lit_unlearn.system.run_file import FINISHED, STOPPED, read_run
+from lit_unlearn.training.arguments import OPTIONS
 from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
-from lit_unlearn.training.classes import class_of, known_classes, known_keys, prepare
+from lit_unlearn.training.classes import class_of, import_all, import_named, known_classes, known_keys, prepare
 from lit_unlearn.training.ledger import take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
@@ -60,16 +61,19 @@ class UnlearnCLI(LightningCLI):
 
     Args:
         args: Command line: a subcommand of the trainer and its options.
+        commands: Subcommands to build parsers of, since each takes half a second; by default all.
 
     Raises:
         UserError: The recipe, its values or the checkpoint is wrong; nothing was loaded or written.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], commands: Collection[str] | None = None) -> None:
         self.run_folder: Path | None = None
         self.finished_before: Path | None = None
         self.progress: Progress | None = None
         self.sha256 = ""
+        self.written = ""
+        self.commands = commands
         parser_kwargs: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             L.LightningModule,
@@ -88,29 +92,17 @@ class UnlearnCLI(LightningCLI):
     # ---------------------------------------------------------------------------------------------------- command line
 
     @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        known = LightningCLI.subcommands()
+        return known if self.commands is None else {name: known[name] for name in known if name in self.commands}
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--concept",
-            type=str | list[str] | None,
-            default=None,
-            help="Name of the concept to edit, or several: '[dog, cat]'.",
-        )
-        parser.add_argument(
-            "--after",
-            type=str | list[str] | None,
-            default=None,
-            help="Checkpoints or deltas whose concepts are edited again, together with the new ones.",
-        )
-        parser.add_argument(
-            "--method", type=str | None, default=None, help="Name of the recipe in logs/METHOD/CONCEPT/version_N."
-        )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="Let a test replace the scores that its run already has."
-        )
-        parser.add_argument(
-            "--fresh", action="store_true", help="Start a new fit, though the same command was interrupted before."
-        )
-        parser.add_argument("--once", action="store_true", help="Do nothing if the same command has already finished.")
+        for option in OPTIONS:
+            kind: dict[str, Any] = {"action": "store_true"}
+            if option.type is not None:
+                kind = {"type": option.type, "default": None}
+            parser.add_argument(f"--{option.name}", help=option.help, **kind)
         parser.add_subclass_arguments(
             Solver,
             "edit",
@@ -137,6 +129,7 @@ class UnlearnCLI(LightningCLI):
         check_paths(config)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
+        import_all()
         keys = [action.dest for action in self._parser(subcommand)._actions if not action.dest.endswith(".help")]
         return parse_error(message, known_classes(), [*keys, *known_keys()])
 
@@ -203,6 +196,7 @@ class UnlearnCLI(LightningCLI):
                     self.progress = Progress.of(config.ckpt_path, list(edit.weights))
                 return
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
+        import_named(str(edit.edit))
         solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None
         if ignored := ignored_by_a_checkpoint(config, self.given, kept, edit.edit):
             warn(f"{edit.path} is {subcommand}ed as its fit has made it, whatever is asked: {', '.join(ignored)}.")
@@ -390,10 +384,10 @@ def run(args: Sequence[str]) -> UnlearnCLI:
         UserError: The recipe, its values or the checkpoint is wrong.
         KeyboardInterrupt: The user interrupted the run; Lightning's ``SystemExit`` is turned into this.
     """
-    prepare()
+    prepare(args)
     try:
         with plain_warnings():
-            return UnlearnCLI(args)
+            return UnlearnCLI(args, args[:1])
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
