@@ -25,7 +25,6 @@ from lit_unlearn.core.reach import reach_report, retained_directions
 from lit_unlearn.core.solvers import Retained, Solved, Solver, UnsolvableError, Write
 from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.reports.figures import spectrum_figure
 
 REACHES = ("reach", "least_reach")
 """Entries about the reach in the report on a layer, which further rounds keep."""
@@ -143,6 +142,8 @@ class ClosedFormEdit(L.Callback):
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in of_layers.items()}
         module.report["spectrum"] = spectra
         if isinstance(module.logger, TensorBoardLogger):
+            from lit_unlearn.reports.figures import spectrum_figure  # matplotlib takes half a second
+
             labels = {name: layer_label(name) for name in spectra}
             figure = spectrum_figure(
                 {label: spectra[name] for name, label in labels.items()},

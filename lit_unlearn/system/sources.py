@@ -13,7 +13,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("methods", "callbacks", "data", "emoji", "core", "judges", "attacks")
 """Folders of the package with classes that recipes or options name."""
-WITHOUT_OPTIONS = {"LightningModule", "LightningDataModule", "Callback", "ABC", "Generic", "Protocol", "Module", "object"}
+WITHOUT_OPTIONS = {
+    "LightningModule",
+    "LightningDataModule",
+    "Callback",
+    "ABC",
+    "Generic",
+    "Protocol",
+    "Module",
+    "object",
+}
 """Bases whose own arguments are not options of a recipe."""
 
 

@@ -43,11 +43,13 @@ from lit_unlearn.training.options import check_options, given_options, ignored_b
 from lit_unlearn.training.recipes import check_method, utf8_recipes
 from lit_unlearn.training.run_config import SaveRunConfig
 from lit_unlearn.training.runs import Run, RunLogger, config_sha256, deciding, newest_edit, newest_run, run_name
+from lit_unlearn.training.terminal import progress_bars, say_scores, say_where
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
     "use_distributed_sampler": False,  # our data modules split the work between processes
     "log_every_n_steps": 5,
+    "enable_model_summary": False,  # it counts the parts of the model, not what is edited
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
 FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "copy_quantile"}
@@ -185,6 +187,11 @@ class UnlearnCLI(LightningCLI):
             edit = read_edit(config.ckpt_path)
             if subcommand != "fit":
                 warn_unfinished(config.ckpt_path)
+            if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
+                raise UserError(
+                    f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that edit: to edit "
+                    f"{', '.join(concepts)} on top of it, pass --after {config.ckpt_path} instead."
+                )
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
             if concept_set is not None:
                 edit.check_set(concept_set)
@@ -266,6 +273,8 @@ class UnlearnCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
+        self.written = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        self.save_config_kwargs = {**self.save_config_kwargs, "written": self.written}
         name = self.run_name
         root = Path(config["default_root_dir"])
         if config["logger"] in (None, True):
@@ -280,6 +289,10 @@ class UnlearnCLI(LightningCLI):
         kwargs["callbacks"] = callbacks_of(
             str(self.subcommand), self.model, config["callbacks"], self._get(self.config_init, "edit")
         )
+        bars = progress_bars(config["enable_progress_bar"], kwargs["callbacks"])
+        kwargs["callbacks"] += bars
+        own = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in kwargs["callbacks"])
+        kwargs["enable_progress_bar"] = own
         kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
         steps = steps_per_epoch(self._get(self.config, "data.init_args"))
         if self.progress is not None and steps and not isinstance(self.model, OWN_LENGTH):
@@ -298,6 +311,8 @@ class UnlearnCLI(LightningCLI):
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
         with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
             super()._run_subcommand(subcommand)
+        if self.trainer.is_global_zero and self.finished_before is None:
+            say_where(subcommand, Path(folder))
 
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; if it turns out that it has nothing to edit, its new folder is removed."""
@@ -315,8 +330,7 @@ class UnlearnCLI(LightningCLI):
             return
         run = self._claim()
         if isinstance(self.model, DiffusionEditor):
-            written = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            self.model.recipe = deciding(yaml.safe_load(written))
+            self.model.recipe = deciding(yaml.safe_load(self.written))
         try:
             self.trainer.fit(**kwargs)
         except (EmptyNullSpaceError, BrokenWeightsError) as error:
@@ -369,6 +383,12 @@ class UnlearnCLI(LightningCLI):
         kinds = (EvaluationReport, MemorisationReport)
         reports = any(isinstance(callback, kinds) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
+
+    def validate(self, **kwargs: Any) -> None:
+        """Run the validation; a table of rounded scores replaces Lightning's."""
+        self.trainer.validate(**{**kwargs, "verbose": False})
+        if self.trainer.is_global_zero and kwargs["verbose"]:
+            say_scores(self.trainer.callback_metrics)
 
 
 def run(args: Sequence[str]) -> UnlearnCLI:

@@ -109,7 +109,7 @@ def check_early(args: Sequence[str]) -> None:
     for sentence in (*_unknown_options(asked), *_unknown_keys(asked)):
         raise UserError(sentence)
     with user_errors():
-        _check_concept(command, asked)
+        chosen = _check_concept(command, asked)
         for name in ("judge", "second_judge"):
             judge = asked.value("model", name)
             if isinstance(judge, str) and judge not in ("null", "none", ""):
@@ -117,6 +117,8 @@ def check_early(args: Sequence[str]) -> None:
         path = asked.options.get("ckpt_path")
         if path not in (None, "null", "last", "best", "hpc", ""):
             check_checkpoint(path)
+    if chosen:
+        warn(chosen)
 
 
 def _check_that_there_is_a_method(command: str, asked: Asked) -> None:
@@ -134,31 +136,32 @@ def _check_that_there_is_a_method(command: str, asked: Asked) -> None:
     )
 
 
-def _check_concept(command: str, asked: Asked) -> None:
-    """Check the concepts, and say which are edited if the command line names none.
+def _check_concept(command: str, asked: Asked) -> str | None:
+    """Check the concepts; the sentence that says which are edited if the command line of a fit names none.
 
     Raises:
         ValueError: There is no such concept, or no such set.
     """
     kind = asked.kind("model")
     if kind is None or not any(cls.name == "ConceptEditor" for cls in ancestors(kind)) or "after" in asked.options:
-        return
+        return None
     concept = asked.concept
     if concept is None:
         raise UserError(f"{command}: name the concept to edit, e.g. --concept dog.")
     if not isinstance(concept, str | list):
-        return
+        return None
     concept_set = asked.value("model", "concept_set")
     if concept_set is None:
         default = (arguments_of(kind) or {}).get("concept_set")
         concept_set = ast.literal_eval(default.default) if default is not None and default.default else None
     if not isinstance(concept_set, str):
-        return
+        return None
     edited = edited_concepts(concept, load_concept_set(concept_set))
     if "concept" not in asked.options and command == "fit":
         names = ", ".join(one.name for one in edited)
         which = next((path.name for path in reversed(asked.recipes) if "concept" in _read(path)), "the recipe")
-        warn(f"no --concept is given, so the one of {which} is edited: {names}.")
+        return f"no --concept is given, so the one of {which} is edited: {names}."
+    return None
 
 
 def _unknown_options(asked: Asked) -> Iterator[str]:
