@@ -177,7 +177,7 @@ def _helps(docstring: str) -> dict[str, str]:
             inside, name = True, ""
         elif line and not line.startswith(" "):
             inside = False
-        elif inside and (start := re.match(r"    (\w+)(?: \(.*?\))?: (.*)", line)):
+        elif inside and (start := re.match(r"    (\**\w+)(?: \(.*?\))?: (.*)", line)):
             name = start[1]
             found[name] = start[2].strip()
         elif inside and name and line.strip():

@@ -189,7 +189,7 @@ class UnlearnCLI(LightningCLI):
                 warn_unfinished(config.ckpt_path)
             if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
                 raise UserError(
-                    f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that edit: to edit "
+                    f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "
                     f"{', '.join(concepts)} on top of it, pass --after {config.ckpt_path} instead."
                 )
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)

@@ -43,6 +43,22 @@ def recipe_names() -> list[str]:
     return sorted(set(names), key=lambda name: (name.count("/"), name))
 
 
+def recipe_summary(name: str, width: int) -> str:
+    """The beginning of the comment at the top of a recipe, in at most ``width`` characters."""
+    for path in (folder / name for folder in recipe_folders()):
+        if not path.is_file():
+            continue
+        words = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not line.startswith("#") or not line.strip("# "):
+                break
+            words.append(line.strip("# "))
+        without_citations = re.sub(r"\s*\([^()]*(?:\d{4}|Eq)[^()]*\)", "", " ".join(words))
+        text = re.split(r"(?<=[a-z)\d])[.](?= |$)", without_citations)[0]
+        return text if len(text) <= width else f"{text[: width - 1].rsplit(' ', 1)[0]}…"
+    return ""
+
+
 def find_recipe(name: str) -> Path:
     """Return the file that ``name`` stands for.
 

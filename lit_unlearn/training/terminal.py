@@ -1,4 +1,4 @@
-"""What a command of the trainer shows on the terminal: progress that fits into 80 columns, scores, and where they lie."""
+"""What a command of the trainer shows on the terminal: progress in 80 columns, scores, and where they lie."""
 
 from __future__ import annotations
 
