@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -186,9 +187,15 @@ def overview() -> str:
             "  lit-unlearn COMMAND --help, --version",
             "",
             "Recipes, by name from ./configs or the package, several --config override one another:",
-            *(f"  {name:{width}}{recipe_summary(name, 78 - width)}".rstrip() for name in names),
+            *(line for name in names for line in _in_two_lines(name, width)),
             "",
             "Exit codes: 0 success, 1 verify or doctor found a difference, 2 a mistake or an output that",
             "cannot be written, 75 told to stop (the same command goes on), 130 interrupted, 141 pipe closed.",
         ]
     )
+
+
+def _in_two_lines(name: str, width: int) -> list[str]:
+    """A recipe and what it is, in 80 columns."""
+    lines = textwrap.wrap(recipe_summary(name), 78 - width, max_lines=2, placeholder=" …") or [""]
+    return [f"  {name:{width}}{lines[0]}".rstrip(), *(f"  {'':{width}}{line}" for line in lines[1:])]

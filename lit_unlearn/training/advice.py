@@ -25,6 +25,9 @@ IGNORED_WARNINGS = (
 IGNORED_INFO = (
     "💡 Tip",
     "GPU available: False",  # the device is said once
+    "Restoring states from the checkpoint path",
+    "Loaded model weights from the checkpoint",
+    "Restored all states from the checkpoint",
     "TPU available",
     "HPU available",
     "Seed set to",

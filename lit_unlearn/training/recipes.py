@@ -43,8 +43,8 @@ def recipe_names() -> list[str]:
     return sorted(set(names), key=lambda name: (name.count("/"), name))
 
 
-def recipe_summary(name: str, width: int) -> str:
-    """The beginning of the comment at the top of a recipe, in at most ``width`` characters."""
+def recipe_summary(name: str) -> str:
+    """The first sentence of the comment at the top of a recipe, without citations."""
     for path in (folder / name for folder in recipe_folders()):
         if not path.is_file():
             continue
@@ -54,8 +54,7 @@ def recipe_summary(name: str, width: int) -> str:
                 break
             words.append(line.strip("# "))
         without_citations = re.sub(r"\s*\([^()]*(?:\d{4}|Eq)[^()]*\)", "", " ".join(words))
-        text = re.split(r"(?<=[a-z)\d])[.](?= |$)", without_citations)[0]
-        return text if len(text) <= width else f"{text[: width - 1].rsplit(' ', 1)[0]}…"
+        return re.split(r"(?<=[a-z)\d])\.(?= [A-Z]|$)", without_citations)[0]
     return ""
 
 
