@@ -16,6 +16,7 @@ from lit_unlearn.commands.parser import Parser, add_model_options, command_parse
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
 from lit_unlearn.system.names import check_prompts
+from lit_unlearn.system.run_file import checkpoint_of as checkpoint_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,12 +119,6 @@ def run(options: argparse.Namespace) -> None:
     with atomic_write(output) as page_file:
         page_file.write(page.encode())
     print(output)
-
-
-def checkpoint_of(run: str) -> Path:
-    """The checkpoint in the folder of a run, or the file that is given."""
-    inside = Path(run, "checkpoints", "last.ckpt")
-    return inside if inside.is_file() else Path(run)
 
 
 def prompts_of(given: Sequence[str]) -> list[str]:
