@@ -16,7 +16,7 @@ from lit_unlearn.commands.parser import Parser, add_model_options, command_parse
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
 from lit_unlearn.system.names import check_prompts
-from lit_unlearn.system.run_file import checkpoint_of as checkpoint_of
+from lit_unlearn.system.run_file import checkpoint_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -46,7 +46,7 @@ def whole_parser() -> argparse.ArgumentParser:
             if option != "config":
                 made.add_argument(f"--{option}", help=what)
         for one in OPTIONS:
-            made.add_argument(f"--{one.name}", help=one.help, **({} if one.type else {"action": "store_true"}))
+            made.add_argument(f"--{one.name}", help=one.help, action="store" if one.type else "store_true")
         for argument in trainer_options().values():
             made.add_argument(f"--trainer.{argument.name}", help=argument.help.replace("%", "%%"))
     for name, module in command_modules().items():

@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
 def earlier_edit(place: Path | str) -> list[str]:
     """What a folder written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
     try:
-        found = read_json(Path(place, "provenance.json"))
+        found = read_json(Path(place, "provenance.json"), "export it again")
     except (OSError, ValueError):
         return []
     if not isinstance(found, dict) or "edited_weights" not in found:
