@@ -16,6 +16,7 @@ from lit_unlearn.commands.parser import Parser, add_model_options, command_parse
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
 from lit_unlearn.system.names import check_prompts
+from lit_unlearn.system.run_file import checkpoint_of as checkpoint_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         check_prompts(prompts)
         if len(prompts) * options.num > ROWS:
             raise ValueError(f"prompts and num give {len(prompts) * options.num} pictures a run: give at most {ROWS}.")
-        bases = [chosen_base(options.model, options.revision, edit) for edit in edits]
+        bases = [chosen_base(options.model, options.revision, edit, options.config_folder) for edit in edits]
         if len({base.place for base in bases}) > 1:
             names = ", ".join(dict.fromkeys(base.name for base in bases))
             raise ValueError(f"The runs edit different models ({names}): compare edits of one model.")
@@ -118,12 +119,6 @@ def run(options: argparse.Namespace) -> None:
     with atomic_write(output) as page_file:
         page_file.write(page.encode())
     print(output)
-
-
-def checkpoint_of(run: str) -> Path:
-    """The checkpoint in the folder of a run, or the file that is given."""
-    inside = Path(run, "checkpoints", "last.ckpt")
-    return inside if inside.is_file() else Path(run)
 
 
 def prompts_of(given: Sequence[str]) -> list[str]:

@@ -19,8 +19,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lit_unlearn.data.checks import check_concept_set, concept_error
 from lit_unlearn.data.kinds import KINDS
 from lit_unlearn.data.names import Span, find_names, longer_names, name_key, replace_spans
@@ -221,6 +219,8 @@ class ConceptSet:
         others = [concept for concept in self.concepts.values() if concept not in edited]
         kept = {c.name: [t for t in texts(c) if not any(own.find_name(t) for own in edited)] for c in others}
         if lost := [name for name, own in kept.items() if not own]:
+            from lightning.pytorch.utilities import rank_zero_warn
+
             rank_zero_warn(
                 f"Nothing retains {', '.join(lost)}: all {what} of {'each' if len(lost) > 1 else 'it'} name an edited "
                 f"concept ({', '.join(concept.name for concept in edited)}), so reword some in the concept set "
