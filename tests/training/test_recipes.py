@@ -316,4 +316,4 @@ def test_help_lists_what_a_solver_can_be_told(
 def test_the_folder_of_a_single_file_belongs_to_the_model() -> None:
     given = ["fit", "--model", "a/b.safetensors", "--config_folder", "sd", "--config_folder=x"]
     expected = ["fit", "--model.model", "a/b.safetensors", "--model.config_folder", "sd", "--model.config_folder=x"]
-    assert resolve_recipes(given) == expected
+    assert recipes.resolve_recipes(given) == expected
