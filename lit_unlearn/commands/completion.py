@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
 def whole_parser() -> argparse.ArgumentParser:
     """A parser of all commands with all their options; it completes, and does not parse."""
-    from lit_unlearn.cli import TRAINER_COMMANDS, command_modules
+    from lit_unlearn.commands.registry import TRAINER_COMMANDS, command_modules
     from lit_unlearn.system.sources import trainer_options
     from lit_unlearn.training.arguments import LIGHTNINGS, OPTIONS
     from lit_unlearn.training.recipes import recipe_names
