@@ -28,7 +28,9 @@ def parser() -> Parser:
         help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
     )
     made.add_argument(
-        "--lora", metavar="RANK", help="write LoRA weights of at most this rank, or of the rank they need (auto)"
+        "--lora",
+        metavar="RANK",
+        help="write LoRA weights of at most this rank, of the rank they need (auto), or without a loss (exact)",
     )
     made.add_argument(
         "--format",

@@ -26,7 +26,7 @@ from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.card import model_card
 from lit_unlearn.edits.checkpoint import Edit
-from lit_unlearn.edits.lora import low_rank
+from lit_unlearn.edits.lora import Rank, low_rank
 from lit_unlearn.edits.public import Places, public_content
 from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
 from lit_unlearn.edits.single_file import SingleFile, Written, write_edits
@@ -202,7 +202,7 @@ def export_lora(
     facts: dict[str, Any],
     base: BaseModel,
     output: Path,
-    rank: int | None,
+    rank: Rank,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Write the edit as LoRA weights (``low_rank``), with ``facts`` as metadata; return its rank and residuals.

@@ -43,6 +43,21 @@ def recipe_names() -> list[str]:
     return sorted(set(names), key=lambda name: (name.count("/"), name))
 
 
+def recipe_summary(name: str) -> str:
+    """The first sentence of the comment at the top of a recipe, without citations."""
+    for path in (folder / name for folder in recipe_folders()):
+        if not path.is_file():
+            continue
+        words = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not line.startswith("#") or not line.strip("# "):
+                break
+            words.append(line.strip("# "))
+        without_citations = re.sub(r"\s*\([^()]*(?:\d{4}|Eq)[^()]*\)", "", " ".join(words))
+        return re.split(r"(?<=[a-z)\d])\.(?= [A-Z]|$)", without_citations)[0]
+    return ""
+
+
 def find_recipe(name: str) -> Path:
     """Return the file that ``name`` stands for.
 

@@ -68,7 +68,7 @@ BROKEN = {
     # names of weights
     "the original code's": (
         renamed("text_encoder", "cond_stage_model.transformer."),
-        r"model\.safetensors has the weight 'cond_stage_model\.transformer\..* 52 missing.*give the single file",
+        r"model\.safetensors has the weight 'cond_stage_model\.transformer\..* 52 missing.*give the single file that",
     ),
     "the original code's UNet": (added("unet", "input_blocks.0.0.weight"), "give the single file that it came from"),
     "a wrapper's": (renamed("unet", "module."), "save it again without 'module.'"),
