@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def commands() -> str:
     """What ``--help`` says, of each command; of the trainer's, only what they are."""
-    from lit_unlearn.cli import OTHER_COMMANDS, TRAINER_COMMANDS
+    from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS
 
     parts = ["# Commands", "Generated from `lit-unlearn COMMAND --help`."]
     for name, what in TRAINER_COMMANDS.items():

@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
     training.run(["test", *found, "--ckpt_path", ckpt_path])
     output = str(folder / "pipeline")
     _say("export", "--ckpt_path", ckpt_path, "--output", output)
-    no_options = dict.fromkeys(("delta", "lora", "names", "dtype", "model", "revision", "overwrite", "single_file"))
+    no_options = dict.fromkeys(("delta", "lora", "names", "dtype", "overwrite", "single_file"))
+    no_options |= dict.fromkeys(("model", "revision", "config_folder"))
     export.run(argparse.Namespace(ckpt_path=ckpt_path, output=output, format="folder", **no_options))
 
     where: dict[str, Path] = {
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> None:
     prompt = fit.edited[0].direct[0]
     print("\nTry next:")
     print(f"  {_command('generate', prompt, '--ckpt_path', ckpt_path, '--output', 'edited.png')}")
-    print(f"  {_command('generate', prompt, *model, '--output', 'unedited.png')}")
+    steps = ("--num_inference_steps", str(fit.model.num_inference_steps))  # as the edit's
+    print(f"  {_command('generate', prompt, *model, *steps, '--output', 'unedited.png')}")
     other = next(name for name in fit.concept_names if name not in {concept.name for concept in fit.edited})
     print(f"  {_command('demo', '--concept', other, *model)}")
 
