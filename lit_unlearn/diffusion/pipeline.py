@@ -50,6 +50,9 @@ class Pipeline(ABC):
     """Name of the denoiser among ``parts``."""
     flow: ClassVar[bool] = False
     """Whether the denoiser is trained with flow matching, see ``Flow``."""
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]]
+    """For each text encoder, the layer after which each way of the text reads it (``text_ways``), counted from the last
+    (-1); layers behind all of them act on nothing."""
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
 

@@ -15,7 +15,6 @@ from helpers import KV, PROMPTS, TARGETS, by_null_space, by_ridge_map, states
 from lit_unlearn.diffusion import base_model
 from lit_unlearn.methods.context_edit import ContextEdit
 from lit_unlearn.methods.uce import UCE
-from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Build = Callable[..., ContextEdit]
 Fit = Callable[..., L.Trainer]
@@ -166,12 +165,3 @@ def test_uce_takes_targets_without_the_bias(family: str, pets: str, fit: Fit, re
     before = mapped.guides[0] @ module.pretrained.values[name].double().mT + layer.bias.double()
     with torch.no_grad():
         assert_close(layer(mapped.keys.float()).double(), before, rtol=1e-3, atol=1e-4)  # what the guide had
-
-
-def test_a_method_of_one_text_encoder_is_refused_before_loading(
-    tiny_sdxl: Path, pets: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("a model was loaded"))
-    message = "is of Stable Diffusion XL, with text_encoder, text_encoder_2, and ValueRefinement edits"
-    with pytest.raises(ValueError, match=message):
-        edit_of(ValueRefinement, tiny_sdxl, pets, edited_parameters="text-fc2")

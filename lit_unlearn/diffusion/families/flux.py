@@ -61,6 +61,10 @@ class Flux(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "transformer"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"pooled": -1},
+        "text_encoder_2": {"tokens": -1},
+    }
     flow: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer

@@ -71,6 +71,10 @@ class StableDiffusionXL(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "unet"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"tokens": -2},
+        "text_encoder_2": {"tokens": -2, "pooled": -1},
+    }
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
