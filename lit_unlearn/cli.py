@@ -113,6 +113,7 @@ def _run(args: list[str]) -> int:
         "ckpt_path",
         "export",
         "single_file",
+        "config_folder",
         "checkpoint",
     ):  # a shell does not expand the ~ in --output=~/a.png
         if isinstance(path := getattr(options, name, None), str):

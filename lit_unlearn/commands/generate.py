@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
         if edit is not None:
             warn_unfinished(options.ckpt_path)
-        base = chosen_base(options.model, options.revision, edit)
+        base = chosen_base(options.model, options.revision, edit, options.config_folder)
         hyper_parameters = edit.hyper_parameters if edit else {}
         steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
         base.check_steps(steps, "num_inference_steps")

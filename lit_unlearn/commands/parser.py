@@ -81,6 +81,19 @@ def check_output(command: str, options: argparse.Namespace) -> None:
 
 
 def add_model_options(parser: Parser, default: str) -> None:
-    """Add ``--model`` and ``--revision``; ``default`` describes the model that is used without them."""
-    parser.add_argument("--model", help=f"diffusers folder, emoji-sd (embedded), or hub id; default: {default}")
+    """Add ``--model`` and what belongs to it; ``default`` describes the model that is used without them."""
+    parser.add_argument(
+        "--model",
+        help=f"diffusers folder, .safetensors file, emoji-sd (embedded), or hub id; default: {default}",
+    )
     parser.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
+    add_config_folder(parser)
+
+
+def add_config_folder(parser: Parser) -> None:
+    """Add ``--config_folder``."""
+    parser.add_argument(
+        "--config_folder",
+        metavar="FOLDER",
+        help="diffusers folder with what a single file does not hold: tokenizers, and parts that are missing in it",
+    )

@@ -16,8 +16,8 @@ from lit_unlearn.diffusion.parts import Part, described_model, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.diffusion.samplers import make_sampler
-from lit_unlearn.diffusion.source import CONVERT, STEMS, read_config, weight_files
-from lit_unlearn.diffusion.stored import StoredWeights
+from lit_unlearn.diffusion.source import ORIGINS, STEMS, read_config, weight_files, weights_folder
+from lit_unlearn.diffusion.stored import stored_weights
 from lit_unlearn.system.errors import essence
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ ORIGINAL = (
 """Beginnings or parts of the names of weights in the original code of Stable Diffusion."""
 BROKEN_CONFIG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """Errors that the libraries raise when a model is made from a wrong configuration."""
+ROUNDED = 128
+"""A T5 embeds this many tokens more than there are at most: the number is a multiple of it."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -104,28 +106,31 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
                 f"model={model!r} has no *.safetensors in {part}/ that the name {stem} begins (there is "
                 f"{there or 'nothing'}): convert it with save_pretrained first."
             )
-        stored = StoredWeights(path, part)
+        stored = stored_weights(path, part)
         expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
-        where = f"model={model!r}: {part}/"
-        described = f"the {type(module).__name__} that its config.json describes"
+        where, described = f"model={model!r}: {part}/", f"the {type(module).__name__} that its config.json describes"
+        copy = "copy the part again, with its config.json"
+        if weights_folder(path, part) is None:  # in a single file
+            where = f"model={model!r} ({part}): "
+            described = f"the {type(module).__name__} of {family_in(path, model).title}"
+            copy = "give a whole model that draws from text alone, or config_folder=FOLDER with its own config.json"
         missing = [name for name in expected if name not in stored.described]
         if unknown := [name for name in stored.described if name not in expected]:
             file, name, *_ = stored.described[unknown[0]]
             also = f"{len(unknown) - 1} more unknown, {len(missing)} missing"
             raise ValueError(
                 f"{where}{file.name} has the weight {name!r}, which {described} does not have ({also}): "
-                f"{_remedy(name, expected)}."
+                f"{_remedy(name, expected, copy)}."
             )
         if missing:
             raise ValueError(
-                f"{where} lacks the weight {missing[0]!r} of {described} ({len(missing) - 1} more missing): copy the "
-                "part again, with its config.json."
+                f"{where} lacks the weight {missing[0]!r} of {described} ({len(missing) - 1} more missing): {copy}."
             )
         for name, tensor in stored.described.items():
             if tensor.shape != expected[name]:
                 raise ValueError(
                     f"{where}{tensor.file.name} has {name!r} of the shape {tensor.shape}, and {described} has it of "
-                    f"{expected[name]}: copy the part again, with its config.json."
+                    f"{expected[name]}: {copy}."
                 )
             if tensor.dtype not in FLOATS:
                 raise ValueError(
@@ -180,6 +185,12 @@ def load_tokenizer(path: Path, part: str, model: str, text_config: Any) -> PreTr
         raise ValueError(
             f"model={model!r}: the {part} has a token {last} ({tokenizer.convert_ids_to_tokens(last)!r}), and {who} "
             f"embeds vocab_size={text_config.vocab_size}: save both parts of one pipeline."
+        )
+    unused = text_config.vocab_size - 1 - last
+    if path in ORIGINS and unused > (0 if of_a_clip else ROUNDED):  # in a folder it was saved beside its encoder
+        raise ValueError(
+            f"model={model!r}: the {part} knows {last + 1} tokens, and {who} embeds vocab_size="
+            f"{text_config.vocab_size}: give config_folder=FOLDER with the {part} of that model."
         )
     return tokenizer  # type: ignore[no-any-return]
 
@@ -250,7 +261,7 @@ def _check_index(path: Path, model: str) -> dict[str, Any]:
         listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         raise ValueError(
             f"model={model!r} lacks model_index.json (there is {listed or 'nothing'}): a folder in the diffusers "
-            f"layout has it and {', '.join(StableDiffusion.declared)}; to convert a single file: {CONVERT}."
+            f"layout has it and {', '.join(StableDiffusion.declared)}; a single file is given as FILE.safetensors."
         )
     index = read_config(path / "model_index.json")
     if "_class_name" not in index:
@@ -323,12 +334,12 @@ def _described(path: Path, part: str, model: str) -> nn.Module:
         raise ValueError(f"model={model!r}: {part}/config.json describes no {kind}: {essence(error)}") from error
 
 
-def _remedy(name: str, expected: Mapping[str, Any]) -> str:
+def _remedy(name: str, expected: Mapping[str, Any], otherwise: str) -> str:
     """What to do about an unknown weight, from its name."""
     if any(name.startswith(start) or f".{start}" in name for start in ORIGINAL):
-        return f"the names are those of the original code; convert the single checkpoint that it came from: {CONVERT}"
+        return "the names are those of the original code; give the single file that it came from as the model"
     if "lora" in name or ".base_layer." in name:
         return "an adapter was saved with it; load it in diffusers, call fuse_lora() and unload_lora_weights(), save it"
     if prefix := next((name.removesuffix(known) for known in expected if name.endswith(f".{known}")), ""):
         return f"save it again without {prefix!r} before the names"
-    return "copy the part again, with its config.json"
+    return otherwise

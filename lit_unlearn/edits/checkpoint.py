@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -107,8 +108,9 @@ class Edit:
         for name, largest in (("num_inference_steps", 1000), ("guidance_scale", 1e6)):
             if not isinstance(value := options.get(name, 1), int | float) or not abs(value) <= largest:
                 raise refuse(f"its {name} is {value!r:.40}")
-        if not isinstance(options.get("revision"), str | None):
-            raise refuse("its revision is not text")
+        for name in ("revision", "config_folder"):
+            if not isinstance(options.get(name), str | None):
+                raise refuse(f"its {name} is not text")
         if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(STEMS):
             raise refuse("its base weights are no mapping of parts")
         for name, value in self.weights.items():
@@ -390,25 +392,33 @@ def load_with_pretrained(
     return pipeline, pretrained
 
 
-def chosen_base(model: str | None, revision: str | None, edit: Edit | None) -> BaseModel:
+def chosen_base(
+    model: str | None, revision: str | None, edit: Edit | None, config_folder: str | None = None
+) -> BaseModel:
     """Find and check the model to load: the given one, else the one that was edited, else the embedded one.
 
     Args:
         model: Its name, if given.
         revision: Branch, tag or commit, if the model is a hub id; None takes the edit's.
         edit: The edit that will be applied to it, if there is one.
+        config_folder: What a single file does not hold, as for ``BaseModel.find``; None takes the edit's if it exists.
 
     Raises:
         ValueError: The model does not exist, or the edit was not made on it.
     """
     if edit is None:
-        return BaseModel.find(EMBEDDED if model is None else model, revision)
+        return BaseModel.find(EMBEDDED if model is None else model, revision, config_folder)
     local = LOCAL_NAME.fullmatch(edit.model)
-    if model is None and local is not None and not Path(edit.model).is_dir():
+    if model is None and local is not None and not Path(edit.model).exists():
+        kind = "file" if local[1].endswith(".safetensors") else "folder"
         raise ValueError(
-            f"{edit.path} edits a model in a folder called {local[1]!r} and does not say where that lies: name it with "
+            f"{edit.path} edits a model in a {kind} called {local[1]!r} and does not say where that lies: name it with "
             "--model."
         )
-    base = BaseModel.find(edit.model if model is None else model, revision or edit.hyper_parameters.get("revision"))
+    name, of_edit = edit.model if model is None else model, edit.hyper_parameters
+    folder = of_edit.get("config_folder")
+    if config_folder is None and folder is not None and os.path.isfile(name) and os.path.isdir(folder):
+        config_folder = folder
+    base = BaseModel.find(name, revision or of_edit.get("revision"), config_folder)
     edit.check_base(base)
     return base

@@ -228,7 +228,8 @@ def export_single(
     Raises:
         ValueError: The file is not of the base model; or as ``write_edits``.
     """
-    if other := source.differing(base.values(edit.dtype)):
+    is_base = base.single_file is not None and source.path.samefile(base.single_file)
+    if other := [] if is_base else source.differing(base.values(edit.dtype)):
         parts = " and ".join(dict.fromkeys(name.partition(".")[0] for name in other))
         raise ValueError(
             f"single_file={source.path} differs from model={base.name!r} in {parts} ({other[0]}"

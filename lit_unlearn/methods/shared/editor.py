@@ -37,8 +37,11 @@ class DiffusionEditor(L.LightningModule):
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
 
     Args:
-        model: Folder of a pipeline in the diffusers layout, ``emoji-sd`` (the embedded model), or a hub id.
+        model: Folder of a pipeline in the diffusers layout, single file (``.safetensors``), ``emoji-sd`` (the embedded
+            model), or a hub id.
         revision: Branch, tag or commit, if ``model`` is a hub id.
+        config_folder: Folder in the diffusers layout, if ``model`` is a single file: with its tokenizers, and with the
+            parts that the file does not hold.
         dtype: Type of all weights: ``float32``, ``bfloat16`` or ``float16``.
         edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
         num_inference_steps: Denoising steps of every picture.
@@ -62,6 +65,7 @@ class DiffusionEditor(L.LightningModule):
         edited_parameters: str = "xattn",
         num_inference_steps: int = 15,
         guidance_scale: float = 4.0,
+        config_folder: str | None = None,
     ) -> None:
         super().__init__()
         self.processes = Processes(self)
@@ -77,7 +81,7 @@ class DiffusionEditor(L.LightningModule):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
-        self.base = BaseModel.find(model, revision)
+        self.base = BaseModel.find(model, revision, config_folder)
         if self.base.names:
             self._check_family()
             self.select(self.base.names)

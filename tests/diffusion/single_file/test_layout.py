@@ -158,14 +158,13 @@ def test_a_file_without_t5() -> None:
         Layout(shapes, "it.safetensors").place("text_encoder_3.encoder.block.0.layer.1.DenseReluDense.wo.weight")
 
 
-def test_the_embeddings_that_a_file_has_twice_are_not_edited() -> None:
-    shapes = published("sd3_medium")
-    assert (
-        Layout(shapes, "").place("text_encoder_3.shared.weight").key == "text_encoders.t5xxl.transformer.shared.weight"
-    )
-    twice = {**shapes, "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight": (32128, 4096)}
-    with pytest.raises(ValueError, match=r"no single place for text_encoder_3.shared.weight"):
-        Layout(twice, "it.safetensors").place("text_encoder_3.shared.weight")
+def test_the_embeddings_that_a_file_has_twice() -> None:
+    shapes, prefix = published("sd3_medium"), "text_encoders.t5xxl.transformer."
+    assert Layout(shapes, "").place("text_encoder_3.shared.weight").key == f"{prefix}shared.weight"
+    copy = f"{prefix}encoder.embed_tokens.weight"
+    twice = {**shapes, copy: (32128, 4096)}
+    place = Layout(twice, "it.safetensors").place("text_encoder_3.shared.weight")
+    assert (place.key, place.copies) == (f"{prefix}shared.weight", (copy,))
 
 
 EMA = {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3)}
