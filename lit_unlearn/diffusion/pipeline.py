@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.discrete_prompts import shared_words, words_of
 from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
+from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
@@ -245,8 +246,8 @@ class Pipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser."""
-        return next(self.denoiser.parameters()).device
+        """Device that the denoiser computes on."""
+        return computing_device(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:

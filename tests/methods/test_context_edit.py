@@ -65,8 +65,9 @@ def test_only_the_last_token(context: Build, fit: Fit) -> None:
     fit(module, by_null_space(threshold=16, rule="count"))
     found, goals = states(module, *PROMPTS).double(), states(module, *TARGETS).double()
     pairs = module.on_way["tokens"]
-    assert torch.equal(pairs.keys, torch.stack([found[0, 2], found[1, 4]]))
-    assert torch.equal(pairs.goals, torch.stack([goals[0, 3], goals[1, 5]]))
+    # Rounding: the window is cut behind the last token that is read.
+    assert_close(pairs.keys, torch.stack([found[0, 2], found[1, 4]]), rtol=0, atol=3e-6)
+    assert_close(pairs.goals, torch.stack([goals[0, 3], goals[1, 5]]), rtol=0, atol=3e-6)
 
 
 def test_states_before_the_concept_do_not_carry_it(context: Build, fit: Fit) -> None:
@@ -114,7 +115,8 @@ def test_context_is_both_ways_of_the_text(
     keys = module.on_way["pooled"]
     with torch.no_grad():
         condition = module.pipeline.encode(PROMPTS)
-    assert_close(keys.keys[:, : condition.pooled.shape[1]], condition.pooled.double())
+    # Rounding: edit and target prompts are encoded in one batch.
+    assert_close(keys.keys[:, : condition.pooled.shape[1]], condition.pooled.double(), rtol=0, atol=3e-6)
     for name, layer in module.layers.items():  # biases stay, and every map is changed
         change = layer.weight.detach() - module.pretrained.values[name]
         assert change.norm() > 1e-3 * layer.weight.norm()

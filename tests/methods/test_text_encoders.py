@@ -337,6 +337,7 @@ def test_memit_reaches_the_goal_of_each_stretch(family: str, edit: Edit, fit: Fi
     [
         ("sd3", "null_space"),
         pytest.param("sdxl", "null_space", marks=pytest.mark.slow),
+        pytest.param("flux", "null_space", marks=pytest.mark.slow),
         pytest.param("sd3", "memit", marks=pytest.mark.slow),
         pytest.param("sdxl", "null_space_refined", marks=pytest.mark.slow),
     ],
