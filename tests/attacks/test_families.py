@@ -133,7 +133,7 @@ def test_a_token_is_learned_in_every_encoder_that_is_read(untouched_model: Attac
     found = ConceptInversion(steps=12, batch_size=4, learning_rate=0.1).run(model)
     assert found.embeddings is not None and found.embeddings.shape == start.shape
     moved = (found.embeddings - start).split(pipeline.token_widths, dim=1)
-    assert all(part.abs().min() > 1e-3 for part in moved)
+    assert all(part.abs().mean() > 1e-2 for part in moved)
 
     def loss(embeddings: Tensor) -> float:
         prompts = pipeline.tokenize_templates(["a {}"] * 8, 1)
