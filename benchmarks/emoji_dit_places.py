@@ -26,7 +26,7 @@ from leaders import attacked, edited, held, load, sequence, tested
 from leaders_tables import attack_share, number, pooled, share, table, took
 from stored import add_options, make_stored
 
-MODEL = ("--model", "emoji-dit")
+MODEL = ("--model.model", "emoji-dit")
 CLIP, T5 = r"text_encoder(_2)?\..*fc2\.weight", r"text_encoder_3\..*\.wo\.weight"
 ATTACKS = ("concept_inversion", "ring_a_bell")
 NUM_PICTURES = 10

@@ -10,10 +10,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
 
 from lit_unlearn import __version__
 from lit_unlearn.commands.parser import check_output
+from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS, command_modules
 from lit_unlearn.judges.names import check_short_name
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
 from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
@@ -22,26 +22,6 @@ from lit_unlearn.training.early import check_early
 from lit_unlearn.training.help import command_help, wants_help
 from lit_unlearn.training.recipes import recipe_names, recipe_summary, resolve_recipes
 
-TRAINER_COMMANDS = {
-    "fit": "find and apply an edit, or train a part of the embedded model",
-    "validate": "draw a few pictures with a run's edited weights",
-    "test": "score a run: pictures before and after, judged",
-    "predict": "draw the evaluation pictures with a run's edited weights",
-}
-OTHER_COMMANDS = (
-    "generate",
-    "export",
-    "attack",
-    "verify",
-    "convert",
-    "runs",
-    "report",
-    "compare",
-    "demo",
-    "doctor",
-    "completion",
-)
-"""Each one is a file in ``lit_unlearn/commands``."""
 CLOSED_PIPE = 141
 """Exit code if the reader of the output has gone, as in ``lit-unlearn report | head``: that of SIGPIPE in a shell."""
 TOLD_TO_STOP = 75
@@ -146,6 +126,7 @@ def _run(args: list[str]) -> int:
         "ckpt_path",
         "export",
         "single_file",
+        "config_folder",
         "checkpoint",
     ):  # a shell does not expand the ~ in --output=~/a.png
         if isinstance(path := getattr(options, name, None), str):
@@ -159,11 +140,6 @@ def _run(args: list[str]) -> int:
             check_short_name(options.judge)
         check_output(command, options)
     return module.run(options) or 0
-
-
-def command_modules() -> dict[str, ModuleType]:
-    """The modules of ``OTHER_COMMANDS``; none of them imports PyTorch before it runs."""
-    return {name: import_module(f"lit_unlearn.commands.{name}") for name in OTHER_COMMANDS}
 
 
 def overview() -> str:

@@ -24,9 +24,9 @@ from lit_unlearn.attacks.restarts import check_restarts
 from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit, warn_unfinished
 from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
 from lit_unlearn.evaluation.grids import image_grid
@@ -57,6 +57,7 @@ def attack_run(
     allow_names: bool = False,
     model: str | None = None,
     revision: str | None = None,
+    config_folder: str | None = None,
     output: str | Path | None = None,
     device: str | None = None,
     existing: Existing = "refuse",
@@ -81,6 +82,7 @@ def attack_run(
         allow_names: Whether searched prompts may contain the concept's own names.
         model: The base model; None for the one that was edited.
         revision: Branch, tag or commit, if the model is a hub id.
+        config_folder: Folder with what a single file does not hold, as for ``BaseModel.find``.
         output: Folder for ``attacks.json`` and ``attacks/``; None for the run's folder.
         device: The device; None takes a GPU if there is one.
         existing: What to do with attacks that already have a result in ``attacks.json``.
@@ -112,7 +114,7 @@ def attack_run(
     if todo:
         for sentence in unaffected:
             say(sentence)
-        found_device, base = find_device(device), chosen_base(model, revision, edit)
+        found_device, base = find_device(device), chosen_base(model, revision, edit, config_folder)
         base.check_steps(how.num_inference_steps, "num_inference_steps")
         for attack in dict.fromkeys(attack for attack, _ in todo):
             attack.check_run(base, how.num_inference_steps, how.guidance_scale)
@@ -220,7 +222,7 @@ def _vocabulary(pipeline: Pipeline, edit: Edit, base: BaseModel) -> str:
     is_edited = any(name.endswith("token_embedding.weight") for name in edit.weights)
     if is_edited or (isinstance(base.place, Path) and edit.dtype == torch.float32):  # the table as it is stored
         return fingerprint({"token_embedding.weight": pipeline.text.table.float()})
-    return vocabulary_of(base.name)[0]
+    return vocabulary_of(base.name, base.config_folder)[0]
 
 
 def _chosen_attacks(

@@ -74,8 +74,9 @@ class ClosedFormEdit(L.Callback):
     @torch.no_grad()
     def edit(self, trainer: L.Trainer, pl_module: ClosedFormMethod, epoch: int) -> None:
         """Apply the writes of ``epoch``: to one layer, to layers one after the other, or to all at once."""
-        for writes in pl_module.writes(epoch):
-            self.write(pl_module, writes, epoch)
+        with pl_module.edited_in_place():
+            for writes in pl_module.writes(epoch):
+                self.write(pl_module, writes, epoch)
         pl_module.after_writes(epoch, is_last=epoch + 1 == trainer.max_epochs)
 
     def write(self, pl_module: ClosedFormMethod, writes: Sequence[Write], epoch: int) -> None:

@@ -118,6 +118,7 @@ def run(options: argparse.Namespace) -> None:
             judge_options=options.judge_options,
             model=options.model,
             revision=options.revision,
+            config_folder=options.config_folder,
             output=options.output,
             device=options.device,
             existing="replace" if options.overwrite else "refuse",

@@ -16,7 +16,7 @@ from lit_unlearn.commands.parser import Parser, add_model_options, command_parse
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
 from lit_unlearn.system.names import check_prompts
-from lit_unlearn.system.run_file import checkpoint_of as checkpoint_of
+from lit_unlearn.system.run_file import checkpoint_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def parser() -> Parser:
     """Options of ``compare``."""
     made = command_parser("compare", DESCRIPTION)
     made.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, its checkpoint, or a delta")
-    what = "prompts, or text files with one prompt on each line; default: the edited concepts' own"
+    what = "prompts, or lists (.txt, .csv with a column prompt); default: the edited concepts' own"
     made.add_argument("--prompts", nargs="+", action="extend", metavar="PROMPT", help=what)
     made.add_argument("-o", "--output", default="compare.html", metavar="FILE.html", help="default: compare.html")
     add_model_options(made, "the one that was edited")
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         check_prompts(prompts)
         if len(prompts) * options.num > ROWS:
             raise ValueError(f"prompts and num give {len(prompts) * options.num} pictures a run: give at most {ROWS}.")
-        bases = [chosen_base(options.model, options.revision, edit) for edit in edits]
+        bases = [chosen_base(options.model, options.revision, edit, options.config_folder) for edit in edits]
         if len({base.place for base in bases}) > 1:
             names = ", ".join(dict.fromkeys(base.name for base in bases))
             raise ValueError(f"The runs edit different models ({names}): compare edits of one model.")
@@ -122,25 +122,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def prompts_of(given: Sequence[str]) -> list[str]:
-    """The prompts that are given, and those in the text files that are given.
+    """The prompts that are given, and those in the lists that are given (``data.tables``); their seeds are not used.
 
     Raises:
-        ValueError: A file has no prompt, or is not text.
+        ValueError: A list has no prompt, or cannot be read.
     """
-    prompts = []
-    for text in given:
-        if not text.endswith(".txt"):
-            prompts.append(text)
-            continue
-        try:
-            lines = Path(text).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompts={text} cannot be read ({error}): give a text file, or prompts.") from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise ValueError(f"prompts={text} has no prompt: write one on each line.")
-        prompts += found
-    return prompts
+    from lit_unlearn.data.tables import read_prompts
+
+    lists = (".txt", ".csv", ".tsv")
+    found = [[row.prompt for row in read_prompts(text)] if text.endswith(lists) else [text] for text in given]
+    return [prompt for prompts in found for prompt in prompts]
 
 
 def agreed(edits: Sequence[Edit], field: str, given: float | None) -> float:

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
 def whole_parser() -> argparse.ArgumentParser:
     """A parser of all commands with all their options; it completes, and does not parse."""
-    from lit_unlearn.cli import TRAINER_COMMANDS, command_modules
+    from lit_unlearn.commands.registry import TRAINER_COMMANDS, command_modules
     from lit_unlearn.system.sources import trainer_options
     from lit_unlearn.training.arguments import LIGHTNINGS, OPTIONS
     from lit_unlearn.training.recipes import recipe_names
@@ -46,7 +46,7 @@ def whole_parser() -> argparse.ArgumentParser:
             if option != "config":
                 made.add_argument(f"--{option}", help=what)
         for one in OPTIONS:
-            made.add_argument(f"--{one.name}", help=one.help, **({} if one.type else {"action": "store_true"}))
+            made.add_argument(f"--{one.name}", help=one.help, action="store" if one.type else "store_true")
         for argument in trainer_options().values():
             made.add_argument(f"--trainer.{argument.name}", help=argument.help.replace("%", "%%"))
     for name, module in command_modules().items():

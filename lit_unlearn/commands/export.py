@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.system.errors import plain_warnings, user_errors
+
+if TYPE_CHECKING:
+    from lit_unlearn.diffusion.base_model import BaseModel
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,7 +28,9 @@ def parser() -> Parser:
         help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
     )
     made.add_argument(
-        "--lora", metavar="RANK", help="write LoRA weights of at most this rank, or of the rank they need (auto)"
+        "--lora",
+        metavar="RANK",
+        help="write LoRA weights of at most this rank, of the rank they need (auto), or without a loss (exact)",
     )
     made.add_argument(
         "--format",
@@ -35,7 +41,8 @@ def parser() -> Parser:
     made.add_argument(
         "--single_file",
         metavar="FILE",
-        help="with --format single: the model's checkpoint in the layout of the original code (.safetensors)",
+        help="with --format single: the model's checkpoint in the layout of the original code (.safetensors); default: "
+        "the edited model, if it was one",
     )
     made.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as in the run")
     made.add_argument(
@@ -57,13 +64,13 @@ def run(options: argparse.Namespace) -> None:
     """
     import torch
 
+    from lit_unlearn.edits.card import left_out
     from lit_unlearn.edits.checkpoint import chosen_base, read_edit, warn_unfinished
     from lit_unlearn.edits.export import (
         export_delta,
         export_lora,
         export_pipeline,
         export_single,
-        left_out,
         output_path,
         provenance,
     )
@@ -84,15 +91,18 @@ def run(options: argparse.Namespace) -> None:
         check_single(options)
         if options.single_file:
             source = SingleFile(options.single_file)
+        edit, base = read_edit(options.ckpt_path), None
+        if options.format == "single" and source is None:  # the model that was edited, if it is a single file
+            base = chosen_base(options.model, options.revision, edit, options.config_folder)
+            source = SingleFile(single_file_of(base))
         file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
         file_name = source.path.name if source is not None else file_name
         output = output_path(Path(options.output), file_name, options.overwrite)
-        edit = read_edit(options.ckpt_path)
         if source is not None:
             for name in edit.weights:
                 source.dtype(name)  # a file without a place for it is refused before the model is read
         warn_unfinished(options.ckpt_path)
-        base = chosen_base(options.model, options.revision, edit)
+        base = base or chosen_base(options.model, options.revision, edit, options.config_folder)
         if options.delta:
             export_delta(edit, provenance(edit, base), output, dtype)
         elif options.lora:
@@ -115,16 +125,28 @@ def run(options: argparse.Namespace) -> None:
             print(f"  {name:60} {residual:.2e}")
 
 
+def single_file_of(base: BaseModel) -> Path:
+    """The single file that the edited model is.
+
+    Raises:
+        ValueError: It is a folder or a model of the hub.
+    """
+    if base.single_file is None:
+        raise ValueError(
+            f"--format single needs --single_file FILE: model={base.name!r} is no single file, and the edit is written "
+            "into a copy of one."
+        )
+    return base.single_file
+
+
 def check_single(options: argparse.Namespace) -> None:
     """Refuse options that do not go together with a single file.
 
     Raises:
         ValueError: Which ones, and what to do.
     """
-    if (options.format == "single") != bool(options.single_file):
-        raise ValueError(
-            "--format single and --single_file FILE belong together: the edit is written into a copy of that file."
-        )
+    if options.single_file and options.format != "single":
+        raise ValueError("--single_file FILE needs --format single: the edit is written into a copy of that file.")
     if options.format != "single":
         return
     for option in ("delta", "lora", "names"):

@@ -36,6 +36,7 @@ def parser() -> Parser:
     made.add_argument("--scale", type=int, help="enlargement; default: to at least 256 pixels")
     made.add_argument("--batch_size", type=int, default=8, help="pictures drawn at once; default: 8")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
+    made.add_argument("--offload", action="store_true", help="move parts to the GPU only while they are used")
     made.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return made
 
@@ -46,8 +47,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: An option, the checkpoint or the model is wrong.
     """
+    import torch
     from PIL import Image
 
+    from lit_unlearn.diffusion.offload import Offload
     from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit, warn_unfinished
     from lit_unlearn.evaluation.grids import image_grid
     from lit_unlearn.system.devices import explaining_memory, find_device
@@ -66,14 +69,21 @@ def run(options: argparse.Namespace) -> None:
         edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
         if edit is not None:
             warn_unfinished(options.ckpt_path)
-        base = chosen_base(options.model, options.revision, edit)
+        base = chosen_base(options.model, options.revision, edit, options.config_folder)
         hyper_parameters = edit.hyper_parameters if edit else {}
         steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
         base.check_steps(steps, "num_inference_steps")
     ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
+    ways += (
+        ["move parts there only while they are used (--offload)"]
+        if device.type != "cpu" and not options.offload
+        else []
+    )
     ways += ["draw on the processor (--device cpu)"] if device.type != "cpu" else []
     with user_errors(), explaining_memory("generate", device, ways):
-        pipeline = load_edited(base, edit, device)
+        pipeline = load_edited(base, edit, torch.device("cpu") if options.offload else device)
+        if options.offload and device.type != "cpu":
+            Offload(pipeline.parts, device)
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = hyper_parameters.get("guidance_scale", 4.0)
@@ -102,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
 def earlier_edit(place: Path | str) -> list[str]:
     """What a folder written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
     try:
-        found = read_json(Path(place, "provenance.json"))
+        found = read_json(Path(place, "provenance.json"), "export it again")
     except (OSError, ValueError):
         return []
     if not isinstance(found, dict) or "edited_weights" not in found:

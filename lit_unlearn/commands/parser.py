@@ -70,17 +70,30 @@ def check_output(command: str, options: argparse.Namespace) -> None:
         return
     check_path("output", output)
     single = command == "export" and options.format == "single"
-    if command == "export" and not (options.delta or options.lora or single):
+    if command == "erase" or (command == "export" and not (options.delta or options.lora or single)):
         return  # it says itself what stands in its way, which may be an earlier export
     suffixes: Sequence[str] = ()
-    if command in ("generate", "compare"):
-        suffixes = [".png" if command == "generate" else ".html"]
+    if command in (endings := {"generate": ".png", "compare": ".html", "concepts": ".yaml"}):
+        suffixes = [endings[command]]
     elif command in ("export", "convert"):
         suffixes = [".safetensors"]
-    check_output_name(output, suffixes, may_be_folder=command not in ("generate", "compare", "convert"))
+    check_output_name(output, suffixes, may_be_folder=command not in {*endings, "convert"})
 
 
 def add_model_options(parser: Parser, default: str) -> None:
-    """Add ``--model`` and ``--revision``; ``default`` describes the model that is used without them."""
-    parser.add_argument("--model", help=f"diffusers folder, emoji-sd (embedded), or hub id; default: {default}")
+    """Add ``--model`` and what belongs to it; ``default`` describes the model that is used without them."""
+    parser.add_argument(
+        "--model",
+        help=f"diffusers folder, .safetensors file, emoji-sd (embedded), or hub id; default: {default}",
+    )
     parser.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
+    add_config_folder(parser)
+
+
+def add_config_folder(parser: Parser) -> None:
+    """Add ``--config_folder``."""
+    parser.add_argument(
+        "--config_folder",
+        metavar="FOLDER",
+        help="diffusers folder with what a single file does not hold: tokenizers, and parts that are missing in it",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_unlearn.commands.parser import Parser, command_parser
+from lit_unlearn.commands.parser import Parser, add_config_folder, command_parser
 from lit_unlearn.system.errors import user_errors
 
 DESCRIPTION = "check an export against its provenance"
@@ -15,8 +15,11 @@ def parser() -> Parser:
     """Options of ``verify``."""
     made = command_parser("verify", DESCRIPTION)
     made.add_argument("export", metavar="EXPORT", help="exported folder, single file, delta or LoRA weights")
-    made.add_argument("--base", metavar="MODEL", help="also compare with this base model: folder, emoji-sd or hub id")
+    made.add_argument(
+        "--base", metavar="MODEL", help="also compare with this base model: folder, single file, emoji-sd or hub id"
+    )
     made.add_argument("--revision", help="branch, tag or commit, if the base is a hub id")
+    add_config_folder(made)
     return made
 
 
@@ -35,7 +38,9 @@ def run(options: argparse.Namespace) -> int:
     from lit_unlearn.edits.verify import findings_table, verify_export
 
     with user_errors():
-        base = BaseModel.find(options.base, options.revision) if options.base is not None else None
+        base = None
+        if options.base is not None:
+            base = BaseModel.find(options.base, options.revision, options.config_folder)
         findings = verify_export(Path(options.export), base)
     Console(soft_wrap=True).print(findings_table(findings))
     wrong = [finding for finding in findings if not finding.ok]

@@ -167,7 +167,7 @@ def reach_report(write: Write, weight: Tensor, retained: NullSpaceBasis | Tensor
     weight = checked_matrix("weight", weight, (None, None))
     rows = rows.to(write.keys.device)
     outputs = checked_matrix("keys", write.keys[rows], (None, weight.shape[1]), weight.device) @ weight.mT
-    values = checked_matrix("values", write.values[rows.to(write.values.device)], (None, len(weight)), weight.device)
+    values = checked_matrix("values", write.wanted(rows), (None, len(weight)), weight.device)
     outputs = outputs[(values - outputs).norm(dim=1) > TOLERANCE * outputs.norm(dim=1)]
     if not len(outputs):
         return {}

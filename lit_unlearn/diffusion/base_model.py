@@ -17,6 +17,7 @@ from lit_unlearn.diffusion.parameters import Fingerprint, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.diffusion.samplers import check_steps
+from lit_unlearn.diffusion.single_file.folder import check_unused, local_folder
 from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.diffusion.stored import WholeModel
 
@@ -30,14 +31,16 @@ class BaseModel:
     Attributes:
         name: The model as the user gave it.
         revision: Branch, tag or commit, if it is a hub id.
-        place: Its folder, or the hub id.
-        folder: Folder of its files; None for a hub id that is not downloaded yet.
+        config_folder: Folder with what a single file does not hold, as the user gave it.
+        place: Its folder or single file, or the hub id.
+        folder: Folder of its files, or the one that stands for a single file; None for a hub id that is not downloaded
+            yet.
         names: Full names of its weights, from the headers of its files; empty without a folder.
     """
 
-    def __init__(self, name: str, revision: str | None) -> None:
-        self.name, self.revision = name, revision
-        self.place = resolve_model(name)
+    def __init__(self, name: str, revision: str | None, config_folder: str | None = None) -> None:
+        self.name, self.revision, self.config_folder = name, revision, config_folder
+        self.place = resolve_model(name, single_file=True)
         self.folder: Path | None = None
         self.names: list[str] = []
         self._read: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -45,18 +48,23 @@ class BaseModel:
         self._fingerprints: dict[tuple[frozenset[str], torch.dtype], str] = {}
 
     @classmethod
-    def find(cls, model: str, revision: str | None = None) -> BaseModel:
+    def find(cls, model: str, revision: str | None = None, config_folder: str | None = None) -> BaseModel:
         """Find and check a model, without reading its weights.
 
         Args:
-            model: A folder in the diffusers layout, ``emoji-sd``, or a hub id.
+            model: A folder in the diffusers layout, a single file of safetensors, ``emoji-sd``, or a hub id.
             revision: Branch, tag or commit of a hub id.
+            config_folder: Folder with the tokenizers of a single file, and with the parts that it does not hold.
 
         Raises:
-            ValueError: As ``check_model``.
+            ValueError: As ``check_model`` and ``local_folder``.
         """
-        base = cls(model, revision)
-        folder = base.place if isinstance(base.place, Path) else cached_snapshot(base.place, revision)
+        base = cls(model, revision, config_folder)
+        if isinstance(base.place, Path):
+            folder: Path | None = local_folder(base.place, config_folder, model)
+        else:
+            check_unused(config_folder, model)
+            folder = cached_snapshot(base.place, revision)
         if folder is not None:
             base._check(folder)
         return base
@@ -82,6 +90,11 @@ class BaseModel:
     def family(self) -> type[Pipeline]:
         """The class of its pipeline; a model of the hub is downloaded for this."""
         return family_in(self.fetch(), self.name)
+
+    @property
+    def single_file(self) -> Path | None:
+        """The single file that it is; None for a folder or a model of the hub."""
+        return self.place if isinstance(self.place, Path) and not self.place.is_dir() else None
 
     @property
     def commit(self) -> str | None:

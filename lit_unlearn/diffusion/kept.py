@@ -63,7 +63,7 @@ def kept_of(base: BaseModel, weights: Collection[str]) -> Kept:
     Raises:
         ValueError: The base's ``model_index.json`` cannot be read.
     """
-    folder = base.place if isinstance(base.place, Path) else _fetch(base)
+    folder = base.folder if isinstance(base.place, Path) else _fetch(base)
     kept = Kept()
     if not isinstance(base.place, Path):
         kept.left_out["other files"] = (

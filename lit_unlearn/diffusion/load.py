@@ -1,8 +1,8 @@
 """Finds, checks and loads a pipeline.
 
-Data flow: a model name (a folder in the diffusers layout, the name of the embedded model, or a hub id) is resolved by
-``resolve_model``, or by ``hub.download``, to a folder; ``check_folder`` checks it without loading weights;
-``load_parts`` then loads the parts and freezes them.
+Data flow: a model name (a folder in the diffusers layout, a single file, the name of the embedded model, or a hub id)
+is resolved by ``resolve_model``, ``local_folder``, or ``hub.download`` to a folder; ``check_folder`` checks it without
+loading weights; ``load_parts`` then loads the parts and freezes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from lit_unlearn.diffusion.hub import cached_snapshot, download
 from lit_unlearn.diffusion.parts import KINDS, model_class
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.quiet import quiet_loading
-from lit_unlearn.diffusion.source import read_config, resolve_model, weight_variant
+from lit_unlearn.diffusion.single_file.folder import local_folder
+from lit_unlearn.diffusion.source import read_config, resolve_model, weight_variant, weights_folder
+from lit_unlearn.diffusion.stored import stored_weights
 from lit_unlearn.system.errors import plain_warnings
 
 
@@ -44,8 +46,8 @@ def check_model(model: str) -> dict[str, list[str]]:
         ValueError: A part or a file is missing, a weight file is corrupt, the weights do not fit the configuration, or
             the pipeline is of no known family.
     """
-    path = resolve_model(model)
-    return {} if isinstance(path, str) else check_folder(path, model)
+    path = resolve_model(model, single_file=True)
+    return {} if isinstance(path, str) else check_folder(local_folder(path, None, model), model)
 
 
 def check_folder(path: Path, model: str) -> dict[str, list[str]]:
@@ -84,8 +86,8 @@ def load_pipeline(
     Raises:
         ValueError: As ``check_model`` and ``load_parts``.
     """
-    place = resolve_model(model)
-    path = place if isinstance(place, Path) else fetch(place, revision)
+    place = resolve_model(model, single_file=True)
+    path = local_folder(place, None, model) if isinstance(place, Path) else fetch(place, revision)
     check_folder(path, model)
     return load_parts(path, dtype, device)
 
@@ -117,14 +119,17 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
     for name, part in declared.items():
         if part.has_weights:
             kind = part.kinds[0]
-            module = _load_part(model_class(kind), path, name, options[KINDS[kind].library])
+            if (place := weights_folder(path, name)) is None:
+                module = _from_file(path, name, kind, dtype)
+            else:
+                module = _load_part(model_class(kind), place, name, options[KINDS[kind].library])
             module = module.eval().requires_grad_(False).to(device)
             _check_finite(module, f"{path / name}", dtype)
             convolves = kind in ("UNet2DConditionModel", "AutoencoderKL")
             loaded[name] = module.to(memory_format=torch.channels_last) if convolves else module
     for name, part in declared.items():
         if part.encoder:
-            loaded[name] = load_tokenizer(path, name, model, loaded[part.encoder].config)
+            loaded[name] = load_tokenizer(path, name, part, model, loaded[part.encoder].config)
     index = read_config(path / "model_index.json")
     build: Any = family  # a dataclass
     pipeline: Pipeline = build(**loaded, scheduler=load_scheduler(path, model), **family.options(index))
@@ -134,6 +139,26 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Pipeline:
 def _load_part(kind: Any, path: Path, part: str, options: dict[str, Any]) -> Any:
     """Load a part from a folder, in the variant of its files."""
     return kind.from_pretrained(path, subfolder=part, variant=weight_variant(path, part), **options)
+
+
+def _from_file(path: Path, part: str, kind: str, dtype: torch.dtype) -> Any:
+    """Load a part from the single file that ``path`` stands for."""
+    from diffusers.utils import is_accelerate_available
+
+    weights, model = stored_weights(path, part, dtype), model_class(kind)
+    values, config = dict(weights), read_config(path / part / "config.json")
+    if KINDS[kind].library == "transformers":
+        described = model.config_class.from_dict(config.get("text_config") or config)
+        return model.from_pretrained(None, config=described, state_dict=values, dtype=dtype)
+    if is_accelerate_available():
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            module = model.from_config(config)
+    else:
+        module = model.from_config(config)
+    module.load_state_dict(values, assign=True)
+    return module
 
 
 class BrokenWeightsError(ValueError):

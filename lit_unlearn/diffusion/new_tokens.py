@@ -11,9 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.prompts import frame, token_ids
-from lit_unlearn.diffusion.source import resolve_model, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,27 +102,6 @@ def initial_embeddings(
 def vocabulary_norm(text_encoder: PreTrainedModel) -> float:
     """Mean norm of the embeddings of the vocabulary; about 0.4 in Stable Diffusion 1.x."""
     return float(token_table(text_encoder).weight.detach().float().norm(dim=1).mean())
-
-
-def vocabulary_of(model: str) -> tuple[str, int | None]:
-    """Identify the vocabulary that embeddings learned for ``model`` belong to, without loading the model.
-
-    Returns:
-        The fingerprint of the vocabulary's embeddings, and their width. For a hub id: the id, and None.
-
-    Raises:
-        ValueError: ``model`` is neither a folder nor shaped like a hub id.
-    """
-    path = resolve_model(model)
-    if isinstance(path, str):
-        return path, None
-    for file in weight_files(path, "text_encoder"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if name.endswith("token_embedding.weight"):
-                    table = tensors.get_tensor(name).float()
-                    return fingerprint({"token_embedding.weight": table}), table.shape[1]
-    raise ValueError(f"model={model!r} has no token_embedding.weight in text_encoder/: copy it again.")
 
 
 def read_embeddings(path: str | Path) -> tuple[Tensor, Mapping[str, str]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
+from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
@@ -50,6 +51,9 @@ class Pipeline(ABC):
     """Name of the denoiser among ``parts``."""
     flow: ClassVar[bool] = False
     """Whether the denoiser is trained with flow matching, see ``Flow``."""
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]]
+    """For each text encoder, the layer after which each way of the text reads it (``text_ways``), counted from the last
+    (-1); layers behind all of them act on nothing."""
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
 
@@ -239,8 +243,8 @@ class Pipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser."""
-        return next(self.denoiser.parameters()).device
+        """Device that the denoiser computes on."""
+        return computing_device(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_unlearn.core.seeds import seeded as seeded
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.offload import bring
 from lit_unlearn.diffusion.parameters import sides
 from lit_unlearn.diffusion.samplers import scaled_input, set_steps, start_scale, step_options
 
@@ -77,6 +78,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor, shift: float | None = 
         pictures: The pictures.
         shift: Mean of the autoencoder's latents, which is subtracted, in families that have one.
     """
+    bring(vae)
     encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
     return (encoded if shift is None else encoded - shift) * vae.config.scaling_factor
 
@@ -180,6 +182,7 @@ def latents_at_step(
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor, shift: float | None = None) -> Tensor:
     """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W); see ``encode_pictures``."""
+    bring(vae)
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     pictures = vae.decode(unscaled if shift is None else unscaled + shift).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()

@@ -1,13 +1,16 @@
-"""Finds a model (a folder, the embedded model, or the hub) and chooses the files that are read."""
+"""Finds a model (a folder, a single file, a model of the project, or the hub) and chooses the files that are read."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from lit_unlearn.system.json_files import read_json
 
@@ -17,14 +20,14 @@ EMBEDDED = "emoji-sd"
 SHIPPED = (EMBEDDED, "emoji-dit")
 """Names of all models that ship with the project."""
 
-SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Endings of checkpoints that are pickles."""
+
+SINGLE_FILE = (".safetensors", *PICKLES, ".gguf")
 """Endings of files with a whole model, as used by web UIs."""
 
-CONVERT = (
-    "`from diffusers import StableDiffusionPipeline`, "
-    "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`"
-)
-"""How to convert a checkpoint in the layout of the original code to a folder."""
+GGUF = "is a GGUF file, whose weights are too coarse for an edit: give the safetensors in 16 or 32 bits it was made of"
+"""Why a file in the format of llama.cpp is refused."""
 
 POINTER = b"version https://git-lfs"
 """Beginning of a pointer file, which stands for a file that git-LFS has not downloaded."""
@@ -40,17 +43,23 @@ STEMS = {
 """Beginnings of the names of the weight files of all families' parts; the libraries do not read other files."""
 
 
-def resolve_model(model: str) -> Path | str:
-    """Return the folder that ``model`` stands for, or ``model`` itself if it is a hub id.
+def resolve_model(model: str, single_file: bool = False) -> Path | str:
+    """Return the folder or the single file that ``model`` stands for, or ``model`` itself if it is a hub id.
 
     A folder with this path is tried first (``~`` is the home folder); a name in ``SHIPPED`` is then looked up in
     ``checkpoints/`` and in the installed package.
 
+    Args:
+        model: The model as the user gave it.
+        single_file: Whether it may be one file of safetensors.
+
     Raises:
-        ValueError: ``model`` is neither a folder nor like a hub id: a file, a URL, a path that does not exist.
+        ValueError: ``model`` is none of these: another file, a URL, a path that does not exist.
     """
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
+        return path
+    if single_file and path.suffix.lower() == ".safetensors" and os.path.isfile(path):
         return path
     name = model.replace("\\", "/").removeprefix("checkpoints/")  # a run made on Windows may have \
     if name in SHIPPED and (folder := shipped_folder(name)):
@@ -75,13 +84,23 @@ def _not_a_model(model: str, path: Path) -> str:
     if found := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)/?$", model):
         return f"is the address of a page on the hub: give its id, {found[1]!r}"
     is_url, is_file, is_link = "://" in model, os.path.exists(path), os.path.islink(path)
-    if model.lower().endswith(SINGLE_FILE):
-        what = "is a URL" if is_url else "is a single file" if is_file else "names a single file, which does not exist"
-        return f"{what}, and models are read from folders in the diffusers layout; to convert one: {CONVERT}"
+    if model.lower().endswith(SINGLE_FILE) and not is_url:
+        if not is_file:
+            return "names a single file, which does not exist: check its path"
+        if model.lower().endswith(".gguf"):
+            return GGUF
+        if model.lower().endswith(".safetensors"):
+            return "is a single file: give the folder of a model in the diffusers layout"
+        if model.lower().endswith(PICKLES):
+            made = f"{path.stem}.safetensors"
+            return (
+                f"is a pickle, which may hold code: convert it with `lit-unlearn convert {path.name} -o {made}`, and "
+                f"give {made}"
+            )
     if is_url:
-        return "is a URL: download the model as a folder in the diffusers layout and give that"
+        return "is a URL: download the model, as a folder in the diffusers layout or one .safetensors, and give that"
     if model and is_file:
-        return "is a file: give the folder in the diffusers layout, the one with model_index.json"
+        return "is a file: give one of safetensors, or the folder in the diffusers layout with model_index.json"
     if is_link:
         return f"is a link to {os.readlink(path)}, which does not exist"
     try:
@@ -91,7 +110,8 @@ def _not_a_model(model: str, path: Path) -> str:
         is_id = False
     if is_id:
         return ""
-    return f"is no folder and no hub id (owner/name): give a diffusers folder, or {' or '.join(map(repr, SHIPPED))}"
+    shipped = " or ".join(map(repr, SHIPPED))
+    return f"is no folder and no hub id (owner/name): give a diffusers folder, a .safetensors file, {shipped}"
 
 
 def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:
@@ -131,13 +151,44 @@ def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | N
     return variant, found[variant][0]
 
 
+class Origin(NamedTuple):
+    """Where the weights are that belong to the configurations in a folder which stands for a single file.
+
+    Attributes:
+        file: The single file.
+        parts: The parts whose weights it holds.
+        rest: Folder with the weights of the other parts; None if there are none.
+    """
+
+    file: Path
+    parts: tuple[str, ...]
+    rest: Path | None
+
+
+ORIGINS: dict[Path, Origin] = {}
+"""Where the weights are, by the folders that stand for single files; this process has made them."""
+
+
+def weights_folder(folder: Path, part: str) -> Path | None:
+    """The folder with the weights of a part: ``folder`` itself, unless it stands for a single file.
+
+    Returns:
+        The folder; None if the weights are in the single file.
+    """
+    if (origin := ORIGINS.get(folder)) is None:
+        return folder
+    return None if part in origin.parts else origin.rest or folder
+
+
 def weight_files(folder: Path, part: str) -> list[Path]:
     """The weight files of a part that are loaded, as chosen by ``chosen_weights``; empty if there are none.
 
     Raises:
         ValueError: As ``chosen_weights``; or an index lists a file that is missing.
     """
-    place = folder / part
+    if (origin := ORIGINS.get(folder)) is not None and part in origin.parts:
+        return [origin.file]
+    place = (weights_folder(folder, part) or folder) / part
     chosen = chosen_weights(part, (file.name for file in place.glob("*")), str(place))
     if chosen is None:
         return []
@@ -175,7 +226,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def weight_variant(folder: Path, part: str) -> str | None:
-    """The variant of a part's weights that is loaded, such as ``fp16``; None for the plain files."""
+    """The variant of a part's weights in ``folder`` that is loaded, such as ``fp16``; None for the plain files."""
     chosen = chosen_weights(part, (file.name for file in (folder / part).glob("*")), str(folder / part))
     return None if chosen is None else chosen[0]
 
@@ -193,3 +244,24 @@ def weighted_parts(folder: Path) -> dict[str, str]:
         for part, entry in entries.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
     }
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in a file of safetensors, without reading a tensor.
+
+    Raises:
+        ValueError: The file is corrupt.
+    """
+    try:
+        if is_pointer(file):
+            raise ValueError(f"{file} is corrupt (a pointer of git-LFS): run `git lfs pull` there, or copy it again.")
+        with safe_open(file, framework="pt"):  # checks the header against the length of the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}): copy it again.") from error
+    with file.open("rb") as opened:  # safetensors gives a shape only after opening the tensor
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}

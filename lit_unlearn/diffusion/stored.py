@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.diffusion.parts import KINDS, Kind, weights_of
+from lit_unlearn.diffusion.parts import KINDS, Kind, described_model, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.source import STEMS, is_pointer, weight_files, weighted_parts
+from lit_unlearn.diffusion.single_file.file import SingleFile
+from lit_unlearn.diffusion.source import ORIGINS, STEMS, read_config, read_header, weight_files, weighted_parts
 
 USUAL = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 """Classes of parts if ``model_index.json``, which says so, is broken."""
@@ -47,27 +47,6 @@ class StoredTensor(NamedTuple):
     stored: str
     dtype: str
     shape: tuple[int, ...]
-
-
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a file of safetensors, without reading a tensor.
-
-    Raises:
-        ValueError: The file is corrupt.
-    """
-    try:
-        if is_pointer(file):
-            raise ValueError(f"{file} is corrupt (a pointer of git-LFS): run `git lfs pull` there, or copy it again.")
-        with safe_open(file, framework="pt"):  # checks the header against the length of the file
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is corrupt ({error}): copy it again.") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror or error}): copy it again.") from error
-    with file.open("rb") as opened:  # safetensors gives a shape only after opening the tensor
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    header.pop("__metadata__", None)
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -114,6 +93,52 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.described)
 
 
+class FileWeights(StoredWeights):
+    """Parameters of one part that a single file holds in the layout of the original code; each is read when it is used.
+
+    Tensors in the file that belong to no weight of the part are in ``described`` by their names there, so that they can
+    be refused.
+
+    Args:
+        folder: The folder that stands for the file, with the configuration of the part.
+        part: A part that the file holds.
+        dtype: Type of the returned tensors; None keeps the stored type.
+
+    Raises:
+        ValueError: As ``SingleFile``, ``Layout.place`` and ``described_model``.
+    """
+
+    def __init__(self, folder: Path, part: str, dtype: torch.dtype | None = None) -> None:
+        self.dtype, self.part = dtype, part
+        self.file = SingleFile(ORIGINS[folder].file, "model")
+        layout, kind = self.file.layout, KINDS[weighted_parts(folder)[part]]
+        module = described_model(weighted_parts(folder)[part], read_config(folder / part / "config.json"))
+        shapes = {name: tuple(value.shape) for name, value in weights_of(module).items()}
+        self.described = {}
+        for name, shape in shapes.items():
+            if layout.has(f"{part}.{name}"):
+                place = layout.place(f"{part}.{name}")
+                described = StoredTensor(self.file.path, place.key, self.file.header[place.key]["dtype"], place.shape)
+                self.described[name] = described
+            elif layout.identity(f"{part}.{name}") is not None:
+                self.described[name] = StoredTensor(self.file.path, "", "F32", shape)
+        for key in layout.unclaimed(part, [name for name, tensor in self.described.items() if tensor.stored]):
+            if not kind.ignored.fullmatch(key):
+                entry = self.file.header[layout.prefix(part) + key]
+                found = StoredTensor(self.file.path, layout.prefix(part) + key, entry["dtype"], tuple(entry["shape"]))
+                self.described[key] = found
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.file.read(f"{self.part}.{name}")
+        return value if self.dtype is None else value.to(self.dtype)
+
+
+def stored_weights(folder: Path, part: str, dtype: torch.dtype | None = None) -> StoredWeights:
+    """The weights of a part: of a folder, or of the single file that it stands for."""
+    origin = ORIGINS.get(folder)
+    return (FileWeights if origin is not None and part in origin.parts else StoredWeights)(folder, part, dtype)
+
+
 @dataclass(frozen=True)
 class WholeModel:
     """All weights of a model.
@@ -132,7 +157,7 @@ class WholeModel:
     @classmethod
     def in_folder(cls, folder: Path, dtype: torch.dtype | None = None) -> WholeModel:
         """The weights in the files of ``folder``, whatever its ``model_index.json`` says."""
-        return cls({part: StoredWeights(folder, part, dtype) for part in STEMS if weight_files(folder, part)})
+        return cls({part: stored_weights(folder, part, dtype) for part in STEMS if weight_files(folder, part)})
 
     def __getitem__(self, name: str) -> Tensor:
         part, _, rest = name.partition(".")

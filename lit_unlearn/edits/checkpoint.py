@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
+import os
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +22,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED, STEMS
 from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.edits.archives import UNPICKLING_ERRORS, check_archive
 from lit_unlearn.edits.older import in_todays_terms
 from lit_unlearn.system.errors import warn
 from lit_unlearn.system.run_file import unfinished
@@ -33,23 +31,6 @@ DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config"
 """Fields of a delta's metadata that are required for reading it; each is JSON text."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WEIGHT_NAME = re.compile(rf"({'|'.join(STEMS)})(\.\w+)+", flags=re.ASCII)
-UNPICKLING_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OverflowError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Errors that torch and zipfile raise for a damaged or malicious file."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +88,9 @@ class Edit:
         for name, largest in (("num_inference_steps", 1000), ("guidance_scale", 1e6)):
             if not isinstance(value := options.get(name, 1), int | float) or not abs(value) <= largest:
                 raise refuse(f"its {name} is {value!r:.40}")
-        if not isinstance(options.get("revision"), str | None):
-            raise refuse("its revision is not text")
+        for name in ("revision", "config_folder"):
+            if not isinstance(options.get(name), str | None):
+                raise refuse(f"its {name} is not text")
         if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(STEMS):
             raise refuse("its base weights are no mapping of parts")
         for name, value in self.weights.items():
@@ -254,7 +236,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn fit` writes logs/.../checkpoints/last.ckpt.")
     corrupt = f"ckpt_path={path} is corrupt or no checkpoint"
     try:
-        _check_archive(path)
+        check_archive(path)
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except UNPICKLING_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -262,28 +244,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{corrupt}: it has no state_dict.")
     return checkpoint
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a damaged or compressed archive; torch does not verify what it reads, but each file has a checksum."""
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} is damaged")
-
-
-def load_pickle(path: Path) -> Any:
-    """The content of any pickle of tensors, also in the format before archives; tensors stay on the disk until used.
-
-    Raises:
-        UNPICKLING_ERRORS: It is damaged, or holds other objects than tensors and plain containers.
-    """
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        _check_archive(path)
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=archive)  # only an archive can be mapped
 
 
 def read_edit(path: str | Path) -> Edit:
@@ -390,25 +350,33 @@ def load_with_pretrained(
     return pipeline, pretrained
 
 
-def chosen_base(model: str | None, revision: str | None, edit: Edit | None) -> BaseModel:
+def chosen_base(
+    model: str | None, revision: str | None, edit: Edit | None, config_folder: str | None = None
+) -> BaseModel:
     """Find and check the model to load: the given one, else the one that was edited, else the embedded one.
 
     Args:
         model: Its name, if given.
         revision: Branch, tag or commit, if the model is a hub id; None takes the edit's.
         edit: The edit that will be applied to it, if there is one.
+        config_folder: What a single file does not hold, as for ``BaseModel.find``; None takes the edit's if it exists.
 
     Raises:
         ValueError: The model does not exist, or the edit was not made on it.
     """
     if edit is None:
-        return BaseModel.find(EMBEDDED if model is None else model, revision)
+        return BaseModel.find(EMBEDDED if model is None else model, revision, config_folder)
     local = LOCAL_NAME.fullmatch(edit.model)
-    if model is None and local is not None and not Path(edit.model).is_dir():
+    if model is None and local is not None and not Path(edit.model).exists():
+        kind = "file" if local[1].endswith(".safetensors") else "folder"
         raise ValueError(
-            f"{edit.path} edits a model in a folder called {local[1]!r} and does not say where that lies: name it with "
+            f"{edit.path} edits a model in a {kind} called {local[1]!r} and does not say where that lies: name it with "
             "--model."
         )
-    base = BaseModel.find(edit.model if model is None else model, revision or edit.hyper_parameters.get("revision"))
+    name, of_edit = edit.model if model is None else model, edit.hyper_parameters
+    folder = of_edit.get("config_folder")
+    if config_folder is None and folder is not None and os.path.isfile(name) and os.path.isdir(folder):
+        config_folder = folder
+    base = BaseModel.find(name, revision or of_edit.get("revision"), config_folder)
     edit.check_base(base)
     return base

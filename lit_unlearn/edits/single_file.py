@@ -6,22 +6,19 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from lit_unlearn.diffusion.single_file.layout import AVERAGED, Layout, Place
-from lit_unlearn.diffusion.stored import read_header
+from lit_unlearn.diffusion.single_file.file import SingleFile
+from lit_unlearn.diffusion.single_file.layout import AVERAGED, Place
 from lit_unlearn.system.files import atomic_write
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that an edit can be written in, by their names in safetensors."""
 PROVENANCE = "lit_unlearn."
 """Beginning of the metadata that says what was edited."""
 CONTENT_HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}
@@ -88,141 +85,37 @@ class _Patch:
         return value.detach().to("cpu", self.dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-class SingleFile:
-    """A checkpoint that is one file of safetensors in the layout of the original code; only its header is read.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        header: The header, as JSON has it, without the metadata.
-        metadata: What the file says of itself.
-        layout: Its parts and the places of their weights.
-
-    Raises:
-        ValueError: The file is missing, corrupt, or of another kind; the message says of which.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._check_kind()
-        read_header(self.path)  # checks it against the length of the file
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            content: dict[str, Any] = json.loads(file.read(length))
-        self.data_start = 8 + length
-        self._order = list(content)
-        self.metadata: dict[str, str] = content.pop("__metadata__", None) or {}
-        self.header = content
-        self.layout = Layout({key: tuple(entry["shape"]) for key, entry in content.items()}, str(self.path))
-
-    def _check_kind(self) -> None:
-        if self.path.is_dir():
-            raise ValueError(f"single_file={self.path} is a folder: give one file of safetensors.")
-        if not self.path.is_file():
-            raise ValueError(f"single_file={self.path} does not exist: give the checkpoint that the edit goes into.")
-        if self.path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+def _patches(file: SingleFile, tensors: Mapping[str, Tensor]) -> Iterator[_Patch]:
+    """New bytes for each weight, in no order."""
+    for name, value in tensors.items():
+        place = file.place(name)
+        if tuple(value.shape) != place.shape:
             raise ValueError(
-                f"single_file={self.path} is a pickle, which may hold code: convert it first, with `lit-unlearn "
-                f"convert {self.path.name} -o {self.path.stem}.safetensors`."
+                f"{name} has the shape {tuple(value.shape)} and {file.path} has {place.shape} there: give the "
+                "checkpoint of the model that was edited."
             )
-        with self.path.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                raise ValueError(
-                    f"single_file={self.path} is a GGUF file, whose weights are too coarse for an edit: give the "
-                    "safetensors in float16, bfloat16 or float32 that it was made of."
-                )
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite: the edit has failed, so make it again.")
+        for key in (place.key, *place.copies):
+            yield from _patches_of(file, key, place, name, value)
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the parts that the file holds, as diffusers has them."""
-        return self.layout.parts
 
-    def place(self, name: str) -> Place:
-        """As ``Layout.place``."""
-        return self.layout.place(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type in which the weight ``name`` is stored.
-
-        Raises:
-            ValueError: As ``place``; or the weight is quantised.
-        """
-        key = self.place(name).key
-        kind = self.header[key]["dtype"]
-        if kind not in DTYPES:
-            raise ValueError(
-                f"{self.path} has {key!r} as {kind}, which is too coarse for an edit: give the checkpoint in float16, "
-                "bfloat16 or float32."
-            )
-        return DTYPES[kind]
-
-    def read(self, name: str) -> Tensor:
-        """The weight ``name`` of diffusers, in the file's type and diffusers' shape.
-
-        Raises:
-            ValueError: As ``dtype``.
-        """
-        with safe_open(self.path, framework="pt") as file:
-            return self._read(file, name)
-
-    def _read(self, file: Any, name: str) -> Tensor:
-        place, _ = self.place(name), self.dtype(name)  # refuses types that are not read
-        if not place.shape:
-            return file.get_tensor(place.key)
-        stored = file.get_slice(place.key)
-        value = torch.cat([stored[start:stop] for start, stop in place.rows])
-        return value.T.contiguous() if place.transposed else value.reshape(place.shape)
-
-    def differing(self, values: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Names of the weights that are not those of this file; weights of parts that it does not hold are left out.
-
-        A model is published in several types. Weights count as equal if they are in the type of the file, or if both
-        are in half precision.
-
-        Args:
-            values: Weights by name in diffusers, of any floating-point type.
-        """
-        found = []
-        with safe_open(self.path, framework="pt") as file:
-            for name, value in values:
-                if name.partition(".")[0] not in self.parts:
-                    continue
-                try:
-                    stored = self._read(file, name)
-                except ValueError:  # the model has more weights, or other layers
-                    found.append(name)
-                    continue
-                types = (stored.dtype, torch.float16, torch.bfloat16)
-                if stored.shape != value.shape or not any(torch.equal(stored.to(t), value.to(t)) for t in types):
-                    found.append(name)
-        return found
-
-    def _patches(self, tensors: Mapping[str, Tensor]) -> Iterator[_Patch]:
-        """New bytes for each weight, in no order."""
-        for name, value in tensors.items():
-            place, dtype = self.place(name), self.dtype(name)
-            if tuple(value.shape) != place.shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(value.shape)} and {self.path} has {place.shape} there: give the "
-                    "checkpoint of the model that was edited."
-                )
-            if not value.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite: the edit has failed, so make it again.")
-            if not value.to(dtype).isfinite().all():
-                raise ValueError(
-                    f"{name} holds numbers that are too large for {_name(dtype)}, which {self.path} has it in: give a "
-                    "checkpoint in bfloat16 or float32, or export a folder."
-                )
-            begin = self.data_start + self.header[place.key]["data_offsets"][0]
-            if place.transposed or len(place.rows) < 1:
-                yield _Patch(begin, value.T if place.transposed else value, None, dtype)
-                continue
-            bytes_per_row = value[0].numel() * dtype.itemsize
-            taken = 0
-            for start, stop in place.rows:
-                yield _Patch(begin + start * bytes_per_row, value, (taken, taken + stop - start), dtype)
-                taken += stop - start
+def _patches_of(file: SingleFile, key: str, place: Place, name: str, value: Tensor) -> Iterator[_Patch]:
+    dtype = file.dtype_of(key)
+    if not value.to(dtype).isfinite().all():
+        raise ValueError(
+            f"{name} holds numbers that are too large for {_name(dtype)}, which {file.path} has it in: give a "
+            "checkpoint in bfloat16 or float32, or export a folder."
+        )
+    begin = file.data_start + file.header[key]["data_offsets"][0]
+    if place.transposed or not place.rows:
+        yield _Patch(begin, value.T if place.transposed else value, None, dtype)
+        return
+    bytes_per_row = value[0].numel() * dtype.itemsize
+    taken = 0
+    for start, stop in place.rows:
+        yield _Patch(begin + start * bytes_per_row, value, (taken, taken + stop - start), dtype)
+        taken += stop - start
 
 
 def read_tensor(path: str | os.PathLike[str], name: str) -> Tensor:
@@ -265,7 +158,7 @@ def write_edits(
         raise ValueError(f"output={destination} exists: choose another name.")
     if not tensors:
         raise ValueError(f"There is nothing to write into a copy of {file.path}: the edit changes no weight.")
-    patches = sorted(file._patches(tensors), key=lambda patch: patch.start)
+    patches = sorted(_patches(file, tensors), key=lambda patch: patch.start)
     if any(first.stop > second.start for first, second in pairwise(patches)):
         raise ValueError(f"Two of the edited weights are the same one in {file.path}: leave one of them out.")
     written = Written(rounded=_rounded(file, tensors))
@@ -310,7 +203,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _header(file: SingleFile, metadata: Mapping[str, str]) -> bytes:
     """The header of ``file`` with other metadata, in the same order."""
-    order = file._order if "__metadata__" in file._order else ["__metadata__", *file._order]
+    order = file.order if "__metadata__" in file.order else ["__metadata__", *file.order]
     content = {key: metadata if key == "__metadata__" else file.header[key] for key in order}
     return header_bytes(content)
 

@@ -17,8 +17,8 @@ from lit_unlearn.diffusion.concept_tokens import Padding, difference_mask, eot_m
 from lit_unlearn.diffusion.new_tokens import (
     PLACE,
     read_embeddings,
-    vocabulary_of,
 )
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
 
@@ -112,7 +112,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
                 f"model.embeddings={path} was learned for {metadata['concept']}, but concept="
                 f"{', '.join(self.edited_labels)}: learn tokens for the concept and edit it alone."
             )
-        vocabulary, width = vocabulary_of(self.model_id)
+        vocabulary, width = vocabulary_of(self.model_id, self.base.config_folder)
         if vocabulary != metadata["vocabulary"] or width not in (None, embeddings.shape[1]):
             raise ValueError(
                 f"model.embeddings={path} was learned for another text encoder than that of model={self.model_id!r}: "

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lit_unlearn.diffusion.new_tokens import (
     PLACE,
-    vocabulary_of,
 )
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -25,6 +24,7 @@ from lit_unlearn.diffusion.sampling import (
     seeded,
 )
 from lit_unlearn.diffusion.text import Tokens
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.methods.forget_me_not import check_templates, templates_of
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.gradient import GradientEditor
@@ -182,7 +182,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         self.templates = templates_of(self.concept, templates)
         self.num_pairs = len(self.templates)
         self.num_tokens, self.initial_words, self.norm_decay = num_tokens, initial_words, norm_decay
-        self.vocabulary, _ = vocabulary_of(self.model_id)
+        self.vocabulary, _ = vocabulary_of(self.model_id, self.base.config_folder)
         self.reads_new_tokens = True
 
     def select(self, names: Sequence[str]) -> list[str]:

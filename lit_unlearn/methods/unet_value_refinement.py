@@ -10,7 +10,7 @@ on x_t and t, so a few pairs of x_t and t are fixed for each prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class UNetValueRefinement(ValueRefinement):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -145,6 +147,8 @@ class UNetFeedForwardRefinement(ValueRefinement):
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
+
+    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def checkpoint_of(given: str | Path) -> Path:
+def checkpoint_of(given: str | os.PathLike[str]) -> Path:
     """The last checkpoint in the folder of a run, or the file that is given."""
     inside = Path(given, "checkpoints", "last.ckpt")
     return inside if inside.is_file() else Path(given)

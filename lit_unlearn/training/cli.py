@@ -53,9 +53,9 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,  # it counts the parts of the model, not what is edited
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
-FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "copy_quantile"}
+FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "config_folder", "copy_quantile"}
 FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache", "spontaneous"}
-FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale"}
+FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale", "offload"}
 """Arguments of a model that say what is evaluated and how; all others belong to the edit and are in its checkpoint."""
 
 
@@ -199,7 +199,7 @@ class UnlearnCLI(LightningCLI):
                 edit.check_set(concept_set)
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
-            edit.check_base(BaseModel.find(arguments.model, arguments.revision))
+            edit.check_base(BaseModel.find(arguments.model, arguments.revision, arguments.config_folder))
             if subcommand == "fit":  # arguments come from the command line; Lightning restores the state
                 if self.run_folder is None:
                     self.progress = Progress.of(config.ckpt_path, list(edit.weights))

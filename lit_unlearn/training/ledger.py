@@ -39,7 +39,7 @@ def take_earlier(config: Any, kind: type) -> None:
     with user_errors():
         concepts = load_concept_set(arguments.concept_set)
         new = [c.name for c in edited_concepts(arguments.concept, concepts)] if arguments.concept is not None else []
-        base = BaseModel.find(arguments.model, arguments.revision)
+        base = BaseModel.find(arguments.model, arguments.revision, arguments.config_folder)
         earlier: list[str] = []
         for path in config.after:
             edit = read_edit(path)

@@ -43,6 +43,8 @@ def less_memory(
         ways.append("compute in half of the precision (--trainer.precision bf16-mixed)")
     elif subcommand == "fit" and getattr(module, "weights_dtype", None) == torch.float32:
         ways.append("load the model in half of the precision (--model.dtype bfloat16)")
+    if device.type != "cpu" and getattr(module, "offload", True) is False:
+        ways.append("keep parts off the device while they are not used (--model.offload true)")
     if device.type != "cpu":
         ways.append("run on the processor (--trainer.accelerator cpu)")
     return ways

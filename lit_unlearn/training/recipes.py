@@ -82,7 +82,8 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
 
     Options then override recipes wherever they stand, and can set keys that only a recipe has, such as
     ``--edit.ridge``. If ``--concept`` is given several times, they form one list; of other options the last counts.
-    ``--model PLACE``, with a folder or a hub id instead of a class, is short for ``--model.model PLACE``.
+    ``--model PLACE``, with a folder, a file or a hub id instead of a class, is short for ``--model.model PLACE``, and
+    ``--config_folder`` for ``--model.config_folder``.
 
     Raises:
         UserError: A recipe is missing.
@@ -102,13 +103,18 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
 
 
 def _named_models(options: Sequence[str]) -> list[str]:
-    """Replace ``--model`` by ``--model.model`` in ``options`` where its value is a place and not a class."""
+    """Replace ``--model`` by ``--model.model`` in ``options`` where its value is a place and not a class.
+
+    ``--config_folder`` becomes ``--model.config_folder``.
+    """
     found: list[str] = []
     for arg in options:
         if found and found[-1] == "--model" and _is_place(arg):
             found[-1] = "--model.model"
         elif arg.startswith("--model=") and _is_place(arg.partition("=")[2]):
             arg = f"--model.model={arg.partition('=')[2]}"
+        elif arg == "--config_folder" or arg.startswith("--config_folder="):
+            arg = arg.replace("--", "--model.", 1)
         found.append(arg)
     return found
 

@@ -50,6 +50,8 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the configuration that determines the result of a fit: without devices, logging and folders."""
     kept = {name: value for name, value in config.items() if name not in {*NO_PART_OF_A_RUN, "config"}}
     kept["trainer"] = {k: v for k, v in dict(kept.get("trainer") or {}).items() if k not in NO_PART_OF_A_TRAINER}
+    if isinstance(model := kept.get("model"), Mapping) and isinstance(given := model.get("init_args"), Mapping):
+        kept["model"] = {**model, "init_args": {k: v for k, v in given.items() if k != "offload"}}
     return kept
 
 

@@ -11,7 +11,8 @@ from lit_unlearn.callbacks.embeddings import FILE, SaveEmbeddings
 from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
+from lit_unlearn.diffusion.new_tokens import read_embeddings
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.edits.checkpoint import load_edited, read_edit
 from lit_unlearn.methods.forget_me_not import ForgetMeNot
 from lit_unlearn.methods.textual_inversion import TextualInversion

@@ -19,7 +19,8 @@ from lit_unlearn.attacks.relearning import Relearning
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.diffusion.new_tokens import read_embeddings, vocabulary_of
+from lit_unlearn.diffusion.new_tokens import read_embeddings
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 from lit_unlearn.reports.attack_results import AttackReport
 

@@ -53,6 +53,9 @@ def test_prompts_are_given_or_read(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("one\ntwo\n", encoding="utf-8")
     assert prompts_of(["a dog", str(file)]) == ["a dog", "one", "two"]
+    table = tmp_path / "theirs.csv"
+    table.write_text('prompt,evaluation_seed\n"a nude, sitting",3\n', encoding="utf-8")
+    assert prompts_of([str(table)]) == ["a nude, sitting"]
     file.write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no prompt"):
         prompts_of([str(file)])

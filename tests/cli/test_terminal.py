@@ -62,8 +62,10 @@ def test_a_fit_on_another_edit_says_how_to_edit_on_top(
 ) -> None:
     file = str(run_folder / "checkpoints/last.ckpt")
     message = refuses("fit", "--config", str(recipe), "--concept", "cat", "--ckpt_path", file)
-    assert message.startswith(f"fit: {file} edits dog, and --ckpt_path goes on with that: ")
-    assert message.endswith(f"to edit cat on top of it, pass --after {file} instead.")
+    assert message == (
+        f"fit: {file} edits dog, and --ckpt_path goes on with that: to edit cat on top of it, pass --after {file} "
+        "instead."
+    )
 
 
 def test_an_exported_pipeline_is_said_to_be_edited(

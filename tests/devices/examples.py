@@ -92,3 +92,27 @@ def left_behind(model: str, device: str) -> list[tuple[str, int, str]]:
         loaded = loading.load_pipeline(model)
     places = {name: {weight.device.type for weight in part.parameters()} for name, part in loaded.parts.items()}
     return [(part, count, ",".join(sorted(places[part]))) for part, count in found]
+
+
+def places_of(args: list[str]) -> list[dict[str, Any]]:
+    """Where the parts lie whenever one of them comes to the device during a command, and which one it is."""
+    from unittest.mock import patch
+
+    from lit_unlearn.cli import main
+    from lit_unlearn.diffusion.offload import Offload
+
+    found: list[dict[str, Any]] = []
+    original = Offload.bring
+
+    def bring(self: Offload, names: Any) -> None:
+        names = set(names)
+        original(self, names)
+        places = {
+            name: "+".join(sorted({weight.device.type for weight in part.parameters()}))
+            for name, part in self.parts.items()
+        }
+        found.append({"wanted": sorted(names), "held": sorted(self.held), "places": places})
+
+    with patch.object(Offload, "bring", bring):
+        assert main(args) == 0
+    return found

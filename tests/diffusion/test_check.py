@@ -68,9 +68,9 @@ BROKEN = {
     # names of weights
     "the original code's": (
         renamed("text_encoder", "cond_stage_model.transformer."),
-        r"model\.safetensors has the weight 'cond_stage_model\.transformer\..* 52 missing.*from_single_file",
+        r"model\.safetensors has the weight 'cond_stage_model\.transformer\..* 52 missing.*give the single file",
     ),
-    "the original code's UNet": (added("unet", "input_blocks.0.0.weight"), "from_single_file"),
+    "the original code's UNet": (added("unet", "input_blocks.0.0.weight"), "give the single file that it came from"),
     "a wrapper's": (renamed("unet", "module."), "save it again without 'module.'"),
     "an adapter": (added("unet", "conv_in.lora_A.weight"), "fuse_lora"),
     "one too many": (added("vae", "extra"), r"has the weight 'extra', .*\(0 more unknown, 0 missing\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import FAMILIES
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.load import check_model, load_pipeline
-from lit_unlearn.diffusion.parameters import match_parameters
+from lit_unlearn.diffusion.parameters import layer_index, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.diffusion.text_ways import way_of
@@ -217,6 +218,18 @@ def test_a_cut_prompt_is_warned_of_for_each_encoder(pipeline: Pipeline, folder: 
         who = "the text encoder" if text.part == "text_encoder" else text.part
         assert f"tokens; {who} reads {text.length} and" in line
         assert ids.shape == (1, text.length)
+
+
+def test_where_text_encoders_are_read_is_declared(pipeline: Pipeline) -> None:
+    names = list(pipeline.named_parameters())
+    for text in pipeline.texts:
+        declared = pipeline.read_after[text.part]
+        assert declared["tokens"] == (-1 if text.layer is None else text.layer)
+        layers = sorted(
+            {layer_index(name) for name in names if re.search(rf"^{text.part}[.].*(layers|block)[.]", name)}
+        )
+        dead = {layer_index(name) for name in pipeline.unread(names) if name.startswith(f"{text.part}.encoder.layers.")}
+        assert dead == set(layers[len(layers) + max(declared.values()) + 1 :])
 
 
 def test_what_works_with_one_text_encoder_refuses_several(pipeline: Pipeline) -> None:

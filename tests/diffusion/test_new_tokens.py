@@ -16,9 +16,9 @@ from lit_unlearn.diffusion.new_tokens import (
     substitute_embeddings,
     tokenize_templates,
     vocabulary_norm,
-    vocabulary_of,
 )
 from lit_unlearn.diffusion.prompts import encode, tokenize
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 
 TEMPLATES = ["a photo of {}", "{} at sunset and {}", "a cat"]
 FILLED = ["a photo of soccer ball", "soccer ball at sunset and soccer ball", "a cat"]

@@ -9,15 +9,13 @@ import pytest
 
 from lit_unlearn.methods.esd import ESD
 from lit_unlearn.methods.forget_me_not import ForgetMeNot
-from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.rename_tokens import RenameTokens
 from lit_unlearn.methods.robust_erasure import RobustErasure
 from lit_unlearn.methods.textual_inversion import TextualInversion
-from lit_unlearn.methods.unet_value_refinement import UNetValueRefinement
-from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement, UNetValueRefinement
 
-ONE_ENCODER: list[Any] = [ForgetMeNot, MEMIT, RenameTokens, RobustErasure, TextualInversion]
-ONE_ENCODER += [UNetValueRefinement, ValueRefinement]
+ONE_ENCODER: list[Any] = [ForgetMeNot, RenameTokens, RobustErasure, TextualInversion]
+ONE_ENCODER += [UNetFeedForwardRefinement, UNetValueRefinement]
 
 
 @pytest.mark.parametrize("kind", ONE_ENCODER)

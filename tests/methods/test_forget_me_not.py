@@ -16,10 +16,10 @@ from torch.testing import assert_close
 
 from helpers import Interrupted, changed, frozen, hook, interrupt, started, weights
 from lit_unlearn.diffusion.hooks import capture_inputs
-from lit_unlearn.diffusion.new_tokens import vocabulary_of
 from lit_unlearn.diffusion.parameters import GROUPS, match_parameters
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.sampling import add_noise
+from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.methods.forget_me_not import ForgetMeNot
 
 Build = Callable[..., ForgetMeNot]

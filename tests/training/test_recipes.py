@@ -169,8 +169,11 @@ def contains(whole: Any, part: Any) -> bool:
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_changes_a_recipe(memorised: Path, name: str) -> None:
     training.prepare()
-    recipe = name.removeprefix("sd14_") if name.startswith("sd14_") else "null_space.yaml"
+    of_method = re.fullmatch(r"(sd14|sdxl|sd35|flux)_(.*)", name)
+    recipe = of_method[2] if of_method else "null_space.yaml"
     args = ["fit", "--config", str(CONFIGS / recipe)]
+    if of_method and of_method[1] != "sd14":  # what it edits is in models of its family only
+        args += ["--config", str(CONFIGS / f"{of_method[1]}.yaml")]
     before = ParsedCLI(args).config.fit.as_dict()
     after = ParsedCLI([*args, "--config", str(CONFIGS / name)]).config.fit.as_dict()
     assert contains(after, CONTENT[name])
@@ -311,3 +314,9 @@ def test_help_lists_what_a_solver_can_be_told(
     assert not caught.value.code
     shown = capsys.readouterr().out
     assert all(f"--edit.{name}" in shown for name in arguments)
+
+
+def test_the_folder_of_a_single_file_belongs_to_the_model() -> None:
+    given = ["fit", "--model", "a/b.safetensors", "--config_folder", "sd", "--config_folder=x"]
+    expected = ["fit", "--model.model", "a/b.safetensors", "--model.config_folder", "sd", "--model.config_folder=x"]
+    assert recipes.resolve_recipes(given) == expected

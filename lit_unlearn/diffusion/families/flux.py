@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
-from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.families.forms import check_equal, check_latents
 from lit_unlearn.diffusion.noise import Flow
+from lit_unlearn.diffusion.offload import call_with
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.pipeline import Change, Conditions, Pipeline
 from lit_unlearn.diffusion.sampling import DenoisingStep, decode_latents, encode_pictures
@@ -61,6 +61,10 @@ class Flux(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "transformer"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"pooled": -1},
+        "text_encoder_2": {"tokens": -1},
+    }
     flow: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer
@@ -185,7 +189,7 @@ class Flux(Pipeline):
         if values is None:
             output = self.transformer(*given).sample
         else:
-            output = functional_call(self.transformer, dict(values), given).sample
+            output = call_with(self.transformer, values, given).sample
         output = output.view(count, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return output.reshape(count, channels, height, width)
 

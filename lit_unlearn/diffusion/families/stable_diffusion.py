@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.families.forms import check_conditions, check_latents, check_sides
 from lit_unlearn.diffusion.noise import DDPM
+from lit_unlearn.diffusion.offload import call_with
 from lit_unlearn.diffusion.parameters import num_places, sides
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -56,6 +56,7 @@ class StableDiffusion(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "unet"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {"text_encoder": {"tokens": -1}}
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "scheduler": ("steps_offset", "clip_sample"),
         "unet": ("sample_size",),
@@ -111,7 +112,7 @@ class StableDiffusion(Pipeline):
         given = (x_t, timesteps, condition.states)
         if values is None:
             return self.unet(*given).sample
-        return functional_call(self.unet, dict(values), given).sample
+        return call_with(self.unet, values, given).sample
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import pad
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.families.forms import check_equal, check_latents
 from lit_unlearn.diffusion.noise import Flow
+from lit_unlearn.diffusion.offload import call_with
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import decode_latents, encode_pictures
@@ -67,6 +67,11 @@ class StableDiffusion3(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "transformer"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"tokens": -2, "pooled": -1},
+        "text_encoder_2": {"tokens": -2, "pooled": -1},
+        "text_encoder_3": {"tokens": -1},
+    }
     flow: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer
@@ -169,7 +174,7 @@ class StableDiffusion3(Pipeline):
         given = (x_t, condition.states, condition.pooled, timesteps.expand(len(x_t)))
         if values is None:
             return self.transformer(*given).sample
-        return functional_call(self.transformer, dict(values), given).sample
+        return call_with(self.transformer, values, given).sample
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.families.forms import check_conditions, check_equal, check_latents, check_sides
 from lit_unlearn.diffusion.noise import DDPM
+from lit_unlearn.diffusion.offload import call_with
 from lit_unlearn.diffusion.parameters import num_places, sides
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -71,6 +71,10 @@ class StableDiffusionXL(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "unet"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"tokens": -2},
+        "text_encoder_2": {"tokens": -2, "pooled": -1},
+    }
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -182,7 +186,7 @@ class StableDiffusionXL(Pipeline):
         given, options = (x_t, timesteps, condition.states), {"added_cond_kwargs": added}
         if values is None:
             return self.unet(*given, **options).sample
-        return functional_call(self.unet, dict(values), given, options).sample
+        return call_with(self.unet, values, given, options).sample
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See ``Pipeline.encode_pictures``; float16 is not precise enough for some autoencoders, which say so."""

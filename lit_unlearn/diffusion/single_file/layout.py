@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lit_unlearn.diffusion.single_file import names
@@ -42,6 +43,15 @@ TEXT_ENCODERS: tuple[tuple[str, str, str, Namer], ...] = (
 """Part, prefix, a name by which it is recognised, and how it is named."""
 T5 = "text_encoders.t5xxl.transformer."
 AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
+FIRST_KEYS = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+WIDTH_OF_2 = 1024
+"""Width of the text states in Stable Diffusion 2; in 1 it is 768."""
+NO_WEIGHTS = re.compile(
+    r".*\bposition_ids|(.*\.)?logit_scale|text_projection(\.weight)?|v_pred|ztsnr|edm_\w+|(loss|model_ema)\..*"
+)
+"""Names within a part of tensors that are no weights of diffusers' models."""
+LAST_OF_OPEN_CLIP = re.compile(r"transformer\.resblocks\.23\..*")
+"""The last layer of the text encoder of Stable Diffusion 2, which nothing reads and diffusers does not have."""
 AVERAGED = "model_ema."
 """Prefix of the averaged copy of the UNet's weights that training keeps."""
 PLACES = {
@@ -64,12 +74,14 @@ class Place:
         shape: Shape of the weight in diffusers.
         rows: Ranges of the tensor's rows, as (start, stop), in the order in which diffusers has them.
         transposed: Whether the file has the transposed matrix.
+        copies: Names of other tensors in the file that hold the same.
     """
 
     key: str
     shape: tuple[int, ...]
     rows: tuple[tuple[int, int], ...]
     transposed: bool = False
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,10 +134,17 @@ class Layout:
                 return "FLUX.1"
             if prefix + "input_blocks.0.0.weight" in self.shapes:
                 self._add("unet", prefix, names.unet)
-                break
-        if any(key.startswith("conditioner.embedders.") for key in self.shapes):
+                return self._family_of_unet(prefix)
+        return self._family_of_unet("")
+
+    def _family_of_unet(self, prefix: str) -> str:
+        sizes = f"{prefix}label_emb.0.0.weight"
+        if sizes in self.shapes or any(key.startswith("conditioner.embedders.") for key in self.shapes):
             return "Stable Diffusion XL"
-        return "Stable Diffusion 2" if "cond_stage_model.model.ln_final.weight" in self.shapes else "Stable Diffusion 1"
+        width = self.shapes.get(f"{prefix}{FIRST_KEYS}", (0, 0))[-1]
+        if width == WIDTH_OF_2 or "cond_stage_model.model.ln_final.weight" in self.shapes:
+            return "Stable Diffusion 2"
+        return "Stable Diffusion 1"
 
     def _add(self, part: str, prefix: str, namer: Namer) -> None:
         keys = frozenset(key.removeprefix(prefix) for key in self.shapes if key.startswith(prefix))
@@ -145,6 +164,8 @@ class Layout:
                 "is one part of a model with diffusers' names: export a folder (without --format single), or give a "
                 "checkpoint in the layout of the original code"
             )
+        if self.shapes and all(key.startswith(tuple(f"{part}." for part in PLACES)) for key in self.shapes):
+            return "holds some weights by lit-unlearn's names, no model: an edit (a delta) is given as --ckpt_path"
         example = next(iter(self.shapes), None)
         return (
             f"is no checkpoint of Stable Diffusion 1, 2, XL, 3 or FLUX.1 in the layout of the original code "
@@ -160,6 +181,39 @@ class Layout:
     def averaged(self) -> int:
         """Number of tensors of the averaged copy of the UNet."""
         return sum(key.startswith(AVERAGED) for key in self.shapes)
+
+    def prefix(self, part: str) -> str:
+        """Beginning of the names of a part."""
+        return self._parts[part].prefix
+
+    def has(self, name: str) -> bool:
+        """Whether the file holds the weight ``name`` (part first)."""
+        part, _, rest = name.partition(".")
+        known = self._parts.get(part)
+        spot = known and known.namer(rest, known.keys)
+        return bool(known and spot and known.prefix + spot.key in self.shapes)
+
+    def identity(self, name: str) -> int | None:
+        """Width of the projection ``name`` of a CLIP if the file leaves it out, and diffusers takes the identity."""
+        part, _, rest = name.partition(".")
+        if self.family != "Stable Diffusion 3" or rest != "text_projection.weight" or self.has(name):
+            return None
+        norm = f"{part}.final_layer_norm.weight"
+        return self.place(norm).shape[0] if self.has(norm) else None
+
+    def unclaimed(self, part: str, names: Iterable[str]) -> list[str]:
+        """Tensors of a part, without its prefix, that belong to none of the weights ``names`` (without the part)."""
+        known = self._parts[part]
+        spots = [known.namer(name, known.keys) for name in names]
+        claimed = {key for spot in spots if spot is not None for key in (spot.key, *spot.copies)}
+        others = tuple(other.prefix for other in self._parts.values() if other.prefix)
+        found = []
+        for key in sorted(known.keys - claimed):
+            of_another = not known.prefix and key.startswith(others)
+            unread = self.family == "Stable Diffusion 2" and LAST_OF_OPEN_CLIP.fullmatch(key)
+            if not (of_another or unread or NO_WEIGHTS.fullmatch(key)):
+                found.append(key)
+        return found
 
     def place(self, name: str) -> Place:
         """Where the weight ``name`` is stored.
@@ -198,7 +252,8 @@ class Layout:
                 f"as {self.family} does: give the checkpoint of the model that was edited."
             )
         shape = (sum(stop - start for start, stop in rows), *stored[1:]) if stored else ()
-        return Place(key, shape[::-1] if spot.transposed else shape, rows, spot.transposed)
+        copies = tuple(known.prefix + copy for copy in spot.copies)
+        return Place(key, shape[::-1] if spot.transposed else shape, rows, spot.transposed, copies)
 
     def _why_not(self, part: str) -> str:
         where = PLACES.get(part, f"{part}.*")

@@ -31,12 +31,14 @@ class Spot:
         fractions: The rows, in the order in which diffusers has them; empty for the whole tensor.
         transposed: Whether the file has the transposed matrix.
         convolution: Whether the file has a convolution of 1 by 1 in place of the linear layer.
+        copies: Names of other tensors that hold the same.
     """
 
     key: str
     fractions: tuple[Fraction, ...] = ()
     transposed: bool = False
     convolution: bool = False
+    copies: tuple[str, ...] = ()
 
 
 Keys = frozenset[str]
@@ -87,11 +89,10 @@ def open_clip(name: str, keys: Keys) -> Spot | None:
     return Spot(f"{block}.{layers[layer]}.{kind}") if layer in layers else None
 
 
-def t5(name: str, keys: Keys) -> Spot | None:
-    """T5 with the names of transformers; None for token embeddings that the file holds twice."""
-    if name == "shared.weight" and "encoder.embed_tokens.weight" in keys:
-        return None
-    return Spot(name)
+def t5(name: str, keys: Keys) -> Spot:
+    """T5 with the names of transformers; some files hold the embeddings of its tokens twice."""
+    twice = name == "shared.weight" and "encoder.embed_tokens.weight" in keys
+    return Spot(name, copies=("encoder.embed_tokens.weight",) if twice else ())
 
 
 # --- the UNet and the autoencoder of latent diffusion

@@ -17,11 +17,12 @@ from torch import Tensor
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.offload import Offload, bring
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
 from lit_unlearn.methods.shared.processes import Processes
-from lit_unlearn.system.errors import plain_warnings
+from lit_unlearn.system.errors import UserError, plain_warnings
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
 
@@ -37,12 +38,17 @@ class DiffusionEditor(L.LightningModule):
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
 
     Args:
-        model: Folder of a pipeline in the diffusers layout, ``emoji-sd`` (the embedded model), or a hub id.
+        model: Folder of a pipeline in the diffusers layout, single file (``.safetensors``), ``emoji-sd`` (the embedded
+            model), or a hub id.
         revision: Branch, tag or commit, if ``model`` is a hub id.
+        config_folder: Folder in the diffusers layout, if ``model`` is a single file: with its tokenizers, and with the
+            parts that the file does not hold.
         dtype: Type of all weights: ``float32``, ``bfloat16`` or ``float16``.
         edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
         num_inference_steps: Denoising steps of every picture.
         guidance_scale: Strength of classifier-free guidance of every picture.
+        offload: Keep the parts in the processor's memory, and move each to the GPU only while it is used: slower, for
+            models that do not fit there at once.
 
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
@@ -50,6 +56,9 @@ class DiffusionEditor(L.LightningModule):
 
     one_text_encoder: ClassVar[bool] = False
     """Whether the method works only with models that have a single text encoder."""
+
+    find_base: ClassVar[Callable[..., BaseModel]] = BaseModel.find
+    """Finds the base model; a plan replaces it, since it needs no weights."""
 
     recipe: dict[str, Any] | None = None
     """Everything that determined the fit, as a recipe, if it was run from the command line."""
@@ -62,6 +71,8 @@ class DiffusionEditor(L.LightningModule):
         edited_parameters: str = "xattn",
         num_inference_steps: int = 15,
         guidance_scale: float = 4.0,
+        config_folder: str | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.processes = Processes(self)
@@ -70,14 +81,14 @@ class DiffusionEditor(L.LightningModule):
         self.save_hyperparameters()
         self.strict_loading = False  # a checkpoint holds the edited weights only
         self.model_id, self.revision = model, revision
-        self.edited_parameters = edited_parameters
+        self.edited_parameters, self.offload = edited_parameters, offload
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         if num_inference_steps < 1:
             raise ValueError(f"model.num_inference_steps={num_inference_steps} must be at least 1.")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
-        self.base = BaseModel.find(model, revision)
+        self.base = self.find_base(model, revision, config_folder)
         if self.base.names:
             self._check_family()
             self.select(self.base.names)
@@ -88,6 +99,7 @@ class DiffusionEditor(L.LightningModule):
         self.report: dict[str, Any] = {}
         self._loaded_cost = dict(NO_COST)
         self._started: float | None = None
+        self.offloaded: Offload | None = None
 
     def _check_family(self) -> None:
         """Refuse a model of a family that the method cannot edit, before its weights are loaded."""
@@ -116,6 +128,13 @@ class DiffusionEditor(L.LightningModule):
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods may restrict the choice."""
+        for part, declared in self.base.family.declared.items():
+            missing = declared.optional and not any(name.startswith(f"{part}.") for name in names)
+            if missing and declared.has_weights and part in self.edited_parameters:
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} names {part}, which model={self.model_id!r} does "
+                    "not have: edit other weights, or take a model with it."
+                )
         return match_parameters(self.edited_parameters, names, self.base.family.unread(names))
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
@@ -142,7 +161,8 @@ class DiffusionEditor(L.LightningModule):
         if hasattr(self, "pipeline"):
             return
         self._check_family()
-        self.pipeline: Pipeline = self.base.load(self.weights_dtype)
+        device = self._offload_device()
+        self.pipeline: Pipeline = self.base.load(self.weights_dtype, torch.device("cpu") if device else None)
         for name, part in self.pipeline.parts.items():  # so that Lightning moves them; checkpoints use the names
             self.add_module(name, part)
         parameters = self.pipeline.named_parameters()
@@ -150,6 +170,51 @@ class DiffusionEditor(L.LightningModule):
         self.pretrained = PretrainedValues({name: parameters[name] for name in self.edited_names})
         self.base_fingerprint = fingerprint(self.pretrained.values)
         self.pipeline.denoiser.register_forward_pre_hook(self.forwards)
+        if device:
+            self.offloaded = Offload(self.pipeline.parts, device)
+
+    def _offload_device(self) -> torch.device | None:
+        """The device that parts are moved to when they are used; None if they stay where they are loaded.
+
+        Raises:
+            UserError: There are several processes.
+        """
+        if not self.offload:
+            return None
+        if self._trainer is not None and self.trainer.world_size > 1:
+            raise UserError(
+                f"model.offload=true works with one process, not {self.trainer.world_size}: set trainer.devices to 1."
+            )
+        device = torch.get_default_device()  # Lightning sets it while a model is configured
+        if device.type == "cpu":
+            with plain_warnings():
+                warnings.warn("model.offload=true has no effect on the processor.", stacklevel=2)
+            return None
+        return device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiffusionEditor:
+        """Move everything but the parts, if they move by themselves."""
+        if self.offloaded is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        parts = {name: self._modules.pop(name) for name in self.offloaded.parts}
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        finally:
+            self._modules.update(parts)
+
+    @contextmanager
+    def edited_in_place(self) -> Iterator[None]:
+        """Within the block, all parts with edited weights are on the device."""
+        if self.offloaded is None:
+            yield
+            return
+        with self.offloaded.holding(name.partition(".")[0] for name in self.edited_names):
+            yield
+
+    def on_after_backward(self) -> None:
+        """Parts that a gradient has flowed through need not stay on the device any more."""
+        if self.offloaded is not None:
+            self.offloaded.release()
 
     def train(self, mode: bool = True) -> DiffusionEditor:
         """Keep the pipeline in evaluation mode, since methods train without dropout."""
@@ -259,6 +324,7 @@ class DiffusionEditor(L.LightningModule):
     @torch.no_grad()
     def pretrained_prediction(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Prediction (B, C, H, W) of the denoiser with its pretrained weights; arguments as in ``Pipeline.predict``."""
+        bring(self.pipeline.denoiser)  # so that the values go where it is
         return self.pipeline.predict(x_t, timesteps, condition, self.pretrained.of(self.pipeline.denoiser_part))
 
     @contextmanager

@@ -1,0 +1,473 @@
+"""A dry run of a fit: what it would edit, compute and need in memory, from configurations alone.
+
+    plan = plan_fit(["fit", "--config", "null_space_context.yaml", "--config", "flux.yaml"])
+    plan.print(console)
+
+The recipe and its options are those of ``lit-unlearn fit``, and the method itself selects the weights. Memory is
+counted by running the parts on the meta device (``diffusion.footprint``); what solvers need is computed from shapes.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lit_unlearn.data.prompts import ConceptPrompts
+from lit_unlearn.diffusion.described import DescribedModel
+from lit_unlearn.diffusion.footprint import (
+    decode_bytes,
+    descent_bytes,
+    encode_bytes,
+    module_bytes,
+    predict_bytes,
+)
+from lit_unlearn.diffusion.parameters import match_parameters
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.diffusion.text_ways import way_of
+from lit_unlearn.methods.concept_ablation import ConceptAblation
+from lit_unlearn.methods.esd import ESD
+from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.system.errors import UserError
+from lit_unlearn.training.classes import prepare
+from lit_unlearn.training.cli import UnlearnCLI
+
+DTYPES = ("float32", "bfloat16")
+EDITED_TEXTS = ("edit_prompts", "phrases", "edited_texts", "pairs")
+"""Where a method has the texts that it edits; it has as many that they are edited into."""
+RETAINED_TEXTS = ("retain_prompts", "preserved", "retained_texts")
+"""Where a method has the texts whose outputs should not change."""
+ONE_STATE = ("last_subject",)
+"""Values of ``tokens`` that edit one state of a text."""
+SCRATCH = 4
+"""Matrices of d_in × d_in in a solve: the moment, its eigenvectors, and LAPACK's two for the decomposition."""
+WIDTH = 80
+
+
+class _PlanCLI(UnlearnCLI):
+    """Builds what the recipe names, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert subcommand == "fit"
+
+    def _find_earlier_run(self, concepts: Sequence[str]) -> None:
+        """A plan continues nothing."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Edited weights of one kind and shape in a part.
+
+    Attributes:
+        part: The part.
+        kind: The end of their names, such as ``attn2.to_k``.
+        shape: Their shape.
+        count: How many there are.
+    """
+
+    part: str
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in all of them."""
+        return self.count * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a phase needs on the device, in bytes.
+
+    Attributes:
+        resident: If all parts are there all the time.
+        offload: If each part is there only while it is used.
+    """
+
+    resident: int
+    offload: int
+
+
+@dataclass
+class Plan:
+    """What a fit would do.
+
+    Attributes:
+        model: The model as the user gave it.
+        architecture: The published architecture that its sizes are taken from; None if they are its own.
+        title: The family.
+        method: Class of the method.
+        dtype: Type of the weights in the recipe.
+        sites: The edited weights.
+        unread: Full names of weights that the pattern selects and nothing reads.
+        parameters: Number of parameters of each part.
+        memory: For each type and phase what it needs.
+        counts: Work in numbers, each with what it is.
+        optimizer: Bytes of gradients and of the optimizer's state.
+        ram: Bytes that the processor's memory must hold besides, with what they are.
+    """
+
+    model: str
+    architecture: str | None
+    title: str
+    method: str
+    dtype: str
+    sites: list[Sites]
+    unread: list[str]
+    parameters: dict[str, int]
+    memory: dict[str, dict[str, Memory]] = field(default_factory=dict)
+    counts: dict[str, str] = field(default_factory=dict)
+    optimizer: int = 0
+    ram: dict[str, int] = field(default_factory=dict)
+
+    def peak(self, dtype: str, offload: bool = False) -> int:
+        """The most that any phase needs on the device, in bytes."""
+        return max(found.offload if offload else found.resident for found in self.memory[dtype].values())
+
+    def print(self, console: Console) -> None:
+        """Print everything, in 80 columns."""
+        sizes = f", sizes of {self.architecture}" if self.architecture not in (None, self.model) else ""
+        console.print(f"{self.method} on {self.model} ({self.title}{sizes}); no weights were read.\n", markup=False)
+        for table in (self._sites(), self._parts(), self._memory(), self._counts()):
+            console.print(table)
+        if self.unread:
+            listed = ", ".join(self.unread[:3]) + (f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else "")
+            console.print(f"Left out, since nothing reads them: {listed}", markup=False)
+
+    def _sites(self) -> Table:
+        table = _table(f"Edited: {sum(one.count for one in self.sites)} weights")
+        for header, justify in {"part": "left", "weights": "left", "number": "right"}.items():
+            table.add_column(header, justify=justify)  # type: ignore[arg-type]
+        for header in ("shape", "millions"):
+            table.add_column(header, justify="right")
+        for one in self.sites:
+            shape = " × ".join(map(str, one.shape))
+            table.add_row(one.part, one.kind, str(one.count), shape, f"{one.parameters / 1e6:,.2f}")
+        return table
+
+    def _parts(self) -> Table:
+        table = _table("Parameters")
+        table.add_column("part")
+        for header in ("millions", *(f"{dtype}, GB" for dtype in DTYPES)):
+            table.add_column(header, justify="right")
+        for name, count in [*self.parameters.items(), ("all", sum(self.parameters.values()))]:
+            sizes = [_gigabytes(count * getattr(torch, dtype).itemsize) for dtype in DTYPES]
+            table.add_row(name, f"{count / 1e6:,.1f}", *sizes)
+        return table
+
+    def _memory(self) -> Table:
+        table = _table(f"Memory of the device, GB (the recipe: {self.dtype})")
+        table.add_column("phase")
+        for dtype in self.memory:
+            table.add_column(dtype, justify="right")
+            table.add_column("offload", justify="right")
+        phases = next(iter(self.memory.values()))
+        for phase in phases:
+            both = [found[phase] for found in self.memory.values()]
+            table.add_row(phase, *(_gigabytes(size) for one in both for size in (one.resident, one.offload)))
+        peaks = [self.peak(dtype, offload) for dtype in self.memory for offload in (False, True)]
+        table.add_row("most", *map(_gigabytes, peaks), style="bold")
+        return table
+
+    def _counts(self) -> Table:
+        table = _table("Work")
+        table.add_column("what")
+        table.add_column("how much", justify="right")
+        for what, amount in self.counts.items():
+            table.add_row(what, amount)
+        if self.optimizer:
+            table.add_row("gradients and optimizer", f"{_gigabytes(self.optimizer)} GB")
+        for what, size in self.ram.items():
+            table.add_row(f"RAM: {what}", f"{_gigabytes(size)} GB")
+        return table
+
+
+def plan_fit(args: Sequence[str]) -> Plan:
+    """Plan a fit.
+
+    Args:
+        args: ``fit`` and its options, recipes as paths.
+
+    Raises:
+        UserError: As for a fit; or the recipe does not edit a model.
+    """
+    prepare()
+    found_by = DiffusionEditor.find_base
+    DiffusionEditor.find_base = staticmethod(DescribedModel.find)  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is left out: the plan says it
+            cli = _PlanCLI(args)
+    finally:
+        DiffusionEditor.find_base = found_by  # type: ignore[method-assign]
+    if not isinstance(cli.model, DiffusionEditor):
+        raise UserError(f"plan: {type(cli.model).__name__} trains a model of its own: give a recipe that edits one.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _Planner(cli).plan()
+
+
+def solve_bytes(inputs: int, outputs: int, keys: int) -> int:
+    """Bytes of a solve in float64: moment and decomposition, keys and what they become, old and new weights, values.
+
+    Args:
+        inputs: Inputs of the maps that are solved together, d_in.
+        outputs: Their outputs together.
+        keys: Number of edited keys.
+    """
+    return 8 * (SCRATCH * inputs**2 + 2 * keys * inputs + 2 * outputs * inputs + keys * outputs)
+
+
+class _Planner:
+    """Works out a plan from what the command line has built."""
+
+    def __init__(self, cli: UnlearnCLI) -> None:
+        self.module: Any = cli.model
+        self.data: Any = cli.datamodule
+        self.trainer: Any = cli.trainer
+        base = self.module.base
+        assert isinstance(base, DescribedModel)
+        self.base = base
+        self.module.edited_names = self.names = self.module.select(base.names)
+        self.dtype = str(self.module.weights_dtype).removeprefix("torch.")
+        self.edited = next((len(getattr(self.module, name)) for name in EDITED_TEXTS if hasattr(self.module, name)), 0)
+        kept = [getattr(self.module, name) for name in RETAINED_TEXTS if hasattr(self.module, name)]
+        self.retained = len(kept[0]) if kept else 0
+        self.descends = isinstance(self.module, GradientEditor) or (
+            isinstance(self.module, ValueRefinement) and self.module.value_choice == "refined"
+        )
+
+    def plan(self) -> Plan:
+        described = self.base.parts(torch.float32)
+        self.shapes = {
+            f"{part}.{name}": tuple(value.shape)
+            for part, module in described.items()
+            for name, value in module.named_parameters()
+        }
+        plan = Plan(
+            self.base.name,
+            self.base.architecture,
+            self.base.family.title,
+            type(self.module).__name__,
+            self.dtype,
+            self._sites(),
+            self._unread(),
+            {name: sum(value.numel() for value in module.parameters()) for name, module in described.items()},
+        )
+        for dtype in dict.fromkeys((*DTYPES, self.dtype)):
+            plan.memory[dtype] = self._phases(getattr(torch, dtype))
+        plan.counts = self._counts()
+        plan.optimizer = self._training_bytes()
+        plan.ram = self._ram(plan)
+        return plan
+
+    def _sites(self) -> list[Sites]:
+        found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+        for name in self.names:
+            part, _, inside = name.partition(".")
+            kind = re.sub(r"^.*\.\d+\.|^(?=[^.]+$)", "", inside.removesuffix(".weight"))
+            found[part, kind, self.shapes[name]] += 1
+        return [Sites(*key, count) for key, count in found.items()]
+
+    def _unread(self) -> list[str]:
+        matched = match_parameters(self.module.edited_parameters, self.base.names)
+        unread = set(self.base.family.unread(self.base.names))
+        return [name for name in matched if name in unread]
+
+    # --- memory
+
+    def _phases(self, dtype: torch.dtype) -> dict[str, Memory]:
+        pipeline = self.base.pipeline(dtype)
+        sizes = {name: module_bytes(part) for name, part in pipeline.parts.items()}
+        everything, denoiser = sum(sizes.values()), sizes[pipeline.denoiser_part]
+        texts = [text.part for text in pipeline.texts]
+        together = min(ENCODE_BATCH, max(1, self.edited, self.retained))
+        reading = {part: sizes[part] + encode_bytes(pipeline, together, part) for part in texts}
+        kept = self._states_bytes(pipeline)
+        phases = {
+            "load": Memory(everything, 0),
+            "encode": Memory(everything + encode_bytes(pipeline, together) + kept, max(reading.values()) + kept),
+        }
+        if self.descends:
+            through = not isinstance(self.module, GradientEditor)
+            batch = self._batch()
+            trained = [name for name in self.names if name.startswith(pipeline.denoiser_part)]
+            trained = trained if not through else [name for name in self.names if not name.startswith("vae.")]
+            more = descent_bytes(self._computing(pipeline), batch, trained, through)
+            # The gradients are counted as the optimizer's, in the type of the weights.
+            more += self._training_bytes(dtype) - (0 if through else self._numel() * pipeline.dtype.itemsize)
+            held = denoiser + (sum(sizes[part] for part in texts) if through else 0)
+            phases["descent"] = Memory(everything + more, held + more)
+        if isinstance(self.module, ClosedFormMethod):
+            solving = self._solve_bytes(pipeline)
+            edited = sum(sizes[part] for part in {name.partition(".")[0] for name in self.names})
+            phases["solve"] = Memory(everything + solving + kept, edited + solving + kept)
+        pictures = getattr(self.data, "eval_batch_size", 1)
+        rows = pictures * self._guided(pipeline, self.module.guidance_scale)
+        drawing = denoiser + predict_bytes(pipeline, rows)
+        decoder = everything - denoiser - sum(sizes[part] for part in texts)
+        decoding = decoder + decode_bytes(pipeline, pictures)
+        reading_now = max(sizes[part] + encode_bytes(pipeline, pictures, part) for part in texts)
+        phases[f"draw ({pictures} at once)"] = Memory(
+            everything + max(drawing - denoiser, decoding - decoder), max(drawing, decoding, reading_now)
+        )
+        return phases
+
+    def _computing(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline in the type that a mixed precision computes in."""
+        precision = str(self.trainer.precision)
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        return pipeline if half is None or pipeline.dtype == half else self.base.pipeline(half)
+
+    def _batch(self) -> int:
+        size = getattr(self.data, "batch_size", 1)
+        return int(size or self.module.fit_plan.num_pairs or self.edited or 1)
+
+    def _numel(self) -> int:
+        return sum(torch.Size(self.shapes[name]).numel() for name in self.names)
+
+    def _training_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of gradients and optimizer state, and of the pretrained values that a method compares with."""
+        if not self.descends:
+            return 0
+        dtype = dtype or self.module.weights_dtype
+        count = self._numel()
+        if not isinstance(self.module, GradientEditor):  # V1 of one layer, at all positions of all pairs
+            outputs = max(self.shapes[name][0] for name in self.names)
+            count, dtype = self.edited * self._length() * outputs, torch.float32
+        per_weight = _state_bytes(self.module.optimizer, dtype) + dtype.itemsize
+        return round(count * (per_weight + dtype.itemsize))
+
+    def _length(self) -> int:
+        return max(text.length for text in self.base.pipeline(torch.float32).texts)
+
+    def _states_bytes(self, pipeline: Pipeline) -> int:
+        """Bytes of the edited states and those that they are edited into, float32, kept from encode to solve."""
+        if not isinstance(self.module, ClosedFormMethod):
+            return 0
+        count = 2 * self.edited
+        if hasattr(self.module, "retained_texts"):  # SPEED keeps each of them
+            count += self.retained
+        if any(way_of(name) for name in self.names):
+            config: Any = pipeline.denoiser.config
+            width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+            width = width if isinstance(width, int) else max(width)
+            length = sum(pipeline.texts[number].length for number in pipeline.token_order)
+            return count * length * width * 4
+        widths = [self.shapes[name][1] for name in self.names if len(self.shapes[name]) == 2]
+        return count * max(text.length for text in pipeline.texts) * max(widths, default=0) * 4
+
+    def _groups(self) -> list[list[str]]:
+        """Edited weights that are solved together."""
+        ways: dict[str, list[str]] = {}
+        for name in self.names:
+            ways.setdefault(way_of(name) or name, []).append(name)
+        return list(ways.values())
+
+    def _solve_bytes(self, pipeline: Pipeline) -> int:
+        """Bytes of the largest solve, float64: moment and decomposition, keys, and each map with its new values."""
+        most = 0
+        for group in self._groups():
+            inputs = self.shapes[group[0]][1]
+            outputs = sum(self.shapes[name][0] for name in group)
+            one = way_of(group[0]) == "pooled" or getattr(self.module, "tokens", None) in ONE_STATE
+            length = sum(pipeline.texts[number].length for number in pipeline.token_order)
+            keys = self.edited * (1 if one else length)
+            most = max(most, solve_bytes(inputs, outputs, keys))
+        return most
+
+    def _ram(self, plan: Plan) -> dict[str, int]:
+        size = getattr(torch, self.dtype).itemsize
+        found = {
+            "largest part, while loading": max(plan.parameters.values()) * size,
+            "all parts, with --offload": sum(plan.parameters.values()) * size,
+            "edited weights before the edit": self._numel() * size,
+        }
+        if isinstance(self.module, ClosedFormMethod):
+            inputs = [self.shapes[group[0]][1] for group in self._groups()]
+            found["moments and null spaces, float64"] = sum(2 * 8 * width**2 for width in inputs)
+        return found
+
+    # --- work
+
+    def _guided(self, pipeline: Pipeline, guidance: float) -> int:
+        config: Any = pipeline.denoiser.config
+        return 1 if guidance == 1 or "guidance_embeds" in config else 2
+
+    def _counts(self) -> dict[str, str]:
+        module, plan = self.module, self.module.fit_plan
+        found = {}
+        if self.edited:
+            texts = f"{self.edited} edited, {self.edited} targets, {self.retained} retained"
+            found["prompts encoded at the start"] = f"{2 * self.edited + self.retained:,} ({texts})"
+        epochs = plan.epochs or self.trainer.max_epochs or 1
+        if isinstance(module, ClosedFormMethod):
+            rounds = getattr(module, "rounds", 1)
+            solves = len(self._groups()) * rounds
+            inputs = sorted({self.shapes[group[0]][1] for group in self._groups()})
+            found["solves"] = f"{solves:,} (with {' and '.join(f'{width:,}' for width in inputs)} inputs)"
+        if self.descends:
+            steps = epochs * (plan.steps or getattr(self.data, "steps", 1))
+            forwards, exact = self._forwards(steps * self._batch())
+            found["steps of gradient descent"] = f"{steps:,} of {self._batch()}"
+            found["denoiser: forwards of one picture"] = f"{'' if exact else 'at least '}{forwards:,}"
+            found["denoiser: backwards of one picture"] = f"{steps * self._batch():,}"
+        elif isinstance(module, ClosedFormMethod):
+            found["denoiser: forwards of one picture"] = "0"
+        if isinstance(self.data, ConceptPrompts):
+            pictures = len(self.data.test_dataloader().dataset)  # type: ignore[arg-type]
+            rows = self._guided(self.base.pipeline(torch.float32), module.guidance_scale)
+            passes = pictures * module.num_inference_steps * rows
+            found["a test: pictures before, and after"] = f"{pictures:,}"
+            found["a test: forwards of one picture"] = f"{2 * passes:,}"
+        return found
+
+    def _forwards(self, uses: int) -> tuple[int, bool]:
+        """Forward passes of a fit with so many uses of a picture, and whether that is all."""
+        module = self.module
+        pipeline = self.base.pipeline(torch.float32)
+        if isinstance(module, ESD):
+            if module.states_per_chain == "all":
+                chains = -(-uses // (module.chains * module.num_chain_steps * module.passes)) * module.chains
+                return chains * module.num_chain_steps * 2 + uses, module.erase_from is None
+            return round(uses * (module.num_chain_steps - 1)) + 3 * uses, False  # half a chain on average
+        if isinstance(module, ConceptAblation):
+            drawn = module.images * len(module.edited) * module.anchor_inference_steps
+            rows = self._guided(pipeline, module.anchor_guidance_scale)
+            return drawn * rows + uses * (2 if module.objective == "model" else 1), module.prior_weight == 0
+        if type(module) is ValueRefinement:
+            rows = self._guided(pipeline, module.guidance_scale)
+            return module.latents_per_prompt * self.edited * module.num_inference_steps * rows + 2 * uses, True
+        return uses, False
+
+
+def _state_bytes(make: Any, dtype: torch.dtype) -> float:
+    """Bytes of an optimizer's state for each weight, from a step on a few weights."""
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make([weight])
+    optimizer.step()
+    states = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor) and value.dim()]
+    return sum(value.nbytes for value in states) / weight.numel()
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", box=HORIZONTALS, width=WIDTH)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f}"

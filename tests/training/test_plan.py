@@ -1,0 +1,118 @@
+"""A dry run of a fit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_families import build_sdxl
+
+from helpers import CONFIGS
+from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.described import DescribedModel
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.system.errors import UserError
+from lit_unlearn.training.plan import Plan, Sites, plan_fit, solve_bytes
+
+
+def planned(recipe: str, model: Path | str, *options: str) -> Plan:
+    args = ["fit", "--config", str(CONFIGS / f"{recipe}.yaml"), f"--model.init_args.model={model}", "--concept=dog"]
+    return plan_fit([*args, "--trainer.accelerator=cpu", *options])
+
+
+def test_a_closed_form(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned("null_space_context", tiny_sd)
+    names = [name for name in BaseModel.find(str(tiny_sd)).names if ".attn2.to_k.weight" in name or "to_v.w" in name]
+    names = [name for name in names if "attn2" in name]
+    assert sum(one.count for one in plan.sites) == len(names)
+    assert {(one.part, one.kind) for one in plan.sites} == {("unet", "attn2.to_k"), ("unet", "attn2.to_v")}
+    assert sum(one.parameters for one in plan.sites) == sum(
+        value.numel()
+        for name, value in DescribedModel.find(str(tiny_sd)).pipeline(torch.float32).named_parameters().items()
+        if name in names
+    )
+    assert plan.unread == [] and plan.optimizer == 0
+    assert plan.counts["denoiser: forwards of one picture"] == "0"
+    assert plan.counts["solves"].startswith("1 (with ")
+    phases = plan.memory["float32"]
+    assert list(phases)[:3] == ["load", "encode", "solve"]
+    everything = 4 * sum(plan.parameters.values())
+    assert everything <= phases["load"].resident < 1.1 * everything and phases["load"].offload == 0
+    assert all(one.offload <= one.resident for one in phases.values())
+    assert plan.peak("float32", offload=True) < plan.peak("float32")
+    assert plan.memory["bfloat16"]["load"].resident < phases["load"].resident
+    assert list(tmp_path.iterdir()) == []
+    assert DiffusionEditor.find_base == BaseModel.find  # as before
+
+
+def test_a_descent(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned(
+        "esd", tiny_sd, "--data.init_args.steps=10", "--trainer.max_epochs=2", "--data.init_args.batch_size=3"
+    )
+    count = sum(one.parameters for one in plan.sites)
+    assert plan.optimizer == count * (4 + 8 + 4)  # gradients, two means of Adam, the weights before the edit
+    assert plan.counts["steps of gradient descent"] == "20 of 3"
+    assert plan.counts["denoiser: backwards of one picture"] == "60"
+    assert plan.counts["denoiser: forwards of one picture"] == str(200 * 2 + 60)  # ten chains of twenty steps, guided
+    descent = plan.memory["float32"]["descent"]
+    assert descent.offload > plan.memory["float32"]["load"].resident // 2 and descent.offload < descent.resident
+    plain = planned("esd", tiny_sd, "--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.lr=1")
+    assert plain.optimizer == count * (4 + 4)
+
+
+def test_layers_that_nothing_reads_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build_sdxl(tmp_path / "model")
+    plan = planned("concept_ablation", model, "--model.init_args.edited_parameters=text-fc2")
+    assert plan.unread == ["text_encoder.encoder.layers.2.mlp.fc2.weight"]
+    assert [(one.part, one.kind, one.count) for one in plan.sites] == [
+        ("text_encoder", "mlp.fc2", 2),
+        ("text_encoder_2", "mlp.fc2", 4),
+    ]
+    console = Console(width=80, file=io.StringIO())
+    plan.print(console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Left out, since nothing reads them: text_encoder.encoder.layers.2.mlp.fc2.weight" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_recipe_that_trains_a_model_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="plan: JudgeTraining trains a model of its own: give a recipe that edits one"):
+        plan_fit(["fit", "--config", str(CONFIGS / "emoji" / "judge.yaml")])
+    assert DiffusionEditor.find_base == BaseModel.find
+
+
+def test_numbers_of_a_solve() -> None:
+    assert Sites("unet", "attn2.to_k", (3, 5), 4).parameters == 60
+    # Four matrices of inputs × inputs, keys twice, old and new weights, values.
+    assert solve_bytes(10, 3, 7) == 8 * (400 + 140 + 60 + 21)
+    assert solve_bytes(10240, 4096, 0) > 4 * 839e6  # T5-XXL's wo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overlays", "edited"),
+    [
+        (["sd14"], {("unet", "attn2.to_k"), ("unet", "attn2.to_v")}),
+        (["sdxl"], {("unet", "attn2.to_k"), ("unet", "attn2.to_v"), ("unet", "add_embedding.linear_1")}),
+        (["sd35"], {("transformer", "context_embedder"), ("transformer", "time_text_embed.text_embedder.linear_1")}),
+        (["flux"], {("transformer", "context_embedder"), ("transformer", "time_text_embed.text_embedder.linear_1")}),
+    ],
+)
+def test_published_models(
+    overlays: list[str], edited: set[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", str(CONFIGS / "null_space_context.yaml"), "--trainer.accelerator=cpu"]
+    args += [word for name in overlays for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    plan = plan_fit(args)
+    assert {(one.part, one.kind) for one in plan.sites} == edited
+    if overlays == ["flux"]:
+        assert 11.8e9 < plan.parameters["transformer"] < 12e9  # known as 12 B
+        assert plan.peak("bfloat16", offload=True) < 32e9 < plan.peak("bfloat16")
