@@ -206,6 +206,7 @@ def build_flux(output: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
     draw_weights(transformer, 3, gain=1.0)
     sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
     FluxPipeline(sampler, vae, first, tokenizer, second, tokenizer_2, transformer).save_pretrained(output)
+    SHARED.add(str(output))
     return output
 
 

@@ -24,9 +24,8 @@ from lit_unlearn.attacks.restarts import check_restarts
 from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.vocabulary import vocabulary_of
+from lit_unlearn.diffusion.vocabulary import TABLES, vocabulary_fingerprint, vocabulary_of
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit, warn_unfinished
 from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
 from lit_unlearn.evaluation.grids import image_grid
@@ -219,9 +218,9 @@ def _result(
 
 def _vocabulary(pipeline: Pipeline, edit: Edit, base: BaseModel) -> str:
     """The vocabulary that learned embeddings belong to, as in ``vocabulary_of``; an edited table is a new one."""
-    is_edited = any(name.endswith("token_embedding.weight") for name in edit.weights)
+    is_edited = any(name.endswith(TABLES) for name in edit.weights)
     if is_edited or (isinstance(base.place, Path) and edit.dtype == torch.float32):  # the table as it is stored
-        return fingerprint({"token_embedding.weight": pipeline.text.table.float()})
+        return vocabulary_fingerprint({text.part: text.table for text in pipeline.texts})
     return vocabulary_of(base.name, base.config_folder)[0]
 
 

@@ -405,7 +405,8 @@ def _conclude(plan: Plan, folder: Path, recipe: Path, output: str) -> int:
     for what, path in where.items():
         if path.exists():
             print(f"  {what + ':':28}{path}")
-    print(f"\nThe same edit again, as a recipe:\n  {_command('fit', '--config', str(recipe))}")
+    again = _command("fit", "--config", str(recipe), "--concept", plan.concept.name)
+    print(f"\nThe same edit again, as a recipe:\n  {again}")
     return 0 if verdict.succeeded else 1
 
 

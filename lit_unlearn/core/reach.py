@@ -171,5 +171,9 @@ def reach_report(write: Write, weight: Tensor, retained: NullSpaceBasis | Tensor
     outputs = outputs[(values - outputs).norm(dim=1) > TOLERANCE * outputs.norm(dim=1)]
     if not len(outputs):
         return {}
-    found = reach(on_retained_span(weight, retained), outputs, longest)
+    if isinstance(retained, NullSpaceBasis):
+        on_span = on_retained_span(weight, retained)
+    else:  # in coordinates of the span, where lengths are the same and few directions make a small problem
+        on_span = weight @ checked_matrix("retained", retained, (weight.shape[1], None), weight.device)
+    found = reach(on_span, outputs, longest)
     return {"reach": float(found.quantile(0.5)), "least_reach": float(found.min())}

@@ -193,8 +193,8 @@ def test_what_acts_on_nothing_is_accepted(change: Damage, broken_model: Callable
 def test_a_tokenizer_without_a_length_has_the_text_encoders(broken_model: Callable[..., Path]) -> None:
     folder = broken_model(edit("tokenizer/tokenizer_config.json", model_max_length=LEFT_OUT))
     pipeline = load_pipeline(str(folder))
-    assert pipeline.text.length == MAX_LENGTH
-    assert pipeline.text.tokenize(["a dog"]).shape == (1, MAX_LENGTH)
+    assert pipeline.texts[0].length == MAX_LENGTH
+    assert pipeline.texts[0].tokenize(["a dog"]).shape == (1, MAX_LENGTH)
 
 
 @pytest.mark.parametrize("name", ["conv_in.bias", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"])

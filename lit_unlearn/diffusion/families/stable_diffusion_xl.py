@@ -157,6 +157,11 @@ class StableDiffusionXL(Pipeline):
         read = [text.read(ids) for text, ids in zip(self.texts, tokens.ids, strict=True)]
         return Condition(torch.cat([states for states, _ in read], dim=-1), read[1][1])
 
+    @property
+    def leads_from_empty(self) -> bool:
+        """See ``Pipeline.leads_from_empty``; not from zeros."""
+        return not self.force_zeros_for_empty_prompt
+
     def unconditional(self) -> Condition:
         """See ``Pipeline.unconditional``; zeros if the model says so."""
         if not self.force_zeros_for_empty_prompt:
