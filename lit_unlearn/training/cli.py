@@ -36,6 +36,7 @@ from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, import_all, import_named, known_classes, known_keys, prepare
+from lit_unlearn.training.early import concept_not_named
 from lit_unlearn.training.ledger import take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
@@ -119,6 +120,7 @@ class UnlearnCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.given = given_options(args)
+        self.note = concept_not_named(args)
         try:
             with utf8_recipes():
                 self.config = parser.parse_args(args)
@@ -306,6 +308,8 @@ class UnlearnCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.finished_before is None:
             fetch_base(self.model)
+        if self.note is not None and self.finished_before is None and self.trainer.is_global_zero:
+            warn(self.note)
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # Errors of TensorBoard and other writers do not name the folder.
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)

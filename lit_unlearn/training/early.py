@@ -18,7 +18,7 @@ import yaml
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.edited import edited_concepts
 from lit_unlearn.judges.names import check_short_name
-from lit_unlearn.system.errors import UserError, closest, closest_key, user_errors, warn
+from lit_unlearn.system.errors import UserError, closest, closest_key, user_errors
 from lit_unlearn.system.run_file import check_checkpoint
 from lit_unlearn.system.sources import ancestors, arguments_of, our_classes, trainer_options
 from lit_unlearn.training.arguments import LIGHTNINGS, OF_THE_TRAINER, OPTIONS, SECTIONS
@@ -109,7 +109,7 @@ def check_early(args: Sequence[str]) -> None:
     for sentence in (*_unknown_options(asked), *_unknown_keys(asked)):
         raise UserError(sentence)
     with user_errors():
-        chosen = _check_concept(command, asked)
+        _concept_not_named(command, asked)
         for name in ("judge", "second_judge"):
             judge = asked.value("model", name)
             if isinstance(judge, str) and judge not in ("null", "none", ""):
@@ -117,8 +117,15 @@ def check_early(args: Sequence[str]) -> None:
         path = asked.options.get("ckpt_path")
         if path not in (None, "null", "last", "best", "hpc", ""):
             check_checkpoint(path)
-    if chosen:
-        warn(chosen)
+
+
+def concept_not_named(args: Sequence[str]) -> str | None:
+    """The sentence that says which concepts a fit edits, and why, if its command line names none; else None.
+
+    Args:
+        args: A command of the trainer that ``check_early`` has passed.
+    """
+    return _concept_not_named(args[0], Asked.of(args[1:]))
 
 
 def _check_that_there_is_a_method(command: str, asked: Asked) -> None:
@@ -136,7 +143,7 @@ def _check_that_there_is_a_method(command: str, asked: Asked) -> None:
     )
 
 
-def _check_concept(command: str, asked: Asked) -> str | None:
+def _concept_not_named(command: str, asked: Asked) -> str | None:
     """Check the concepts; the sentence that says which are edited if the command line of a fit names none.
 
     Raises:
