@@ -193,6 +193,8 @@ def _unknown_keys(asked: Asked) -> Iterator[str]:
     """Sentences on the keys of recipes that nothing has."""
     for section in ("model", "data", "edit"):
         known = _arguments(asked, section)
+        if {section, f"{section}.class_path"} & set(asked.options):  # another class; the parser drops what it lacks
+            continue
         for name in asked.init_args(section) if known is not None else ():
             if name not in known:  # type: ignore[operator]
                 yield f"{section}: {asked.kind(section)} has no option {name!r}{closest(str(name), known or ())}."
