@@ -64,8 +64,8 @@ def test_of_flow_matching_it_is_the_models_sampler_and_back(tiny_sd3: Path, guid
     found = ddim.sample(pipeline.guided(condition, guidance_scale), noise, guidance_scale)
     assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     if guidance_scale == 1:
-        near, far = (ddim.invert(condition, expected, iterations)[0] - noise for iterations in (20, 1))
-        assert near.abs().max() < 1e-3 < far.abs().max()
+        near, far = (ddim.invert(condition, expected, iterations)[0] - noise for iterations in (60, 1))
+        assert near.abs().max() < 1e-4 < 1e-1 < far.abs().max()
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
