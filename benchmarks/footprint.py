@@ -4,8 +4,8 @@
     python benchmarks/footprint.py sd35_medium --prompts 4         # its T5 takes 10 GB
     python benchmarks/footprint.py flux1_dev --computed            # nothing is run: 24 GB for the transformer alone
 
-Weights are random, in bfloat16, and never on disk: the memory does not depend on their values. Parts are made in turn,
-each phase in a process of its own, as with ``--model.offload true``; pictures are small. ``measured`` is the growth of
+Weights are random, in bfloat16, and never on disk: the memory does not depend on their values. Parts are made in
+turn, each phase in a process of its own, as with ``--model.offload true``; pictures are small. ``measured`` is the growth of
 the process beyond its libraries, at its peak; ``predicted`` is counted on the meta device with the same settings, by the
 code of ``lit-unlearn plan``.
 """
@@ -74,7 +74,7 @@ def materialised(module: Any) -> Any:
 
 
 def prepared(name: str, phase: str, prompts: int, side: int) -> tuple[int, Callable[[], Any]]:
-    """The bytes that a plan predicts for a phase, and a function that runs it; made of meta tensors until it is called."""
+    """The bytes that a plan predicts for a phase, and a function that runs it."""
     import torch
 
     from lit_unlearn.diffusion import footprint
