@@ -63,7 +63,7 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/mypy
 
 docs: $(STAMP) ## build the documentation into site/
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "To read it: $(BIN)/python -m http.server --directory site, then http://localhost:8000"
 
 hooks: $(STAMP) ## check every commit before it is made

@@ -26,7 +26,7 @@ from leaders import attacked, edited, held, load, sequence, tested
 from leaders_tables import attack_share, number, pooled, share, table, took
 from stored import add_options, make_stored
 
-MODEL = ("--model", "emoji-dit")
+MODEL = ("--model.model", "emoji-dit")
 CLIP, T5 = r"text_encoder(_2)?\..*fc2\.weight", r"text_encoder_3\..*\.wo\.weight"
 ATTACKS = ("concept_inversion", "ring_a_bell")
 NUM_PICTURES = 10
@@ -50,8 +50,8 @@ class Edit:
 
 EDITS = {
     "null_space": Edit("null_space_context", "context embedder and pooled embedder"),
-    "null_space, tokens": Edit("null_space_context", "context embedder", "context_embedder"),
-    "null_space, pooled": Edit("null_space_context", "pooled embedder", r"text_embedder\.linear_1"),
+    "null_space, tokens": Edit("null_space_context", "context embedder", r"context_embedder\.weight"),
+    "null_space, pooled": Edit("null_space_context", "pooled embedder", r"text_embedder\.linear_1\.weight"),
     "null_space, CLIP and T5": Edit("null_space", "last layer of each encoder that is read"),
     "null_space, CLIP": Edit("null_space", "last layer of both CLIP that is read", CLIP),
     "null_space, T5": Edit("null_space", "last layer of T5", T5),

@@ -4,10 +4,10 @@
     python benchmarks/footprint.py sd35_medium --prompts 4         # its T5 takes 10 GB
     python benchmarks/footprint.py flux1_dev --computed            # nothing is run: 24 GB for the transformer alone
 
-Weights are random, in bfloat16, and never on disk: the memory does not depend on their values. Parts are made in
-turn, each phase in a process of its own, as with ``--model.offload true``; pictures are small. ``measured`` is the growth of
-the process beyond its libraries, at its peak; ``predicted`` is counted on the meta device with the same settings, by the
-code of ``lit-unlearn plan``.
+Weights are random, in bfloat16, and never on disk: the memory does not depend on their values. Parts are made in turn,
+each phase in a process of its own, as with ``--model.offload true``; pictures are small. ``measured`` is the growth of
+the process beyond its libraries, at its peak; ``predicted`` is counted on the meta device with the same settings, by
+the code of ``lit-unlearn plan``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def materialised(module: Any) -> Any:
 
 
 def prepared(name: str, phase: str, prompts: int, side: int) -> tuple[int, Callable[[], Any]]:
-    """The bytes that a plan predicts for a phase, and a function that runs it."""
+    """The bytes that a plan predicts for a phase, and a function that runs it; on meta tensors until it is called."""
     import torch
 
     from lit_unlearn.diffusion import footprint

@@ -15,6 +15,8 @@ TOP = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "checkpoints/emoji-sd/README.md": "models/emoji-sd.md",
     "checkpoints/emoji-sd/samples.png": "models/samples.png",
+    "checkpoints/emoji-dit/README.md": "models/emoji-dit.md",
+    "checkpoints/emoji-dit/samples.png": "models/emoji-dit.png",
     "CHANGELOG.md": "reference/changelog.md",
     "CONTRIBUTING.md": "reference/contributing.md",
     "NOTICE": "reference/notice.txt",
@@ -27,7 +29,8 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in OUTSIDE.items():
         content = (TOP / source).read_bytes()
         if page.endswith(".md"):
-            text = re.sub(r"\A---\n.*?\n---\n", "", content.decode(), flags=re.DOTALL)  # the card's metadata
+            text = content.decode().replace("](samples.png)", "](emoji-dit.png)" if "dit" in page else "](samples.png)")
+            text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the card's metadata
             content = re.sub(r"\]\(docs/", "](../", text).encode()
         files.append(File.generated(config, page, content=content))
     for page, text in (("reference/commands.md", commands()), ("reference/recipes.md", recipes())):
@@ -45,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def commands() -> str:
     """What ``--help`` says, of each command; of the trainer's, only what they are."""
-    from lit_unlearn.cli import OTHER_COMMANDS, TRAINER_COMMANDS
+    from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS
 
     parts = ["# Commands", "Generated from `lit-unlearn COMMAND --help`."]
     for name, what in TRAINER_COMMANDS.items():

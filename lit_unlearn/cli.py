@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 
 from lit_unlearn import __version__
 from lit_unlearn.commands.parser import check_output
+from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS, command_modules
+from lit_unlearn.judges.names import check_short_name
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
+from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
-from lit_unlearn.training.recipes import recipe_names, resolve_recipes
+from lit_unlearn.training.early import check_early
+from lit_unlearn.training.help import command_help, wants_help
+from lit_unlearn.training.recipes import recipe_names, recipe_summary, resolve_recipes
 
-TRAINER_COMMANDS = {
-    "fit": "find and apply an edit, or train a part of the embedded model",
-    "validate": "draw a few pictures with a run's edited weights",
-    "test": "score a run: pictures before and after, judged",
-    "predict": "draw the evaluation pictures with a run's edited weights",
-}
-OTHER_COMMANDS = ("plan", "generate", "export", "attack", "verify", "convert", "report", "demo")
-"""Each one is a file in ``lit_unlearn/commands``."""
+CLOSED_PIPE = 141
+"""Exit code if the reader of the output has gone, as in ``lit-unlearn report | head``: that of SIGPIPE in a shell."""
 TOLD_TO_STOP = 75
 """Exit code of a fit that a signal stopped: its state is saved, and the same command continues it (EX_TEMPFAIL)."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -36,13 +37,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success; 1 if ``verify`` finds a difference; 2 for a mistake of the user or an output that
-        cannot be written; 75 if a signal told a fit to save and stop, or a test to stop; 130 if interrupted. Errors
-        during training are raised.
+        cannot be written; 75 if a signal told a fit to save and stop, or a test to stop; 130 if interrupted; 141 if the
+        reader of a pipe has gone. Errors during training are raised.
     """
     _say_everything()
     try:
         with plain_threads():
-            return _run(list(sys.argv[1:] if args is None else args))
+            code = _run(list(sys.argv[1:] if args is None else args))
+            sys.stdout.flush()  # here, where a closed pipe can still be caught
+            return code
     except UserError as error:
         message = essence(error)
     except KeyboardInterrupt:
@@ -51,6 +54,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except Preempted as told:
         print(told, file=sys.stderr)
         return TOLD_TO_STOP
+    except BrokenPipeError:
+        # Python writes what is left when it ends, and would then complain.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except OSError as error:
         message = essence(_shown(error))
     except SystemExit as error:  # --help, --print_config
@@ -102,7 +110,12 @@ def _run(args: list[str]) -> int:
             note_signal(name)
     if command in TRAINER_COMMANDS:
         resolved = resolve_recipes(args)
-        from lit_unlearn.training import cli as training
+        if wants_help(resolved):
+            print(command_help(command, TRAINER_COMMANDS[command], resolved[1:]))
+            return 0
+        check_early(resolved)
+        resolved = [arg for arg in resolved if arg != "all" or "--help" not in resolved]
+        from lit_unlearn.training import cli as training  # takes seconds
 
         training.run(resolved)
         return 0
@@ -118,15 +131,23 @@ def _run(args: list[str]) -> int:
     ):  # a shell does not expand the ~ in --output=~/a.png
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
+    if getattr(options, "ckpt_path", None) is not None:
+        options.ckpt_path = str(checkpoint_of(options.ckpt_path))  # of a run's folder
     with user_errors():
+        if getattr(options, "ckpt_path", None) is not None:
+            check_checkpoint(options.ckpt_path)
+        if command == "attack" and options.judge is not None:
+            check_short_name(options.judge)
         check_output(command, options)
     return module.run(options) or 0
 
 
 def overview() -> str:
     """Return what ``lit-unlearn --help`` prints."""
-    others = {name: import_module(f"lit_unlearn.commands.{name}").DESCRIPTION for name in OTHER_COMMANDS}
-    lines = [f"  {name:10}{text}" for name, text in {**TRAINER_COMMANDS, **others}.items()]
+    others = {name: module.DESCRIPTION for name, module in command_modules().items()}
+    lines = [f"  {name:11}{text}" for name, text in {**TRAINER_COMMANDS, **others}.items()]
+    names = recipe_names()
+    width = max(map(len, names), default=0) + 2
     return "\n".join(
         [
             "usage: lit-unlearn COMMAND [options]",
@@ -138,9 +159,19 @@ def overview() -> str:
             "  lit-unlearn demo --concept dog",
             "  lit-unlearn fit --config null_space.yaml --concept dog",
             "  lit-unlearn test --config null_space.yaml --concept dog",
+            "  lit-unlearn fit --config null_space.yaml --help    the keys of a recipe",
             "  lit-unlearn COMMAND --help, --version",
             "",
             "Recipes, by name from ./configs or the package, several --config override one another:",
-            *(f"  {name}" for name in recipe_names()),
+            *(line for name in names for line in _in_two_lines(name, width)),
+            "",
+            "Exit codes: 0 success, 1 verify or doctor found a difference, 2 a mistake or an output that",
+            "cannot be written, 75 told to stop (the same command goes on), 130 interrupted, 141 pipe closed.",
         ]
     )
+
+
+def _in_two_lines(name: str, width: int) -> list[str]:
+    """A recipe and what it is, in 80 columns."""
+    lines = textwrap.wrap(recipe_summary(name), 78 - width, max_lines=2, placeholder=" …") or [""]
+    return [f"  {name:{width}}{lines[0]}".rstrip(), *(f"  {'':{width}}{line}" for line in lines[1:])]

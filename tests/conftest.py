@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_families import build_sd3, build_sdxl
+from tiny_families import build_flux, build_sd3, build_sdxl
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -161,6 +161,12 @@ def tiny_sd3_without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``tiny_sd3``, without a T5 and with timesteps that depend on the size; not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3-without-t5"
     return build_sd3(folder, with_t5=False, use_dynamic_shifting=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of the form of FLUX.1 dev; its pictures are large, and it is not to be written to."""
+    return build_flux(tmp_path_factory.mktemp("models") / "tiny-flux", guidance_embeds=True)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from lit_unlearn.cli import OTHER_COMMANDS, TRAINER_COMMANDS, main
+from lit_unlearn.cli import main
+from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS
 from lit_unlearn.training.recipes import find_recipe
 
 TOP = Path(__file__).parents[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -27,7 +31,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-from helpers import SHARED, draw_weights
+from helpers import SHARED, draw_weights, original
+from lit_unlearn.diffusion.single_file import names
+from lit_unlearn.diffusion.single_file.names import Namer
+from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.emoji.captions import vocabulary
 from lit_unlearn.emoji.text_encoder import MAX_LENGTH, train_tokenizer
 
@@ -199,4 +206,67 @@ def build_flux(output: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
     draw_weights(transformer, 3, gain=1.0)
     sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
     FluxPipeline(sampler, vae, first, tokenizer, second, tokenizer_2, transformer).save_pretrained(output)
+    SHARED.add(str(output))
     return output
+
+
+UNET, AUTOENCODER = "input_blocks.2.0.op.weight", "decoder.up.1.block"
+BLOCKS = "joint_blocks.0.context_block.mlp.fc1.weight"
+"""Names in a file that say how many blocks these models have."""
+CLIP_PREFIX, T5_PREFIX = "text_encoders.clip_{}.transformer.", "text_encoders.t5xxl.transformer."
+ORIGINAL: dict[str, dict[str, tuple[str, Namer]]] = {
+    "StableDiffusionPipeline": {
+        "unet": ("model.diffusion_model.", names.unet),
+        "text_encoder": ("cond_stage_model.transformer.", names.clip),
+    },
+    "StableDiffusionXLPipeline": {
+        "unet": ("model.diffusion_model.", names.unet),
+        "text_encoder": ("conditioner.embedders.0.transformer.", names.clip),
+        "text_encoder_2": ("conditioner.embedders.1.model.", names.open_clip),
+    },
+    "StableDiffusion3Pipeline": {
+        "transformer": ("model.diffusion_model.", names.stable_diffusion_3),
+        "text_encoder": (CLIP_PREFIX.format("l"), names.clip),
+        "text_encoder_2": (CLIP_PREFIX.format("g"), names.clip),
+        "text_encoder_3": (T5_PREFIX, names.t5),
+    },
+    "FluxPipeline": {
+        "transformer": ("model.diffusion_model.", names.flux),
+        "text_encoder": (CLIP_PREFIX.format("l"), names.clip),
+        "text_encoder_2": (T5_PREFIX, names.t5),
+    },
+}
+"""Beginning of the names of each part in a published file of each family, and how they go on."""
+
+
+def as_single_file(
+    folder: Path,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    parts: Sequence[str] | None = None,
+    prefix: str | None = None,
+    metadata: dict[str, str] | None = None,
+    **more: Tensor,
+) -> Path:
+    """Write the pipeline in a folder as one file in the layout of the original code; return the file.
+
+    Args:
+        folder: A pipeline of this file.
+        path: The file to write.
+        dtype: Type of all weights.
+        parts: The parts that the file holds; None for all.
+        prefix: Beginning of the denoiser's names; None for that of a whole model.
+        metadata: What the file says of itself.
+        more: Further tensors.
+    """
+    weights = WholeModel.in_folder(folder).parts
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    made: dict[str, Tensor] = {}
+    for part, (beginning, namer) in {**ORIGINAL[index], "vae": ("first_stage_model.", names.autoencoder)}.items():
+        if part in weights and (parts is None or part in parts):
+            start = prefix if prefix is not None and part in ("unet", "transformer") else beginning
+            made |= original(weights[part], start, namer, frozenset([UNET, AUTOENCODER, BLOCKS]))
+    made = {key: value.to(dtype).contiguous() for key, value in made.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({**made, **more}, path, metadata=metadata)
+    return path

@@ -17,11 +17,10 @@ from torch import Tensor
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.noise import NoiseProcess
 from lit_unlearn.diffusion.parameters import PretrainedValues
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.sampling import (
-    count_forwards,
-)
+from lit_unlearn.diffusion.sampling import count_forwards
 from lit_unlearn.judges.base import Judge, judge_questions
 
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
@@ -37,7 +36,7 @@ DRAW_BATCH = 10
 
 @dataclass(frozen=True)
 class AttackCost:
-    """Cost of an attack: wall-clock seconds, and the number of latents that passed through the UNet."""
+    """Cost of an attack: wall-clock seconds, and the number of latents that passed through the denoiser."""
 
     seconds: float = 0.0
     unet_forwards: int = 0
@@ -234,7 +233,7 @@ class Found:
         text: A prompt, or a description of what brings the concept back.
         draw: Draws pictures of the concept's prompts under the attack.
         report: Facts about the search, as values of JSON.
-        embeddings: Learned embeddings (n, D), if the attack learns some.
+        embeddings: Learned embeddings (n, D), if the attack learns some; see ``Pipeline.initial_embeddings``.
         cost: Cost of the search, including the pictures to learn from.
         loss: Loss of what was found, comparable between starts of the search.
         controls: Draw pictures that show what the help of the attack shows without the concept's prompt, by name.
@@ -320,7 +319,7 @@ class Attack(ABC):
 def denoising_errors(
     pipeline: Pipeline, condition: Condition, latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """Mean squared error (B,) of the UNet's prediction on noised ``latents`` (B, C, H, W), as in its training.
+    """Mean squared error (B,) of the denoiser's prediction on noised ``latents`` (B, C, H, W), as in its training.
 
     Args:
         pipeline: Any pipeline, edited or not.
@@ -335,24 +334,27 @@ def denoising_errors(
 
 
 def noise_draws(
-    latents: Tensor, num_timesteps: int, generators: Sequence[torch.Generator], window: tuple[float, float] = (0.0, 1.0)
+    latents: Tensor,
+    process: NoiseProcess,
+    generators: Sequence[torch.Generator],
+    window: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the inputs of a step: for each generator a row of ``latents`` (n, C, H, W), noise and a timestep.
 
     Args:
         latents: Latents of the pictures to learn from.
-        num_timesteps: Number of timesteps in the model's training.
+        process: The model's noise process, which draws the timesteps.
         generators: Generators on the CPU; each draws one item.
         window: Range of timesteps to draw from, as shares of all timesteps.
 
     Returns:
         Rows (B,) on the CPU; noise (B, C, H, W) and timesteps (B,) on the device of the latents.
     """
-    low, high = (round(share * num_timesteps) for share in window)
+    low, high = (round(share * process.num_timesteps) for share in window)
     rows, noise, timesteps = [], [], []
     for generator in generators:
         rows.append(torch.randint(len(latents), (), generator=generator))
-        timesteps.append(torch.randint(low, high, (), generator=generator))
+        timesteps.append(process.draw_timestep(generator, low, high))
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     return torch.stack(rows), torch.stack(noise).to(latents), torch.stack(timesteps).to(latents.device)
 

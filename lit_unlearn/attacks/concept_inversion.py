@@ -1,4 +1,9 @@
-"""Concept inversion (Pham et al., 2024): learns a token on the edited model to use instead of the concept's name."""
+"""Concept inversion (Pham et al., 2024): learns a token on the edited model to use instead of the concept's name.
+
+The token is new in every text encoder of the model, T5 included, as an attacker with the weights would have it. Its
+embeddings in all of them are learned together, through the loss that the model was trained with (noise, velocity or
+flow matching); see ``Pipeline.initial_embeddings`` for their units.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +45,7 @@ class ConceptInversion(RestartableAttack):
         named = [concept.replace_names(prompt, PLACE) for prompt, _ in model.named_pairs if concept.find_name(prompt)]
         templates = list(dict.fromkeys(named)) or templates_of(concept, None)
         generator = start_generator(start, model.seed, "concept inversion")
-        initial = pipeline.text.initial_embeddings(self.num_tokens, None, generator)
+        initial = pipeline.initial_embeddings(self.num_tokens, None, generator)
         embeddings, losses = optimise_embeddings(
             pipeline,
             initial,

@@ -36,7 +36,9 @@ class ImageToImage(Attack):
     def search(self, model: AttackedModel) -> Found:
         """Draw the pictures."""
         draw = draw_from_references(model, self.strength)
-        taken = int(model.num_inference_steps * self.strength)
+        process = model.pipeline.noise
+        order = int(getattr(process.scheduler, "order", 1))
+        taken = model.num_inference_steps - process.start_step(model.num_inference_steps, self.strength) // order
         return Found(
             f"pictures of the concept, noised for {taken} of {model.num_inference_steps} steps",
             kept(draw, model.prompts, model.seeds),

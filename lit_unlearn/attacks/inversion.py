@@ -13,6 +13,7 @@ from lit_unlearn.attacks.base import Attack, AttackedModel, Draw, Found
 from lit_unlearn.attacks.probing import (
     EMPTY,
     TARGET,
+    check_ddim_steps,
     drawn_in_batches,
     kept,
     no_prompts,
@@ -31,9 +32,10 @@ class Inversion(Attack):
     """Inverts pictures of the concept to noise with the edited model and the empty prompt, and draws from that noise.
 
     DDIM inversion without guidance (Song et al., 2021; with fixed-point iterations, Pan et al., 2023), then DDIM with
-    the concept's prompts. With ``null_text_steps``, the condition that the guidance leads away from is optimised at
-    each step so that the picture comes back (Mokady et al., 2023). Controls draw from the same noise with the target's
-    prompts, and with the empty prompt and no guidance, which is the inversion itself backwards.
+    the concept's prompts; of flow matching, the same with steps of Euler. With ``null_text_steps``, the condition that
+    the guidance leads away from is optimised at each step so that the picture comes back (Mokady et al., 2023).
+    Controls draw from the same noise with the target's prompts, and with the empty prompt and no guidance, which is the
+    inversion itself backwards.
 
     Attributes:
         sampler_steps: Steps of DDIM, in both directions.
@@ -60,7 +62,12 @@ class Inversion(Attack):
 
     def check_run(self, base: BaseModel, num_inference_steps: int, guidance_scale: float) -> None:
         """Refuse a number of steps that DDIM cannot take, and an optimisation of what guidance does not use."""
-        base.check_steps(self.sampler_steps, f"{self.name}.sampler_steps", "ddim")
+        check_ddim_steps(base, self.sampler_steps, f"{self.name}.sampler_steps")
+        if self.null_text_steps and base.folder is not None and base.family.takes_guidance:
+            raise ValueError(
+                f"{self.name}.null_text_steps={self.null_text_steps} has no effect on {base.family.title}, whose "
+                "guidance does not lead away from the empty prompt: leave it out."
+            )
         if self.null_text_steps and guidance_scale == 1:
             raise ValueError(
                 f"{self.name}.null_text_steps={self.null_text_steps} has no effect without guidance: leave it out, or "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.attacks.base import Attack, AttackedModel, Draw, Found
-from lit_unlearn.attacks.probing import drawn_in_batches, kept, target_prompts
+from lit_unlearn.attacks.probing import check_ddim_steps, drawn_in_batches, kept, target_prompts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.ddim import DDIM
 from lit_unlearn.diffusion.sampling import seeded
@@ -26,7 +26,8 @@ class NoiseProbe(Attack):
     search with prompts of other concepts, which shows what the best of as many tries shows by chance.
 
     Attributes:
-        scales: Standard deviation of the noise of a step, as multiples of DDPM's, each tried for every picture.
+        scales: Standard deviation of the noise of a step, as multiples of DDPM's (of flow matching, of the posterior's
+            on the straight path), each tried for every picture.
         tries: Number of tries with each scale.
     """
 
@@ -45,7 +46,7 @@ class NoiseProbe(Attack):
 
     def check_run(self, base: BaseModel, num_inference_steps: int, guidance_scale: float) -> None:
         """Refuse a number of steps that DDIM cannot take."""
-        base.check_steps(num_inference_steps, "num_inference_steps", "ddim")
+        check_ddim_steps(base, num_inference_steps, "num_inference_steps")
 
     def search(self, model: AttackedModel) -> Found:
         """Draw all tries, and keep the best of each picture."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_unlearn.attacks.base import DRAW_BATCH, AttackedModel, Draw
 from lit_unlearn.data.concepts import Concept, ConceptSet
+from lit_unlearn.diffusion.base_model import BaseModel
 
 TARGET, EMPTY = "target prompt", "empty prompt"
 """Names of the usual controls: the edited model does the same with these prompts."""
@@ -118,6 +119,16 @@ def reference_controls(model: AttackedModel, strength: float, mask: Tensor | Non
 def no_prompts(prompts: Sequence[str]) -> list[str]:
     """The empty prompt, as often as there are ``prompts``."""
     return [""] * len(prompts)
+
+
+def check_ddim_steps(base: BaseModel, num_inference_steps: int, field: str) -> None:
+    """Refuse a number of steps that ``DDIM`` cannot take with this model.
+
+    Raises:
+        ValueError: It cannot; the message names the ``field``.
+    """
+    is_flow = base.folder is not None and base.family.flow
+    base.check_steps(num_inference_steps, field, "model" if is_flow else "ddim")
 
 
 def check_strength(field: str, strength: float, num_inference_steps: int) -> None:

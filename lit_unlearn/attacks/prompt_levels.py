@@ -13,6 +13,7 @@ from lit_unlearn.attacks.base import Attack, AttackedModel, Found, measure
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.evaluation.metrics import wilson_interval
+from lit_unlearn.system.errors import UserError
 
 LEVEL_SEED = 40_000_000
 """First seed of the pictures by which levels are compared; far from those of all other pictures."""
@@ -32,7 +33,15 @@ def level_prompts(concept: Concept, prefix: str, reader: PromptReader) -> dict[s
         concept: The concept.
         prefix: A prompt with ``{}`` for a name.
         reader: Reads prompts as the model does.
+
+    Raises:
+        UserError: The concept has no indirect prompts.
     """
+    if not concept.indirect:
+        raise UserError(
+            f"The attack prompt_levels needs prompts that describe {concept.name!r} without its name, and its concept "
+            "set has none: add some as indirect (and set prompts_per_concept), or take another attack."
+        )
     counts = [len(prompt.split()) for prompt in concept.indirect]
     others = [*concept.indirect[1:], concept.indirect[0]] if len(concept.indirect) > 1 else concept.direct[:1]
     pairs = [f"{one}, {other}" for one, other in zip(concept.indirect, others, strict=True)]

@@ -31,12 +31,15 @@ AT_ONCE = 10
 class PromptSearch(RestartableAttack):
     """Finds one prefix for all prompts of the concept, with which the edited model best denoises its pictures.
 
+    With several text encoders a word is one that is a single token in each of them (a T5 has another vocabulary than a
+    CLIP), and all encoders read the same relaxed words.
+
     The search uses edit prompts and the unedited model's pictures of them. It does not use the direct prompts, on which
     the prefix is judged. With ``per_prompt`` it does, and finds a prefix for each judged picture, as UnlearnDiffAtk.
 
     Attributes:
         steps: Steps of Adam; with per_prompt, for each picture.
-        num_tokens: Number of words of the prefix, one token each.
+        num_tokens: Number of words of the prefix, one token each in every text encoder.
         learning_rate: Learning rate of the relaxed one-hot weights.
         batch_size: Number of noised pictures in a step; null takes 8; with per_prompt 2 of each picture.
         window: Range of timesteps to draw from, as fractions of all, where the prompt matters most.
@@ -89,12 +92,12 @@ class PromptSearch(RestartableAttack):
     def search_from(self, model: AttackedModel, start: int) -> Found:
         """Find the prefix of all prompts."""
         pipeline, references = model.pipeline, model.references
-        latents, num_timesteps = references.latents, pipeline.noise.num_timesteps
+        latents = references.latents
         allowed = allowed_words(model, self.exclude_names)
         tokens = pipeline.tokenize_templates([f"{PLACE} {prompt}" for prompt in references.prompts], self.num_tokens)
 
         def errors(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-            rows, noise, timesteps = noise_draws(latents, num_timesteps, generators, self.window)
+            rows, noise, timesteps = noise_draws(latents, pipeline.noise, generators, self.window)
             condition = pipeline.encode_mixtures(weights[0], allowed, tokens[rows])
             return denoising_errors(pipeline, condition, latents[rows], noise, timesteps).mean()[None]
 
@@ -114,7 +117,7 @@ class PromptSearch(RestartableAttack):
             self.straight_through,
             score,
         )
-        prefix = pipeline.text.words_of(allowed[places[0].cpu()].tolist())
+        prefix = pipeline.words_of(allowed[places[0].cpu()])
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return model.draw([f"{prefix} {prompt}" for prompt in prompts], seeds)
@@ -179,7 +182,7 @@ class EachSearch:
 
         def errors(weights: Tensor, count: int, *key: object) -> Tensor:
             generators = [seeded(model.seed, attack.name, *key, item) for item in range(len(todo) * count)]
-            _, noise, timesteps = noise_draws(latents, pipeline.noise.num_timesteps, generators, attack.window)
+            _, noise, timesteps = noise_draws(latents, pipeline.noise, generators, attack.window)
             rows = todo.repeat_interleave(count)
             condition = pipeline.encode_mixtures(weights.flatten(0, 1), self.allowed, tokens[rows])
             found = denoising_errors(pipeline, condition, latents[rows], noise, timesteps)
@@ -189,7 +192,7 @@ class EachSearch:
             return errors(weights, attack.num_noised, step)
 
         def texts_of(places: Tensor) -> list[str]:
-            words = [pipeline.text.words_of(self.allowed[row].tolist()) for row in places.cpu()]
+            words = [pipeline.words_of(self.allowed[row]) for row in places.cpu()]
             return [f"{prefix} {prompt}" for prefix, prompt in zip(words, prompts, strict=True)]
 
         def is_shown(places: Tensor) -> Tensor:
@@ -229,6 +232,6 @@ def tokenize_apart(pipeline: Pipeline, templates: Sequence[str], count: int) -> 
 
 
 def allowed_words(model: AttackedModel, exclude_names: bool) -> Tensor:
-    """Numbers (A,) of the tokens that a searched prompt may contain."""
-    text, concept = model.pipeline.text, model.concept
-    return text.whole_words(concept.find_name, concept.names) if exclude_names else text.whole_words()
+    """The words (A, E) that a searched prompt may contain, as their tokens in each of E text encoders."""
+    pipeline, concept = model.pipeline, model.concept
+    return pipeline.whole_words(concept.find_name, concept.names) if exclude_names else pipeline.whole_words()

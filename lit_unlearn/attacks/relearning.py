@@ -131,7 +131,7 @@ class Relearning(Attack):
         """Train, check after 1, 2, 4, ... and the last step whether the concept is back, and restore the weights."""
         pipeline = model.pipeline
         references = model.references if self.pictures == "concept" else draw_others(model)
-        latents, num_timesteps = references.latents, pipeline.noise.num_timesteps
+        latents = references.latents
         tokens = pipeline.tokenize(references.prompts)
         parameters = model.pretrained.parameters if self.parts == "edited" else denoiser_parameters(model)
         if self.rank is not None:
@@ -146,7 +146,7 @@ class Relearning(Attack):
             optimizer = torch.optim.Adam(changes.factors, lr=self.rate)
             for step in range(1, self.steps + 1):
                 generators = [seeded(model.seed, self.name, step, item) for item in range(self.batch_size)]
-                rows, noise, timesteps = noise_draws(latents, num_timesteps, generators)
+                rows, noise, timesteps = noise_draws(latents, pipeline.noise, generators)
                 condition = pipeline.encode(tokens[rows])
                 loss = denoising_errors(pipeline, condition, latents[rows], noise, timesteps).mean()
                 changes.backward(torch.autograd.grad(loss, weights))

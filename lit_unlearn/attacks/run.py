@@ -21,16 +21,14 @@ from lit_unlearn.attacks.catalog import check_budget, make_attacks
 from lit_unlearn.attacks.drawing import AttackDrawing, judge_controls, result_name
 from lit_unlearn.attacks.probing import unrelated_prompts
 from lit_unlearn.attacks.restarts import check_restarts
-from lit_unlearn.data.concepts import Concept, ConceptSet, available_concept_sets, concept_set_of, load_concept_set
+from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.vocabulary import vocabulary_of
+from lit_unlearn.diffusion.vocabulary import TABLES, vocabulary_fingerprint, vocabulary_of
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit, warn_unfinished
+from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
 from lit_unlearn.evaluation.grids import image_grid
-from lit_unlearn.judges.base import Judge
-from lit_unlearn.judges.load import check_stored, load_judge
 from lit_unlearn.reports.attack_results import FILE, AttackReport, AttackResult, make_result
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.files import atomic_write
@@ -106,7 +104,7 @@ def attack_run(
     edit = read_edit(ckpt_path)
     how = AttackDrawing.chosen(edit.hyper_parameters, seed, guidance_scale, negative_prompt)
     warn_unfinished(ckpt_path)
-    concept_set = _concept_set(edit)
+    concept_set = concept_set_of_edit(edit)
     targets = _edited_concepts(edit, concepts, concept_set)
     others = _other_prompts(chosen, edit, concept_set)
     folder = _output_folder(edit, output)
@@ -121,7 +119,7 @@ def attack_run(
             attack.check_run(base, how.num_inference_steps, how.guidance_scale)
         if base.reader is not None:
             check_cuts(base.reader, concept_set, targets)
-        loaded_judge = _load_judge(edit, judge, judge_options, concept_set, [concept for _, concept in todo])
+        loaded_judge = judge_of_edit(edit, judge, judge_options, concept_set, [concept for _, concept in todo])
         pipeline, pretrained = load_with_pretrained(base, edit, found_device)
         vocabulary = _vocabulary(pipeline, edit, base)
         if base.reader is None:
@@ -220,9 +218,9 @@ def _result(
 
 def _vocabulary(pipeline: Pipeline, edit: Edit, base: BaseModel) -> str:
     """The vocabulary that learned embeddings belong to, as in ``vocabulary_of``; an edited table is a new one."""
-    is_edited = any(name.endswith("token_embedding.weight") for name in edit.weights)
+    is_edited = any(name.endswith(TABLES) for name in edit.weights)
     if is_edited or (isinstance(base.place, Path) and edit.dtype == torch.float32):  # the table as it is stored
-        return fingerprint({"token_embedding.weight": pipeline.text.table.float()})
+        return vocabulary_fingerprint({text.part: text.table for text in pipeline.texts})
     return vocabulary_of(base.name, base.config_folder)[0]
 
 
@@ -253,35 +251,6 @@ def _other_prompts(attacks: Sequence[Attack], edit: Edit, concept_set: ConceptSe
             f"{', '.join(edit.concepts)}: leave that out."
         )
     return prompts
-
-
-def _concept_set(edit: Edit) -> ConceptSet:
-    """The concept set of the run; for a delta whose set is a file of somebody else, the content stored in the delta.
-
-    Raises:
-        ValueError: The content of the set has changed since the edit.
-    """
-    name = edit.hyper_parameters.get("concept_set", "emoji20")
-    if edit.concept_set is not None and name not in available_concept_sets() and not Path(name).exists():
-        return concept_set_of(edit.concept_set, edit.path)
-    concept_set = load_concept_set(name)
-    edit.check_set(concept_set)
-    return concept_set
-
-
-def _load_judge(
-    edit: Edit,
-    judge: str | None,
-    options: Mapping[str, Any] | None,
-    concept_set: ConceptSet,
-    asked: Sequence[Concept],
-) -> Judge:
-    """The given judge or the run's judge; it must be able to answer the questions of the concepts ``asked``."""
-    if judge is None:
-        judge, stored = edit.hyper_parameters.get("judge", "emoji"), edit.hyper_parameters.get("judge_options") or {}
-        options = stored if options is None else options
-        check_stored(judge, options, edit.path)
-    return load_judge(judge, options or {}, concept_set, list(dict.fromkeys(asked)))
 
 
 def _edited_concepts(edit: Edit, names: Sequence[str] | None, concept_set: ConceptSet) -> list[Concept]:

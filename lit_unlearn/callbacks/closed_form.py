@@ -25,7 +25,6 @@ from lit_unlearn.core.reach import reach_report, retained_directions
 from lit_unlearn.core.solvers import Retained, Solved, Solver, UnsolvableError, Write
 from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
-from lit_unlearn.reports.figures import spectrum_figure
 
 REACHES = ("reach", "least_reach")
 """Entries about the reach in the report on a layer, which further rounds keep."""
@@ -42,6 +41,7 @@ class ClosedFormEdit(L.Callback):
 
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
+        self._cutoffs: dict[str, float] = {}
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -61,7 +61,7 @@ class ClosedFormEdit(L.Callback):
         except UnsolvableError as error:
             raise NumericalError(str(error)) from error
         if spaces:
-            self._show_spectra(pl_module, spaces)
+            self._store_spectra(pl_module, spaces)
         if pl_module.written_epochs() < pl_module.current_epoch:
             # Resumed between a layer's last step and its edit: Lightning does not end that epoch again.
             self.edit(trainer, pl_module, pl_module.written_epochs())
@@ -137,16 +137,22 @@ class ClosedFormEdit(L.Callback):
         except UnsolvableError as error:
             raise NumericalError(str(error)) from error
 
-    @staticmethod
-    def _show_spectra(module: ClosedFormMethod, spaces: Mapping[Retained, NullSpaceBasis]) -> None:
-        """Store the spectrum of K0 K0ᵀ of each layer in the report, and plot it."""
+    def _store_spectra(self, module: ClosedFormMethod, spaces: Mapping[Retained, NullSpaceBasis]) -> None:
+        """Store the spectrum of K0 K0ᵀ of each layer in the report."""
         of_layers = {name: spaces[own] for name, own in module.retained.items() if own in spaces}
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in of_layers.items()}
         module.report["spectrum"] = spectra
-        if isinstance(module.logger, TensorBoardLogger):
-            labels = {name: layer_label(name) for name in spectra}
+        self._cutoffs = {name: space.cutoff for name, space in of_layers.items()}
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plot the spectra, when the edit is written."""
+        spectra = getattr(pl_module, "report", {}).get("spectrum")
+        if self._cutoffs and spectra and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            from lit_unlearn.reports.figures import spectrum_figure  # matplotlib takes half a second
+
             figure = spectrum_figure(
-                {label: spectra[name] for name, label in labels.items()},
-                {label: of_layers[name].cutoff for name, label in labels.items()},
+                {layer_label(name): spectra[name] for name in self._cutoffs},
+                {layer_label(name): cutoff for name, cutoff in self._cutoffs.items()},
             )
-            module.logger.experiment.add_figure("edit/spectrum", figure)
+            trainer.logger.experiment.add_figure("edit/spectrum", figure)

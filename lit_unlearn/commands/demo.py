@@ -37,8 +37,9 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     config = options.config or ("null_space_context.yaml" if options.model else "null_space.yaml")
     model = ["--model", options.model] if options.model else []
-    common = ["--concept", options.concept, *model]
-    recipe, found = ["--config", config, *common], ["--config", str(find_recipe(config)), *common]
+    concept = ["--concept", options.concept]
+    recipe = ["--config", config, *concept, *model]
+    found = ["--config", str(find_recipe(config)), *concept, *(f"--model.model={name}" for name in model[1:])]
     _say("fit", *recipe)
     fit = training.run(["fit", *found])
     folder = Path(fit.trainer.log_dir or "")
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> None:
     prompt = fit.edited[0].direct[0]
     print("\nTry next:")
     print(f"  {_command('generate', prompt, '--ckpt_path', ckpt_path, '--output', 'edited.png')}")
-    print(f"  {_command('generate', prompt, *model, '--output', 'unedited.png')}")
+    steps = ("--num_inference_steps", str(fit.model.num_inference_steps))  # as the edit's
+    print(f"  {_command('generate', prompt, *model, *steps, '--output', 'unedited.png')}")
     other = next(name for name in fit.concept_names if name not in {concept.name for concept in fit.edited})
     print(f"  {_command('demo', '--concept', other, *model)}")
 

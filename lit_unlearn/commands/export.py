@@ -28,7 +28,9 @@ def parser() -> Parser:
         help="write the changed weights only: DIR/delta.safetensors, or DIR if it is such a file",
     )
     made.add_argument(
-        "--lora", metavar="RANK", help="write LoRA weights of at most this rank, or of the rank they need (auto)"
+        "--lora",
+        metavar="RANK",
+        help="write LoRA weights of at most this rank, of the rank they need (auto), or without a loss (exact)",
     )
     made.add_argument(
         "--format",
@@ -62,13 +64,13 @@ def run(options: argparse.Namespace) -> None:
     """
     import torch
 
+    from lit_unlearn.edits.card import left_out
     from lit_unlearn.edits.checkpoint import chosen_base, read_edit, warn_unfinished
     from lit_unlearn.edits.export import (
         export_delta,
         export_lora,
         export_pipeline,
         export_single,
-        left_out,
         output_path,
         provenance,
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
+from lit_unlearn.system.json_files import read_json
 from lit_unlearn.system.names import check_prompts
 
 if TYPE_CHECKING:
@@ -102,9 +103,21 @@ def run(options: argparse.Namespace) -> None:
         rows = list(pictures.split(len(seeds)))
         image = image_grid(rows, options.prompts, [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else (), scale)
     save_png(output, image)
-    what = f"edited ({', '.join(edit.concepts) or edit.method})" if edit else "not edited"
+    done = [*earlier_edit(base.place), *((edit.concepts or [edit.method]) if edit else [])]
+    what = f"edited ({', '.join(done)})" if done else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     print(f"{output}: {base.name}, {what}, {steps} steps, guidance {guidance_scale:g}, {which}")
+
+
+def earlier_edit(place: Path | str) -> list[str]:
+    """What a folder written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
+    try:
+        found = read_json(Path(place, "provenance.json"), "export it again")
+    except (OSError, ValueError):
+        return []
+    if not isinstance(found, dict) or "edited_weights" not in found:
+        return []
+    return [str(name) for name in found.get("concepts") or [found.get("method")]]
 
 
 def draw(

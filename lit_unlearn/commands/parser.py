@@ -70,14 +70,14 @@ def check_output(command: str, options: argparse.Namespace) -> None:
         return
     check_path("output", output)
     single = command == "export" and options.format == "single"
-    if command == "export" and not (options.delta or options.lora or single):
+    if command == "erase" or (command == "export" and not (options.delta or options.lora or single)):
         return  # it says itself what stands in its way, which may be an earlier export
     suffixes: Sequence[str] = ()
-    if command == "generate":
-        suffixes = [".png"]
+    if command in (endings := {"generate": ".png", "compare": ".html", "concepts": ".yaml"}):
+        suffixes = [endings[command]]
     elif command in ("export", "convert"):
         suffixes = [".safetensors"]
-    check_output_name(output, suffixes, may_be_folder=command not in ("generate", "convert"))
+    check_output_name(output, suffixes, may_be_folder=command not in {*endings, "convert"})
 
 
 def add_model_options(parser: Parser, default: str) -> None:

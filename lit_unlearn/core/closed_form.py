@@ -19,6 +19,7 @@ decides which); updates are returned on the weight's device, in the weight's dty
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -29,6 +30,7 @@ from lit_unlearn.core.matrices import (
     check_nonnegative,
     checked_matrix,
     checked_moment,
+    cholesky_factor,
     condition_number,
     solve_positive_definite,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "EmptyNullSpaceError",
     "NullSpaceBasis",
     "NullSpaceRule",
+    "NullSpaceSystem",
     "RidgeRule",
     "edit_report",
     "least_squares_condition",
@@ -80,6 +83,7 @@ def null_space_update(
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
     sums: KeySums | None = None,
+    system: NullSpaceSystem | None = None,
 ) -> Tensor:
     """Weight change that maps ``keys`` to ``values`` and keeps the retained keys' outputs (paper Sec. 4; AlphaEdit).
 
@@ -98,6 +102,8 @@ def null_space_update(
         previous_moment: Kp Kp^T of the keys of earlier edits, (d_in, d_in), which this edit should not undo
             (AlphaEdit): ``Delta = R K1^T P ((K1 K1^T + Kp Kp^T) P + ridge I)^-1``.
         sums: Sums of ``keys`` and ``values``, used instead of them if there are many keys.
+        system: The system of these keys, if it is known already; ``projection``, ``ridge``, ``ridge_rule`` and
+            ``previous_moment`` are then not read.
 
     Returns:
         Delta, (d_out, d_in), in the weight's dtype. Its rows lie in the range of P, so ``K0 @ Delta.mT`` is zero.
@@ -106,18 +112,93 @@ def null_space_update(
         ValueError: Shapes do not match, values are not finite, or the ridge is negative or too small to solve with.
     """
     if sums is not None:
-        factor = _projection_factor(projection, sums.moment)
-        system = _system_of_sums(sums, factor, ridge, ridge_rule, previous_moment)
-        delta = solve_positive_definite(system, sums.residual @ factor, ridge)
-        return (delta @ factor.mT).to(weight)
+        system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment, sums.moment)
+        return system.solve_sums(sums.residual).to(weight)
     weight64, keys, values = _checked_edit(weight, keys, values)
-    residual = (values - keys @ weight64.mT).mT  # (d_out, n), R
-    factor = _projection_factor(projection, keys)  # (d_in, k), U
-    reduced = keys @ factor  # (n, k), K1^T U
-    system, by_keys = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
-    solved = solve_positive_definite(system, residual if by_keys else residual @ reduced, ridge)
-    delta = solved @ reduced if by_keys else solved  # (d_out, k), Delta U
-    return (delta @ factor.mT).to(weight)
+    system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment)
+    return system.solve((values - keys @ weight64.mT).mT).to(weight)
+
+
+class NullSpaceSystem:
+    """The system that `null_space_update` solves and `edit_report` reports on, factorised once.
+
+    It does not depend on the weight or on the values, so maps with the same keys and the same null space share it.
+
+    Args:
+        keys: K1 transposed, (n, d_in).
+        projection: As in `null_space_update`, as the next three.
+        ridge: Weight of the size penalty.
+        ridge_rule: What it is relative to.
+        previous_moment: Kp Kp^T of earlier edits, (d_in, d_in).
+        moment: K1 K1^T, (d_in, d_in), used instead of the keys if there are many; only their number is then read.
+
+    Raises:
+        ValueError: As in `null_space_update`.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        projection: NullSpaceBasis | Tensor,
+        ridge: float = 1.0,
+        ridge_rule: RidgeRule = "absolute",
+        previous_moment: Tensor | None = None,
+        moment: Tensor | None = None,
+    ) -> None:
+        self.ridge, self.by_keys = ridge, False
+        if moment is not None:
+            self.factor = _projection_factor(projection, moment)
+            inner = (self.factor.mT @ moment) @ self.factor
+            self.keys_kept = float((inner.trace().clamp(min=0.0) / moment.trace()).sqrt())
+            least = moment.shape[1] * torch.finfo(inner.dtype).eps * moment.trace()
+            scaled = _scaled_ridge(ridge, ridge_rule, inner.trace(), least, len(keys))
+        else:
+            keys = checked_matrix("keys", keys, (None, None))
+            self.factor = _projection_factor(projection, keys)  # (d_in, k), U
+            self.reduced = keys @ self.factor  # (n, k), K1^T U
+            self.keys_kept = float(self.reduced.norm() / keys.norm())
+            # Keys that are orthogonal up to rounding (eps times the length of a row) count as orthogonal.
+            least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
+            scaled = _scaled_ridge(ridge, ridge_rule, self.reduced.square().sum(), least, len(keys))
+            self.by_keys = previous_moment is None and len(keys) <= self.factor.shape[1]
+            inner = self.reduced @ self.reduced.mT if self.by_keys else self.reduced.mT @ self.reduced
+        self.matrix = _completed(inner, self.factor, scaled, previous_moment)
+        """The symmetric matrix of the system, n x n over the keys or k x k over the basis."""
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """L with ``L L^T`` = the system's matrix."""
+        return cholesky_factor(self.matrix, "ridge", self.ridge)
+
+    @cached_property
+    def condition_number(self) -> float:
+        """Condition number of the system's matrix."""
+        return condition_number(self.matrix)
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """K1^T P, (n, d_in)."""
+        return self.reduced @ self.factor.mT
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Delta (d_out, d_in) for the residual R (d_out, n), float64.
+
+        Raises:
+            SingularSystemError: The ridge is too small.
+        """
+        d_out, (num_keys, dimension), d_in = len(residual), self.reduced.shape, len(self.factor)
+        right = residual if self.by_keys else residual @ self.reduced
+        solved = torch.cholesky_solve(right.mT, self.lower).mT
+        if not self.by_keys:
+            return solved @ self.factor.mT
+        # Of the two orders of the product the one with fewer operations.
+        if num_keys * d_in * (dimension + d_out) < d_out * dimension * (num_keys + d_in):
+            return solved @ self.projected
+        return (solved @ self.reduced) @ self.factor.mT
+
+    def solve_sums(self, residual: Tensor) -> Tensor:
+        """As ``solve``, from R K1^T (d_out, d_in)."""
+        return torch.cholesky_solve((residual @ self.factor).mT, self.lower).mT @ self.factor.mT
 
 
 def least_squares_update(
@@ -151,7 +232,7 @@ def least_squares_update(
         ValueError: As in `null_space_update`, or the system is singular.
     """
     if sums is not None:
-        system = _least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
+        system = least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
         return solve_positive_definite(system, sums.residual, ridge).to(weight)
     return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight).to(weight)
 
@@ -165,7 +246,7 @@ def least_squares_condition(
 ) -> float:
     """Condition number of the system that `least_squares_update` solves; it takes the same arguments."""
     moment = second_moment(keys) if sums is None else sums.moment
-    return condition_number(_least_squares_system(moment, retained_moment, ridge, retain_weight))
+    return condition_number(least_squares_system(moment, retained_moment, ridge, retain_weight))
 
 
 def ridge_map_update(
@@ -222,6 +303,7 @@ def edit_report(
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
     sums: KeySums | None = None,
+    system: NullSpaceSystem | None = None,
 ) -> dict[str, float]:
     """Measure how well a result of `null_space_update` keeps ``P K0 = 0`` and ``Delta K0 = 0``.
 
@@ -235,37 +317,39 @@ def edit_report(
         ridge_rule: As passed to `null_space_update`.
         previous_moment: As passed to `null_space_update`.
         sums: As passed to `null_space_update`.
+        system: The system that ``delta`` was solved from, if it is known, instead of the arguments before.
 
     Returns:
         ``null_space_dimension``, k; ``keys_kept``, ||P K1|| / ||K1||: how much of the edited keys the projection keeps;
-        ``retained_kept``, ||P K0|| / ||K0||; ``leak``, ||Delta K0|| / ||W K0||; ``relative_norm``, ||Delta|| / ||W||;
-        ``condition_number`` of the solved system. Norms are Frobenius norms. ``retained_kept`` and ``leak`` are
-        computed from the moment, so a true zero can appear as any value up to about 1e-7.
+        ``retained_kept``, ||P K0|| / ||K0||, from the eigenvalues of the null space; ``leak``,
+        ||Delta K0|| / ||W K0||; ``relative_norm``, ||Delta|| / ||W||; ``condition_number`` of the solved system. Norms
+        are Frobenius norms. ``retained_kept`` and ``leak`` are computed from moments, so a true zero can appear as any
+        value up to about 1e-7. ||W K0|| is summed in float32, which moves ``leak`` by about 1e-6 of itself; the other
+        norm, where large terms cancel, is in float64.
     """
     weight = checked_matrix("weight", weight, (None, None))
     delta = checked_matrix("delta", delta, tuple(weight.shape), weight.device)
-    moment = checked_moment("retained_moment", retained_moment, weight.shape[1], weight.device)
-    if sums is None:
-        keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
-        factor = _projection_factor(null_space, keys)
-        reduced = keys @ factor
-        kept = reduced.norm() / keys.norm()
-        system, _ = _null_space_system(keys, factor, reduced, ridge, ridge_rule, previous_moment)
-    else:
-        factor = _projection_factor(null_space, sums.moment)
-        kept = (((factor.mT @ sums.moment) * factor.mT).sum().clamp(min=0.0) / sums.moment.trace()).sqrt()
-        system = _system_of_sums(sums, factor, ridge, ridge_rule, previous_moment)
+    moment = checked_matrix("retained_moment", retained_moment, 2 * (weight.shape[1],), weight.device)
+    if system is None:
+        edited = None if sums is None else sums.moment
+        if edited is None:
+            keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
+        system = NullSpaceSystem(keys, null_space, ridge, ridge_rule, previous_moment, edited)
+    eigenvalues = null_space.eigenvalues.to(weight)
+    free = null_space.basis.to(weight).square().sum(0)  # 1 with a cut, else the share of a direction that is free
+    kept = (free * eigenvalues[: len(free)]).sum() / eigenvalues.sum()
 
-    def energy(matrix: Tensor) -> Tensor:
-        return ((matrix @ moment) * matrix).sum().clamp(min=0.0)  # ||matrix K0||^2
+    def energy(matrix: Tensor, dtype: torch.dtype) -> float:
+        matrix = matrix.to(dtype)
+        return float(((matrix @ moment.to(dtype)) * matrix).sum(dtype=torch.float64).clamp(min=0.0))  # ||matrix K0||^2
 
     return {
         "null_space_dimension": float(null_space.dimension),
-        "keys_kept": float(kept),
-        "retained_kept": float((energy(factor.mT) / moment.trace()).sqrt()),
-        "leak": float((energy(delta) / energy(weight)).sqrt()),
+        "keys_kept": system.keys_kept,
+        "retained_kept": float(kept.clamp(min=0.0).sqrt()),
+        "leak": math.sqrt(energy(delta, torch.float64) / energy(weight, torch.float32)),
         "relative_norm": float(delta.norm() / weight.norm()),
-        "condition_number": condition_number(system),
+        "condition_number": system.condition_number,
     }
 
 
@@ -281,33 +365,6 @@ def _projection_factor(projection: NullSpaceBasis | Tensor, keys: Tensor) -> Ten
             "projection is not an orthogonal projector (P = P^T = P P to 1e-5): pass null_space(...) itself."
         )
     return matrix
-
-
-def _null_space_system(
-    keys: Tensor,
-    factor: Tensor,
-    reduced: Tensor,
-    ridge: float,
-    ridge_rule: RidgeRule,
-    previous_moment: Tensor | None,
-) -> tuple[Tensor, bool]:
-    """The symmetric matrix to solve with, and whether it is n x n (over keys) instead of k x k (over the basis)."""
-    # Keys that are orthogonal up to rounding (eps times the length of a row) count as orthogonal.
-    least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
-    ridge = _scaled_ridge(ridge, ridge_rule, reduced.square().sum(), least, len(reduced))
-    by_keys = previous_moment is None and len(reduced) <= factor.shape[1]
-    system = reduced @ reduced.mT if by_keys else reduced.mT @ reduced
-    return _completed(system, factor, ridge, previous_moment), by_keys
-
-
-def _system_of_sums(
-    sums: KeySums, factor: Tensor, ridge: float, ridge_rule: RidgeRule, previous_moment: Tensor | None
-) -> Tensor:
-    """The k x k matrix to solve with, computed from K1 K1^T."""
-    system = factor.mT @ sums.moment @ factor
-    least = sums.moment.shape[1] * torch.finfo(system.dtype).eps * sums.moment.trace()
-    ridge = _scaled_ridge(ridge, ridge_rule, system.trace(), least, sums.num_keys)
-    return _completed(system, factor, ridge, previous_moment)
 
 
 def _scaled_ridge(ridge: float, rule: RidgeRule, energy: Tensor, least: Tensor, count: int) -> float:
@@ -338,12 +395,12 @@ def _least_squares(
 ) -> Tensor:
     """`least_squares_update` before the cast to the weight's dtype."""
     weight, keys, values = _checked_edit(weight, keys, values)
-    system = _least_squares_system(keys.mT @ keys, retained_moment, ridge, retain_weight)
+    system = least_squares_system(keys.mT @ keys, retained_moment, ridge, retain_weight)
     residual = values - keys @ weight.mT
     return solve_positive_definite(system, residual.mT @ keys, ridge)
 
 
-def _least_squares_system(edited_moment: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
+def least_squares_system(edited_moment: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
     """``retain_weight K0 K0^T + K1 K1^T + ridge I``, (d_in, d_in)."""
     check_nonnegative("ridge", ridge)
     check_nonnegative("retain_weight", retain_weight)

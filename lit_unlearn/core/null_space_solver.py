@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import RidgeRule, edit_report, null_space_update
+from lit_unlearn.core.closed_form import NullSpaceSystem, RidgeRule, edit_report, null_space_update
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.null_space import NullSpaceBasis, null_space, soft_null_space
 from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight
@@ -95,18 +95,21 @@ class NullSpace(Solver):
         return self.null_spaces[retained].cut()
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
-        """See ``Solver.solve``."""
-        return each(writes, self._solve)
+        """See ``Solver.solve``; maps with the same keys and retained keys share the system, which is built once."""
+        systems: dict[tuple[int, Retained], NullSpaceSystem] = {}
+        return each(writes, partial(self._solve, systems))
 
-    def _solve(self, write: Write) -> Solved:
+    def _solve(self, systems: dict[tuple[int, Retained], NullSpaceSystem], write: Write) -> Solved:
         space = self.null_spaces[write.retained]
         if self.tolerance is not None:
             space = self._within_tolerance(write, space)
-        change, sums = self._change(write, space)
+        place = id(write.keys), write.retained
+        change, system = self._change(write, space, systems.get(place))
+        if self.tolerance is None:  # otherwise each map has its own null space
+            systems[place] = system
         moment = write.retained.moment
         assert moment is not None
-        settings = self._ridge(space), self.ridge_rule
-        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, *settings, sums=sums)
+        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, system=system)
         if self.tolerance is not None:
             report["cutoff"] = space.cutoff / float(space.eigenvalues.mean())
         return Solved(change, report)
@@ -114,16 +117,21 @@ class NullSpace(Solver):
     def _ridge(self, space: NullSpaceBasis) -> float:
         return space.cutoff if self.ridge is None else self.ridge
 
-    def _change(self, write: Write, space: NullSpaceBasis) -> tuple[Tensor, KeySums | None]:
-        """The change (d_out, d_in) within ``space``, and the sums that it was solved from, if keys are many."""
+    def _change(
+        self, write: Write, space: NullSpaceBasis, system: NullSpaceSystem | None = None
+    ) -> tuple[Tensor, NullSpaceSystem]:
+        """The change (d_out, d_in) within ``space``, and the ``system`` that it was solved from."""
         weight = write.weight
         if self.forget_unused:
             factor = space.basis.to(weight)
             weight = weight - (weight @ factor) @ factor.mT
-        sums = KeySums.of_many(weight, write.keys, write.values)
-        settings = self._ridge(space), self.ridge_rule
-        change = null_space_update(weight, write.keys, write.values, space, *settings, sums=sums)
-        return (change + (weight - write.weight) if self.forget_unused else change), sums
+        values = write.wanted()
+        sums = KeySums.of_many(weight, write.keys, values)
+        if system is None:
+            keys, moment = write.keys.to(weight.device), None if sums is None else sums.moment
+            system = NullSpaceSystem(keys, space, self._ridge(space), self.ridge_rule, moment=moment)
+        change = null_space_update(weight, write.keys, values, space, sums=sums, system=system)
+        return (change + (weight - write.weight) if self.forget_unused else change), system
 
     def _within_tolerance(self, write: Write, widest: NullSpaceBasis) -> NullSpaceBasis:
         """The widest null space, up to ``widest``, whose change moves the retained outputs by at most ``tolerance``.
@@ -136,14 +144,14 @@ class NullSpace(Solver):
         """
         assert self.tolerance is not None and write.retained.moment is not None
         moment = write.retained.moment.to(write.weight)
+        present = ((write.weight @ moment) * write.weight).sum().clamp_min(0).sqrt()
 
         def leak(cutoff: float) -> float:
             try:
                 change, _ = self._change(write, widest.narrowed(cutoff))
             except ValueError:  # so narrow that no edited key has a part in it
                 return 0.0
-            norms = [((matrix @ moment) * matrix).sum().clamp_min(0).sqrt() for matrix in (change, write.weight)]
-            return float(norms[0] / norms[1])
+            return float(((change @ moment) * change).sum().clamp_min(0).sqrt() / present)
 
         cutoffs = widest.narrower_cutoffs()
         least, above = -1, len(cutoffs)  # cutoffs[least] is within the tolerance, cutoffs[above] is not

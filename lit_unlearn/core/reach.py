@@ -167,9 +167,13 @@ def reach_report(write: Write, weight: Tensor, retained: NullSpaceBasis | Tensor
     weight = checked_matrix("weight", weight, (None, None))
     rows = rows.to(write.keys.device)
     outputs = checked_matrix("keys", write.keys[rows], (None, weight.shape[1]), weight.device) @ weight.mT
-    values = checked_matrix("values", write.values[rows.to(write.values.device)], (None, len(weight)), weight.device)
+    values = checked_matrix("values", write.wanted(rows), (None, len(weight)), weight.device)
     outputs = outputs[(values - outputs).norm(dim=1) > TOLERANCE * outputs.norm(dim=1)]
     if not len(outputs):
         return {}
-    found = reach(on_retained_span(weight, retained), outputs, longest)
+    if isinstance(retained, NullSpaceBasis):
+        on_span = on_retained_span(weight, retained)
+    else:  # in coordinates of the span, where lengths are the same and few directions make a small problem
+        on_span = weight @ checked_matrix("retained", retained, (weight.shape[1], None), weight.device)
+    found = reach(on_span, outputs, longest)
     return {"reach": float(found.quantile(0.5)), "least_reach": float(found.min())}

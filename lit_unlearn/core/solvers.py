@@ -27,7 +27,7 @@ from lit_unlearn.core.closed_form import (
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
-from lit_unlearn.core.uce import map_condition, map_report, map_updates
+from lit_unlearn.core.uce import SharedReport, map_condition, map_report, map_updates, shared_map
 
 Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 """Calls each function on one process and sends the results to all processes: ``Processes.solved_once``."""
@@ -67,7 +67,7 @@ class Retained:
         count: Number of retained keys.
         keys: The keys themselves, (n, d_in), for solvers that need each of them.
         invariants: Keys whose outputs must not change at all, (k, d_in), for solvers that support this.
-        prompts: Number of prompts that the keys come from.
+        prompts: Number of prompts that the keys come from, the empty one counted.
         largest_norm: Length of the longest key, which bounds the keys of the reach; None if it is not known.
     """
 
@@ -88,9 +88,11 @@ class Write:
         weight: W before the change, (d_out, d_in), float64.
         dtype: Type that the new weight is rounded to.
         keys: K1, (m, d_in), of any float type.
-        values: V1, the outputs that the keys should get, (m, d_out), of any float type.
+        values: V1, the outputs that the keys should get, (m, d_out), of any float type; None: the outputs of
+            ``anchors``, which no solver then computes without need. Read them with ``wanted``.
         retained: What should not change.
-        anchors: Keys that have ``values`` as outputs, row by row with ``keys``, for solvers that need them.
+        anchors: Keys that have V1 as outputs, row by row with ``keys``, (m, d_in); maps that share them share one
+            tensor.
         texts: Number of texts that the keys come from, if a text has several keys; None: one key per text.
         seed: Seed of the random numbers that a solver draws for this map.
         concept_keys: Which of ``keys`` may carry the concept, (m,) bool; None: all.
@@ -100,12 +102,24 @@ class Write:
     weight: Tensor
     dtype: torch.dtype
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
     retained: Retained
     anchors: Tensor | None = None
     texts: int | None = None
     seed: tuple[object, ...] = ()
     concept_keys: Tensor | None = None
+
+    def wanted(self, rows: Tensor | None = None) -> Tensor:
+        """V1 (m, d_out), or the rows of it with the numbers ``rows`` (r,).
+
+        Raises:
+            ValueError: The write has neither values nor anchors.
+        """
+        given = self.anchors if self.values is None else self.values
+        if given is None:
+            raise ValueError(f"{self.name} is written without values: give values, or anchors that have them.")
+        given = given if rows is None else given[rows.to(given.device)]
+        return given.to(self.weight) @ self.weight.mT if self.values is None else given
 
     def rounded(self, change: Tensor) -> Tensor:
         """The part of ``change`` that remains when the new weight is rounded to ``dtype``, (d_out, d_in), float64."""
@@ -221,9 +235,10 @@ class LeastSquares(Solver):
         total = write.retained.moment
         assert total is not None
         moment = total if self.moment == "sum" else total / write.retained.count
-        sums = KeySums.of_many(write.weight, write.keys, write.values)
+        values = write.wanted()
+        sums = KeySums.of_many(write.weight, write.keys, values)
         settings = moment, self.ridge, self.retain_weight
-        change = least_squares_update(write.weight, write.keys, write.values, *settings, sums=sums)
+        change = least_squares_update(write.weight, write.keys, values, *settings, sums=sums)
         delta, weight, total = write.rounded(change), write.weight, total.to(write.weight)
         leak = ((delta @ total) * delta).sum().clamp_min(0).sqrt() / ((weight @ total) * weight).sum().sqrt()
         report = {
@@ -263,9 +278,10 @@ class RidgeMap(Solver):
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``; maps with the same keys and the same preserved keys are solved together."""
-        groups: dict[tuple[int, Retained], list[Write]] = {}
+        groups: dict[tuple[int, int | None, Retained], list[Write]] = {}
         for write in writes:
-            groups.setdefault((id(write.keys), write.retained), []).append(write)
+            anchors = id(write.anchors) if write.values is None else None
+            groups.setdefault((id(write.keys), anchors, write.retained), []).append(write)
         solved: dict[Write, Solved] = {}
         for group in groups.values():
             with naming_weight(group[0].name if len(group) == 1 else "The cross-attention", self.hint):
@@ -273,21 +289,27 @@ class RidgeMap(Solver):
         return [solved[write] for write in writes]
 
     def _solve(self, writes: Sequence[Write]) -> list[Solved]:
-        keys, retained = writes[0].keys, writes[0].retained
+        keys, retained, anchors = writes[0].keys, writes[0].retained, writes[0].anchors
         scale = self.preserve_scale
         if scale is None:
             scale = max(0.1, 1 / max(1, retained.prompts))
         settings = retained.moment, self.erase_scale, scale, self.lamb
-        weights, targets = [write.weight for write in writes], [write.values for write in writes]
-        changes = map_updates(weights, keys, targets, *settings)
         condition = map_condition(keys, *settings)  # all maps share one system
+        if writes[0].values is None and anchors is not None:
+            mapped = shared_map(keys, anchors, *settings)
+            changes = [mapped.change(write.weight) for write in writes]
+            report = SharedReport(keys, anchors, retained.moment, retained.keys)
+            reports = [
+                report.of(write.weight, write.rounded(change)) for write, change in zip(writes, changes, strict=True)
+            ]
+        else:
+            targets = [write.wanted() for write in writes]
+            changes = map_updates([write.weight for write in writes], keys, targets, *settings)
+            reports = [
+                map_report(write.weight, write.rounded(change), keys, values, retained.moment)
+                for write, change, values in zip(writes, changes, targets, strict=True)
+            ]
         return [
-            Solved(
-                change,
-                {
-                    **map_report(write.weight, write.rounded(change), keys, write.values, retained.moment),
-                    "condition_number": condition,
-                },
-            )
-            for write, change in zip(writes, changes, strict=True)
+            Solved(change, {**report, "condition_number": condition})
+            for change, report in zip(changes, reports, strict=True)
         ]

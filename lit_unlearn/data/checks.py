@@ -80,7 +80,8 @@ def _check_concept(concepts: ConceptSet, concept: Concept) -> None:
 def _check_unique(concepts: ConceptSet) -> None:
     """Check that every direct, indirect, adversarial and edit prompt occurs only once in the whole set.
 
-    Target prompts may repeat, because several concepts may share a target and use its prompts.
+    Target prompts may repeat, because several concepts may share a target and use its prompts. Prompts of ``retain``
+    may repeat edit prompts, but must not be judged.
     """
     places: dict[tuple[str, bool], str] = {}  # key: the prompt as it is read, and whether it is an edit prompt
     written: dict[str, str] = {}
@@ -98,3 +99,9 @@ def _check_unique(concepts: ConceptSet) -> None:
                     raise concept_error(concepts.path, concept.name, field_name, f"{prompt!r} {reason}")
                 written[key] = here
                 places.setdefault((read(prompt).letters, is_edit), here)
+    for prompt in concepts.retain:
+        if (place := places.get((read(prompt).letters, False))) is not None:
+            raise ValueError(
+                f"{concepts.path}: field 'retain': {prompt!r} is an evaluation prompt, {place}: an edit must not see "
+                "what it is judged on, so take it out."
+            )

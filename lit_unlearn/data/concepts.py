@@ -19,13 +19,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lit_unlearn.data.checks import check_concept_set, concept_error
+from lit_unlearn.data.kinds import KINDS
 from lit_unlearn.data.names import Span, find_names, longer_names, name_key, replace_spans
 from lit_unlearn.system.strict_yaml import load_yaml
-
-KINDS = ("object", "action", "style", "scene")
 
 MAX_BYTES = 2_000_000
 """Size limit of a concept set in bytes."""
@@ -35,7 +32,10 @@ MAX_CONCEPTS, MAX_NAMES, MAX_TEXT = 2000, 50, 1000
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """Prompts per concept; the defaults are the paper's. A set can set other numbers in ``prompts_per_concept``."""
+    """Prompts per concept; the defaults are the paper's. A set can set other numbers in ``prompts_per_concept``.
+
+    A set without indirect prompts has ``indirect: 0``.
+    """
 
     direct: int = 5
     indirect: int = 5
@@ -48,7 +48,7 @@ class Concept:
 
     Attributes:
         name: Name of the concept, unique in its set.
-        kind: ``object``, ``action``, ``style`` or ``scene``.
+        kind: One of ``KINDS``.
         names: Words or phrases that name the concept; ``lit_unlearn.data.names`` finds them in prompts.
         target: What the concept becomes: the name of another concept, or free text.
         anchor: Prompt of the broader or related concept that Concept Ablation maps it to.
@@ -117,12 +117,14 @@ class ConceptSet:
         concepts: Concepts by name, in the order of the file.
         path: File that the set was read from.
         counts: Prompts per concept.
+        retain: Further prompts that every edit retains and that nothing is judged on.
     """
 
     name: str
     concepts: dict[str, Concept]
     path: Path
     counts: PromptCounts = field(default_factory=PromptCounts)
+    retain: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         longer = longer_names({name: concept.names for name, concept in self.concepts.items()})
@@ -132,7 +134,9 @@ class ConceptSet:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the concepts as canonical JSON, in order; moving, reformatting or commenting the file keeps it."""
-        content = [concept.content() for concept in self.concepts.values()]
+        content: list[Any] = [concept.content() for concept in self.concepts.values()]
+        if self.retain:
+            content.append(list(self.retain))
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,7 +146,8 @@ class ConceptSet:
         for concept in self.concepts.values():
             own = {k: list(v) if isinstance(v, tuple) else v for k, v in concept.content().items() if k != "name"}
             concepts[concept.name] = {k: v for k, v in own.items() if v != []}
-        return {"name": self.name, "prompts_per_concept": asdict(self.counts), "concepts": concepts}
+        retain = {"retain": list(self.retain)} if self.retain else {}
+        return {"name": self.name, "prompts_per_concept": asdict(self.counts), **retain, "concepts": concepts}
 
     def check_same(self, file: str, sha256: str, name: object) -> None:
         """Refuse a file that was made with another concept set.
@@ -184,9 +189,9 @@ class ConceptSet:
     def retain_prompts(self, edited: Sequence[str]) -> list[str]:
         """Return the retention set for an edit of the concepts ``edited``, in the order of the file.
 
-        As in the paper these are the edit prompts of all other concepts. Prompts that name an edited concept ("a
-        cartoon dog" of the concept cartoon, when dog is edited) are left out, because retaining them would prevent the
-        edit.
+        As in the paper these are the edit prompts of all other concepts; the set's own ``retain`` follow. Prompts that
+        name an edited concept ("a cartoon dog" of the concept cartoon, when dog is edited) are left out, because
+        retaining them would prevent the edit.
 
         Args:
             edited: Names of the edited concepts.
@@ -195,7 +200,8 @@ class ConceptSet:
             ValueError: An edited concept is not in the set.
         """
         concepts = [self.get(name) for name in ([edited] if isinstance(edited, str) else edited)]
-        return self._retained(concepts, lambda concept: concept.edit_prompts, "edit prompts")
+        found = self._retained(concepts, lambda concept: concept.edit_prompts, "edit prompts")
+        return found + [text for text in self.retain if not any(own.find_name(text) for own in concepts)]
 
     def retain_names(self, edited: Sequence[str]) -> list[str]:
         """Return the names of all other concepts, in the order of the file, except names that name an edited concept.
@@ -213,6 +219,8 @@ class ConceptSet:
         others = [concept for concept in self.concepts.values() if concept not in edited]
         kept = {c.name: [t for t in texts(c) if not any(own.find_name(t) for own in edited)] for c in others}
         if lost := [name for name, own in kept.items() if not own]:
+            from lightning.pytorch.utilities import rank_zero_warn
+
             rank_zero_warn(
                 f"Nothing retains {', '.join(lost)}: all {what} of {'each' if len(lost) > 1 else 'it'} name an edited "
                 f"concept ({', '.join(concept.name for concept in edited)}), so reword some in the concept set "
@@ -294,7 +302,8 @@ def available_concept_sets() -> list[str]:
 def _parse(data: object, path: Path) -> ConceptSet:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a concept set: it has no mapping with the key 'concepts'.")
-    _check_keys(data, known=("name", "prompts_per_concept", "concepts"), required=("concepts",), where=f"{path}")
+    known = ("name", "prompts_per_concept", "retain", "concepts")
+    _check_keys(data, known=known, required=("concepts",), where=f"{path}")
     concepts = data["concepts"]
     if not isinstance(concepts, dict) or not concepts:
         raise ValueError(f"{path}: field 'concepts' must map at least one name to a concept.")
@@ -308,7 +317,18 @@ def _parse(data: object, path: Path) -> ConceptSet:
         concepts={key: _parse_concept(key, entry, path) for key, entry in concepts.items()},
         path=path,
         counts=_parse_counts(data.get("prompts_per_concept", {}), path),
+        retain=_parse_retain(data.get("retain", []), path),
     )
+
+
+def _parse_retain(entry: object, path: Path) -> tuple[str, ...]:
+    if not isinstance(entry, list):
+        raise ValueError(f"{path}: field 'retain' must be a list of prompts, not {entry!r:.60}.")
+    for number, item in enumerate(entry, start=1):
+        if not isinstance(item, str) or not item.strip() or len(item) > MAX_TEXT:
+            rule = f"must be text of 1 to {MAX_TEXT} characters"
+            raise ValueError(f"{path}: field 'retain': item {number} {rule}, not {item!r:.60}.")
+    return tuple(entry)
 
 
 def _parse_counts(entry: object, path: Path) -> PromptCounts:
@@ -317,8 +337,9 @@ def _parse_counts(entry: object, path: Path) -> PromptCounts:
         raise ValueError(f"{where} must be a mapping such as {{direct: 5, indirect: 5, edit: 15}}.")
     _check_keys(entry, known=[item.name for item in fields(PromptCounts)], required=(), where=where)
     for key, count in entry.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{where}: {key!r} must be a whole number of at least 1, not {count!r}.")
+        least = 0 if key == "indirect" else 1
+        if type(count) is not int or count < least:
+            raise ValueError(f"{where}: {key!r} must be a whole number of at least {least}, not {count!r}.")
     return PromptCounts(**entry)
 
 
@@ -330,7 +351,7 @@ def _parse_concept(name: object, entry: object, path: Path) -> Concept:
     where = f"{path}: concept {name!r}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a mapping of fields, not {entry!r:.60}.")
-    optional = ("names", "adjacent", "adversarial")
+    optional = ("names", "adjacent", "adversarial", "indirect")
     known = [item.name for item in fields(Concept) if item.compare and item.name != "name"]
     _check_keys(entry, known=known, required=[key for key in known if key not in optional], where=where)
     values: dict[str, Any] = {}

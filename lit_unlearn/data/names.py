@@ -35,6 +35,8 @@ WITHOUT_SPACES = (
 )
 """Scripts that are written without spaces."""
 
+ARTICLES = ("a", "an", "the")
+
 LONGEST_PART = 100
 """Longer names are not searched for in other names, so that no set takes minutes to read."""
 
@@ -111,6 +113,12 @@ def read(text: str) -> Reading:
 def name_key(name: str) -> str:
     """``name`` in the form in which concepts are looked up: the letters of ``read``, without spaces."""
     return read(name).letters.replace(" ", "")
+
+
+def bare(name: str) -> str:
+    """``name`` without an article and without spaces around it: "a beach" is called "beach"."""
+    words = name.split()
+    return " ".join(words[1:] if len(words) > 1 and words[0].casefold() in ARTICLES else words)
 
 
 def find_names(text: str, names: Sequence[str]) -> list[Span]:

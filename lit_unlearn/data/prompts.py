@@ -6,7 +6,6 @@ global batch in the order that a single process would use.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
+from lit_unlearn.data.edited import edited_concepts as edited_concepts
 from lit_unlearn.data.fit_plan import fit_plan_of
 from lit_unlearn.data.names import name_key
 
@@ -34,29 +34,6 @@ class PictureItem(NamedTuple):  # Lightning cannot walk through a frozen datacla
     prompt_index: int
     image_index: int
     seed: int
-
-
-def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Concept]:
-    """Look up the concepts that ``concept`` names.
-
-    Raises:
-        ValueError: A name is unknown or given twice, or no name is given.
-    """
-    names = [concept] if isinstance(concept, str) else list(concept)
-    try:
-        edited = [concepts.get(name) for name in names]
-    except ValueError as error:
-        if not (several := [name for text in names for name in re.split(r"[,;\uff0c\u3001]", text) if name.strip()])[
-            1:
-        ]:
-            raise
-        option = f"--concept '[{', '.join(name.strip() for name in several)}]'"
-        raise ValueError(f"{str(error).removesuffix('.')}; several concepts are written {option}.") from error
-    if not edited:
-        raise ValueError("concept=[] edits nothing: name at least one concept.")
-    if len({item.name for item in edited}) < len(edited):
-        raise ValueError(f"concept={names} names a concept twice.")
-    return edited
 
 
 def warn_of_edited_targets(targets: Sequence[tuple[Concept, Sequence[tuple[str, str]]]]) -> None:

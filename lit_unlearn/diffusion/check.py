@@ -16,6 +16,7 @@ from lit_unlearn.diffusion.parts import Part, described_model, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.diffusion.samplers import make_sampler
+from lit_unlearn.diffusion.single_file.file import DTYPES
 from lit_unlearn.diffusion.source import ORIGINS, STEMS, read_config, weight_files, weights_folder
 from lit_unlearn.diffusion.stored import stored_weights
 from lit_unlearn.system.errors import essence
@@ -41,6 +42,8 @@ ORIGINAL = (
 """Beginnings or parts of the names of weights in the original code of Stable Diffusion."""
 BROKEN_CONFIG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """Errors that the libraries raise when a model is made from a wrong configuration."""
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Names of files with LoRA weights, as peft and diffusers write them."""
 ROUNDED = 128
 """A T5 embeds this many tokens more than there are at most: the number is a multiple of it."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -110,7 +113,9 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
         expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
         where, described = f"model={model!r}: {part}/", f"the {type(module).__name__} that its config.json describes"
         copy = "copy the part again, with its config.json"
+        floats: tuple[str, ...] = FLOATS
         if weights_folder(path, part) is None:  # in a single file
+            floats = tuple(DTYPES)
             where = f"model={model!r} ({part}): "
             described = f"the {type(module).__name__} of {family_in(path, model).title}"
             copy = "give a whole model that draws from text alone, or config_folder=FOLDER with its own config.json"
@@ -132,7 +137,7 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
                     f"{where}{tensor.file.name} has {name!r} of the shape {tensor.shape}, and {described} has it of "
                     f"{expected[name]}: {copy}."
                 )
-            if tensor.dtype not in FLOATS:
+            if tensor.dtype not in floats:
                 raise ValueError(
                     f"{where}{tensor.file.name} has {name!r} as {tensor.dtype}: quantized weights cannot be edited, "
                     "take those of 16 or 32 bits."
@@ -142,12 +147,13 @@ def check_weights(path: Path, model: str) -> dict[str, list[str]]:
     return names
 
 
-def load_tokenizer(path: Path, part: str, model: str, text_config: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, part: str, declared: Part, model: str, text_config: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer of a folder; if it has no length, it gets the text encoder's.
 
     Args:
         path: The folder.
         part: Name of the tokenizer.
+        declared: What its family says of it.
         model: The model's name as the user gave it.
         text_config: Configuration of its text encoder.
 
@@ -157,7 +163,6 @@ def load_tokenizer(path: Path, part: str, model: str, text_config: Any) -> PreTr
     import transformers
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-    declared = declared_parts(path, model)[part]
     folder, encoder = path / part, declared.encoder
     of_a_clip = declared.kinds[0].startswith("CLIP")
     others = ("vocab.json", "merges.txt") if of_a_clip else ("spiece.model",)
@@ -205,7 +210,8 @@ def read_tokenizers(path: Path, model: str) -> dict[str, PreTrainedTokenizerBase
     lengths = {}
     for part, of in declared.items():
         if of.encoder:
-            found[part] = load_tokenizer(path, part, model, _described(path, of.encoder, model).config)
+            config = _described(path, of.encoder, declared[of.encoder].kinds[0], model).config
+            found[part] = load_tokenizer(path, part, of, model, config)
             if of.length is None:
                 lengths[f"{part} model_max_length"] = found[part].model_max_length
     check_equal(lengths, model)
@@ -258,6 +264,11 @@ def _check_index(path: Path, model: str) -> dict[str, Any]:
     """Check which parts a folder has, and their classes in ``model_index.json``; return its content."""
     if not (path / "model_index.json").is_file():
         there = sorted(entry.name for entry in path.iterdir())
+        if any(name in there for name in ADAPTERS):
+            raise ValueError(
+                f"model={model!r} holds LoRA weights, no model: give the model, or merge both in diffusers with "
+                "fuse_lora() and unload_lora_weights(), and save it."
+            )
         listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
         raise ValueError(
             f"model={model!r} lacks model_index.json (there is {listed or 'nothing'}): a folder in the diffusers "
@@ -309,10 +320,10 @@ def _entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _modules(path: Path, model: str) -> dict[str, nn.Module]:
     """The parts of a folder that have weights, as their configurations describe them."""
     parts = declared_parts(path, model)
-    return {name: _described(path, name, model) for name, part in parts.items() if part.has_weights}
+    return {name: _described(path, name, part.kinds[0], model) for name, part in parts.items() if part.has_weights}
 
 
-def _described(path: Path, part: str, model: str) -> nn.Module:
+def _described(path: Path, part: str, kind: str, model: str) -> nn.Module:
     """The model described by ``config.json`` of a part, on the meta device: shapes without values."""
     config = read_config(path / part / "config.json")
     if "quantization_config" in config:
@@ -327,7 +338,6 @@ def _described(path: Path, part: str, model: str) -> nn.Module:
         )
     from huggingface_hub.errors import StrictDataclassError  # transformers checks types with it
 
-    kind = declared_parts(path, model)[part].kinds[0]
     try:
         return described_model(kind, config)
     except (*BROKEN_CONFIG, StrictDataclassError) as error:

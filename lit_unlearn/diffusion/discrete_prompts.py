@@ -51,6 +51,41 @@ def whole_words(
     return torch.tensor(found)
 
 
+def shared_words(
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    forbidden: Callable[[str], object] | None = None,
+    phrases: Sequence[str] = (),
+) -> Tensor:
+    """The words of ``whole_words`` that every tokenizer reads as one token.
+
+    So a searched prompt means the same places to all text encoders, and can be typed.
+
+    Args:
+        tokenizers: E tokenizers, the first of them a byte-pair tokenizer whose words end in ``</w>``.
+        forbidden: As for ``whole_words``.
+        phrases: As for ``whole_words``, for each of the tokenizers.
+
+    Returns:
+        Numbers (A, E) of each word's token in each tokenizer, ascending in the first.
+
+    Raises:
+        ValueError: No word is left.
+    """
+    first, *others = tokenizers
+    allowed = whole_words(first, forbidden, phrases)
+    columns, kept = [allowed], torch.ones(len(allowed), dtype=torch.bool)
+    words = [words_of(first, [number]) for number in allowed.tolist()]
+    for tokenizer in others:
+        left_out = {*tokenizer.all_special_ids}.union(*token_ids(tokenizer, phrases))
+        read = token_ids(tokenizer, words)
+        kept &= torch.tensor([len(ids) == 1 and ids[0] not in left_out for ids in read])
+        columns.append(torch.tensor([ids[0] if ids else -1 for ids in read]))
+    found = torch.stack(columns, dim=1)[kept]
+    if not len(found):
+        raise ValueError("No word that may be chosen is one token for all tokenizers: forbid fewer words.")
+    return found
+
+
 def words_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of tokens from ``whole_words``."""
     return " ".join(token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(list(ids)))

@@ -28,14 +28,19 @@ def replace_output(layer: nn.Linear, values: Tensor, mask: Tensor) -> Iterator[N
     """Replace the layer's output by ``values`` plus its bias where ``mask`` is true.
 
     Args:
-        layer: A linear layer that is called with (B, L, d_in).
+        layer: A linear layer that is called with (B, L, d_in), or with (B, d_in) as if L was 1. Positions behind the
+            first L stay as they are.
         values: V without the bias, (B, L, d_out); gradients flow into it.
         mask: (B, L) bool.
     """
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         replacement = values if layer.bias is None else values + layer.bias
-        return torch.where(mask.unsqueeze(-1), replacement.to(output.dtype), output)
+        if output.ndim == 2:
+            return torch.where(mask, replacement.squeeze(1).to(output.dtype), output)
+        length = mask.shape[1]
+        found = torch.where(mask.unsqueeze(-1), replacement.to(output.dtype), output[:, :length])
+        return found if length == output.shape[1] else torch.cat([found, output[:, length:]], dim=1)
 
     handle = layer.register_forward_hook(replace)
     try:

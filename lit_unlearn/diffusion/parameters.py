@@ -141,10 +141,17 @@ def layer_label(name: str) -> str:
     return f"{place} {'.'.join(numbers)} {kind}"
 
 
+CALLED = ("add", "time", "context", "down", "mid", "up", "transformer", "single")
+"""How names of a denoiser's layers begin, in the order in which these are called."""
+
+
 def call_order(name: str) -> tuple[int, list[int], str]:
-    """Sorting key of the UNet's weights, in the order in which blocks are called: down, mid, up, by number."""
-    place = name.removeprefix("unet.").split("_")[0]
-    return ["down", "mid", "up"].index(place), [int(digits) for digits in re.findall(r"\.(\d+)\.", name)], name
+    """Sorting key of a denoiser's weights, in the order in which blocks are called: down, mid, up, by number.
+
+    What is outside of blocks comes first.
+    """
+    numbers = [int(digits) for digits in re.findall(r"\.(\d+)\.", name)]
+    return CALLED.index(name.split(".")[1].split("_")[0]), numbers, name
 
 
 def num_places(config: Mapping[str, object], name: str) -> int:

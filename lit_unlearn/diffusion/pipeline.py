@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.discrete_prompts import shared_words, words_of
 from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
@@ -51,6 +54,11 @@ class Pipeline(ABC):
     """Name of the denoiser among ``parts``."""
     flow: ClassVar[bool] = False
     """Whether the denoiser is trained with flow matching, see ``Flow``."""
+    takes_guidance: ClassVar[bool] = False
+    """Whether the strength of guidance is an input of the denoiser, so that guidance needs no second prediction."""
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]]
+    """For each text encoder, the layer after which each way of the text reads it (``text_ways``), counted from the last
+    (-1); layers behind all of them act on nothing."""
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
 
@@ -170,6 +178,15 @@ class Pipeline(ABC):
         """The same parts with another sampler; see ``DDPM.with_sampler`` and ``Flow.with_sampler``."""
         return replace(self, scheduler=self.noise.with_sampler(kind).scheduler)  # type: ignore[type-var]
 
+    @property
+    def leads_from_empty(self) -> bool:
+        """Whether guidance leads away from the empty prompt, as the text encoders read it."""
+        return not self.takes_guidance
+
+    def told(self, guidance_scale: float) -> Pipeline:
+        """The pipeline whose predictions for one condition alone are guided, if its denoiser takes the strength."""
+        return self
+
     def unconditional(self) -> Condition:
         """The condition, of one row, that guidance leads away from: that of the empty prompt."""
         return self.encode([""])
@@ -226,17 +243,6 @@ class Pipeline(ABC):
     def denoiser(self) -> nn.Module:
         """The part that denoises."""
         return self.parts[self.denoiser_part]
-
-    @property
-    def text(self) -> TextEncoder:
-        """The only text encoder, for code that works with a single one.
-
-        Raises:
-            ValueError: The model has several text encoders.
-        """
-        if len(self.texts) > 1:
-            raise ValueError(f"{type(self).__name__} has {len(self.texts)} text encoders; this works with one only.")
-        return self.texts[0]
 
     @property
     def device(self) -> torch.device:
@@ -298,6 +304,33 @@ class Pipeline(ABC):
         ids, slots = zip(*(text.tokenize_templates(templates, count) for text in self.texts), strict=True)
         return Tokens(ids, slots)
 
+    # A learned token is new in every text encoder. Its embeddings in them lie side by side, each divided by the size of
+    # its encoder's vocabulary relative to that of the first, so that one learning rate suits all: those of a T5 are
+    # much larger than those of a CLIP.
+
+    @property
+    def token_widths(self) -> list[int]:
+        """Widths of the text encoders' embeddings, whose sum D is that of a learned token."""
+        return [text.table.shape[1] for text in self.texts]
+
+    @cached_property
+    def token_scales(self) -> list[float]:
+        """Size (root mean square) of each text encoder's embeddings, relative to that of the first one's."""
+        if len(self.texts) == 1:
+            return [1.0]
+        sizes = [text.vocabulary_norm / text.table.shape[1] ** 0.5 for text in self.texts]
+        return [size / sizes[0] for size in sizes]
+
+    @property
+    def vocabulary_norms(self) -> list[float]:
+        """Mean norm of each text encoder's embeddings, in the units of learned tokens."""
+        return [text.vocabulary_norm / scale for text, scale in zip(self.texts, self.token_scales, strict=True)]
+
+    def initial_embeddings(self, count: int, words: str | None, generator: torch.Generator) -> Tensor:
+        """Initial embeddings (count, D), float32, of learned tokens; see ``TextEncoder.initial_embeddings``."""
+        found = [text.initial_embeddings(count, words, generator) for text in self.texts]
+        return torch.cat([own / scale for own, scale in zip(found, self.token_scales, strict=True)], dim=1)
+
     def encode(self, prompts: Sequence[str] | Tokens, embeddings: Tensor | None = None) -> Condition:
         """The condition for ``prompts``, in one forward pass.
 
@@ -308,19 +341,33 @@ class Pipeline(ABC):
         tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
         if embeddings is None:
             return self.condition(tokens)
-        with self.text.learned(embeddings, tokens.slots[0]):
+        parts = embeddings.split(self.token_widths, dim=1)
+        with ExitStack() as stack:
+            for text, own, scale, slots in zip(self.texts, parts, self.token_scales, tokens.slots, strict=True):
+                stack.enter_context(text.learned(own * scale, slots))
             return self.condition(tokens)
+
+    def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
+        """Words that are one token for every text encoder, as their ids (A, E) in each; see ``shared_words``."""
+        return shared_words([text.tokenizer for text in self.texts], forbidden, phrases)
+
+    def words_of(self, words: Tensor) -> str:
+        """The text of words (k, E) from ``whole_words``."""
+        return words_of(self.texts[0].tokenizer, words[:, 0].tolist())
 
     def encode_mixtures(self, weights: Tensor, allowed: Tensor, tokens: Tokens) -> Condition:
         """As ``encode``, with learned tokens that are mixtures of vocabulary tokens; gradients flow into ``weights``.
 
         Args:
             weights: Weight of each allowed token in each learned token, (k, A).
-            allowed: Ids of the allowed tokens, (A,).
+            allowed: Ids of the allowed tokens in each of E text encoders, (A, E).
             tokens: Tokens from ``tokenize_templates``.
         """
-        table = self.text.table.detach()
-        return self.encode(tokens, weights @ table[allowed.to(table.device)].to(weights))
+        found = []
+        for text, ids, scale in zip(self.texts, allowed.unbind(1), self.token_scales, strict=True):
+            rows = text.table.detach()[ids.to(text.table.device)].to(weights)
+            found.append(weights @ rows / scale)
+        return self.encode(tokens, torch.cat(found, dim=1))
 
     def encode_many(self, prompts: Sequence[str] | Tokens) -> Condition:
         """As ``encode``, in batches if there are many prompts."""

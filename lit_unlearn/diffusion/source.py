@@ -86,7 +86,7 @@ def _not_a_model(model: str, path: Path) -> str:
     is_url, is_file, is_link = "://" in model, os.path.exists(path), os.path.islink(path)
     if model.lower().endswith(SINGLE_FILE) and not is_url:
         if not is_file:
-            return "names a single file, which does not exist"
+            return "names a single file, which does not exist: check its path"
         if model.lower().endswith(".gguf"):
             return GGUF
         if model.lower().endswith(".safetensors"):
@@ -111,7 +111,7 @@ def _not_a_model(model: str, path: Path) -> str:
     if is_id:
         return ""
     shipped = " or ".join(map(repr, SHIPPED))
-    return f"is no folder and no hub id (owner/name): give a diffusers folder, a .safetensors file, or {shipped}"
+    return f"is no folder and no hub id (owner/name): give a diffusers folder, a .safetensors file, {shipped}"
 
 
 def chosen_weights(part: str, names: Iterable[str], place: str) -> tuple[str | None, str] | None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.concept_tokens import names_mask
-from lit_unlearn.diffusion.discrete_prompts import whole_words, words_of
 from lit_unlearn.diffusion.new_tokens import (
     initial_embeddings,
     substitute_embeddings,
@@ -160,14 +159,6 @@ class TextEncoder:
     def names_mask(self, prompts: Sequence[str], occurrences: Callable[[str], Sequence[tuple[int, int]]]) -> Tensor:
         """Marks the tokens of places found by ``occurrences`` in each prompt, (B, L) bool; see ``concept_tokens``."""
         return names_mask(self.tokenizer, prompts, occurrences, self.length)
-
-    def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
-        """Ids (A,) of the tokens that a person can type as words; see ``discrete_prompts.whole_words``."""
-        return whole_words(self.tokenizer, forbidden, phrases)
-
-    def words_of(self, tokens: Sequence[int]) -> str:
-        """The text of tokens from ``whole_words``."""
-        return words_of(self.tokenizer, tokens)
 
 
 CLIP_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")

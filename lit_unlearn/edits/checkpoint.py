@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +22,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED, STEMS
 from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.edits.archives import UNPICKLING_ERRORS, check_archive
 from lit_unlearn.edits.older import in_todays_terms
 from lit_unlearn.system.errors import warn
 from lit_unlearn.system.run_file import unfinished
@@ -34,23 +31,6 @@ DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config"
 """Fields of a delta's metadata that are required for reading it; each is JSON text."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WEIGHT_NAME = re.compile(rf"({'|'.join(STEMS)})(\.\w+)+", flags=re.ASCII)
-UNPICKLING_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OverflowError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Errors that torch and zipfile raise for a damaged or malicious file."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +236,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn fit` writes logs/.../checkpoints/last.ckpt.")
     corrupt = f"ckpt_path={path} is corrupt or no checkpoint"
     try:
-        _check_archive(path)
+        check_archive(path)
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except UNPICKLING_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -264,28 +244,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{corrupt}: it has no state_dict.")
     return checkpoint
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a damaged or compressed archive; torch does not verify what it reads, but each file has a checksum."""
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise zipfile.BadZipFile("it is compressed, which torch never does")  # a small file could fill memory
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} is damaged")
-
-
-def load_pickle(path: Path) -> Any:
-    """The content of any pickle of tensors, also in the format before archives; tensors stay on the disk until used.
-
-    Raises:
-        UNPICKLING_ERRORS: It is damaged, or holds other objects than tensors and plain containers.
-    """
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        _check_archive(path)
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=archive)  # only an archive can be mapped
 
 
 def read_edit(path: str | Path) -> Edit:

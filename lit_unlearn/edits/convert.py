@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.edits.checkpoint import UNPICKLING_ERRORS, load_pickle
+from lit_unlearn.edits.archives import UNPICKLING_ERRORS, load_pickle
 from lit_unlearn.edits.single_file import header_bytes
 from lit_unlearn.system.files import atomic_write
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +24,9 @@ from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
+from lit_unlearn.edits.card import model_card
 from lit_unlearn.edits.checkpoint import Edit
-from lit_unlearn.edits.lora import low_rank
+from lit_unlearn.edits.lora import Rank, low_rank
 from lit_unlearn.edits.public import Places, public_content
 from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
 from lit_unlearn.edits.single_file import SingleFile, Written, write_edits
@@ -41,8 +41,6 @@ FILE_ENDINGS = (
     *(".txt", ".md", ".csv", ".html", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".webp"),
 )
 """Endings of file names; other dots are allowed in a folder's name, as in ``v1.5`` or ``sd-1.4-without-dog``."""
-SHOWN = 5
-"""Maximum number of names in a line about files that are left out."""
 
 
 def output_path(output: Path, file_name: str | None, overwrite: bool) -> Path:
@@ -204,7 +202,7 @@ def export_lora(
     facts: dict[str, Any],
     base: BaseModel,
     output: Path,
-    rank: int | None,
+    rank: Rank,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Write the edit as LoRA weights (``low_rank``), with ``facts`` as metadata; return its rank and residuals.
@@ -329,74 +327,8 @@ def make_public(folder: Path, places: Places) -> None:
             path.write_bytes(public)
 
 
-def left_out(kept: Mapping[str, str]) -> list[str]:
-    """One line for each reason why files or parts of the base are not in an export.
-
-    Args:
-        kept: The reason for each name, as ``Kept.left_out``.
-    """
-    by_reason = defaultdict(list)
-    for name, reason in kept.items():
-        by_reason[reason].append(name)
-    return [
-        f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}: {reason}"
-        for reason, names in by_reason.items()
-    ]
-
-
 def _copy_into_memory(pipeline: Pipeline) -> None:
     """Copy weights that are mapped from files into memory: the export may replace these files."""
     for module in pipeline.parts.values():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
-
-
-def model_card(facts: dict[str, Any], name: str) -> str:
-    """Return the README of an export, for people and for the hub."""
-    concepts = ", ".join(facts["concepts"])
-    removed = f"the concept {concepts} was removed" if concepts else "training pictures were unlearned"
-    base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""  # a hub id
-    lines = [f"- {line}" for line in left_out(facts["left_out"])]
-    missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
-    scores = facts["scores"]
-    table = "Not measured.\n"
-    if scores:
-        before = scores["before"] or {}
-        rows = [
-            f"| {label} | {_number(before.get(key))} | {_number(scores[key])} |"
-            for key, label in (("forget", "forget"), ("retain", "retain"), ("harmonic_mean", "harmonic mean"))
-        ]
-        table = "\n".join(["| | before | after |", "| --- | ---: | ---: |", *rows]) + (
-            f"\n\nJudge {scores['judge']}, concept set {scores['concepts']['name']}, "
-            f"{scores['images_per_concept']} pictures per concept.\n"
-        )
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [concept-unlearning, lit-unlearn]
-{base}---
-# {name}: {facts["base_model"]} without {concepts or "some training pictures"}
-
-A text-to-image model from which {removed} with lit-unlearn {facts["lit_unlearn"]}
-({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
-Removal is not perfect, and what was not tested may have changed: see the scores.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}")
-pipeline("a picture of a castle").images[0].save("castle.png")
-```
-
-## Scores
-
-Forget: share of the pictures for prompts of the removed concept that do not show it. Retain: share of the pictures for
-other concepts' prompts that show theirs.
-
-{table}
-{missing}`{PROVENANCE}` has everything but the base model that it takes to make this again.
-"""
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

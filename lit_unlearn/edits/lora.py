@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,23 +18,29 @@ NOTABLE_RESIDUAL = 0.05
 """If more than this part of a layer's change is left out, the user is warned."""
 
 
-def parse_rank(text: str) -> int | None:
-    """A rank, or None for ``auto``.
+Rank = int | Literal["exact"] | None
+"""The largest rank; ``exact`` for the rank of the change itself; None for ``auto``."""
+
+
+def parse_rank(text: str) -> Rank:
+    """A rank, ``exact``, or None for ``auto``.
 
     Raises:
-        ValueError: ``text`` is neither a rank nor ``auto``.
+        ValueError: ``text`` is neither a rank nor one of these words.
     """
     if text == "auto":
         return None
+    if text == "exact":
+        return "exact"
     if not text.isdecimal() or len(text) > 6 or int(text) < 1:
-        raise ValueError(f"lora={text!r} must be a rank of at least 1, or auto.")
+        raise ValueError(f"lora={text!r} must be a rank of at least 1, exact, or auto.")
     return int(text)
 
 
 def low_rank(
     edited: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
-    rank: int | None,
+    rank: Rank,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Factors of the change of each weight: the truncated SVD ``W - W0 = U S V^T``, split as ``B = U S``, ``A = V^T``.
@@ -46,7 +52,9 @@ def low_rank(
     Args:
         edited: New weights by full name, each (out, in) or (out, in, height, width).
         base: Their values in the base model.
-        rank: The largest rank, or None for the smallest whose residual is at most ``AUTO_RESIDUAL`` in every layer.
+        rank: The largest rank; None for the smallest whose residual is at most ``AUTO_RESIDUAL`` in every layer; or
+            ``exact`` for the smallest that leaves out no more than the rounding of the stored weights. A closed form
+            that maps n states has an exact rank of n at most.
         dtype: Type of the factors.
 
     Returns:
@@ -57,7 +65,8 @@ def low_rank(
         needed for ``AUTO_RESIDUAL``).
 
     Raises:
-        ValueError: A weight is of another kind, such as a bias or an embedding.
+        ValueError: A weight is of another kind, such as a bias or an embedding; or the exact rank is so large that the
+            factors would have as many numbers as the weights.
     """
     if others := [name for name, value in edited.items() if not fits_lora(name, value)]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -71,16 +80,20 @@ def low_rank(
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
         # left[k]: norm of the part that the first k directions leave out
         left = torch.cat([s.square().flip(0).cumsum(0).flip(0).sqrt(), s.new_zeros(1)])
-        needed[name] = int((left > AUTO_RESIDUAL * left[0]).sum())
+        # W0 + change was rounded to the weight's type: an error of at most half a unit of each number.
+        rounding = torch.finfo(value.dtype).eps / 2 * value.double().norm()
+        needed[name] = int((left > (rounding if rank == "exact" else AUTO_RESIDUAL * left[0])).sum())
         notable[name] = int((left > NOTABLE_RESIDUAL * left[0]).sum())
         parts[name] = (u * s, vh, change)
     most = max(vh.shape[0] for _, vh, _ in parts.values())
-    used = max(1, max(needed.values()) if rank is None else min(rank, most))
+    used = max(1, min(rank, most) if isinstance(rank, int) else max(needed.values()))
+    if rank == "exact":
+        _check_smaller(used, [value.flatten(1).shape for value in edited.values()])
     factors: dict[str, Tensor] = {}
     residual = {}
     for name, (us, vh, change) in parts.items():
         b, a = change.new_zeros(len(us), used, dtype=dtype), change.new_zeros(used, vh.shape[1], dtype=dtype)
-        kept = min(used, needed[name] if rank is None else used, len(vh))
+        kept = min(used, used if isinstance(rank, int) else needed[name], len(vh))
         b[:, :kept], a[:kept] = us[:, :kept].to(dtype), vh[:kept].to(dtype)
         missing = (change - b.double() @ a.double()).norm()
         residual[name] = float(missing / change.norm()) if change.any() else 0.0
@@ -91,6 +104,15 @@ def low_rank(
         b, a = torch.zeros(rows, used, dtype=dtype), torch.zeros(used, columns, dtype=dtype)
         factors |= _layer(unchanged, b, a, ())
     return factors, {"rank": used, "notable_rank": max(notable.values()), "residual": residual, "needed_rank": needed}
+
+
+def _check_smaller(rank: int, shapes: Sequence[Sequence[int]]) -> None:
+    """Refuse a rank with which the factors of matrices of these ``shapes`` would not be smaller than the matrices."""
+    if rank * sum(rows + columns for rows, columns in shapes) >= sum(rows * columns for rows, columns in shapes):
+        raise ValueError(
+            f"lora='exact' needs rank {rank}, with which the file would be as large as the weights themselves: use "
+            "--delta, or --lora auto for nearly the same change."
+        )
 
 
 def _layer(name: str, b: Tensor, a: Tensor, kernel: Sequence[int]) -> dict[str, Tensor]:

@@ -89,6 +89,18 @@ class NamedJudge(ABC):
             ValueError: An option is wrong, or a file or a package is missing.
         """
 
+    @classmethod
+    def questions_known(cls, options: Mapping[str, Any]) -> Mapping[str, str] | None:
+        """The questions that it can answer, by the name of the concept they ask about; None if it takes any question.
+
+        Args:
+            options: The arguments of the class that the user gave.
+
+        Raises:
+            ValueError: An option is wrong, or a file is missing.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """See ``Judge``."""

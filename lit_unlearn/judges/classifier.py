@@ -96,7 +96,10 @@ class AttributeClassifier(nn.Module):
 
 
 class ClassifierConfig(NamedTuple):
-    """Content of ``config.json``: name, kind and size of the classifier, and attribute and value of each question."""
+    """Content of ``config.json``: name, kind and size of the classifier, and attribute and value of each question.
+
+    For a value that no question of the file asks about, there is "Does this picture show VALUE?".
+    """
 
     name: str
     width: int
@@ -120,6 +123,9 @@ def read_config(path: str | Path) -> ClassifierConfig:
         questions = {key: (attribute, value) for key, (attribute, value) in content["questions"].items()}
         for attribute, value in questions.values():
             attributes[attribute].index(value)
+        asked = {value for _, value in questions.values()}
+        more = {value: name for name, values in attributes.items() for value in values if value not in asked}
+        questions |= {f"Does this picture show {value}?": (name, value) for value, name in more.items()}
         if (kind := content.get("architecture", "convolution")) not in get_args(Architecture):
             raise ValueError(f"architecture {kind!r} is none of {', '.join(get_args(Architecture))}")
         return ClassifierConfig(str(content["name"]), int(content["width"]), kind, attributes, questions)
@@ -167,6 +173,12 @@ class ClassifierJudge(NamedJudge):
         known = read_config(folder).questions
         if unknown := [question for question in dict.fromkeys(questions) if question not in known]:
             raise UnknownQuestionError(str(folder), unknown, known)
+
+    @classmethod
+    def questions_known(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """See ``NamedJudge.questions_known``: one question for each value of an attribute."""
+        found = read_config(cls.folder(options)).questions
+        return {value: question for question, (_, value) in reversed(found.items())}
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes", (B,), for ``images`` (B, 3, H, W) in [0, 1], with one question each."""

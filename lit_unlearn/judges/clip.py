@@ -17,9 +17,12 @@ from lit_unlearn.system.pixels import to_pil
 MODEL = "openai/clip-vit-large-patch14"
 TEMPLATES = {
     "object": "a picture of {}",
+    "person": "a picture of {}",
+    "character": "a picture of {}",
     "action": "a picture of someone {}",
     "style": "a picture in the style of {}",
     "scene": "a picture with {}",
+    "content": "a picture with {}",
 }
 NOTHING = "a picture"
 

@@ -18,8 +18,8 @@ from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.judges.base import Judge, JudgeError, NamedJudge, UnknownQuestionError, is_quick
 from lit_unlearn.judges.cache import CachedJudge
 from lit_unlearn.judges.classifier import ClassifierJudge
+from lit_unlearn.judges.names import no_judge
 from lit_unlearn.system.classes import CLASS_PATH, checked_arguments, class_path, declared_classes, import_class
-from lit_unlearn.system.errors import closest
 
 CONCEPTS = "concepts"
 """The argument of a judge's class that receives the concept set."""
@@ -42,8 +42,7 @@ def find_judge(judge: str, field: str = "judge") -> tuple[type, dict[str, Any]]:
     if os.path.isdir(folder := os.path.expanduser(judge)):
         return ClassifierJudge, {"path": Path(folder)}
     if not CLASS_PATH.fullmatch(judge):
-        others = f": take {', '.join(shipped)}, the folder of a classifier, or the import path of a class"
-        raise ValueError(f"{field}={judge!r} is no judge and no folder{closest(judge, shipped) or others}.")
+        raise no_judge(judge, field, shipped)
     found = import_class(judge, field)
     if not _is_judge(found):
         raise ValueError(f"{field}={judge!r} is no judge: it needs a __call__(images, questions), and a name.")

@@ -43,6 +43,11 @@ class NudeNetJudge(NamedJudge):
             raise UnknownQuestionError(cls.short_name, unknown, [QUESTION])
         check_installed("nudenet", "judge='nudenet' (its licence is AGPL)", "nudenet")
 
+    @classmethod
+    def questions_known(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """See ``NamedJudge.questions_known``."""
+        return {"nudity": QUESTION}
+
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probability of "yes" (B,) for ``images`` (B, 3, H, W) in [0, 1]."""
         self.check({}, questions)

@@ -20,7 +20,8 @@ from lit_unlearn.data.augmentation import WORDS, reframe
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.data.names import find_names, replace_spans
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.text import linear_layers
+from lit_unlearn.diffusion.text import TextEncoder, linear_layers
+from lit_unlearn.diffusion.vocabulary import TABLES
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
@@ -112,6 +113,11 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.anchor_guidance_scale = self.guidance_scale if anchor_guidance_scale is None else anchor_guidance_scale
         self.anchor_folder, self.anchor_batch_size = anchor_folder, anchor_batch_size
         self.prior_weight, self.augmentation = prior_weight, augmentation
+        if freeze_bos and self.base.names and self.base.family.denoiser_part != "unet":
+            raise ValueError(
+                "model.freeze_bos=true stops a gradient in keys and values of cross-attention, which "
+                f"{self.base.family.title} does not have: set it to false."
+            )
         self.freeze_bos, self.scale_lr = freeze_bos, scale_lr
         self.pairs = [ablation_pairs(concept, prompts) for concept in self.repaired]
         self.targets_of_edited = list(zip(self.repaired, self.pairs, strict=True))
@@ -127,7 +133,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         Raises:
             ValueError: It selects a weight that does not affect any prediction.
         """
-        why = ", which does not affect any prediction: choose weights of unet and text_encoder."
+        why = ", which does not affect any prediction: choose weights of the denoiser and the text encoders."
         return self.select_only(names, lambda name: not name.startswith("vae."), why)
 
     # --- set-up
@@ -137,26 +143,26 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        self.trains_text = any(name.startswith("text_encoder.") for name in self.edited_names)
+        self.trains_text = any(name.startswith("text_encoder") for name in self.edited_names)
         self.attention_inputs = linear_layers(self.pipeline.denoiser, ("attn2.to_k", "attn2.to_v"))
         self.rows: dict[str, Tensor] = {}
         for name in self.edited_names:
-            if name.endswith("token_embedding.weight"):
+            if name.endswith(TABLES):
                 parameter = self.pretrained.parameters[name]
                 rows = torch.zeros(len(parameter), 1, dtype=torch.bool)
-                rows[self.own_tokens()] = True
+                rows[self.own_tokens(next(t for t in self.pipeline.texts if name.startswith(f"{t.part}.")))] = True
                 self.rows[name] = rows
                 parameter.register_hook(lambda grad, rows=rows: grad * rows.to(grad.device))
 
-    def own_tokens(self) -> list[int]:
-        """Tokens of the concepts' names that do not occur in their anchors.
+    def own_tokens(self, text_encoder: TextEncoder) -> list[int]:
+        """Tokens of the concepts' names that do not occur in their anchors, as a text encoder reads them.
 
         Raises:
             ValueError: A concept does not have such a token.
         """
 
         def tokens(texts: Sequence[str]) -> set[int]:
-            return {token for text in texts for token in self.pipeline.text.words(text)}
+            return {token for text in texts for token in text_encoder.words(text)}
 
         found: set[int] = set()
         for concept, pair in zip(self.edited, self.pairs, strict=True):

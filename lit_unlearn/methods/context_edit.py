@@ -89,8 +89,8 @@ class ContextEdit(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Encode edit, target and retained prompts, once."""
         super().on_fit_start()
-        edited, targets = (text_keys(self.pipeline, [pair[side] for pair in self.pairs]) for side in (0, 1))
         ways = by_way(self.edited_names)
+        edited, targets = text_keys(self.pipeline, *zip(*self.pairs, strict=True), ways=list(ways), which=self.tokens)
         self.on_way = {way: self._pairs(edited[way], targets[way]) for way in ways}
         empty_weight = len(self.retain_prompts) if self.retain_empty else 0
         kept = retained_inputs(self.pipeline, list(ways), self.retain_prompts, empty_weight)
@@ -104,7 +104,7 @@ class ContextEdit(ClosedFormMethod, ConceptEditor):
     def _carrying(self, edited: TextKeys, targets: TextKeys) -> Tensor:
         """Positions (n, L), bool, whose states can have seen the concept: all, if an encoder reads both directions."""
         if not edited.ids:
-            return torch.ones(edited.states.shape[:2], dtype=torch.bool)
+            return torch.ones(len(edited), 1, dtype=torch.bool)
         masks = []
         for number, mine, theirs in zip(self.pipeline.token_order, edited.ids, targets.ids, strict=True):
             causal = self.pipeline.texts[number].causal
@@ -118,9 +118,9 @@ class ContextEdit(ClosedFormMethod, ConceptEditor):
             for name in names:
                 layer = self.layers[name]
                 weight, kept = for_solving(layer.weight.detach()), self.retained[name]
-                values = pairs.goals @ weight.mT
+                dtype, goals = layer.weight.dtype, pairs.goals
                 group.append(
-                    Write(name, weight, layer.weight.dtype, pairs.keys, values, kept, concept_keys=pairs.carrying)
+                    Write(name, weight, dtype, pairs.keys, None, kept, anchors=goals, concept_keys=pairs.carrying)
                 )
             yield group
 

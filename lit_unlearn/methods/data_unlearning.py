@@ -4,6 +4,10 @@ Data flow: before the first step the pictures to keep and to forget and their ca
 processes. A step takes a batch of pairs (x, a), in parts that fit in memory; each pair has one noise and one timestep.
 A method's ``losses`` gives, per pair, a loss for the picture to keep and one for the picture to forget. Their gradients
 are summed over the parts and over processes, ``combine`` makes one gradient of them, and its global norm is clipped.
+
+Nothing of this depends on what the denoiser predicts. ``x_t = a_t x + s_t noise`` holds for flow matching too, with
+``a_t = 1 - s_t``, and with it the noise that each picture of a pair would have at m, the ratio of their densities, and
+the weights of SISS; the error is that of the velocity.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ class DataUnlearning(GradientEditor, ImageEditor):
         micro_batch_size: Number of pairs that pass through the UNet at once; null takes the whole batch. It changes the
             memory used, not the result.
         max_grad_norm: The combined gradient is scaled down to this norm if its norm is larger; null never scales.
-        edited_parameters: Group or pattern of UNet weights.
+        edited_parameters: Group or pattern of weights of the denoiser.
         **kwargs: See ``GradientEditor`` and ``ImageEditor``.
 
     Raises:
@@ -106,13 +110,14 @@ class DataUnlearning(GradientEditor, ImageEditor):
         return FitPlan(seed=self.seed, draws_from_all=self.draws_from_all)
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Weights of the UNet that the pattern selects.
+        """Weights of the denoiser that the pattern selects.
 
         Raises:
             ValueError: It selects another weight.
         """
-        why = ": this method edits only the UNet; choose full, xattn or a pattern within unet."
-        return self.select_only(names, lambda name: name.startswith("unet."), why)
+        part = self.base.family.denoiser_part
+        why = f": this method edits only the {part}; choose full or another group or pattern within {part}."
+        return self.select_only(names, lambda name: name.startswith(f"{part}."), why)
 
     # --- fit
 
@@ -140,7 +145,8 @@ class DataUnlearning(GradientEditor, ImageEditor):
         num_keep, shape = len(self.images.keep), self.latents.shape[1:]
         timesteps, noise, choice, uniform = [], [], [], []
         for generator in self.generators(places, batch_idx):
-            timesteps.append(torch.randint(self.min_timestep, self.max_timestep, (), generator=generator))
+            timestep = self.pipeline.noise.draw_timestep(generator, self.min_timestep, self.max_timestep)
+            timesteps.append(timestep)
             noise.append(torch.randn(shape, generator=generator))
             choice.append(torch.rand((), generator=generator))
             uniform.append(torch.rand(shape, generator=generator))

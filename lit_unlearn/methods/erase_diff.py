@@ -13,6 +13,8 @@ from lit_unlearn.methods.data_unlearning import DataUnlearning, Pairs, square_er
 class EraseDiff(DataUnlearning):
     """Keeps training on the pictures to keep, and trains the model to predict uniform noise on the pictures to forget.
 
+    Uniform noise is compared with the noise that follows from what the model predicts, noise or velocity.
+
     ``g = g_x + max(η − ⟨g_x, g_a⟩ / ‖g_a‖², 0) g_a``: adds just enough of ``g_a`` to lower the forget loss too.
 
     Args:

@@ -1,4 +1,9 @@
-"""Forget-Me-Not (Zhang et al., 2023): attention resteering on reference images of the concept."""
+"""Forget-Me-Not (Zhang et al., 2023): attention resteering on reference images of the concept.
+
+It is for denoisers with cross-attention, whose softmax is over the prompt's tokens alone: UNets. The two text encoders
+of Stable Diffusion XL read a prompt at the same positions. In the joint attention of a transformer the picture's own
+patches compete with the tokens, so that the loss would be another one, and such models are refused.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +68,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
-    one_text_encoder: ClassVar[bool] = True
+    needs_cross_attention: ClassVar[bool] = True
 
     num_pairs: int
 
@@ -148,7 +153,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             self.prompts = pipeline.tokenize(self.edit_prompts)
             mask = self.concept_mask(self.prompts.ids[0])
         if self.include_eot:
-            mask |= eot_mask(self.prompts.ids[0], pipeline.text.eos, self.padding)
+            mask |= eot_mask(self.prompts.ids[0], pipeline.texts[0].eos, self.padding)
         self.mask = mask.to(self.device)
 
     def concept_mask(self, input_ids: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         They are the tokens of its names. In a prompt without a name they are the tokens that differ from the target
         prompt, or all tokens of the prompt if the target only adds words.
         """
-        text, owners = self.pipeline.text, torch.tensor(self.owners)
+        text, owners = self.pipeline.texts[0], torch.tensor(self.owners)
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for number, concept in enumerate(self.edited):
             rows = owners == number

@@ -3,6 +3,8 @@
 Data flow: one epoch is one round. During it a goal z for the residual stream after the *last* edited layer is found by
 gradient descent, as V1 of that layer is in ``ValueRefinement``. At its end every layer is written, from first to last.
 Each layer takes its share of the distance from the stream to z, measured again after all earlier layers are written.
+Where several text encoders are edited, or one that is read at two places (``text_layers``), each of these stretches of
+layers has a z and an epoch of its own, one after the other.
 With ``LeastSquares`` as the recipe's ``edit`` this is MEMIT; with ``NullSpace`` it is AlphaEdit as published for
 language models.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.shared.text_layers import Stretch
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 
@@ -24,7 +27,7 @@ class MEMIT(ValueRefinement):
     """Finds a goal for the residual stream and spreads the change over the layers; a ``ClosedFormEdit`` writes it.
 
     Layer i of L (from 0) gets ``V1 = W K1 + (z - z_i) / (L - i)``, where ``z_i`` is the stream after the last edited
-    layer, with all layers before i already written.
+    layer of the stretch, with all layers before i already written.
 
     Args:
         max_shift: Largest ``||z - z_0|| / ||z_0||`` at any position, where ``z_0`` is the stream at the start of the
@@ -48,12 +51,12 @@ class MEMIT(ValueRefinement):
 
     @property
     def epochs_per_round(self) -> int:
-        """One, since all layers are written at the end of an epoch."""
-        return 1
+        """One for each stretch of layers, whose layers are all written at its end."""
+        return len(self.stretches)
 
-    def stream(self, input_ids: Tensor) -> Tensor:
-        """The residual stream (n, L, D), float32, after the last edited layer."""
-        return self.pipeline.text.stream(input_ids, layer_index(self.edited_names[-1]))
+    def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
+        """The residual stream (n, L, D), float32, after the last edited layer of ``stretch``."""
+        return self.token_pairs[stretch.part].text.stream(input_ids, layer_index(stretch.names[-1]))
 
     def on_train_epoch_start(self) -> None:
         """Start the round's z within its bound; if it starts from the beginning, with a fresh optimizer."""
@@ -62,9 +65,10 @@ class MEMIT(ValueRefinement):
 
     @torch.no_grad()
     def prepare_layer(self, epoch: int) -> LayerState:
-        """The last edited layer, and the stream after it, from the model as it is now."""
-        self.state = self.layer_state(self.edited_names[-1])
-        self.initial_stream = self.stream(self.edit_ids)
+        """The last edited layer of the stretch of ``epoch``, and the stream after it, from the model as it is now."""
+        stretch = self.stretches[epoch % len(self.stretches)]
+        self.state = self.layer_state(stretch.names[-1])
+        self.initial_stream = self.stream(stretch, self.token_pairs[stretch.part].edit_ids)
         return self.state
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -95,10 +99,11 @@ class MEMIT(ValueRefinement):
         values.copy_(initial + shift * (length / shift.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1))
 
     def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
-        """Every layer with its V1 (n, L, d_out): its share of z minus the stream, after the layer before is written."""
+        """Each layer with its V1 (n, L, d_out): its share of z minus the stream, after the layer before is written."""
         state = self.state or self.prepare_layer(epoch)
         goal = self.initial_stream + self.values_of(state) - state.initial  # z: the layer adds its output to the stream
-        for place, name in enumerate(self.edited_names):
+        stretch = self.stretch_of(state.name)
+        for place, name in enumerate(stretch.names):
             state = self.layer_state(name)
-            missing = goal - self.stream(self.edit_ids)
-            yield state, state.initial + missing / (len(self.edited_names) - place)
+            missing = goal - self.stream(stretch, self.token_pairs[stretch.part].edit_ids)
+            yield state, state.initial + missing / (len(stretch.names) - place)

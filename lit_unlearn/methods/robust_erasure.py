@@ -1,26 +1,33 @@
-"""A null-space edit of keys and values that resists learned tokens: it attacks itself and closes what it finds.
+"""A null-space edit of what reads text first that resists learned tokens: it attacks itself and closes what it finds.
 
 Data flow: one epoch is one round. Every round solves anew from the pretrained weights, for all layers at once: the
 states of the edit prompts (K1) get the outputs of the target prompts' states (V1 = W K1*). In every round after the
 first a token is learned for each concept, on the model as the round before has left it and from pictures by the
 unedited model; it stands in for the concept's name. At the end of the epoch the states of the named edit prompts, with
-that token, become further keys, with the same targets. All edited layers have the same keys, and no edit moves them.
+that token, become further keys, with the same targets. All edited layers of a way have the same keys, and no edit
+moves them.
+
+The layers are K and V of a UNet's cross-attention, or the maps of ``context`` in any family: these read what the text
+encoders give on up to two ways, as states and as a pooled vector (``text_ways``), and each way has keys, retained
+inputs and a solve of its own. A learned token is new in all text encoders; its prompts give keys on each way.
 
 Styles and scenes are also edited in the empty prompt ("guidance edit"). A picture has some style, also if no word asks
 for one, so a token can bring a style back as "none of the others". Classifier-free guidance pushes away from the empty
 prompt's prediction. With the concept's direction added to the empty prompt's values, it pushes away from the concept,
-as a negative prompt does.
+as a negative prompt does. Where guidance does not lead away from the empty prompt (from zeros in Stable Diffusion XL,
+from nothing in FLUX.1) there is no such edit, and the fit says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_unlearn.core.alignment import align_tokens, from_first_difference, positions_mask
@@ -38,7 +45,7 @@ from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import pairs_of
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
-from lit_unlearn.methods.shared.text_maps import select_keys_and_values
+from lit_unlearn.methods.shared.text_maps import by_way, select_first_maps
 from lit_unlearn.system.devices import for_solving
 
 
@@ -49,16 +56,14 @@ class TokenPrompts:
     Attributes:
         tokens: Tokens of the n prompts, with one learned token each.
         targets: Tokens of their target prompts.
-        aligned: For each position of a prompt, the position of the target prompt whose output it gets, (n, L).
     """
 
     tokens: Tokens
     targets: Tokens
-    aligned: Tensor
 
 
 class RobustErasure(ClosedFormMethod, ReferenceImages):
-    """Edits keys and values of the cross-attention, in rounds of attack and edit.
+    """Edits keys and values of the cross-attention, or all maps that read text first, in rounds of attack and edit.
 
     Args:
         rounds: Rounds of attack after the first edit; 0 only edits, which takes a second.
@@ -67,18 +72,17 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         found_prompts: Largest number of named edit prompts of each concept in which a learned token is used.
         guidance_edit: How far the empty prompt's values move towards each style and scene, in units of the distance
             between edit and target prompts at the positions after the text; 0 leaves the empty prompt as it is. It is
-            otherwise retained, with the weight of all retained prompts together.
+            otherwise retained, with the weight of all retained prompts together. Without effect where guidance does
+            not lead away from the empty prompt.
         retain: Further prompts to retain, besides the edit prompts of the set's other concepts.
         seed: Seed of the attacks: initial tokens, pictures, timesteps and noise.
         optimizer: Optimizer of the learned tokens, reset in each round.
-        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
+        edited_parameters: Group or pattern of the first linear maps on text: ``xattn-kv`` of a UNet, or ``context``.
         **kwargs: See ``ReferenceImages`` and ``ConceptEditor``; the reference images are what the tokens learn from.
 
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
     """
-
-    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -109,12 +113,12 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         self.retain_prompts = self.prompts_to_retain(retain)
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Weights of ``attn2.to_k`` and ``attn2.to_v`` that the pattern selects.
+        """Weights of the first linear maps on text that the pattern selects.
 
         Raises:
             ValueError: It selects another weight.
         """
-        return select_keys_and_values(self, names)
+        return select_first_maps(self, names)
 
     @property
     def fit_plan(self) -> FitPlan:
@@ -130,7 +134,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
 
     def values_shape(self) -> tuple[int, int, int]:
         """The learned tokens: (rounds, concepts, D), at least one round."""
-        return max(self.rounds, 1), len(self.edited), self.pipeline.text.table.shape[1]
+        return max(self.rounds, 1), len(self.edited), sum(self.pipeline.token_widths)
 
     def own_state(self) -> list[str]:
         """The learned tokens."""
@@ -146,52 +150,114 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
     def on_fit_start(self) -> None:
         """Encode edit, target and retained prompts; draw the pictures that the tokens learn from."""
         super().on_fit_start()
+        if self.pushed and not self.pipeline.leads_from_empty:
+            rank_zero_info(
+                f"guidance_edit={self.guidance_edit:g} has no effect on {self.pipeline.title}, whose guidance does not "
+                "lead away from the empty prompt: the empty prompt is retained."
+            )
+            self.pushed = []
+        self.ways = by_way(self.edited_names)
         self.keys, self.target_keys = self.edited_states(self.pairs)
-        ids = [self.pipeline.tokenize([pair[side] for pair in self.pairs]).ids[0] for side in (0, 1)]
-        self.carrying = from_first_difference(*ids).flatten()
-        empty = self.pipeline.encode_many([""]).states[0].float()
-        retained = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
-        moment, count, longest = second_moment(retained).cpu(), len(retained), largest_norm(retained)
-        if self.pushed:
-            # As many empty prompts as there are pairs, since each picture of a pair has one in its guidance.
-            scale = len(self.pairs) ** 0.5
-            self.keys = torch.cat([self.keys, scale * empty])
-            self.target_keys = torch.cat([self.target_keys, scale * (empty + self.guidance_edit * self.push())])
-        else:
-            moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
-            longest = max(longest, largest_norm(empty))
-        own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
-        self.retained = dict.fromkeys(self.edited_names, own)
+        self.carrying = self.carrying_states()
+        empty = {way: inputs[0] for way, inputs in self.inputs(self.pipeline.tokenize([""])).items()}
+        retained = self.inputs(self.pipeline.tokenize(self.retain_prompts))
+        push = self.push() if self.pushed else {}
+        found: dict[str, Retained] = {}
+        for way, names in self.ways.items():
+            kept = retained[way].flatten(0, 1)
+            moment, count, longest = second_moment(kept).cpu(), len(kept), largest_norm(kept)
+            if self.pushed:
+                # As many empty prompts as there are pairs, since each picture of a pair has one in its guidance.
+                scale = len(self.pairs) ** 0.5
+                goal = empty[way] + self.guidance_edit * push[way]
+                self.keys[way] = torch.cat([self.keys[way], scale * empty[way]])
+                self.target_keys[way] = torch.cat([self.target_keys[way], scale * goal])
+            else:
+                moment = moment + len(self.retain_prompts) * second_moment(empty[way]).cpu()
+                count, longest = 2 * count, max(longest, largest_norm(empty[way]))
+            own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
+            found |= dict.fromkeys(names, own)
+        self.retained = found
         if self.rounds:
             self.prompts = [self.token_prompts(concept) for concept in self.repaired]
             with self.pretrained.restored():
                 named = [[text for text, _ in self.named_pairs(concept)] for concept in self.repaired]
                 self.latents = self.reference_latents(named)
 
-    def edited_states(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """K1 and K1*, (n L, D) float32: states of edit prompts, and of their target prompts at aligned positions."""
+    def inputs(self, tokens: Tokens, embeddings: Tensor | None = None) -> dict[str, Tensor]:
+        """What the edited maps of each way read of n prompts, (n, L, D) float32.
+
+        Args:
+            tokens: The prompts.
+            embeddings: Embeddings of the learned token in them, (1, D), if they have one.
+        """
+        pipeline = self.pipeline
+        condition = pipeline.encode_many(tokens) if embeddings is None else pipeline.encode(tokens, embeddings)
+        return {way: found.float() for way, found in pipeline.first_inputs(condition).items() if way in self.ways}
+
+    def edited_states(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """K1 and K1* of each way, (n L, D) float32: inputs at edit prompts, and at aligned places of targets."""
         tokens, targets = (self.pipeline.tokenize([pair[side] for pair in pairs]) for side in (0, 1))
-        goals = self.pipeline.encode_many(targets).states.float()
-        keys = self.pipeline.encode_many(tokens).states.float()
-        return keys.flatten(0, 1), taken(goals, self.aligned(tokens, targets)).flatten(0, 1)
+        goals = self.goals(tokens, targets)
+        return {way: found.flatten(0, 1) for way, found in self.inputs(tokens).items()}, goals
+
+    def goals(self, tokens: Tokens, targets: Tokens) -> dict[str, Tensor]:
+        """K1* of each way, (n L, D) float32: inputs at ``targets``, at the positions of ``tokens`` aligned."""
+        goals = self.inputs(targets)
+        if "tokens" in goals:
+            goals["tokens"] = taken(goals["tokens"], self.aligned(tokens, targets))
+        return {way: found.flatten(0, 1) for way, found in goals.items()}
 
     def aligned(self, tokens: Tokens, targets: Tokens) -> Tensor:
         """For each position of ``tokens``, the position of ``targets`` whose output it gets, (n, L)."""
-        eos, rows = self.pipeline.text.eos, zip(tokens.ids[0].tolist(), targets.ids[0].tolist(), strict=True)
-        return torch.tensor([align_tokens(edit, target, eos) for edit, target in rows])
+        parts, start = [], 0
+        for number in self.pipeline.token_order:
+            text, ids, others = self.pipeline.texts[number], tokens.ids[number], targets.ids[number]
+            rows = zip(ids.tolist(), others.tolist(), strict=True)
+            parts.append(start + torch.tensor([align_tokens(*row, text.eos, text.begins) for row in rows]))
+            start += ids.shape[1]
+        return torch.cat(parts, dim=1)
 
-    def push(self) -> Tensor:
-        """The directions of all pushed concepts, (L, D): edit minus target states after the text, a mean each."""
-        total = torch.zeros(1)
+    def carrying_states(self) -> dict[str, Tensor]:
+        """Which inputs (n L,) at edit prompts can have seen the concept: all, if an encoder reads both directions."""
+        tokens, targets = (self.pipeline.tokenize([pair[side] for pair in self.pairs]) for side in (0, 1))
+        masks = []
+        for number in self.pipeline.token_order:
+            ids, others = tokens.ids[number], targets.ids[number]
+            causal = self.pipeline.texts[number].causal
+            masks.append(from_first_difference(ids, others) if causal else torch.ones_like(ids, dtype=torch.bool))
+        return {"tokens": torch.cat(masks, dim=1).flatten(), "pooled": torch.ones(len(tokens), dtype=torch.bool)}
+
+    def push(self) -> dict[str, Tensor]:
+        """The directions of all pushed concepts on each way, (L, D): edit minus target inputs, a mean each.
+
+        Of states it is the mean after the text, for each text encoder; the first token of a CLIP is the same in every
+        prompt and has none.
+        """
+        total: dict[str, Tensor] = {}
         for concept in self.pushed:
             pairs = pairs_of(concept)
             keys, goals = self.edited_states(pairs)
-            ids = self.pipeline.tokenize([text for text, _ in pairs]).ids[0]
-            after = positions_mask(ids, self.pipeline.text.eos, "eot").flatten().to(keys.device)
-            total = total.to(keys) + (keys - goals)[after].mean(0)
-        push = total.expand(self.pipeline.text.length, -1).clone()
-        push[0] = 0  # the first token is the same in every prompt
-        return push
+            tokens = self.pipeline.tokenize([text for text, _ in pairs])
+            for way, found in keys.items():
+                missing = (found - goals[way]).unflatten(0, (len(pairs), -1))
+                total[way] = total.get(way, torch.zeros(1)).to(found) + self._direction(way, missing, tokens)
+        return total
+
+    def _direction(self, way: str, missing: Tensor, tokens: Tokens) -> Tensor:
+        """The mean (L, D) of ``missing`` (n, L, D) after the texts ``tokens``, at all positions of each encoder."""
+        if way == "pooled":
+            return missing.mean(0)
+        parts, start = [], 0
+        for number in self.pipeline.token_order:
+            text, ids = self.pipeline.texts[number], tokens.ids[number]
+            after = positions_mask(ids, text.eos, "eot", text.begins).flatten().to(missing.device)
+            own = missing[:, start : start + ids.shape[1]].flatten(0, 1)[after].mean(0)
+            parts.append(own.expand(ids.shape[1], -1).clone())
+            if text.begins:
+                parts[-1][0] = 0
+            start += ids.shape[1]
+        return torch.cat(parts)
 
     def named_pairs(self, concept: Concept) -> list[tuple[str, str]]:
         """Pairs of ``concept`` whose edit prompt names it, at most ``found_prompts``; from templates if none does."""
@@ -206,7 +272,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         pairs = self.named_pairs(concept)
         tokens = self.pipeline.tokenize_templates([concept.replace_names(text, PLACE) for text, _ in pairs], 1)
         targets = self.pipeline.tokenize([into for _, into in pairs])
-        return TokenPrompts(tokens, targets, self.aligned(tokens, targets))
+        return TokenPrompts(tokens, targets)
 
     # --- the attack of a round
 
@@ -217,7 +283,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
             return
         for number in range(len(self.edited)):
             generator = seeded(self.seed, "token", self.current_epoch, number)
-            self.values[self.current_epoch - 1, number] = self.pipeline.text.initial_embeddings(1, None, generator)[0]
+            self.values[self.current_epoch - 1, number] = self.pipeline.initial_embeddings(1, None, generator)[0]
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
 
@@ -265,34 +331,41 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
     # --- the edit at the end of a round
 
     @torch.no_grad()
-    def found_states(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Keys that the attacks up to ``epoch`` have found, and the keys whose outputs they get, (m, D) each."""
-        keys, goals = [self.keys[:0]], [self.keys[:0]]
+    def found_states(self, epoch: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Keys that the attacks up to ``epoch`` have found on each way, and the keys whose outputs they get, (m, D)."""
+        keys, goals = ({way: [found[:0]] for way, found in self.keys.items()} for _ in range(2))
         for number, prompts in enumerate(self.prompts if epoch else ()):
-            goal = taken(self.pipeline.encode_many(prompts.targets).states.float(), prompts.aligned)
+            goal = self.goals(prompts.tokens, prompts.targets)
             for embedding in self.values[:epoch, number]:
-                keys.append(self.condition(prompts.tokens, embedding).states.float().flatten(0, 1))
-                goals.append(goal.flatten(0, 1))
+                for way, found in self.inputs(prompts.tokens, embedding[None]).items():
+                    keys[way].append(found.flatten(0, 1))
+                    goals[way].append(goal[way])
         scale = (self.found_weight / len(self.edited)) ** 0.5  # together they weigh as those of one concept do
-        return scale * torch.cat(keys), scale * torch.cat(goals)
+        return {way: (scale * torch.cat(keys[way]), scale * torch.cat(goals[way])) for way in keys}
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
-        """All layers at once, from their pretrained weights."""
-        found, goals = self.found_states(epoch)
-        keys, targets = (for_solving(torch.cat(rows)) for rows in ([self.keys, found], [self.target_keys, goals]))
-        carrying = torch.zeros(len(keys), dtype=torch.bool)
-        carrying[: len(self.carrying)] = self.carrying
-        group = []
-        for name, layer in self.layers.items():
-            weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
-            kept, values = self.retained[name], targets @ weight.mT
-            group.append(Write(name, weight, layer.weight.dtype, keys, values, kept, concept_keys=carrying))
-        yield group
+        """All layers of a way at once, from their pretrained weights."""
+        found = self.found_states(epoch)
+        for way, names in self.ways.items():
+            rows = [self.keys[way], found[way][0]], [self.target_keys[way], found[way][1]]
+            keys, targets = (for_solving(torch.cat(both)) for both in rows)
+            carrying = torch.zeros(len(keys), dtype=torch.bool)
+            carrying[: len(self.carrying[way])] = self.carrying[way]
+            group = []
+            for name in names:
+                layer = self.layers[name]
+                weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
+                kept, values = self.retained[name], targets @ weight.mT
+                group.append(Write(name, weight, layer.weight.dtype, keys, values, kept, concept_keys=carrying))
+            yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
         """Report the number of keys, and how much the weights have changed."""
-        found = sum(len(prompts.tokens) * self.pipeline.text.length for prompts in self.prompts) if epoch else 0
-        self.report["edited_states"] = len(self.keys) + epoch * found
+        prompts = sum(len(prompts.tokens) for prompts in self.prompts) if epoch else 0
+        texts = self.pipeline.texts
+        lengths = {"tokens": sum(texts[number].length for number in self.pipeline.token_order), "pooled": 1}
+        counts = {way: len(keys) + epoch * prompts * lengths[way] for way, keys in self.keys.items()}
+        self.report["edited_states"] = counts["tokens"] if list(counts) == ["tokens"] else counts
         super().after_writes(epoch, is_last)
 
 

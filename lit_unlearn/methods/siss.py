@@ -18,7 +18,7 @@ from lit_unlearn.methods.shared.subtraction import Combination, Subtraction
 
 
 def forward_mixture(pipeline: Pipeline, pairs: Pairs) -> Tensor:
-    """The UNet's output (B, C, H, W) at m, which is x_t or a_t, with the caption of the picture m was made from."""
+    """The denoiser's output (B, C, H, W) at m, which is x_t or a_t, with the caption of the picture m was made from."""
     chosen = pairs.from_forget.view(-1, 1, 1, 1)
     m = pipeline.noise.add(torch.where(chosen, pairs.forget, pairs.keep), pairs.noise, pairs.timesteps)
     condition = Condition.where(pairs.from_forget, pairs.forget_condition, pairs.keep_condition)

@@ -107,13 +107,15 @@ class SPEED(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Gather the inputs of the edited layers; all layers of a way have the same inputs."""
         super().on_fit_start()
-        edited, anchors = text_keys(self.pipeline, self.edited_texts), text_keys(self.pipeline, self.anchor_texts)
-        retained = text_keys(self.pipeline, self.retained_texts)
-        empty = {} if self.invariants is None else text_keys(self.pipeline, [""])
+        ways = by_way(self.edited_names)
+        texts = self.edited_texts, self.anchor_texts, self.retained_texts
+        edited, anchors, retained = text_keys(self.pipeline, *texts, ways=list(ways), which=self.tokens)
+        # Of the empty prompt all positions are needed, which the others may leave out.
+        empty = {} if self.invariants is None else text_keys(self.pipeline, [""], ways=list(ways))[0]
         self.keys: dict[str, Tensor] = {}
         self.anchors: dict[str, Tensor] = {}
         self.retained = {}
-        for way, names in by_way(self.edited_names).items():
+        for way, names in ways.items():
             rows, places, (anchor_places,) = subject_places(self.pipeline, edited[way], [anchors[way]], self.tokens)
             kept_places = subject_places(self.pipeline, retained[way], [], self.tokens)[:2]
             self.keys[way] = for_solving(edited[way].at(rows, places))
@@ -136,7 +138,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
                         weight,
                         self.layers[name].weight.dtype,
                         self.keys[way],
-                        self.anchors[way] @ weight.mT,
+                        None,
                         self.retained[name],
                         anchors=self.anchors[way],
                         texts=len(self.edited_texts),

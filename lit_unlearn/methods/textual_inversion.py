@@ -1,14 +1,15 @@
 """Textual inversion (Gal et al., 2023): learns new tokens for a concept from images of it.
 
 Forget-Me-Not uses it for a concept without a word, and an attack uses it to find out if an edited model can still draw
-a concept.
+a concept. In a model with several text encoders a token is new in each of them, and its embeddings are learned together
+(as diffusers does for Stable Diffusion XL; here in a T5 too), with the loss of the model's own training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def inversion_loss(
     latents: Tensor,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Error of the UNet's prediction on noised images with prompts that hold the new tokens, a scalar (Eq. 2).
+    """Error of the denoiser's prediction on noised images with prompts that hold the new tokens, a scalar (Eq. 2).
 
     Args:
         pipeline: Any pipeline, edited or not.
@@ -67,6 +68,12 @@ def pull_norm(embeddings: Tensor, norm: float, rate: float) -> None:
     embeddings.mul_(1 + rate * (norm / norms - 1))
 
 
+def pull_norms(pipeline: Pipeline, embeddings: Tensor, norms: Sequence[float], rate: float) -> None:
+    """``pull_norm`` for the part of each text encoder of ``pipeline`` in ``embeddings`` (n, D), to its own norm."""
+    for part, norm in zip(embeddings.detach().split(pipeline.token_widths, dim=1), norms, strict=True):
+        pull_norm(part, norm, rate)
+
+
 def optimise_embeddings(
     pipeline: Pipeline,
     embeddings: Tensor,
@@ -82,7 +89,7 @@ def optimise_embeddings(
 
     Args:
         pipeline: The pipeline; its weights do not change.
-        embeddings: Initial embeddings of the new tokens, (n, D).
+        embeddings: Initial embeddings of the new tokens, (n, D), from ``Pipeline.initial_embeddings``.
         templates: Prompts with ``{}`` in place of the new tokens.
         latents: Images of the concept, (num, C, H, W).
         steps: Optimizer steps (AdamW without weight decay).
@@ -97,7 +104,7 @@ def optimise_embeddings(
     learned = nn.Parameter(embeddings.detach().float().clone())
     optimizer = torch.optim.AdamW([learned], lr=learning_rate, weight_decay=0.0)
     prompts = pipeline.tokenize_templates(templates, len(embeddings))
-    norm = pipeline.text.vocabulary_norm
+    norms = pipeline.vocabulary_norms
     losses = []
     for step in range(steps):
         items = [slot * len(templates) + (step * batch_size + slot) % len(templates) for slot in range(batch_size)]
@@ -106,7 +113,7 @@ def optimise_embeddings(
         loss = inversion_loss(pipeline, learned, prompts[rows], latents, generators)
         (learned.grad,) = torch.autograd.grad(loss, [learned])
         optimizer.step()
-        pull_norm(learned, norm, norm_decay)
+        pull_norms(pipeline, learned, norms, norm_decay)
         losses.append(float(loss.detach()))
     return learned.detach(), losses
 
@@ -154,8 +161,6 @@ class TextualInversion(GradientEditor, ReferenceImages):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
-    one_text_encoder: ClassVar[bool] = True
-
     num_pairs: int
 
     def __init__(
@@ -197,9 +202,9 @@ class TextualInversion(GradientEditor, ReferenceImages):
             return
         super().configure_model()
         self.pretrained = WithoutNewTokens(self)
-        text, generator = self.pipeline.text, seeded(self.seed, "embeddings")
-        self.embeddings = nn.Parameter(text.initial_embeddings(self.num_tokens, self.initial_words, generator))
-        self.vocabulary_norm = text.vocabulary_norm
+        generator = seeded(self.seed, "embeddings")
+        self.embeddings = nn.Parameter(self.pipeline.initial_embeddings(self.num_tokens, self.initial_words, generator))
+        self.vocabulary_norms = self.pipeline.vocabulary_norms
         self.prompts = self.pipeline.tokenize_templates(self.templates, self.num_tokens)
 
     def own_state(self) -> list[str]:
@@ -251,7 +256,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step and keep the norms near those of the vocabulary, before a checkpoint is written."""
         super().optimizer_step(*args, **kwargs)
-        pull_norm(self.embeddings, self.vocabulary_norm, self.norm_decay)
+        pull_norms(self.pipeline, self.embeddings, self.vocabulary_norms, self.norm_decay)
 
     # --- pictures
 

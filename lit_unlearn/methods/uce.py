@@ -57,7 +57,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
     Args:
         preserve: Prompts whose outputs should not change; ``others``, the other concepts of the set; or null for none.
         preserve_tokens: States of a preserved prompt that are preserved: ``last_subject``, its last token (UCE's code
-            of 2025); or ``all`` positions, also those of the empty prompt (UCE's code of 2023).
+            of 2025); or ``all`` positions, and those of the empty prompt, also without a list (UCE's code of 2023).
         tokens: States of a phrase that are edited: ``last_subject``, its last token (code of 2025); ``from_subject``,
             from that token to the end of the window (code of 2023); ``all`` except BOS, aligned with the guide's.
         edited_parameters: Group or pattern of the linear maps that read text first: ``attn2.to_k`` and ``attn2.to_v``
@@ -101,6 +101,10 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
             rows: Number of the phrase that each state belongs to, (m,).
         """
 
+    def goal_states(self, mapped: Mapped) -> Tensor | None:
+        """States (m, d_in) whose outputs are v* in every layer; None if v* is not linear in the layer's weight."""
+        return None
+
     def other_prompts(self) -> list[str]:
         """Prompts for ``preserve: others``: names of the other concepts, except those that name an edited one."""
         return self.concepts.retain_names(self.edited_labels)
@@ -124,11 +128,13 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Encode phrases, guides and preserved prompts, once."""
         super().on_fit_start()
-        phrases, guides = text_keys(self.pipeline, self.phrases), [text_keys(self.pipeline, g) for g in self.guides]
         ways = by_way(self.edited_names)
+        phrases, *guides = text_keys(self.pipeline, self.phrases, *self.guides, ways=list(ways), which=self.tokens)
         self.mapped = {way: self._mapped(phrases[way], [guide[way] for guide in guides]) for way in ways}
         every = self.preserve_tokens == "all"
-        kept = retained_inputs(self.pipeline, list(ways), self.preserved, int(every), last_subject=not every)
+        # As in the code of 2023, all positions of the empty prompt are preserved, also if nothing else is.
+        empty = int(every and "" not in self.preserved)
+        kept = retained_inputs(self.pipeline, list(ways), self.preserved, empty, last_subject=not every)
         self.retained = {name: kept[way] for way, names in ways.items() for name in names}
 
     def _mapped(self, phrases: TextKeys, guides: Sequence[TextKeys]) -> Mapped:
@@ -140,12 +146,15 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
         """All layers of a way at once, from their pretrained weights: the rounds of debiasing do not accumulate."""
         for way, names in by_way(self.edited_names).items():
-            keys, group = self.mapped[way].keys, []
+            mapped, group = self.mapped[way], []
+            goals = self.goal_states(mapped)
             for name in names:
                 layer = self.layers[name]
                 weight = for_solving(self.pretrained.values[name].to(layer.weight.device))
-                values = self.layer_targets(weight, way)
-                group.append(Write(name, weight, layer.weight.dtype, keys, values, self.retained[name]))
+                values = self.layer_targets(weight, way) if goals is None else None
+                group.append(
+                    Write(name, weight, layer.weight.dtype, mapped.keys, values, self.retained[name], anchors=goals)
+                )
             yield group
 
     def after_writes(self, epoch: int, is_last: bool) -> None:
@@ -243,6 +252,10 @@ class UCE(PhraseMap):
         """v* (m, d_out): the guide's outputs, with ``tensor`` without their component along ``outputs``."""
         (goal,) = guide_outputs
         return goal if self.technique == "replace" else without_component(goal, outputs, rows)
+
+    def goal_states(self, mapped: Mapped) -> Tensor | None:
+        """See ``PhraseMap.goal_states``: with ``replace``, the guide's own states."""
+        return mapped.guides[0] if self.technique == "replace" else None
 
 
 def expanded(names: Sequence[str], kind: str) -> list[str]:

@@ -21,7 +21,7 @@ from lit_unlearn.core.subject_tokens import SubjectTokens
 from lit_unlearn.core.uce import shifted_by_attributes
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.judges.base import judge_questions
-from lit_unlearn.methods.uce import PhraseMap, expanded
+from lit_unlearn.methods.uce import Mapped, PhraseMap, expanded
 
 DRAW_BATCH = 40
 """Number of pictures that are drawn at once."""
@@ -153,6 +153,13 @@ class UCEDebias(PhraseMap):
         """v* (m, d_out): the phrase's outputs plus α times the outputs of the attributes."""
         alphas = self.alphas[self.subject_of].to(outputs.device)
         return shifted_by_attributes(outputs, torch.stack(list(guide_outputs)), alphas, rows, self.normalised)
+
+    def goal_states(self, mapped: Mapped) -> Tensor | None:
+        """See ``PhraseMap.goal_states``: the phrase's state plus α times those of the attributes, if not scaled."""
+        if self.normalised:
+            return None
+        alphas = self.alphas[self.subject_of].to(mapped.keys.device)
+        return shifted_by_attributes(mapped.keys, torch.stack(mapped.guides), alphas, mapped.rows, normalised=False)
 
     def on_train_epoch_end(self) -> None:
         """Measure the shares after this round's edit, and end the run if they are near enough."""

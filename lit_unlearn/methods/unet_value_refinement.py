@@ -1,10 +1,15 @@
-"""The null-space edit in the UNet instead of the text encoder (the paper's ablation): cross-attention K, V, or FFN.
+"""The null-space edit in the denoiser instead of the text encoder (the paper's ablation): what reads text, or the FFN.
 
 Data flow: as in ``ValueRefinement`` one epoch is one (round, layer), V1 replaces the layer's output and is trained to
-reduce the error between two noise predictions, and a ``ClosedFormEdit`` callback writes it. Here the text encoder does
-not change, and the goal is the prediction of the UNet with its pretrained weights for the target prompts. The inputs of
-``attn2.to_k`` and ``attn2.to_v`` are the text states, the same in every round. The inputs of ``ff.net.2`` also depend
-on x_t and t, so a few pairs of x_t and t are fixed for each prompt.
+reduce the error between two predictions, and a ``ClosedFormEdit`` callback writes it. Here the text encoders do not
+change, and the goal is the prediction of the denoiser with its pretrained weights for the target prompts.
+
+``UNetValueRefinement`` edits the maps that read text first (``text_ways``): ``attn2.to_k`` and ``attn2.to_v`` of a
+UNet, ``context_embedder`` of a transformer, and the map of the pooled vector. Their inputs are what the text encoders
+give, the same in every round. ``UNetFeedForwardRefinement`` edits layers whose inputs also depend on x_t and t, so a
+few pairs of x_t and t are fixed for each prompt: ``ff.net.2``, whose inputs are at the picture's positions, and
+``add_k_proj`` and ``add_v_proj`` of joint attention, whose inputs are at the text's, mixed with the picture by the
+blocks before.
 """
 
 from __future__ import annotations
@@ -20,22 +25,34 @@ from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
-from lit_unlearn.diffusion.text import Tokens
+from lit_unlearn.diffusion.parameters import call_order
+from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.layer_state import LayerState
-from lit_unlearn.methods.shared.unet_layers import Query, Watched, check_choices, noised, query_batches, select_unet
+from lit_unlearn.methods.shared.text_maps import by_way, select_first_maps
+from lit_unlearn.methods.shared.unet_layers import (
+    Query,
+    StatePairs,
+    Watched,
+    check_choices,
+    noised,
+    query_batches,
+    select_in_blocks,
+)
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 RETAINED_SEED = 20_000_000
 """Added to the seeds of pictures of retained prompts, so that they differ from the edit prompts' seeds."""
+OF_PICTURE, OF_TEXT = "ff.net.2.weight", ("attn.add_k_proj.weight", "attn.add_v_proj.weight")
+"""Ends of the names of layers in blocks, whose inputs are at the picture's positions and at the text's."""
 
 
 class UNetValueRefinement(ValueRefinement):
-    """Finds V1 for one ``attn2.to_k`` or ``attn2.to_v`` after the other, in the order in which the UNet calls them.
+    """Finds V1 for one map that reads text first after the other, in the order in which the denoiser calls them.
 
     Args:
-        edited_parameters: Group or pattern of weights of ``attn2.to_k`` and ``attn2.to_v``.
+        edited_parameters: Group or pattern of such maps: ``xattn-kv`` of a UNet, or ``context`` of any family.
         values: How V1 is found: ``refined`` (Algorithm 1); or, without gradient descent, ``target`` (``W K1*`` of the
-            unedited UNet).
+            unedited denoiser).
         start: Where the descent of ``refined`` starts: ``output`` (``W K1``) or ``target`` (``W K1*``).
         retain_empty: Also retain the empty prompt, with the weight of all retained prompts together, since
             classifier-free guidance uses it with each of them.
@@ -67,31 +84,45 @@ class UNetValueRefinement(ValueRefinement):
         self.retain_empty, self.watched_prompts = retain_empty, watched_prompts
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Weights that the pattern selects, in the order in which the UNet calls them.
+        """Weights that the pattern selects, in the order in which the denoiser calls them.
 
         Raises:
             ValueError: It selects another weight.
         """
-        return select_unet(self, names, ("attn2.to_k.weight", "attn2.to_v.weight"))
+        return sorted(select_first_maps(self, names), key=call_order)
+
+    def num_positions(self) -> int:
+        """Number of positions of the states."""
+        return sum(self.pipeline.texts[number].length for number in self.pipeline.token_order)
 
     # --- set-up
 
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
-        self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
+        self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
+        self.edit_keys = self.inputs(self.edit_condition)
+        parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
+        self.state_pairs = StatePairs.of(parts, self.num_positions())
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
 
+    def inputs(self, condition: Condition) -> dict[str, Tensor]:
+        """What the maps of each way read, (n, L, d_in) float32: of a pooled vector L is 1."""
+        return {way: found.float() for way, found in self.pipeline.first_inputs(condition).items()}
+
     def gather_moments(self) -> None:
-        """Sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys: the retained prompts' states, for all layers."""
-        states = self.pipeline.encode_many(self.retain_prompts).states.flatten(0, 1)
-        moment, count, longest = second_moment(states).cpu(), len(states), largest_norm(states)
-        if self.retain_empty:
-            empty = self.pipeline.encode_many([""]).states[0]
-            moment, count = moment + len(self.retain_prompts) * second_moment(empty).cpu(), 2 * count
-            longest = max(longest, largest_norm(empty))
-        own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
-        self.retained = dict.fromkeys(self.edited_names, own)
+        """Sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys: the retained prompts' inputs on each way."""
+        retained = self.pipeline.first_inputs(self.pipeline.encode_many(self.retain_prompts))
+        empty = self.pipeline.first_inputs(self.pipeline.encode_many([""])) if self.retain_empty else {}
+        for way, names in by_way(self.edited_names).items():
+            states = retained[way].flatten(0, 1)
+            moment, count, longest = second_moment(states).cpu(), len(states), largest_norm(states)
+            if empty:
+                rows = empty[way][0]
+                moment, count = moment + len(self.retain_prompts) * second_moment(rows).cpu(), 2 * count
+                longest = max(longest, largest_norm(rows))
+            own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
+            self.retained |= dict.fromkeys(names, own)
 
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
@@ -100,23 +131,33 @@ class UNetValueRefinement(ValueRefinement):
     # --- one (round, layer)
 
     def layer_state(self, name: str) -> LayerState:
-        """The layer ``name`` with its inputs at the edit prompts, the text states."""
-        keys = self.edit_condition.states.float()
-        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, self.mask)
+        """The layer ``name`` with its inputs at the edit prompts, the text states or the pooled vectors."""
+        keys = self.edit_keys[str(way_of(name))]
+        mask = self.state_pairs.mask
+        if way_of(name) == "pooled":
+            mask = torch.ones_like(mask[:, :1])
+        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+
+    def concept_keys(self, state: LayerState) -> Tensor | None:
+        """Which edited keys (m,) can have seen the concept, see ``StatePairs``; None: all, as every pooled vector."""
+        if way_of(state.name) == "pooled":
+            return None
+        return state.edited(self.state_pairs.carrying.to(state.mask.device))
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
         if self.start != "target":
             return state.initial
-        # From the unedited UNet, so that further rounds get nearer to the same goal.
+        # From the unedited denoiser, so that further rounds get nearer to the same goal.
         return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
 
     def target_keys(self, name: str) -> Tensor:
-        """K1* (n, L, d_in), float32: the states of the target prompts, each at the edit position aligned with it."""
-        return self.align(self.goal.states.float())
+        """K1* (n, L, d_in), float32: the target prompts' inputs, states each at the edit position aligned with it."""
+        found = self.inputs(self.goal)[str(way_of(name))]
+        return found if way_of(name) == "pooled" else self.state_pairs.align(found)
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Predictions of the UNet for the edit prompts with V1, and of the unedited UNet for the target prompts."""
+        """Predictions for the edit prompts with V1, and of the unedited denoiser for the target prompts."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
@@ -126,13 +167,14 @@ class UNetValueRefinement(ValueRefinement):
 
 
 class UNetFeedForwardRefinement(ValueRefinement):
-    """Finds V1 for one ``ff.net.2`` after the other, the second linear layer of the FFN of a transformer block.
+    """Finds V1 for one layer of a transformer block after the other: ``ff.net.2``, or K and V of joint attention.
 
-    The inputs of this layer depend on x_t and t, so V1 is found at a few pairs of them, fixed for each prompt. A key is
-    the input at one position of a picture.
+    ``ff.net.2`` is the second linear layer of the FFN, in a UNet or a transformer; ``add_k_proj`` and ``add_v_proj``
+    make keys and values of the text. The inputs of these layers depend on x_t and t, so V1 is found at a few pairs of
+    them, fixed for each prompt. A key is the input at one position of a picture, or of the text.
 
     Args:
-        edited_parameters: Group or pattern of weights of ``ff.net.2``.
+        edited_parameters: Group or pattern of weights of ``ff.net.2``, ``add_k_proj`` and ``add_v_proj``.
         noises_per_prompt: Number of pairs of x_t and t at which each edit prompt is edited.
         noises_per_retained_prompt: Number of pairs of x_t and t, from the prompt's own pictures, at which each retained
             prompt is retained.
@@ -148,7 +190,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
     def __init__(
         self,
-        edited_parameters: str = r"^unet\..*\.ff\.net\.2\.weight$",
+        edited_parameters: str = r"^(unet|transformer)\..*\.ff\.net\.2\.weight$",
         noises_per_prompt: int = 4,
         noises_per_retained_prompt: int = 1,
         values: Literal["refined", "target"] = "refined",
@@ -178,22 +220,25 @@ class UNetFeedForwardRefinement(ValueRefinement):
         self.num_pairs = noises_per_prompt * len(self.edit_prompts)  # item = number of the noise * prompts + prompt
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Weights that the pattern selects, in the order in which the UNet calls them.
+        """Weights that the pattern selects, in the order in which the denoiser calls them.
 
         Raises:
             ValueError: It selects another weight.
         """
-        return select_unet(self, names, ("ff.net.2.weight",))
+        return select_in_blocks(self, names, (OF_PICTURE, *OF_TEXT))
 
     # --- set-up
 
     def num_positions(self) -> int:
         """Largest number of positions of any edited layer."""
-        return max(self.pipeline.num_places(name) for name in self.edited_names)
+        length = self.pipeline.unconditional().states.shape[1]
+        return max(length if name.endswith(OF_TEXT) else self.pipeline.num_places(name) for name in self.edited_names)
 
     def gather(self) -> None:
         """Also fix x_t and t of every item, and the prediction to reach there."""
-        self.edit_condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
+        self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
+        parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
+        self.state_pairs = StatePairs.of(parts, self.edit_condition.states.shape[1])
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
         latents = self.latents if self.value_choice == "refined" else self.edit_latents()
@@ -218,7 +263,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
         return captured
 
     def gather_moments(self) -> None:
-        """Pass pictures of the retained prompts through the UNet; sum up ``K0 K0ᵀ``, float64, and count the keys."""
+        """Pass pictures of retained prompts through the denoiser; sum up ``K0 K0ᵀ``, float64, and count the keys."""
         retained = self.pipeline.encode_many(self.retain_prompts)
         latents = self.pictures(retained, RETAINED_SEED)
         noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
@@ -236,13 +281,13 @@ class UNetFeedForwardRefinement(ValueRefinement):
     # --- one (round, layer)
 
     def layer_state(self, name: str) -> LayerState:
-        """The layer ``name`` with its inputs at the items, from the UNet as it is now."""
+        """The layer ``name`` with its inputs at the items, from the denoiser as it is now."""
         keys = self.keys_at(name, self.edit_condition)
         mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
-        """All, since a key is the input at a position of a picture."""
+        """All, since a key is an input that picture and prompt are mixed in."""
         return None
 
     def keys_at(self, name: str, condition: Condition) -> Tensor:
@@ -256,12 +301,19 @@ class UNetFeedForwardRefinement(ValueRefinement):
         return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
 
     def target_keys(self, name: str) -> Tensor:
-        """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited."""
+        """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited.
+
+        Those at positions of the text are each at the edit position aligned with it.
+        """
         with self.pretrained.restored():
-            return self.keys_at(name, self.goal)
+            found = self.keys_at(name, self.goal)
+        if not name.endswith(OF_TEXT):
+            return found
+        prompts = len(self.edit_prompts)
+        return torch.cat([self.state_pairs.align(part) for part in found.split(prompts)])
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Predictions of the UNet for the edit prompts with V1, and of the unedited UNet for the target prompts."""
+        """Predictions for the edit prompts with V1, and of the unedited denoiser for the target prompts."""
         items = batch % self.num_pairs
         condition = self.edit_condition[items % len(self.edit_condition)]
         with replace_output(state.layer, values, state.mask[items]):

@@ -1,30 +1,35 @@
-"""UNet-guided refinement of V1 (Algorithm 1 of the paper): the values that a closed-form edit writes into a layer.
+"""The edit of text encoders, and the refinement of its values (Algorithm 1 of the paper): what is written into a layer.
 
-Data flow: one epoch is one (round, layer). At its start the module gathers the layer's inputs at the edit prompts (K1)
-from the model in its current state, and sets ``values`` (V1) to ``W K1``. During the epoch V1 replaces the layer's
-output while the rest of the text encoder and the UNet run. It is trained by gradient descent to reduce the error
-between the UNet's noise prediction and its prediction for the target prompts with the pretrained text encoder. At the
-end of the epoch the recipe's ``edit`` writes V1 into the weight. The second moment of the retained prompts' inputs (K0)
-is gathered once, before the first edit.
+Data flow: one epoch is one (round, layer); the layers of an encoder come one after the other, and so do the encoders of
+a model. At the start of an epoch the module gathers the layer's inputs at the edit prompts (K1), as that encoder's
+tokenizer cuts them, from the model in its current state, and sets ``values`` (V1) to ``W K1``, ``W K1*`` or to ``W K1``
+plus the layer's share of what is missing where the encoder is read (``values``, ``start``). During the epoch V1
+replaces the layer's output while the rest of the encoder and the denoiser run. It is trained by gradient descent to
+reduce the error between the denoiser's prediction, of noise or of a velocity, and its prediction for the target prompts
+with the pretrained text encoders. The other encoders that are edited read the target prompts meanwhile, as if their
+edit was done, so that no encoder makes up for another; those that are not edited read the edit prompts. At the end of
+the epoch the recipe's ``edit`` writes V1 into the weight. The second moments of the retained prompts' inputs (K0) of
+all layers are gathered once, before the first edit.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_unlearn.core.alignment import align_tokens, from_first_difference, positions_mask
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
-from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
@@ -32,39 +37,53 @@ from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.shared.text_layers import (
+    ADDS_TO_STREAM,
+    TEXT_LAYER,
+    Stretch,
+    TokenPairs,
+    chosen_layers,
+    ends,
+    part_of,
+    stretches,
+)
 from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
 from lit_unlearn.system.devices import for_solving
 
 
 class ValueRefinement(ClosedFormMethod, ConceptEditor):
-    """Finds V1 for one text-encoder layer after the other; the recipe's ``edit`` writes it.
+    r"""Finds V1 for one text-encoder layer after the other; the recipe's ``edit`` writes it.
 
     Args:
         rounds: How often every layer is edited; the paper edits each layer ten times and finds one round reasonable.
-        first_layer: First text layer that is edited, counted from 0, or from the end if it is negative: -1 edits only
-            the last one. The paper edits all except the first.
+        first_layer: First layer of each text encoder that is edited, counted from 0. A negative number counts from the
+            last layer whose states the denoiser reads: -1 edits only that one, and the one behind it if it acts on the
+            pooled vector. The paper edits all except the first.
         last_layer: Last text layer that is edited, counted in the same way; null edits up to the last one.
         positions: Token positions that are edited: ``all``, ``no_bos``, ``content`` or ``eot`` (the end-of-text token
-            and the padding after it).
+            and the padding after it). In a last layer that acts on the pooled vector alone, only the position where
+            that is read, the end-of-text token, is edited and retained; it counts as often as a text has positions.
         values: How V1 is found: ``refined`` (Algorithm 1); or, without gradient descent, ``target`` (``W K1*``, the
-            paper's direct choice) or ``residual`` (``W K1`` plus this layer's share of the difference from the last
-            layer's states to those of the target prompts, as in MEMIT).
+            paper's direct choice) or ``residual`` (``W K1`` plus this layer's share of the difference from the states
+            where the encoder is read to those of the target prompts, as in MEMIT).
         start: Where the descent of ``refined`` starts: ``output`` (``W K1``, as in the paper), ``target`` or
             ``residual``.
         pairs: Which pairs are edited: ``prompts`` (the set's pairs of edit and target prompts, as in the paper), or
             ``names`` (the bare name of the concept and that of its target, as in the authors' code).
         retain: Further prompts to retain, besides the edit prompts of the set's other concepts.
+        retain_empty: Also retain the empty prompt, with the weight of all retained prompts together, since
+            classifier-free guidance uses it with each of them; null does so in models with several text encoders.
         pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
         min_timestep: Smallest timestep at which the UNet's predictions are compared.
         max_timestep: Largest timestep, exclusive.
         latents_per_prompt: Pictures of each edit prompt by the unedited model, on which predictions are compared.
         seed: Seed of these pictures, of timesteps and of noise.
         optimizer: Optimizer of V1, reset for each layer.
-        edited_parameters: Group or pattern, of which only the layers from ``first_layer`` to ``last_layer`` are edited.
+        edited_parameters: Group or pattern, of which only the layers from ``first_layer`` to ``last_layer`` are edited:
+            ``text-fc2``, in all text encoders; or a part, such as ``text_encoder_2\..*fc2\.weight`` for a single one,
+            ``mlp\.fc2\.weight`` for all CLIPs, ``DenseReluDense\.wo\.weight`` for a T5.
         **kwargs: See ``ConceptEditor``.
     """
-
-    one_text_encoder: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -76,6 +95,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         start: Literal["output", "target", "residual"] = "output",
         pairs: Literal["prompts", "names"] = "prompts",
         retain: list[str] | None = None,
+        retain_empty: bool | None = None,
         pull: float = 0.0,
         min_timestep: int = 50,
         max_timestep: int = 1000,
@@ -85,14 +105,14 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         edited_parameters: str = "text-fc2",
         **kwargs: object,
     ) -> None:
-        self.first_layer, self.last_layer = first_layer, last_layer
+        self.first_layer, self.last_layer, self.positions = first_layer, last_layer, positions
+        self.start = start if values == "refined" else values
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
         for field, value in {"rounds": rounds, "latents_per_prompt": latents_per_prompt}.items():
             if value < 1:
                 raise ValueError(f"model.{field}={value} must be at least 1.")
         check_timesteps(min_timestep, max_timestep)
-        self.rounds, self.positions, self.value_choice, self.pull = rounds, positions, values, pull
-        self.start = start if values == "refined" else values
+        self.rounds, self.value_choice, self.pull = rounds, values, pull
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
         self.latents_per_prompt, self.seed, self.optimizer = latents_per_prompt, seed, optimizer
         of_concepts = [pairs_of(c) if pairs == "prompts" else [(c.names[0], c.target)] for c in self.repaired]
@@ -100,7 +120,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.edit_prompts = [text for own in of_concepts for text, _ in own]
         self.target_prompts = [into for own in of_concepts for _, into in own]
         self.num_pairs = len(self.edit_prompts)
-        self.retain_prompts = self.prompts_to_retain(retain)
+        self.retain_prompts, self.retain_empty = self.prompts_to_retain(retain), retain_empty
         self.state: LayerState | None = None
         self.errors: list[Tensor] = []  # one for each step of this layer
         self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written
@@ -110,24 +130,29 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
 
         Raises:
-            ValueError: No layer is left, or a weight outside the text encoder is selected.
+            ValueError: No layer of a text encoder is left, a weight outside the text layers is selected, or one for
+                which ``positions`` or ``start`` is not possible.
         """
-        of_text_layers = re.compile(r"text_encoder\..*layers\.\d+\..*weight$")
-        selected = self.select_only(
-            names, lambda name: bool(of_text_layers.match(name)), ": only weights of text layers."
+        why = ": only weights of text layers, such as text-fc2 or a pattern that ends with weight."
+        selected = self.select_only(names, lambda name: bool(TEXT_LAYER.match(name)), why)
+        read_after = self.base.family.read_after
+        kept = chosen_layers(
+            selected, self.first_layer, self.last_layer, names, read_after, pattern=self.edited_parameters
         )
-        end = max(map(layer_index, selected)) + 1
-        first, last = (
-            end + n if n < 0 else n for n in (self.first_layer, -1 if self.last_layer is None else self.last_layer)
-        )
-        kept = [name for name in selected if first <= layer_index(name) <= last]
-        if not kept:
-            layers = sorted({layer_index(name) for name in selected})
-            raise ValueError(
-                f"model.first_layer={self.first_layer} and last_layer={self.last_layer} leave no layer to edit: "
-                f"the pattern {self.edited_parameters!r} selects the layers {layers[0]} to {layers[-1]}."
-            )
-        return sorted(kept, key=layer_index)
+        for name in kept:
+            if self.start == "residual" and not ADDS_TO_STREAM.search(name):
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} selects {name}, whose output is not added to the "
+                    "residual stream, as 'residual' needs: choose text-fc2, or values and start without it."
+                )
+        if self.positions == "content":
+            for stretch in stretches(kept, names, read_after):
+                if stretch.only_end:
+                    raise ValueError(
+                        f"model.positions='content' edits nothing in {stretch.only_end[0]}, which acts only at the end "
+                        "of a text: choose all or eot, or leave the layer out with edited_parameters or last_layer."
+                    )
+        return kept
 
     # --- set-up
 
@@ -147,8 +172,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return self.num_pairs, self.num_positions(), d_out
 
     def num_positions(self) -> int:
-        """Number of positions of an edited layer: the length of a text."""
-        return self.pipeline.text.length
+        """Largest number of positions of an edited layer: the length of a text."""
+        return max(text.length for text in self.pipeline.texts)
 
     def own_state(self) -> list[str]:
         """V1, so that a run resumes in the middle of a layer."""
@@ -173,16 +198,47 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Compute everything that needs the frozen model."""
         super().on_fit_start()
-        text, eos = self.pipeline.text, self.pipeline.text.eos
-        self.edit_ids = text.tokenize(self.edit_prompts)
-        target_ids = text.tokenize(self.target_prompts)
-        self.mask = positions_mask(self.edit_ids, eos, self.positions).to(self.device)
-        self.alignment = torch.tensor(
-            [align_tokens(e, t, eos) for e, t in zip(self.edit_ids.tolist(), target_ids.tolist(), strict=True)]
-        )
-        self.target_ids = target_ids
+        self.edit_tokens = self.pipeline.tokenize(self.edit_prompts)
+        self.target_tokens = self.pipeline.tokenize(self.target_prompts)
+        tokens = zip(self.pipeline.texts, self.edit_tokens.ids, self.target_tokens.ids, strict=True)
+        self.token_pairs = {
+            text.part: TokenPairs.of(text, edit, target, self.positions, self.device) for text, edit, target in tokens
+        }
         with self.pretrained.restored(), torch.no_grad():
             self.gather()
+
+    # Of the first text encoder, for edits of the denoiser.
+    @property
+    def edit_ids(self) -> Tensor:
+        """``input_ids`` of the edit prompts for the first text encoder, (n, L)."""
+        return self.edit_tokens.ids[0]
+
+    @property
+    def target_ids(self) -> Tensor:
+        """``input_ids`` of the target prompts for the first text encoder, (n, L)."""
+        return self.target_tokens.ids[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """Edited positions of the first text encoder, (n, L) bool."""
+        return self.pairs_for("").mask
+
+    def align(self, rows: Tensor) -> Tensor:
+        """Move ``rows`` of the target prompts, (n, L, D), to the first encoder's edit positions aligned with them."""
+        return self.pairs_for("").align(rows)
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The edited layers by the places where their text encoders are read."""
+        return stretches(self.edited_names, list(self.pipeline.named_parameters()), self.pipeline.read_after)
+
+    def stretch_of(self, name: str) -> Stretch:
+        """The stretch of the layer ``name``."""
+        return next(stretch for stretch in self.stretches if name in stretch.names)
+
+    def pairs_for(self, name: str) -> TokenPairs:
+        """The prompt pairs' tokens for the text encoder of the layer ``name``; for the first one if it has none."""
+        return self.token_pairs.get(part_of(name), self.token_pairs[self.pipeline.texts[0].part])
 
     @property
     def epochs_per_round(self) -> int:
@@ -192,26 +248,45 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.gather_moments()
-        self.goal = self.pipeline.encode_many(Tokens((self.target_ids,)))
+        self.goal = self.pipeline.encode_many(self.target_tokens)
         if self.start == "residual":
-            self.goal_residual = self.align(self.stream(self.target_ids))
+            self.goal_residuals = {stretch: self.target_stream(stretch) for stretch in self.stretches}
         if self.value_choice == "refined":
             self.latents = self.edit_latents()
 
     def gather_moments(self) -> None:
         """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys."""
-        ids = self.pipeline.text.tokenize(self.retain_prompts)
 
-        def inputs(part: Tensor) -> Mapping[str, Tensor]:
-            with capture_inputs(self.layers) as captured:
-                self.pipeline.text.states(part)
-            return captured
+        def inputs(part: Tokens) -> Mapping[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for text, ids in zip(self.pipeline.texts, part.ids, strict=True):
+                own = {name: layer for name, layer in self.layers.items() if part_of(name) == text.part}
+                if not own:
+                    continue
+                with capture_inputs(own) as captured:
+                    text.states(ids)
+                for name, keys in captured.items():
+                    if name in self.stretch_of(name).only_end:
+                        keys = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
+                    found[name] = keys
+            return found
 
-        self.retained = self.retained_keys(ids.split(ENCODE_BATCH), inputs, len(ids))
+        tokens = self.pipeline.tokenize(self.retain_prompts)
+        self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
+        if len(self.pipeline.texts) > 1 if self.retain_empty is None else self.retain_empty:
+            for name, found in inputs(self.pipeline.tokenize([""])).items():
+                keys, own = found.flatten(0, 1), self.retained[name]
+                assert own.moment is not None and own.largest_norm is not None
+                self.retained[name] = replace(
+                    own,
+                    moment=own.moment + len(tokens) * second_moment(keys).cpu(),
+                    count=own.count + len(tokens) * len(keys),
+                    largest_norm=max(own.largest_norm, largest_norm(keys)),
+                )
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of pictures of the edit prompts, drawn by the model as it is now."""
-        condition = self.pipeline.encode_many(Tokens((self.edit_ids,)))
+        condition = self.pipeline.encode_many(self.edit_tokens)
         return torch.stack([self.pictures(condition, 100_000 * number) for number in range(self.latents_per_prompt)])
 
     def pictures(self, condition: Condition, first_seed: int) -> Tensor:
@@ -228,10 +303,18 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
-        """This process's share of outputs that should not change, float32: states (B, L, D) of retained prompts."""
-        text = self.pipeline.text
-        ids = text.tokenize(self.retain_prompts)
-        return [text.states(part).float() for part in self.processes.own_share(ids.split(ENCODE_BATCH))]
+        """This process's share of outputs that should not change, float32, of retained prompts.
+
+        These are what the denoiser reads: states (B, L, D), and pooled vectors (B, P) if there are any.
+        """
+        tokens = self.pipeline.tokenize(self.retain_prompts)
+        read = [self.pipeline.condition(part) for part in self.processes.own_share(list(tokens.split(ENCODE_BATCH)))]
+        return [
+            tensor.float()
+            for condition in read
+            for tensor in (condition.states, condition.pooled)
+            if tensor is not None
+        ]
 
     def retained_drift(self, before: Sequence[Tensor]) -> float:
         """Norm of the difference of ``retained_outputs`` from ``before``, relative to the norm of ``before``."""
@@ -263,9 +346,13 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts, from the model as it is now."""
-        keys = self.capture_keys(name, self.edit_ids)
+        pairs = self.pairs_for(name)
+        keys = self.capture_keys(name, pairs.edit_ids)
         weight = self.layers[name].weight.float()
-        return LayerState(name, self.layers[name], keys, keys @ weight.mT, self.mask)
+        state = LayerState(name, self.layers[name], keys, keys @ weight.mT, pairs.mask)
+        if name in self.stretch_of(name).only_end:
+            state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
+        return state
 
     # --- writes at the end of an epoch
 
@@ -294,8 +381,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             yield [Write(state.name, old, weight.dtype, keys, wished, retained, concept_keys=concept)]
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
-        """Which edited keys (m,) come from the first token on in which a prompt differs from its target; None: all."""
-        return from_first_difference(self.edit_ids, self.target_ids)[state.mask.cpu()]
+        """Which edited keys (m,) can have seen the concept, see ``TokenPairs.carrying``; None: all."""
+        return state.edited(self.pairs_for(state.name).carrying().to(state.mask.device))
 
     def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
         """Also the round, and the error of the gradient descent if there was one."""
@@ -318,30 +405,33 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return self.values[items, :length, :d_out]
 
     def capture_keys(self, name: str, input_ids: Tensor) -> Tensor:
-        """Inputs (n, L, d_in), float32, of the layer ``name`` for ``input_ids`` (n, L)."""
-        parts = []
+        """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L)."""
+        text, parts = self.pairs_for(name).text, []
         for part in input_ids.split(ENCODE_BATCH):
             with capture_inputs({name: self.layers[name]}) as captured:
-                self.pipeline.text.states(part)
+                text.states(part)
             parts.append(captured[name].float())
         return torch.cat(parts)
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
+        pairs = self.pairs_for(state.name)
         if self.start == "target":
-            return self.align(self.capture_keys(state.name, self.target_ids)) @ state.layer.weight.float().mT
+            return pairs.align(self.capture_keys(state.name, pairs.target_ids)) @ state.layer.weight.float().mT
         if self.start == "residual":
-            missing = self.goal_residual - self.stream(self.edit_ids)
-            return state.initial + missing / (len(self.edited_names) - self.edited_names.index(state.name))
+            stretch = self.stretch_of(state.name)
+            missing = self.goal_residuals[stretch] - self.stream(stretch, pairs.edit_ids)
+            return state.initial + missing / (len(stretch.names) - stretch.names.index(state.name))
         return state.initial
 
-    def stream(self, input_ids: Tensor) -> Tensor:
-        """The residual stream (n, L, D), float32, that ``residual`` compares to the goal: the last layer's output."""
-        return self.pipeline.text.stream(input_ids)
+    def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
+        """The residual stream (n, L, D), float32, that ``residual`` compares to the goal: where its encoder is read."""
+        return self.token_pairs[stretch.part].text.stream(input_ids, stretch.read_after)
 
-    def align(self, rows: Tensor) -> Tensor:
-        """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
-        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    def target_stream(self, stretch: Stretch) -> Tensor:
+        """``stream`` for the target prompts, (n, L, D), at the edit positions that are aligned with them."""
+        pairs = self.token_pairs[stretch.part]
+        return pairs.align(self.stream(stretch, pairs.target_ids))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Algorithm 1, line 3: error between the predictions for V1 and for the target prompts.
@@ -365,15 +455,28 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return error + self.pull * distance
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Predictions for the edit prompts with V1 in place, and for the target prompts, (B, C, H, W) each."""
+        """Predictions for the edit prompts with V1 in place, and for the target prompts, (B, C, H, W) each.
+
+        See ``tokens_read`` for the prompts if several text encoders are edited.
+        """
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
         with replace_output(state.layer, values, state.mask[pairs]):
-            condition = self.pipeline.encode(Tokens((self.edit_ids[pairs.cpu()],)))
+            condition = self.pipeline.encode(self.tokens_read(state)[pairs.cpu()])
         with torch.no_grad():
             goal = self.pipeline.predict(x_t, timesteps, self.goal[pairs])
         return self.pipeline.predict(x_t, timesteps, condition), goal
+
+    def tokens_read(self, state: LayerState) -> Tokens:
+        """What the text encoders read while V1 of the layer of ``state`` is found.
+
+        That is the edit prompts; but in the other encoders that are edited the target prompts, as if their edit was
+        done.
+        """
+        others = {part_of(name) for name in self.edited_names} - {part_of(state.name)}
+        pairs = self.token_pairs.values()
+        return Tokens(tuple(own.target_ids if own.text.part in others else own.edit_ids for own in pairs))
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.

@@ -17,7 +17,7 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]], cutoffs: Mapping[str
     Returns:
         A figure that is not opened in a window.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))  # without a layout engine, which takes longer than the drawing
     axes = figure.subplots()
     for name, values in spectra.items():
         mean = sum(values) / len(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,29 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def checkpoint_of(given: str | os.PathLike[str]) -> Path:
+    """The last checkpoint in the folder of a run, or the file that is given."""
+    inside = Path(given, "checkpoints", "last.ckpt")
+    return inside if inside.is_file() else Path(given)
+
+
+def check_checkpoint(given: str | Path) -> None:
+    """Refuse a checkpoint, delta or folder of a run that does not exist.
+
+    Raises:
+        ValueError: There is no such file, or the folder has no checkpoint.
+    """
+    path = checkpoint_of(Path(given).expanduser())
+    if path.is_dir():
+        found = sorted(path.rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
+        runs = f"give the folder of a run, e.g. {found[-1].parents[1]}" if found else "it has no run"
+        raise ValueError(f"ckpt_path={path} is a folder without checkpoints/last.ckpt: {runs}.")
+    if not path.is_file():
+        writes = "export --delta" if path.suffix == ".safetensors" else "fit"
+        what = "such a file" if path.suffix == ".safetensors" else "logs/.../checkpoints/last.ckpt"
+        raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn {writes}` writes {what}.")
 
 
 def unfinished(folder: Path) -> str | None:

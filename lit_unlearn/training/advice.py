@@ -19,10 +19,15 @@ IGNORED_WARNINGS = (
     ".*configure_optimizers. returned .None., this fit will run with no optimizer",  # a closed form needs none
     ".*training_step. returned .None.",
     "`max_epochs` was not set",
+    "Experiment logs directory .* exists and is not empty",
     "You're resuming from a checkpoint that ended before the epoch ended",
 )
 IGNORED_INFO = (
     "💡 Tip",
+    "GPU available: False",  # the device is said once
+    "Restoring states from the checkpoint path",
+    "Loaded model weights from the checkpoint",
+    "Restored all states from the checkpoint",
     "TPU available",
     "HPU available",
     "Seed set to",

@@ -11,6 +11,7 @@ from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.errors import UserError, user_errors
 from lit_unlearn.system.names import check_path
+from lit_unlearn.system.run_file import checkpoint_of
 
 
 def check_that_it_edits(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -41,6 +42,8 @@ def check_paths(config: Any) -> None:
     for owner, key in ((config, "ckpt_path"), (config.trainer, "default_root_dir")):
         if isinstance(path := owner.get(key), str | os.PathLike):
             owner[key] = os.path.expanduser(path)
+    if isinstance(path := config.get("ckpt_path"), str | os.PathLike):
+        config["ckpt_path"] = str(checkpoint_of(path))  # of a run's folder
     with user_errors():
         check_path("trainer.default_root_dir", config.trainer.default_root_dir or ".")
 

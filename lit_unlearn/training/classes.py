@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import re
+from collections.abc import Sequence
+from importlib import import_module
 
 import lightning as L
 import torch
@@ -13,12 +15,12 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.enums import StrEnum
 
 from lit_unlearn import callbacks, data, emoji, methods
-from lit_unlearn.core import null_space_solver as null_space_solver  # imported so that recipes find their solvers
-from lit_unlearn.core import refined_null_space as refined_null_space
 from lit_unlearn.core.solvers import Solver
 from lit_unlearn.system.classes import modules_of
 from lit_unlearn.system.errors import options
+from lit_unlearn.system.sources import our_classes
 from lit_unlearn.training.advice import keep_advice_quiet
+from lit_unlearn.training.early import Asked
 
 
 def known_classes() -> dict[str, type]:
@@ -44,16 +46,37 @@ def known_keys() -> list[str]:
     return sorted(found)
 
 
-def prepare() -> None:
-    """Hide Lightning's advice, and import all classes that recipes may name, since short names need that."""
+def prepare(args: Sequence[str] | None = None) -> None:
+    """Hide the libraries' advice, and import the classes that a command names, since short names need that.
+
+    Args:
+        args: A command of the trainer and its options; recipes as paths. By default all classes are imported.
+    """
     keep_advice_quiet()
     # Some defaults of Lightning, e.g. of its Timer, are members of an enumeration, which plain YAML cannot write.
     yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, member: dumper.represent_str(member.value))
+    if args is None or any(arg in ("-h", "--help") or arg.endswith(".help") for arg in args):
+        import_all()
+        return
+    import_named(*args, *(path.read_text(encoding="utf-8") for path in Asked.of(args[1:]).recipes))
+
+
+def import_named(*texts: str) -> None:
+    """Import the modules of this package that declare a class whose name occurs in one of ``texts``."""
+    known = our_classes()
+    for name in sorted({word for text in texts for word in re.findall(r"\w+", text)} & set(known)):
+        import_module(known[name].module)
+
+
+def import_all() -> None:
+    """Import all classes that recipes may name; this takes seconds, and suggestions for a wrong name need it."""
     for package in (methods, callbacks, data, emoji):
         modules_of(package)
+    for name in ("null_space_solver", "refined_null_space"):
+        import_module(f"lit_unlearn.core.{name}")
 
 
 def class_of(class_path: str) -> type:
     """The class with the full name ``class_path``."""
     module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return getattr(import_module(module), name)

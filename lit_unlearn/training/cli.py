@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
 from lit_unlearn.system.run_file import FINISHED, STOPPED, read_run
+from lit_unlearn.training.arguments import OPTIONS
 from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
-from lit_unlearn.training.classes import class_of, known_classes, known_keys, prepare
+from lit_unlearn.training.classes import class_of, import_all, import_named, known_classes, known_keys, prepare
+from lit_unlearn.training.early import concept_not_named
 from lit_unlearn.training.ledger import take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
@@ -42,11 +44,13 @@ from lit_unlearn.training.options import check_options, given_options, ignored_b
 from lit_unlearn.training.recipes import check_method, utf8_recipes
 from lit_unlearn.training.run_config import SaveRunConfig
 from lit_unlearn.training.runs import Run, RunLogger, config_sha256, deciding, newest_edit, newest_run, run_name
+from lit_unlearn.training.terminal import progress_bars, say_scores, say_where
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
     "use_distributed_sampler": False,  # our data modules split the work between processes
     "log_every_n_steps": 5,
+    "enable_model_summary": False,  # it counts the parts of the model, not what is edited
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
 FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "config_folder", "copy_quantile"}
@@ -60,16 +64,19 @@ class UnlearnCLI(LightningCLI):
 
     Args:
         args: Command line: a subcommand of the trainer and its options.
+        commands: Subcommands to build parsers of, since each takes half a second; by default all.
 
     Raises:
         UserError: The recipe, its values or the checkpoint is wrong; nothing was loaded or written.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], commands: Collection[str] | None = None) -> None:
         self.run_folder: Path | None = None
         self.finished_before: Path | None = None
         self.progress: Progress | None = None
         self.sha256 = ""
+        self.written = ""
+        self.commands = commands
         parser_kwargs: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             L.LightningModule,
@@ -88,29 +95,17 @@ class UnlearnCLI(LightningCLI):
     # ---------------------------------------------------------------------------------------------------- command line
 
     @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        known = LightningCLI.subcommands()
+        return known if self.commands is None else {name: known[name] for name in known if name in self.commands}
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--concept",
-            type=str | list[str] | None,
-            default=None,
-            help="Name of the concept to edit, or several: '[dog, cat]'.",
-        )
-        parser.add_argument(
-            "--after",
-            type=str | list[str] | None,
-            default=None,
-            help="Checkpoints or deltas whose concepts are edited again, together with the new ones.",
-        )
-        parser.add_argument(
-            "--method", type=str | None, default=None, help="Name of the recipe in logs/METHOD/CONCEPT/version_N."
-        )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="Let a test replace the scores that its run already has."
-        )
-        parser.add_argument(
-            "--fresh", action="store_true", help="Start a new fit, though the same command was interrupted before."
-        )
-        parser.add_argument("--once", action="store_true", help="Do nothing if the same command has already finished.")
+        for option in OPTIONS:
+            kind: dict[str, Any] = {"action": "store_true"}
+            if option.type is not None:
+                kind = {"type": option.type, "default": None}
+            parser.add_argument(f"--{option.name}", help=option.help, **kind)
         parser.add_subclass_arguments(
             Solver,
             "edit",
@@ -125,6 +120,7 @@ class UnlearnCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.given = given_options(args)
+        self.note = concept_not_named(args)
         try:
             with utf8_recipes():
                 self.config = parser.parse_args(args)
@@ -137,6 +133,7 @@ class UnlearnCLI(LightningCLI):
         check_paths(config)
 
     def _parse_error(self, message: str, subcommand: str) -> str:
+        import_all()
         keys = [action.dest for action in self._parser(subcommand)._actions if not action.dest.endswith(".help")]
         return parse_error(message, known_classes(), [*keys, *known_keys()])
 
@@ -192,6 +189,11 @@ class UnlearnCLI(LightningCLI):
             edit = read_edit(config.ckpt_path)
             if subcommand != "fit":
                 warn_unfinished(config.ckpt_path)
+            if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
+                raise UserError(
+                    f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "
+                    f"{', '.join(concepts)} on top of it, pass --after {config.ckpt_path} instead."
+                )
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
             if concept_set is not None:
                 edit.check_set(concept_set)
@@ -203,6 +205,7 @@ class UnlearnCLI(LightningCLI):
                     self.progress = Progress.of(config.ckpt_path, list(edit.weights))
                 return
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
+        import_named(str(edit.edit))
         solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None
         if ignored := ignored_by_a_checkpoint(config, self.given, kept, edit.edit):
             warn(f"{edit.path} is {subcommand}ed as its fit has made it, whatever is asked: {', '.join(ignored)}.")
@@ -272,6 +275,8 @@ class UnlearnCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
+        self.written = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        self.save_config_kwargs = {**self.save_config_kwargs, "written": self.written}
         name = self.run_name
         root = Path(config["default_root_dir"])
         if config["logger"] in (None, True):
@@ -286,6 +291,10 @@ class UnlearnCLI(LightningCLI):
         kwargs["callbacks"] = callbacks_of(
             str(self.subcommand), self.model, config["callbacks"], self._get(self.config_init, "edit")
         )
+        bars = progress_bars(config["enable_progress_bar"], kwargs["callbacks"])
+        kwargs["callbacks"] += bars
+        own = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in kwargs["callbacks"])
+        kwargs["enable_progress_bar"] = own
         kwargs["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
         steps = steps_per_epoch(self._get(self.config, "data.init_args"))
         if self.progress is not None and steps and not isinstance(self.model, OWN_LENGTH):
@@ -299,11 +308,15 @@ class UnlearnCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.finished_before is None:
             fetch_base(self.model)
+        if self.note is not None and self.finished_before is None and self.trainer.is_global_zero:
+            warn(self.note)
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # Errors of TensorBoard and other writers do not name the folder.
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
         with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
             super()._run_subcommand(subcommand)
+        if self.trainer.is_global_zero and self.finished_before is None:
+            say_where(subcommand, Path(folder))
 
     def fit(self, **kwargs: Any) -> None:
         """Run the fit; if it turns out that it has nothing to edit, its new folder is removed."""
@@ -321,8 +334,7 @@ class UnlearnCLI(LightningCLI):
             return
         run = self._claim()
         if isinstance(self.model, DiffusionEditor):
-            written = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            self.model.recipe = deciding(yaml.safe_load(written))
+            self.model.recipe = deciding(yaml.safe_load(self.written))
         try:
             self.trainer.fit(**kwargs)
         except (EmptyNullSpaceError, BrokenWeightsError) as error:
@@ -376,6 +388,12 @@ class UnlearnCLI(LightningCLI):
         reports = any(isinstance(callback, kinds) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self.trainer.test(**{**kwargs, "verbose": kwargs["verbose"] and not reports})
 
+    def validate(self, **kwargs: Any) -> None:
+        """Run the validation; a table of rounded scores replaces Lightning's."""
+        self.trainer.validate(**{**kwargs, "verbose": False})
+        if self.trainer.is_global_zero and kwargs["verbose"]:
+            say_scores(self.trainer.callback_metrics)
+
 
 def run(args: Sequence[str]) -> UnlearnCLI:
     """Run a subcommand of the trainer.
@@ -390,10 +408,10 @@ def run(args: Sequence[str]) -> UnlearnCLI:
         UserError: The recipe, its values or the checkpoint is wrong.
         KeyboardInterrupt: The user interrupted the run; Lightning's ``SystemExit`` is turned into this.
     """
-    prepare()
+    prepare(args)
     try:
         with plain_warnings():
-            return UnlearnCLI(args)
+            return UnlearnCLI(args, args[:1])
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on

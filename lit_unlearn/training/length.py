@@ -13,11 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from typing_extensions import override
 
 from lit_unlearn.edits.checkpoint import load_checkpoint
-from lit_unlearn.emoji.dit import DiTTraining
 from lit_unlearn.methods.rename_tokens import RenameTokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.editor import DiffusionEditor
-from lit_unlearn.methods.uce_debias import UCEDebias
 from lit_unlearn.system.errors import UserError
 
 OWN_LENGTH = (ClosedFormMethod, RenameTokens)
@@ -41,10 +39,13 @@ def stopped_early(trainer: L.Trainer, module: L.LightningModule) -> str | None:
     whole = epochs.processed >= max_epochs and loop.epoch_loop.batch_progress.is_last_batch
     if max_epochs == -1:
         whole = 0 <= trainer.max_steps <= steps
-    if whole or (trainer.should_stop and isinstance(module, UCEDebias)):  # it ends itself when close enough
+    if whole or getattr(module, "out_of_time", False):  # the learning rate of DiTTraining has come to zero
         return None
-    if isinstance(module, DiTTraining) and module.out_of_time:  # its learning rate has come to zero
-        return None
+    if trainer.should_stop:
+        from lit_unlearn.methods.uce_debias import UCEDebias  # needed for such a fit only
+
+        if isinstance(module, UCEDebias):  # it ends itself when close enough
+            return None
     cause = f"trainer.max_steps={trainer.max_steps}"
     if trainer.should_stop:
         kinds = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]

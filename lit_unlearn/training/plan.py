@@ -319,11 +319,11 @@ class _Planner:
         pictures = getattr(self.data, "eval_batch_size", 1)
         rows = pictures * self._guided(pipeline, self.module.guidance_scale)
         drawing = denoiser + predict_bytes(pipeline, rows)
-        vae = everything - denoiser - sum(sizes[part] for part in texts)
-        decoding = vae + decode_bytes(pipeline, pictures)
+        decoder = everything - denoiser - sum(sizes[part] for part in texts)
+        decoding = decoder + decode_bytes(pipeline, pictures)
         reading_now = max(sizes[part] + encode_bytes(pipeline, pictures, part) for part in texts)
         phases[f"draw ({pictures} at once)"] = Memory(
-            everything + max(drawing - denoiser, decoding - vae), max(drawing, decoding, reading_now)
+            everything + max(drawing - denoiser, decoding - decoder), max(drawing, decoding, reading_now)
         )
         return phases
 

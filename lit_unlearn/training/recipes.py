@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
+from lit_unlearn.diffusion.source import SHIPPED
 from lit_unlearn.system.errors import UserError, closest
 from lit_unlearn.system.names import why_not
 
@@ -42,6 +43,21 @@ def recipe_names() -> list[str]:
     return sorted(set(names), key=lambda name: (name.count("/"), name))
 
 
+def recipe_summary(name: str) -> str:
+    """The first sentence of the comment at the top of a recipe, without citations."""
+    for path in (folder / name for folder in recipe_folders()):
+        if not path.is_file():
+            continue
+        words = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not line.startswith("#") or not line.strip("# "):
+                break
+            words.append(line.strip("# "))
+        without_citations = re.sub(r"\s*\([^()]*(?:\d{4}|Eq)[^()]*\)", "", " ".join(words))
+        return re.split(r"(?<=[a-z)\d])\.(?= [A-Z]|$)", without_citations)[0]
+    return ""
+
+
 def find_recipe(name: str) -> Path:
     """Return the file that ``name`` stands for.
 
@@ -66,6 +82,8 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
 
     Options then override recipes wherever they stand, and can set keys that only a recipe has, such as
     ``--edit.ridge``. If ``--concept`` is given several times, they form one list; of other options the last counts.
+    ``--model PLACE``, with a folder, a file or a hub id instead of a class, is short for ``--model.model PLACE``, and
+    ``--config_folder`` for ``--model.config_folder``.
 
     Raises:
         UserError: A recipe is missing.
@@ -81,7 +99,29 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
             recipes += [arg, str(find_recipe(name))]
         else:
             options.append(arg)
-    return [*args[:1], *recipes, *_joined_concepts(options)]
+    return [*args[:1], *recipes, *_joined_concepts(_named_models(options))]
+
+
+def _named_models(options: Sequence[str]) -> list[str]:
+    """Replace ``--model`` by ``--model.model`` in ``options`` where its value is a place and not a class.
+
+    ``--config_folder`` becomes ``--model.config_folder``.
+    """
+    found: list[str] = []
+    for arg in options:
+        if found and found[-1] == "--model" and _is_place(arg):
+            found[-1] = "--model.model"
+        elif arg.startswith("--model=") and _is_place(arg.partition("=")[2]):
+            arg = f"--model.model={arg.partition('=')[2]}"
+        elif arg == "--config_folder" or arg.startswith("--config_folder="):
+            arg = arg.replace("--", "--model.", 1)
+        found.append(arg)
+    return found
+
+
+def _is_place(model: str) -> bool:
+    """Whether ``model`` is a folder, a hub id, a file or an embedded model, and not the import path of a class."""
+    return model in SHIPPED or model[:1] in ("~", ".") or "/" in model or "\\" in model or Path(model).exists()
 
 
 def _joined_concepts(options: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
@@ -13,7 +14,16 @@ from lit_unlearn.system.files import atomic_write
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration into the run's folder: ``config.yaml`` of a fit, ``config_test.yaml`` of a test."""
+    """Saves the configuration into the run's folder: ``config.yaml`` of a fit, ``config_test.yaml`` of a test.
+
+    Args:
+        written: The configuration as YAML.
+        given: Arguments of Lightning's callback, as ``options``.
+    """
+
+    def __init__(self, *given: Any, written: str, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.written = written
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -25,4 +35,4 @@ class SaveRunConfig(SaveConfigCallback):
     @override
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with atomic_write(self.folder / self.config_filename) as file:  # Lightning's own could leave half a file
-            file.write(self.parser.dump(self.config, skip_none=False).encode())
+            file.write(self.written.encode())

@@ -12,6 +12,7 @@ from lit_unlearn.attacks.base import AttackedModel
 from lit_unlearn.attacks.prompt_levels import PromptLevels, level_prompts
 from lit_unlearn.data.concepts import available_concept_sets, load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.system.errors import UserError
 
 Attacked = Callable[..., AttackedModel]
 LEVELS = ["name", "prefix", "variant", "short", "long"]
@@ -23,6 +24,12 @@ class Whole:
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
         return list(prompts)
+
+
+def test_concept_without_indirect_prompts_is_refused() -> None:
+    dog = replace(load_concept_set("emoji20").get("dog"), indirect=())
+    with pytest.raises(UserError, match="prompt_levels needs prompts that describe 'dog' without its name"):
+        level_prompts(dog, PREFIX, Whole())  # type: ignore[arg-type]
 
 
 def test_the_levels_of_the_dog() -> None:

@@ -20,7 +20,7 @@ def losses(model: AttackedModel, prefix: str) -> torch.Tensor:
     """The denoising loss with a prefix in words, on each of 64 noises that no search has seen."""
     references = model.references
     rows, noise, timesteps = noise_draws(
-        references.latents, 1000, [seeded("held out", i) for i in range(64)], (0.3, 0.9)
+        references.latents, model.pipeline.noise, [seeded("held out", i) for i in range(64)], (0.3, 0.9)
     )
     prompts = [f"{prefix} {references.prompts[row]}".strip() for row in rows]
     condition = model.pipeline.encode(prompts)
@@ -115,7 +115,7 @@ def test_each_prefix_is_learned_from_the_picture_s_own(attacked: Attacked) -> No
     texts = attack.run(model).report["prompts"]
     with model.pretrained.restored():
         own = model.pipeline.draw_latents(model.pipeline.encode(model.prompts), model.seeds, 2, 4.0)
-    _, noise, timesteps = noise_draws(own, 1000, [seeded("held out", i) for i in range(64)], (0.3, 0.9))
+    _, noise, timesteps = noise_draws(own, model.pipeline.noise, [seeded("held out", i) for i in range(64)], (0.3, 0.9))
 
     @torch.no_grad()
     def errors(text: str, picture: Tensor) -> Tensor:
@@ -145,10 +145,10 @@ def test_the_loss_of_each_picture_is_that_of_its_own_prompt(
     places = torch.randint(len(allowed), (2, 3), generator=seeded(0))
     found = losses[0](one_hot(places, len(allowed)), 7)
     for place, number in enumerate(numbers):
-        text = f"{model.pipeline.text.words_of(allowed[places[place]].tolist())} one dog"
+        text = f"{model.pipeline.words_of(allowed[places[place]])} one dog"
         picture = search_each.latents[number].expand(2, -1, -1, -1)
         items = [seeded(model.seed, "prompt_search", 7, item) for item in (2 * place, 2 * place + 1)]
-        _, noise, timesteps = noise_draws(picture, 1000, items, (0.3, 0.9))
+        _, noise, timesteps = noise_draws(picture, model.pipeline.noise, items, (0.3, 0.9))
         with torch.no_grad():
             errors = denoising_errors(model.pipeline, model.pipeline.encode([text] * 2), picture, noise, timesteps)
         assert_close(found[place], errors.mean(), rtol=1e-4, atol=0)  # float32, and batches of other sizes
@@ -191,7 +191,7 @@ def test_the_best_of_all_starts_is_kept(attacked: Attacked) -> None:
 def test_learned_tokens_of_each_template(attacked: Attacked) -> None:
     pipeline = attacked().pipeline
     tokens = tokenize_apart(pipeline, ["{} one dog", "a {} dog"], 2)
-    embeddings = torch.randn(4, pipeline.text.table.shape[1], generator=seeded(0))
+    embeddings = torch.randn(4, pipeline.texts[0].table.shape[1], generator=seeded(0))
     both = pipeline.encode(tokens, embeddings).states
     for row, template in enumerate(("{} one dog", "a {} dog")):
         own = embeddings[2 * row : 2 * row + 2]

@@ -108,13 +108,13 @@ def test_bad_input_of_generate(refuses: Callable[..., str], args: list[str], mes
 
 
 def test_the_demo_says_what_it_does_and_where_it_lies(
-    workplace: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, recipe: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", "--concept", "owl", "--config", str(recipe)]) == 0
+    assert cli.main(["demo", "--concept", "owl", "--config", str(recipe), "--model", str(tiny_sd)]) == 0
     text = capsys.readouterr().out
     folder = "logs/null_space/owl/version_0"
     ckpt_path = f"{folder}/checkpoints/last.ckpt"
-    options = f"--config {recipe} --concept owl"
+    options = f"--config {recipe} --concept owl --model {tiny_sd}"
     for line in (
         f"$ lit-unlearn fit {options}",
         f"$ lit-unlearn test {options} --ckpt_path {ckpt_path}",

@@ -315,7 +315,7 @@ def test_report_equals_brute_force() -> None:
     assert report.keys() == expected.keys()
     assert all(type(value) is float for value in report.values())
     for name, value in expected.items():
-        assert report[name] == pytest.approx(value, rel=1e-9), name
+        assert report[name] == pytest.approx(value, rel=1e-6 if name == "leak" else 1e-9), name  # ||W K0|| is float32
 
 
 def test_report_of_an_exact_null_space_is_zero_to_the_resolution_of_a_moment() -> None:

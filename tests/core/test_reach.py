@@ -172,7 +172,7 @@ def test_the_report_is_of_the_keys_that_carry_the_concept() -> None:
     directions = span(3)
     expected = reach(on_retained_span(WEIGHT, directions), outputs, 2.0)
     of_all = reach_report(write(keys), WEIGHT, directions)
-    assert of_all == {"reach": float(expected.median()), "least_reach": float(expected.min())}
+    assert of_all == pytest.approx({"reach": float(expected.median()), "least_reach": float(expected.min())}, rel=1e-12)
     # The first three keep their outputs (up to rounding), the last two come before the concept.
     values = torch.cat([outputs[:3] * (1 + TOLERANCE / 2), outputs[3:] * (1 + 2 * TOLERANCE)])
     carry = torch.tensor([True] * 7 + [False] * 2)

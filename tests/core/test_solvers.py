@@ -134,6 +134,28 @@ def test_ridge_map_is_that_of_each_weight_alone(settings: tuple[float, float, fl
         assert found.report["residual"] < found.report["residual_before"]
 
 
+def test_ridge_map_solves_for_anchors_without_their_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix changes all maps that share keys, anchors and retained keys; targets are not computed at all."""
+    keys, anchors = normal(3, D_IN, seed=2), normal(3, D_IN, seed=3)
+    of_values = [write(seed=seed, keys=keys, values=None, anchors=anchors) for seed in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Write, "wanted", lambda *_: pytest.fail("computed"))
+        found = solved(RidgeMap(0.7, 1.9, 0.4), *of_values)
+    given = [replace(one, values=anchors @ one.weight.mT) for one in of_values]
+    for one, other in zip(found, solved(RidgeMap(0.7, 1.9, 0.4), *given), strict=True):
+        assert (one.change - other.change).norm() <= 1e-12 * other.change.norm()
+        assert one.report == pytest.approx(other.report, rel=1e-9)
+
+
+@pytest.mark.parametrize("solver", NON_DEFAULT, ids=lambda solver: type(solver).__name__)
+def test_anchors_alone_are_solved_as_their_outputs(solver: Solver) -> None:
+    one = write(values=None)
+    (found,), (expected,) = solved(solver, one), solved(solver, write())
+    assert_close(found.change, expected.change, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"unet\.0\.weight is written without values: give values, or anchors"):
+        replace(one, anchors=None).wanted()
+
+
 def test_ridge_map_keeps_maps_apart_that_differ_in_keys_or_in_what_is_retained() -> None:
     keys, other = normal(3, D_IN, seed=2), normal(2, D_IN, seed=8)
     writes = [

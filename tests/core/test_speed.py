@@ -226,6 +226,20 @@ def test_centres_are_a_fixed_point() -> None:
     assert torch.equal(centres, k_means(points, 3, generator()))
 
 
+def test_of_ten_starts_the_one_with_the_least_inertia_is_kept() -> None:
+    """Outlying points, such as the first states of the padding, draw a single start into a poor minimum."""
+    points = torch.cat([normal(30, 4, seed=10), 9 + normal(2, 4, seed=11), 8 * normal(3, 4, seed=12)])
+
+    def inertia(seed: int, starts: int) -> float:
+        return float(
+            torch.cdist(points, k_means(points, 3, generator(seed), starts=starts)).min(1).values.square().sum()
+        )
+
+    alone = [inertia(seed, 1) for seed in range(20)]
+    assert max(alone) > 1.05 * min(alone)
+    assert [inertia(seed, 10) for seed in range(20)] == pytest.approx([min(alone)] * 20, rel=1e-9)
+
+
 def test_no_more_centres_than_distinct_points() -> None:
     points = normal(2, 4).repeat(5, 1)
     assert sorted(k_means(points, 3, generator())[:, 0].tolist()) == pytest.approx(sorted(points[:2, 0].tolist()))

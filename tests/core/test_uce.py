@@ -16,9 +16,11 @@ from helpers import normal
 from lit_unlearn.core import closed_form
 from lit_unlearn.core.closed_form import ridge_map_update, second_moment
 from lit_unlearn.core.uce import (
+    SharedReport,
     map_condition,
     map_report,
     map_updates,
+    shared_map,
     shifted_by_attributes,
     without_component,
 )
@@ -162,6 +164,59 @@ def test_attributes_are_added_to_the_phrases_own_outputs() -> None:
                 expected += alpha * size * attribute[rows]
             assert_close(targets[rows], expected, rtol=0, atol=1e-6)  # alphas of float32
     assert torch.equal(shifted_by_attributes(outputs, attributes, alphas * 0, phrases), outputs)
+
+
+# --- one map for all matrices
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 40])
+@pytest.mark.parametrize("scales", [{}, SCALES])
+def test_with_the_outputs_of_other_states_as_targets_one_map_changes_all_matrices(
+    count: int, scales: dict[str, float]
+) -> None:
+    keys, guides, moment = normal(count, D_IN, seed=10), normal(count, D_IN, seed=11), second_moment(PRESERVED)
+    found = shared_map(keys, guides, moment, **scales)
+    expected = map_updates(WEIGHTS, keys, [guides @ weight.mT for weight in WEIGHTS], moment, **scales)
+    for weight, delta in zip(WEIGHTS, expected, strict=True):
+        assert delta.norm() > 1e-2 * weight.norm()
+        assert (found.change(weight) - delta).norm() <= 1e-12 * delta.norm()
+        assert (weight @ found.matrix - delta).norm() <= 1e-12 * delta.norm()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_shared_map_has_one_dimension_for_each_state(count: int) -> None:
+    """So the edit is a LoRA of that rank, and nothing is left out: up W (C* - C), down C^T S^-1."""
+    found = shared_map(KEYS[:count], GUIDES[:count], second_moment(PRESERVED))
+    assert found.right is not None
+    assert found.left.shape == (D_IN, count)
+    assert int(torch.linalg.matrix_rank(found.matrix)) == count
+    assert shared_map(KEYS, GUIDES).right is None  # six states of twelve inputs: the square matrix costs less
+
+
+@pytest.mark.parametrize(("count", "direct"), [(2, True), (40, False)])
+@pytest.mark.parametrize("preserved", ["keys", "moment", "nothing"])
+def test_the_shared_report_is_that_of_each_matrix(count: int, direct: bool, preserved: str) -> None:
+    keys, guides = normal(count, D_IN, seed=10), normal(count, D_IN, seed=11)
+    kept = PRESERVED[:3] if preserved == "keys" else PRESERVED
+    moment = None if preserved == "nothing" else second_moment(kept)
+    found = shared_map(keys, guides, moment)
+    report = SharedReport(keys, guides, moment, kept if preserved == "keys" else None)
+    assert report.direct is direct or preserved == "moment"
+    for weight in WEIGHTS:
+        delta = found.change(weight).float().double()  # rounded, so that it is not exactly W B
+        expected = map_report(weight, delta, keys, guides @ weight.mT, moment)
+        assert report.of(weight, delta) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_shared_map_refuses_what_cannot_be_solved() -> None:
+    with pytest.raises(ValueError, match="keys is empty"):
+        shared_map(KEYS[:0], GUIDES[:0])
+    with pytest.raises(ValueError, match=r"guides has shape \(2, 12\), expected \(6, 12\)"):
+        shared_map(KEYS, GUIDES[:2])
+    with pytest.raises(ValueError, match="system is singular with ridge=0"):
+        shared_map(KEYS, GUIDES, lamb=0.0)
+    with pytest.raises(ValueError, match=r"weight has shape \(5, 4\), expected \(\*, 12\)"):
+        shared_map(KEYS, GUIDES).change(WEIGHTS[0][:, :4])
 
 
 @pytest.mark.parametrize(

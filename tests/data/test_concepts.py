@@ -228,7 +228,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dog(kind="thing"), "'kind': 'thing' is not one of object, action, style, scene"),
+        (dog(kind="thing"), "'kind': 'thing' is not one of object, person, character"),
         (dog(direct=["a dog"]), "'direct': 1 prompts where 2 are due"),
         (dog(indirect=["a barking pet", "a pal"]), "'indirect': 2 prompts where 1 are due"),
         (dog(edit_prompts=["a dog!"], target_prompts=["the cat"]), "'edit_prompts': 1 prompts where 2 are due"),
@@ -328,3 +328,25 @@ def test_the_shipped_sets_retain_what_they_always_did(name: str, sha256: str) ->
     shipped = load_concept_set(name)
     retained = [shipped.retain_prompts([edited]) for edited in shipped.concepts]
     assert hashlib.sha256(json.dumps(retained).encode()).hexdigest()[:16] == sha256
+
+
+def test_prompts_of_the_set_are_retained_unless_they_name_what_is_edited_and_are_never_judged(tmp_path: Path) -> None:
+    data = copy.deepcopy(VALID)
+    data["retain"] = ["a red bicycle", "a dog in the sun"]
+    found = load_concept_set(write(tmp_path, data))
+    assert "a red bicycle" in found.retain_prompts(["guide dog"])
+    assert found.sha256 != load_concept_set(write(tmp_path, copy.deepcopy(VALID))).sha256
+    data["retain"] = [next(iter(data["concepts"].values()))["direct"][0]]
+    with pytest.raises(ValueError, match=r"field 'retain': .* is an evaluation prompt"):
+        load_concept_set(write(tmp_path, data))
+    data["retain"] = [7]
+    with pytest.raises(ValueError, match="field 'retain': item 1 must be text"):
+        load_concept_set(write(tmp_path, data))
+
+
+def test_set_without_indirect_prompts(tmp_path: Path) -> None:
+    data = copy.deepcopy(VALID)
+    data["prompts_per_concept"]["indirect"] = 0
+    for concept in data["concepts"].values():
+        del concept["indirect"]
+    assert load_concept_set(write(tmp_path, data)).counts.indirect == 0

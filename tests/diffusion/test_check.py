@@ -68,9 +68,9 @@ BROKEN = {
     # names of weights
     "the original code's": (
         renamed("text_encoder", "cond_stage_model.transformer."),
-        r"model\.safetensors has the weight 'cond_stage_model\.transformer\..* 52 missing.*from_single_file",
+        r"model\.safetensors has the weight 'cond_stage_model\.transformer\..* 52 missing.*give the single file",
     ),
-    "the original code's UNet": (added("unet", "input_blocks.0.0.weight"), "from_single_file"),
+    "the original code's UNet": (added("unet", "input_blocks.0.0.weight"), "give the single file that it came from"),
     "a wrapper's": (renamed("unet", "module."), "save it again without 'module.'"),
     "an adapter": (added("unet", "conv_in.lora_A.weight"), "fuse_lora"),
     "one too many": (added("vae", "extra"), r"has the weight 'extra', .*\(0 more unknown, 0 missing\)"),
@@ -193,8 +193,8 @@ def test_what_acts_on_nothing_is_accepted(change: Damage, broken_model: Callable
 def test_a_tokenizer_without_a_length_has_the_text_encoders(broken_model: Callable[..., Path]) -> None:
     folder = broken_model(edit("tokenizer/tokenizer_config.json", model_max_length=LEFT_OUT))
     pipeline = load_pipeline(str(folder))
-    assert pipeline.text.length == MAX_LENGTH
-    assert pipeline.text.tokenize(["a dog"]).shape == (1, MAX_LENGTH)
+    assert pipeline.texts[0].length == MAX_LENGTH
+    assert pipeline.texts[0].tokenize(["a dog"]).shape == (1, MAX_LENGTH)
 
 
 @pytest.mark.parametrize("name", ["conv_in.bias", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"])

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from helpers import load_copy
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.ddim import DDIM, move, posterior_noise
+from lit_unlearn.diffusion.ddim import DDIM, move, move_straight, posterior_noise, posterior_noise_straight
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards, seeded
 
@@ -37,6 +37,35 @@ def test_a_step_is_the_papers_formula_in_float64() -> None:
         assert_close(move(x, noise, old, new, fresh), expected, rtol=0, atol=1e-14)
     assert_close(move(move(x, noise, old, new), noise, new, old), x, rtol=0, atol=1e-14)  # and back
     assert (move(x, noise, old, new) - move(x, noise, old, new, eta_one)).abs().max() > 1e-2
+
+
+def test_a_straight_step_in_float64() -> None:
+    picture, noise = torch.randn(2, 1, 4, 2, 2, generator=seeded(0), dtype=torch.float64)
+    old, new, velocity = 0.8, 0.55, noise - picture
+    x = (1 - old) * picture + old * noise
+    assert_close(move_straight(x, velocity, old, new), x + (new - old) * velocity, rtol=0, atol=1e-14)  # Euler
+    # The posterior of x_new given x_old and the picture, by Bayes: precisions of both add up.
+    ratio = (1 - old) / (1 - new)
+    precision = 1 / new**2 + ratio**2 / (old**2 - (ratio * new) ** 2)
+    fresh = posterior_noise_straight(old, new)
+    assert fresh == pytest.approx(precision**-0.5, abs=1e-14)
+    mean = ((1 - new) * picture / new**2 + ratio * x / (old**2 - (ratio * new) ** 2)) / precision
+    assert_close(move_straight(x, velocity, old, new, fresh), mean, rtol=0, atol=1e-13)
+    assert posterior_noise_straight(1.0, 0.5) == 0.5  # from noise alone, all noise is drawn anew
+    assert posterior_noise_straight(0.5, 0.0) == 0
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_of_flow_matching_it_is_the_models_sampler_and_back(tiny_sd3: Path, guidance_scale: float) -> None:
+    pipeline = load_copy(str(tiny_sd3))
+    condition, noise = pipeline.encode(PROMPTS).detach(), pipeline.initial_noise(SEEDS)
+    expected = pipeline.sample(condition, noise, STEPS, guidance_scale)
+    ddim = DDIM(pipeline, STEPS)
+    found = ddim.sample(pipeline.guided(condition, guidance_scale), noise, guidance_scale)
+    assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    if guidance_scale == 1:
+        near, far = (ddim.invert(condition, expected, iterations)[0] - noise for iterations in (60, 1))
+        assert near.abs().max() < 1e-4 < 1e-1 < far.abs().max()
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
@@ -71,7 +100,7 @@ def test_extra_noise_is_added_to_the_mean_of_ddpm() -> None:
     """Of a denoiser that sees no noise, the noise that is left is that of the steps: its spread follows the scale."""
 
     class Blind(DDIM):
-        def noise_pred(self, x: Tensor, *_: object) -> Tensor:
+        def prediction(self, x: Tensor, *_: object) -> Tensor:
             return torch.zeros_like(x)
 
     pipeline = load_copy("emoji-sd")
@@ -148,7 +177,7 @@ def test_the_first_step_of_null_text_follows_the_gradient(components: StableDiff
     timestep, (old, new) = ddim.timesteps[0], ddim.levels
 
     def end(states: Tensor) -> Tensor:
-        first, second = (ddim.noise_pred(chain[0], timestep, [Condition(s)], 1.0) for s in (states, condition.states))
+        first, second = (ddim.prediction(chain[0], timestep, [Condition(s)], 1.0) for s in (states, condition.states))
         return move(chain[0], first + 4.0 * (second - first), old, new)
 
     (gradient,) = torch.autograd.grad((end(states) - chain[1]).square().mean(), [states])

@@ -38,7 +38,7 @@ def test_a_mixture_of_one_token_is_that_token(components: StableDiffusion) -> No
     ids = tokenizer("dog castle", add_special_tokens=False).input_ids
     weights = (allowed == torch.tensor(ids)[:, None]).float().requires_grad_()
     prompts = components.tokenize_templates(["{} in the rain", "a {}"], 2)
-    states = components.encode_mixtures(weights, allowed, prompts).states
+    states = components.encode_mixtures(weights, allowed[:, None], prompts).states
     texts = ["dog castle in the rain", "a dog castle"]
     assert_close(states, encode_prompts(tokenizer, text_encoder, texts))
     other = encode_prompts(tokenizer, text_encoder, ["castle dog in the rain", "a castle dog"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import FAMILIES
 from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.load import check_model, load_pipeline
-from lit_unlearn.diffusion.parameters import match_parameters
+from lit_unlearn.diffusion.parameters import layer_index, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.diffusion.text_ways import way_of
@@ -219,9 +220,46 @@ def test_a_cut_prompt_is_warned_of_for_each_encoder(pipeline: Pipeline, folder: 
         assert ids.shape == (1, text.length)
 
 
-def test_what_works_with_one_text_encoder_refuses_several(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match=rf"{type(pipeline).__name__} has \d text encoders; this works with one only"):
-        _ = pipeline.text
+def test_where_text_encoders_are_read_is_declared(pipeline: Pipeline) -> None:
+    names = list(pipeline.named_parameters())
+    for text in pipeline.texts:
+        declared = pipeline.read_after[text.part]
+        assert declared["tokens"] == (-1 if text.layer is None else text.layer)
+        layers = sorted(
+            {layer_index(name) for name in names if re.search(rf"^{text.part}[.].*(layers|block)[.]", name)}
+        )
+        dead = {layer_index(name) for name in pipeline.unread(names) if name.startswith(f"{text.part}.encoder.layers.")}
+        assert dead == set(layers[len(layers) + max(declared.values()) + 1 :])
+
+
+def test_learned_tokens_are_new_in_every_encoder(pipeline: Pipeline) -> None:
+    tokens, words = pipeline.tokenize_templates(["a {} at sunset"], 1), ["a dog at sunset"]
+    own = pipeline.initial_embeddings(1, "dog", torch.Generator()).requires_grad_()
+    assert own.shape == (1, sum(pipeline.token_widths))
+    with torch.no_grad():
+        expected = pipeline.encode(words)
+    found = pipeline.encode(tokens, own)
+    assert found.pooled is not None and expected.pooled is not None
+    assert_close(found.states, expected.states, rtol=0, atol=1e-5)
+    assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.states.square().sum() + found.pooled.square().sum(), [own])
+    assert all(part.abs().max() > 0 for part in gradient.split(pipeline.token_widths, dim=1))
+
+
+def test_words_are_searched_that_all_encoders_read_as_one_token(pipeline: Pipeline) -> None:
+    words = pipeline.whole_words(lambda word: word == "cat", ["soccer ball"])
+    assert words.shape[1] == len(pipeline.texts) and len(words) > 100
+    chosen = words[[3, 50, 90]]
+    prompt = pipeline.words_of(chosen)
+    for number, text in enumerate(pipeline.texts):
+        assert text.words(prompt) == chosen[:, number].tolist()
+        assert not set(words[:, number].tolist()) & set(text.words("cat soccer ball"))
+    tokens = pipeline.tokenize_templates(["{} at sunset"], 3)
+    weights = torch.zeros(3, len(words))
+    weights[[0, 1, 2], [3, 50, 90]] = 1
+    with torch.no_grad():
+        found, expected = pipeline.encode_mixtures(weights, words, tokens), pipeline.encode([f"{prompt} at sunset"])
+    assert_close(found.states, expected.states, rtol=0, atol=1e-5)
 
 
 def test_streams_and_learned_tokens_of_each_encoder(pipeline: Pipeline) -> None:

@@ -96,7 +96,7 @@ def test_the_embedded_model_as_a_run_on_windows_names_it() -> None:
     ["nowhere", "./a/b", "../a", "/no/folder", "~/model", "a/b/c", "checkpoints/mine", "C:/mine", "C:\\a/b", "a\\b"],
 )
 def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
-    with pytest.raises(ValueError, match="give a diffusers folder, or 'emoji-sd'"):
+    with pytest.raises(ValueError, match=r"give a diffusers folder, a \.safetensors file, 'emoji-sd'"):
         resolve_model(model)
 
 

@@ -117,7 +117,7 @@ def test_many_prompts_are_encoded_as_few_are(components: StableDiffusion) -> Non
 
 def test_learned_tokens_stand_where_the_templates_say(any_pipeline: StableDiffusion) -> None:
     tokens = any_pipeline.tokenize_templates(["a {} at sunset", "a cat"], 2)
-    own = any_pipeline.text.initial_embeddings(2, "soccer ball", torch.Generator()).requires_grad_()
+    own = any_pipeline.initial_embeddings(2, "soccer ball", torch.Generator()).requires_grad_()
     condition = any_pipeline.encode(tokens, own)
     assert torch.equal(condition.states, states(any_pipeline, ["a soccer ball at sunset", "a cat"]))
     (gradient,) = torch.autograd.grad(condition.states[0].square().sum(), [own])
@@ -371,17 +371,6 @@ class Twofold(StableDiffusion):
 @pytest.fixture
 def twofold(components: StableDiffusion) -> Twofold:
     return Twofold(components.tokenizer, components.text_encoder, components.unet, components.vae, components.scheduler)
-
-
-def test_what_works_with_one_text_encoder_refuses_several(twofold: Twofold, components: StableDiffusion) -> None:
-    assert components.text is not None
-    with pytest.raises(ValueError, match="Twofold has 2 text encoders; this works with one only"):
-        _ = twofold.text
-    learned = twofold.tokenize_templates(["a {}"], 2)
-    with pytest.raises(ValueError, match="2 text encoders"):
-        twofold.encode(learned, torch.zeros(2, 32))
-    with pytest.raises(ValueError, match="2 text encoders"):
-        twofold.encode_mixtures(torch.ones(2, 3), torch.arange(3), learned)
 
 
 def test_every_text_encoder_reads_the_prompts_and_all_parts_travel(twofold: Twofold) -> None:

@@ -142,15 +142,17 @@ def test_a_word_of_several_vectors_is_all_of_them(with_words: StableDiffusion) -
     tokenizer = with_words.tokenizer
     parts = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2"]
     assert names(tokenizer, ["a <cat-toy>", "<owl>"]) == [["a</w>", *parts], ["<owl>"]]
-    assert with_words.text.words("<cat-toy>") == tokenizer.convert_tokens_to_ids(parts)
-    found = with_words.text.names_mask(["a dog", "a <cat-toy> at sunset"], lambda text: find_names(text, ["<cat-toy>"]))
+    assert with_words.texts[0].words("<cat-toy>") == tokenizer.convert_tokens_to_ids(parts)
+    found = with_words.texts[0].names_mask(
+        ["a dog", "a <cat-toy> at sunset"], lambda text: find_names(text, ["<cat-toy>"])
+    )
     assert found.nonzero().tolist() == [[1, 2], [1, 3], [1, 4]]
-    templates, slots = with_words.text.tokenize_templates(["a {} <cat-toy>"], 2)
+    templates, slots = with_words.texts[0].tokenize_templates(["a {} <cat-toy>"], 2)
     assert templates[0, 4:7].tolist() == tokenizer.convert_tokens_to_ids(parts)
     assert (slots[0] >= 0).sum() == 2
-    first = with_words.text.initial_embeddings(3, "<cat-toy>", torch.Generator())
-    assert torch.equal(first, with_words.text.table.detach()[tokenizer.convert_tokens_to_ids(parts)])
-    assert not set(whole_words(tokenizer, None, ["a <cat-toy>"]).tolist()) & set(with_words.text.words("a"))
+    first = with_words.texts[0].initial_embeddings(3, "<cat-toy>", torch.Generator())
+    assert torch.equal(first, with_words.texts[0].table.detach()[tokenizer.convert_tokens_to_ids(parts)])
+    assert not set(whole_words(tokenizer, None, ["a <cat-toy>"]).tolist()) & set(with_words.texts[0].words("a"))
 
 
 def test_states_and_pictures_of_such_words_are_those_of_diffusers(with_words: StableDiffusion) -> None:

@@ -29,9 +29,20 @@ def test_a_single_file_is_never_a_hub_id(
     if exists:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    what = "is a single file" if exists else "names a single file, which does not exist"
-    with pytest.raises(ValueError, match=rf"{what}, .*from_single_file\(FILE\).save_pretrained\(FOLDER\)"):
+    what = "names a single file, which does not exist"
+    if exists:
+        made, ending = f"{Path(name).stem}.safetensors", Path(name).suffix.lower()
+        what = {
+            ".safetensors": "is a single file: give the folder of a model",
+            ".gguf": "is a GGUF file, whose weights are too coarse for an edit",
+        }.get(ending, rf"is a pickle, .* convert {Path(name).name} -o {made}`, and give {made}")
+    with pytest.raises(ValueError, match=what):
         resolve_model(name)
+    if exists and name.lower().endswith(".safetensors"):
+        assert resolve_model(name, single_file=True) == Path(name)
+    else:
+        with pytest.raises(ValueError, match=what):
+            resolve_model(name, single_file=True)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +50,8 @@ def test_a_single_file_is_never_a_hub_id(
     [
         ("https://huggingface.co/owner/name", "give its id, 'owner/name'"),
         ("huggingface.co/owner/name/", "give its id, 'owner/name'"),
-        ("https://huggingface.co/owner/name/resolve/main/sd.safetensors", "is a URL, .*from_single_file"),
-        ("https://example.org/model", "is a URL: download"),
+        ("https://huggingface.co/owner/name/resolve/main/sd.safetensors", "is a URL: download the model, as a folder"),
+        ("https://example.org/model", "is a URL: download the model"),
         ("", "is no folder and no hub id"),
         ("owner/na--me", "is no folder and no hub id"),
         ("owner/name.git", "is no folder and no hub id"),
@@ -58,7 +69,7 @@ def test_other_files_and_dead_links_are_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     Path("sd").mkdir()
     Path("sd/model_index.json").touch()
-    with pytest.raises(ValueError, match="is a file: give the folder"):
+    with pytest.raises(ValueError, match="is a file: give one of safetensors, or the folder"):
         resolve_model("sd/model_index.json")
     Path("sd/link").symlink_to("nowhere")
     with pytest.raises(ValueError, match="is a link to nowhere, which does not exist"):

@@ -8,7 +8,6 @@ from torch import nn
 
 from helpers import load_copy
 from lit_unlearn.data.names import find_names
-from lit_unlearn.diffusion.discrete_prompts import whole_words
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.new_tokens import initial_embeddings
 from lit_unlearn.diffusion.prompts import tokenize
@@ -25,7 +24,7 @@ def any_pipeline(request: pytest.FixtureRequest) -> StableDiffusion:
 
 @pytest.fixture
 def text(any_pipeline: StableDiffusion) -> TextEncoder:
-    return any_pipeline.text
+    return any_pipeline.texts[0]
 
 
 # --- prompts as they are read
@@ -94,7 +93,6 @@ def test_words_are_the_tokens_between_the_ends(text: TextEncoder) -> None:
     assert row[1 : 1 + len(words)] == words
     assert row[1 + len(words)] == text.eos
     assert text.names_of(words) == ["soccer</w>", "ball</w>"]
-    assert text.words_of(words) == "soccer ball"
 
 
 def test_learned_tokens_stand_in_for_words_while_the_block_lasts(text: TextEncoder) -> None:
@@ -119,14 +117,10 @@ def test_noise_to_start_from_is_like_the_vocabulary(text: TextEncoder) -> None:
     assert torch.equal(start, expected)
 
 
-def test_names_and_words_are_found(text: TextEncoder) -> None:
+def test_names_are_found(text: TextEncoder) -> None:
     prompts = ["a soccer ball at sunset", "a dog"]
     mask = text.names_mask(prompts, lambda prompt: find_names(prompt, ["soccer ball"]))
     assert mask.nonzero().tolist() == [[0, 2], [0, 3]]
-    allowed = text.whole_words(lambda word: word == "dog", ["soccer ball"])
-    assert torch.equal(allowed, whole_words(text.tokenizer, lambda word: word == "dog", ["soccer ball"]))
-    left_out = set(text.whole_words().tolist()) - set(allowed.tolist())
-    assert left_out == set(text.words("dog soccer ball"))
 
 
 def test_layers_are_found_by_how_their_names_end() -> None:

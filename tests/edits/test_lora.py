@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_unlearn.core.uce import shared_map
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.lora_names import fits_lora, lora_name
 from lit_unlearn.edits.lora import AUTO_RESIDUAL, low_rank, notable_loss, parse_rank
@@ -74,6 +75,28 @@ def test_auto_stops_at_its_residual(base: dict[str, Tensor]) -> None:
     assert 0 < report["residual"][LINEAR] <= AUTO_RESIDUAL
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_edit_of_a_few_states_is_an_exact_lora_of_their_number(base: dict[str, Tensor], count: int) -> None:
+    """UCE's change is W B with B of that rank; what the stored weights add is their rounding."""
+    weight = base[LINEAR]
+    generator = torch.Generator().manual_seed(1)
+    keys, guides = (torch.randn(count, weight.shape[1], generator=generator) for _ in range(2))
+    edited = {LINEAR: (weight.double() + shared_map(keys, guides).change(weight)).float()}
+    factors, report = low_rank(edited, base, "exact")
+    assert report["rank"] == count
+    missing = base[LINEAR] + product(factors, LINEAR) - edited[LINEAR]
+    assert missing.norm() <= 2 * torch.finfo(torch.float32).eps * edited[LINEAR].norm()
+    if count > 1:
+        fewer = base[LINEAR] + product(low_rank(edited, base, count - 1)[0], LINEAR) - edited[LINEAR]
+        assert fewer.norm() > 1e3 * missing.norm()
+
+
+def test_an_exact_lora_that_is_as_large_as_the_weights_is_refused(base: dict[str, Tensor]) -> None:
+    rank = min(base[LINEAR].shape)
+    with pytest.raises(ValueError, match=rf"lora='exact' needs rank {rank}, .* use --delta, or --lora auto"):
+        low_rank(changed(base, {LINEAR: rank}), base, "exact")
+
+
 def test_a_rank_beyond_the_layers_is_cut_and_half_precision_is_counted(base: dict[str, Tensor]) -> None:
     edited = changed(base, {LINEAR: 2})
     factors, report = low_rank(edited, base, 10_000, torch.float16)
@@ -140,5 +163,5 @@ def test_an_unchanged_layer_has_no_residual(base: dict[str, Tensor]) -> None:
 def test_ranks() -> None:
     assert (parse_rank("auto"), parse_rank("8")) == (None, 8)
     for text in ("0", "-1", "1.5", "", "all", "9" * 5000):
-        with pytest.raises(ValueError, match="must be a rank of at least 1, or auto"):
+        with pytest.raises(ValueError, match="must be a rank of at least 1, exact, or auto"):
             parse_rank(text)

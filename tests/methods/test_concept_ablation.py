@@ -332,3 +332,34 @@ def test_two_concepts_are_ablated_together(ablation: Ablation, fit: Fit) -> None
     moved = (before != weights(module)[EMBEDDING]).any(dim=1).nonzero().flatten().tolist()
     assert set(module.pipeline.tokenizer.convert_ids_to_tokens(moved)) == {"dog</w>", "cat</w>"}
     assert module.report["anchors"] == {"pictures": 8, "made": 8}
+
+
+@pytest.mark.parametrize("code", ["diffusers", "CompVis"])
+def test_the_gradient_is_that_of_the_authors_codes_divided_by_the_channels(code: str) -> None:
+    """Their ablation term is a sum over channels, divided by the mask's; the regulariser is a mean in one code only."""
+    generator = torch.Generator().manual_seed(0)
+    channels, mask = 4, torch.zeros(2, 1, 6, 6, dtype=torch.bool)
+    mask[:, :, :3] = True
+    found = [torch.randn(2, channels, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    wished = [torch.randn(2, channels, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    full = torch.ones_like(mask)
+
+    def gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        inputs = [tensor.clone().requires_grad_() for tensor in found]
+        return torch.cat(torch.autograd.grad(loss(*inputs), inputs))
+
+    def theirs(ablated: Tensor, anchored: Tensor) -> Tensor:
+        error = ((ablated - wished[0]).square() * mask).sum() / mask.sum()
+        apart = (anchored - wished[1]).square()
+        return error + (1.0 * apart.mean() if code == "diffusers" else 0.2 * apart.sum() / full.sum())
+
+    def ours(prior_weight: float) -> Tensor:
+        return gradients(
+            lambda ablated, anchored: (
+                masked_error(ablated, wished[0], mask) + prior_weight * masked_error(anchored, wished[1], full)
+            )
+        )
+
+    expected = gradients(theirs)
+    assert_close(channels * ours(1 / channels if code == "diffusers" else 0.2), expected, rtol=1e-5, atol=1e-7)
+    assert torch.cosine_similarity(ours(1.0).flatten(), expected.flatten(), dim=0) < 0.95

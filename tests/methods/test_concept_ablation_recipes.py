@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.training import cli as training
@@ -40,4 +41,15 @@ def test_a_recipe_takes_two_steps(
 
 
 def test_there_is_a_recipe_for_each_loss() -> None:
-    assert {"concept_ablation.yaml", "concept_ablation_noise.yaml", "concept_ablation_paper.yaml"} <= set(NAMES)
+    names = ("", "_noise", "_paper", "_diffusers")
+    assert {f"concept_ablation{name}.yaml" for name in names} <= set(NAMES)
+
+
+@pytest.mark.parametrize(("name", "prior", "clip"), [("paper", 0.2, None), ("diffusers", 0.25, 0.25)])
+def test_the_presets_have_the_balance_and_the_clipping_of_their_codes(
+    name: str, prior: float, clip: float | None
+) -> None:
+    """``test_concept_ablation.py`` has the losses of both codes beside ours: 1.0 there is 1/C here in one of them."""
+    recipe = yaml.safe_load(find_recipe(f"concept_ablation_{name}.yaml").read_text(encoding="utf-8"))
+    assert recipe["model"]["init_args"]["prior_weight"] == prior
+    assert recipe["trainer"].get("gradient_clip_val") == clip

@@ -205,8 +205,8 @@ def test_a_checkpoint_belongs_to_its_pictures(
         ({"judge": "clip"}, "judge='clip' needs a concept set, and here is none"),
         ({"judge": "nowhere"}, "judge='nowhere' is no judge and no folder: take clip, emoji"),
         ({"judge": "."}, r"judge='.' has no config\.json"),
-        ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: this method edits only the UNet"),
-        ({"edited_parameters": "decoder"}, r"selects vae\..*: this method edits only the UNet"),
+        ({"edited_parameters": "text-fc2"}, r"selects text_encoder\..*: this method edits only the unet"),
+        ({"edited_parameters": "decoder"}, r"selects vae\..*: this method edits only the unet"),
     ],
 )
 def test_wrong_values(unlearner: Build, arguments: dict[str, Any], message: str) -> None:

@@ -91,7 +91,7 @@ def test_an_edit_solves_the_normal_equations_of_memit(memit: Refinement, fit: Fi
             module.text_encoder(ids, output_hidden_states=True).hidden_states[2].double()
             for ids in (module.edit_ids, module.target_ids)
         ]
-    aligned = torch.stack([rows[module.alignment[i]] for i, rows in enumerate(streams[1])])
+    aligned = torch.stack([rows[module.token_pairs["text_encoder"].alignment[i]] for i, rows in enumerate(streams[1])])
     # From here on as in the paper: columns are tokens. The least-squares problem, one block of rows for each term.
     K1, K0, R = keys[0].mT, keys[1].mT, (aligned - streams[0]).flatten(0, 1).mT
     K0 = K0 * (lamb / (K0.shape[1] if moment == "mean" else 1)) ** 0.5
@@ -168,8 +168,8 @@ def test_after_the_last_layer_the_stream_is_z(memit: Refinement, fit: Fit) -> No
 def test_the_stream_is_that_behind_the_last_edited_layer(memit: Refinement, fit: Fit) -> None:
     module = memit(first_layer=0, last_layer=1)
     fit(module, Keep(), steps=1)
-    assert torch.equal(module.stream(module.edit_ids), stream(module, 1))
-    assert not torch.equal(module.stream(module.edit_ids), stream(module, 2))
+    assert torch.equal(module.stream(module.stretches[0], module.edit_ids), stream(module, 1))
+    assert not torch.equal(module.stream(module.stretches[0], module.edit_ids), stream(module, 2))
 
 
 def test_refinement_lowers_the_error(memit: Refinement, fit: Fit) -> None:

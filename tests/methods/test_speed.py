@@ -20,6 +20,8 @@ from lit_unlearn.methods.speed import SPEED
 Fit = Callable[..., L.Trainer]
 Build = Callable[..., SPEED]
 LENGTH = 32
+CUT = 3e-6
+"""Largest difference of a state from that of the whole window."""
 
 
 @pytest.fixture
@@ -96,11 +98,12 @@ def test_keys_are_states_of_the_last_token_of_the_name(
     module = started(speed(model=path, concept="cat", retain=["the soccer ball"]), fit)
     ids = tokenize(module.pipeline.tokenizer, ["the soccer ball"])[0].tolist()
     assert ids[4] == module.pipeline.tokenizer.eos_token_id
-    assert torch.equal(module.keys["tokens"], states(module, "cat").double()[:, 1])
-    assert torch.equal(module.anchors["tokens"], states(module, "parrot").double()[:, 1])
+    # The window is cut behind the last token that is read, so float32 states differ by rounding.
+    assert_close(module.keys["tokens"], states(module, "cat").double()[:, 1], rtol=0, atol=CUT)
+    assert_close(module.anchors["tokens"], states(module, "parrot").double()[:, 1], rtol=0, atol=CUT)
     rows = torch.cat([states(module, "dog").double()[:, 1], states(module, "the soccer ball").double()[:, 3]])
-    assert_close(kept(module).keys, rows)
-    assert_close(kept(module).moment, rows.mT @ rows)
+    assert_close(kept(module).keys, rows, rtol=0, atol=CUT)
+    assert_close(kept(module).moment, kept(module).keys.mT @ kept(module).keys)
     assert kept(module).largest_norm == pytest.approx(float(rows.norm(dim=1).max()), rel=1e-6)
     assert (kept(module).count, kept(module).prompts) == (2, 2)
     (writes,) = module.writes(0)
@@ -110,7 +113,7 @@ def test_keys_are_states_of_the_last_token_of_the_name(
 
 def test_the_empty_anchor_is_the_start_of_text(speed: Build, fit: Fit) -> None:
     module = started(speed(towards="empty"), fit)
-    assert torch.equal(module.anchors["tokens"], states(module, "").double()[:, 0])
+    assert_close(module.anchors["tokens"], states(module, "").double()[:, 0], rtol=0, atol=CUT)
 
 
 def test_all_tokens_are_aligned_with_the_anchors(speed: Build, fit: Fit) -> None:

@@ -176,7 +176,7 @@ def test_what_callbacks_save_after_a_step_has_norms_that_were_pulled(build: Buil
     fit(module, hook("on_train_batch_end", lambda t, m, *_: norms.append(m.embeddings.detach().norm(dim=1))))
     assert len(norms) == 3
     for norm in norms:
-        assert norm.tolist() == pytest.approx([module.vocabulary_norm] * len(norm), rel=1e-5)
+        assert norm.tolist() == pytest.approx(module.vocabulary_norms * len(norm), rel=1e-5)
 
 
 def test_a_checkpoint_of_another_text_encoder_is_refused(

@@ -81,7 +81,7 @@ def test_rounds_follow_the_measured_shares(debias: Build, fit: Fit) -> None:
 
 def test_rounds_do_not_pile_up(debias: Build, fit: Fit) -> None:
     """The weights are those of one solve from the pretrained ones with the last alphas."""
-    module = debias(step=1.0, ratios=[0.1, 0.9])
+    module = debias(step=1.0, ratios=[0.1, 0.9], preserve_tokens="last_subject")
     fit(module, by_ridge_map())
     assert module.alphas.abs().min() > 1e-2
     assert not torch.equal(module.alphas, torch.tensor(module.report["rounds"][1]["alphas"]))

@@ -58,8 +58,16 @@ def test_places_of_stable_diffusion() -> None:
             {"edited_parameters": "text-fc2"},
             "'text-fc2' selects text_encoder.*UNetValueRefinement",
         ),
-        (UNetValueRefinement, {"edited_parameters": "xattn"}, r"attn2\.to_out.* edits only attn2\.to_k\.weight and"),
-        (UNetFeedForwardRefinement, {"edited_parameters": "xattn-kv"}, r"edits only ff\.net\.2\.weight of the UNet"),
+        (
+            UNetValueRefinement,
+            {"edited_parameters": "xattn"},
+            r"attn2\.to_out.* edits only the maps that read text first",
+        ),
+        (
+            UNetFeedForwardRefinement,
+            {"edited_parameters": "xattn-kv"},
+            r"edits only ff\.net\.2\.weight and .*add_v_proj\.weight of the unet",
+        ),
         (UNetFeedForwardRefinement, {"edited_parameters": r"ff\.net\.2"}, r"selects .*net\.2\.bias"),
         (UNetValueRefinement, {"edited_parameters": "nothing"}, "'nothing' selects no parameter"),
         (

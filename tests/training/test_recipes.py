@@ -82,9 +82,19 @@ def test_names_of_recipes_are_those_that_are_found(empty_folder: Path) -> None:
         (["fit", "-c", "emoji/vae.yaml"], ["fit", "-c", str(CONFIGS / "emoji/vae.yaml")]),
         (["fit", "--config=null_space"], ["fit", f"--config={CONFIGS / 'null_space.yaml'}"]),
         (["fit", "--concept", "null_space.yaml"], ["fit", "--concept", "null_space.yaml"]),
+        (["fit", "--model", "emoji-dit"], ["fit", "--model.model", "emoji-dit"]),
+        (["fit", "--model=owner/name"], ["fit", "--model.model=owner/name"]),
+        (["fit", "--model", "~/sd", "--concept", "a"], ["fit", "--model.model", "~/sd", "--concept", "a"]),
+        (["fit", "--model", "configs"], ["fit", "--model.model", "configs"]),  # a folder that is there
+        (["fit", "--model", "UCE"], ["fit", "--model", "UCE"]),
+        (
+            ["fit", "--model", "my.Method", "--model.model", "a/b"],
+            ["fit", "--model", "my.Method", "--model.model", "a/b"],
+        ),
     ],
 )
 def test_the_values_of_config_are_replaced(empty_folder: Path, args: list[str], expected: list[str]) -> None:
+    Path("configs").mkdir()
     for name in ("a.yaml", "b.yaml"):
         Path(name).write_text("concept: dog", encoding="utf-8")
     assert recipes.resolve_recipes(args) == expected
@@ -304,3 +314,9 @@ def test_help_lists_what_a_solver_can_be_told(
     assert not caught.value.code
     shown = capsys.readouterr().out
     assert all(f"--edit.{name}" in shown for name in arguments)
+
+
+def test_the_folder_of_a_single_file_belongs_to_the_model() -> None:
+    given = ["fit", "--model", "a/b.safetensors", "--config_folder", "sd", "--config_folder=x"]
+    expected = ["fit", "--model.model", "a/b.safetensors", "--model.config_folder", "sd", "--model.config_folder=x"]
+    assert recipes.resolve_recipes(given) == expected

@@ -61,7 +61,12 @@ class Flux(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "transformer"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"pooled": -1},
+        "text_encoder_2": {"tokens": -1},
+    }
     flow: ClassVar[bool] = True
+    takes_guidance: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -157,10 +162,14 @@ class Flux(Pipeline):
         change: Change | None = None,
     ) -> Iterator[DenoisingStep]:
         """See ``Pipeline.chain``; of a single condition, ``guidance_scale`` is the transformer's input."""
-        alone = not callable(conditions) and len(conditions) == 1
-        drawn = replace(self, guidance=guidance_scale) if alone else self
+        first = conditions(start or 0) if callable(conditions) else conditions
+        drawn = self.told(guidance_scale) if len(first) == 1 else self
         options = (num_inference_steps, guidance_scale, stop, generators, start, change)
         return super(Flux, drawn).chain(conditions, noise, *options)
+
+    def told(self, guidance_scale: float) -> Flux:
+        """See ``Pipeline.told``."""
+        return replace(self, guidance=guidance_scale)
 
     def predict(
         self, x_t: Tensor, timesteps: Tensor, condition: Condition, values: Mapping[str, Tensor] | None = None

@@ -56,6 +56,7 @@ class StableDiffusion(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "unet"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {"text_encoder": {"tokens": -1}}
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "scheduler": ("steps_offset", "clip_sample"),
         "unet": ("sample_size",),

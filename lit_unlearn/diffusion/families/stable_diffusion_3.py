@@ -67,6 +67,11 @@ class StableDiffusion3(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "transformer"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"tokens": -2, "pooled": -1},
+        "text_encoder_2": {"tokens": -2, "pooled": -1},
+        "text_encoder_3": {"tokens": -1},
+    }
     flow: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer

@@ -71,6 +71,10 @@ class StableDiffusionXL(Pipeline):
         "scheduler": Part(),
     }
     denoiser_part: ClassVar[str] = "unet"
+    read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "text_encoder": {"tokens": -2},
+        "text_encoder_2": {"tokens": -2, "pooled": -1},
+    }
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -152,6 +156,11 @@ class StableDiffusionXL(Pipeline):
         """See ``Pipeline.condition``."""
         read = [text.read(ids) for text, ids in zip(self.texts, tokens.ids, strict=True)]
         return Condition(torch.cat([states for states, _ in read], dim=-1), read[1][1])
+
+    @property
+    def leads_from_empty(self) -> bool:
+        """See ``Pipeline.leads_from_empty``; not from zeros."""
+        return not self.force_zeros_for_empty_prompt
 
     def unconditional(self) -> Condition:
         """See ``Pipeline.unconditional``; zeros if the model says so."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ from lit_unlearn.diffusion.single_file.architectures import architecture_of, arc
 from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.diffusion.single_file.layout import PLACES
 from lit_unlearn.diffusion.source import ORIGINS, Origin, read_config, resolve_model, weight_files
-from lit_unlearn.system.errors import plain_warnings
+from lit_unlearn.system.errors import warn
 
 INDEX = "model_index.json"
 TOKENIZER_FILES = {
@@ -153,21 +152,14 @@ def _check_family(sources: _Sources) -> None:
 
 def _parts(sources: _Sources) -> dict[str, str]:
     """The classes of all parts that hold weights, by name; optional ones that nobody has are left out."""
-    found, missing = {}, []
+    found, missing, left_out = dict[str, str](), list[str](), list[str]()
     for part, declared in sources.family.declared.items():
         if not declared.has_weights:
             continue
         if part in sources.file.parts or sources.in_given(part):
             found[part] = declared.kinds[0]
-        elif not declared.optional:
-            missing.append(part)
         else:
-            with plain_warnings():
-                warnings.warn(
-                    f"model={sources.model!r} has no {part} ({PLACES[part]}), and prompts are read without it, as in "
-                    "diffusers; config_folder=FOLDER with one adds it.",
-                    stacklevel=2,
-                )
+            (left_out if declared.optional else missing).append(part)
     if missing:
         lacks = f"config_folder={str(sources.given)!r} lacks" if sources.given is not None else "it lacks"
         more = ", and an edit of text encoders is exported as a folder or a delta" if "text_encoder" in missing else ""
@@ -176,6 +168,13 @@ def _parts(sources: _Sources) -> dict[str, str]:
             f"config_folder=FOLDER, a model of {sources.family.title} in the diffusers layout that has them; they are "
             f"read from there{more}."
         )
+    for part in left_out:
+        warn(
+            f"model={sources.model!r} has no {part} ({PLACES[part]}), and prompts are read without it, as in "
+            "diffusers; config_folder=FOLDER with one adds it."
+        )
+    if others := [part for part in found if part not in sources.file.parts]:
+        warn(f"model={sources.model!r} holds no {_listed(others)}: read from config_folder={str(sources.given)!r}.")
     return found
 
 

@@ -164,6 +164,8 @@ class Layout:
                 "is one part of a model with diffusers' names: export a folder (without --format single), or give a "
                 "checkpoint in the layout of the original code"
             )
+        if self.shapes and all(key.startswith(tuple(f"{part}." for part in PLACES)) for key in self.shapes):
+            return "holds some weights by lit-unlearn's names, no model: an edit (a delta) is given as --ckpt_path"
         example = next(iter(self.shapes), None)
         return (
             f"is no checkpoint of Stable Diffusion 1, 2, XL, 3 or FLUX.1 in the layout of the original code "

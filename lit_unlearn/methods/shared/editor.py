@@ -54,8 +54,8 @@ class DiffusionEditor(L.LightningModule):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
-    one_text_encoder: ClassVar[bool] = False
-    """Whether the method works only with models that have a single text encoder."""
+    needs_cross_attention: ClassVar[bool] = False
+    """Whether the method works only with denoisers that attend to the prompt alone in layers of their own (UNets)."""
 
     find_base: ClassVar[Callable[..., BaseModel]] = BaseModel.find
     """Finds the base model; a plan replaces it, since it needs no weights."""
@@ -104,11 +104,10 @@ class DiffusionEditor(L.LightningModule):
     def _check_family(self) -> None:
         """Refuse a model of a family that the method cannot edit, before its weights are loaded."""
         family = self.base.family
-        encoders = [part.encoder for part in family.declared.values() if part.encoder]
-        if self.one_text_encoder and len(encoders) > 1:
+        if self.needs_cross_attention and family.denoiser_part != "unet":
             raise ValueError(
-                f"model={self.model_id!r} is of {family.title}, with {', '.join(encoders)}, and {type(self).__name__} "
-                "edits models with one text encoder: choose another method, or a model of Stable Diffusion 1.x or 2.x."
+                f"model={self.model_id!r} is of {family.title}, without cross-attention to the prompt alone, which "
+                f"{type(self).__name__} changes: choose another method, or a model of Stable Diffusion 1.x, 2.x or XL."
             )
 
     @property
@@ -128,6 +127,13 @@ class DiffusionEditor(L.LightningModule):
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Names of the edited parameters among ``names``; methods may restrict the choice."""
+        for part, declared in self.base.family.declared.items():
+            missing = declared.optional and not any(name.startswith(f"{part}.") for name in names)
+            if missing and declared.has_weights and part in self.edited_parameters:
+                raise ValueError(
+                    f"edited_parameters={self.edited_parameters!r} names {part}, which model={self.model_id!r} does "
+                    "not have: edit other weights, or take a model with it."
+                )
         return match_parameters(self.edited_parameters, names, self.base.family.unread(names))
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:

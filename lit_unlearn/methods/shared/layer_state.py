@@ -17,6 +17,7 @@ class LayerState:
         keys: K1, inputs at the edit prompts, (n, L, d_in).
         initial: W K1, (n, L, d_out), where V1 starts.
         mask: Positions that are edited, (n, L) bool.
+        weight: How often each edited position counts.
     """
 
     name: str
@@ -24,10 +25,12 @@ class LayerState:
     keys: Tensor
     initial: Tensor
     mask: Tensor
+    weight: int = 1
 
     def edited(self, rows: Tensor) -> Tensor:
-        """``rows`` (n, L, d) at the edited positions, (m, d), without a copy if all positions are edited."""
-        return rows.flatten(0, 1) if self.mask.all() else rows[self.mask]
+        """``rows`` (n, L, ...) at the edited positions, (m, ...), without a copy if all positions are edited once."""
+        found = rows.flatten(0, 1) if self.mask.all() else rows[self.mask]
+        return found if self.weight == 1 else found.repeat_interleave(self.weight, 0)
 
 
 def per_item(rows: Tensor, mask: Tensor) -> Tensor:

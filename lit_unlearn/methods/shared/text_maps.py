@@ -11,15 +11,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained
-from lit_unlearn.core.subject_tokens import SubjectTokens, subject_positions
+from lit_unlearn.core.subject_tokens import SubjectTokens, last_subject_token, subject_positions
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.diffusion.text_ways import way_of
+from lit_unlearn.diffusion.text import Tokens
+from lit_unlearn.diffusion.text_ways import WAYS, way_of
 from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.system.devices import for_solving
 
 
 def select_first_maps(method: DiffusionEditor, names: Sequence[str]) -> list[str]:
@@ -53,29 +56,89 @@ def by_way(names: Sequence[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class TextKeys:
-    """Prompts as the maps of a way read them.
+    """Prompts as the maps of a way read them; equal prompts share their states.
 
     Attributes:
-        states: The maps' inputs, (n, L, d_in), float32.
+        states: The maps' inputs at u distinct prompts, (u, L, d_in), float32. Positions that were not asked for are cut
+            off, or not a number if only another prompt has them.
+        index: Number of each prompt among the distinct ones, (n,).
         ids: ``input_ids`` (n, L_e) of each text encoder whose positions follow one another in ``states``; empty if a
             prompt has one vector that is no token's.
     """
 
     states: Tensor
+    index: Tensor
     ids: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def at(self, rows: Tensor, places: Tensor) -> Tensor:
         """The inputs (m, d_in) at positions ``places`` (m,) of the prompts ``rows`` (m,)."""
-        return self.states[rows, places]
+        return self.states[self.index[rows], places]
+
+    def all(self) -> Tensor:
+        """The inputs (n, L, d_in) at all prompts."""
+        return self.states[self.index]
 
 
 @torch.no_grad()
-def text_keys(pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, TextKeys]:
-    """``prompts`` as each way's maps read them, encoded once."""
-    tokens = pipeline.tokenize(prompts)
-    inputs = pipeline.first_inputs(pipeline.encode_many(tokens))
-    ids = tuple(tokens.ids[number] for number in pipeline.token_order)
-    return {way: TextKeys(states.float(), ids if way == "tokens" else ()) for way, states in inputs.items()}
+def text_keys(
+    pipeline: Pipeline,
+    *lists: Sequence[str],
+    ways: Sequence[str] = tuple(WAYS),
+    which: SubjectTokens = "all",
+) -> list[dict[str, TextKeys]]:
+    """Each of the ``lists`` of prompts as each way's maps read them; a prompt is encoded once, wherever it occurs.
+
+    A state of a causal encoder depends only on the tokens up to its position. So for ``last_subject`` the encoders read
+    nothing behind the last token of a prompt, which takes a small part of the time; states differ from those of the
+    whole window by rounding (3e-6). All positions are read if an encoder reads both directions, or if the pooled vector
+    is needed, which is read at the end of the text.
+
+    Args:
+        pipeline: The pipeline.
+        lists: Lists of prompts.
+        ways: Names of the ways that are needed.
+        which: The positions that are needed.
+    """
+    tokens = [pipeline.tokenize(prompts) for prompts in lists]
+    numbers: dict[tuple[tuple[int, ...], ...], int] = {}
+    index = []
+    for part in tokens:
+        rows = zip(*([tuple(row) for row in ids.tolist()] for ids in part.ids), strict=True)
+        index.append(torch.tensor([numbers.setdefault(row, len(numbers)) for row in rows], dtype=torch.long))
+    if not numbers:
+        return [{} for _ in lists]
+    distinct = Tokens(tuple(torch.tensor(ids) for ids in zip(*numbers, strict=True)))
+    inputs = _inputs(pipeline, distinct, ways, which)
+    found = []
+    for part, places in zip(tokens, index, strict=True):
+        ids = tuple(part.ids[number] for number in pipeline.token_order)
+        found.append({way: TextKeys(states, places, ids if way == "tokens" else ()) for way, states in inputs.items()})
+    return found
+
+
+def _inputs(pipeline: Pipeline, tokens: Tokens, ways: Sequence[str], which: SubjectTokens) -> dict[str, Tensor]:
+    """The maps' inputs (u, L, d_in) at u prompts, float32; of ``last_subject`` only the positions up to it."""
+    texts, length = pipeline.texts, max(ids.shape[1] for ids in tokens.ids)
+    needed = torch.full((len(tokens),), length)
+    if which == "last_subject" and list(ways) == ["tokens"] and all(text.causal for text in texts):
+        last = [last_subject_token(ids, text.eos, text.begins) for ids, text in zip(tokens.ids, texts, strict=True)]
+        needed = torch.stack(last).amax(0) + 1
+    order = needed.argsort(stable=True)  # prompts of like length are cut together
+    parts = []
+    for rows in order.split(ENCODE_BATCH):
+        end = int(needed[rows].max())
+        condition = pipeline.encode(Tokens(tuple(ids[rows, :end] for ids in tokens.ids)))
+        found = pipeline.first_inputs(condition)
+        parts.append({way: found[way].float() for way in ways if way in found})
+    inputs = {}
+    for way in parts[0]:
+        longest = max(part[way].shape[1] for part in parts)
+        padded = [pad(part[way], (0, 0, 0, longest - part[way].shape[1]), value=torch.nan) for part in parts]
+        inputs[way] = torch.cat(padded)[order.argsort()]
+    return inputs
 
 
 def subject_places(
@@ -86,7 +149,7 @@ def subject_places(
     They are those of ``subject_positions`` for each text encoder in turn; the only one of a pooled vector.
     """
     if not phrases.ids:
-        rows = torch.arange(len(phrases.states))
+        rows = torch.arange(len(phrases))
         zeros = torch.zeros_like(rows)
         return rows, zeros, [zeros for _ in guides]
     parts, start = [], 0
@@ -108,31 +171,42 @@ def retained_inputs(
 ) -> dict[str, Retained]:
     """What is retained on each way: the sum of k kᵀ over the inputs at ``prompts``, computed in batches.
 
+    If there are fewer keys than inputs of a map, the keys themselves are kept as well.
+
     Args:
         pipeline: The pipeline.
         ways: Names of ways.
-        prompts: Prompts whose outputs should not change; for none, nothing is retained.
-        empty_weight: How often the empty prompt counts.
+        prompts: Prompts whose outputs should not change.
+        empty_weight: How often the empty prompt counts besides them. Retained is nothing if this is zero and there are
+            no prompts.
         last_subject: Whether only the state of each prompt's last token is retained.
     """
-    if not prompts:
+    texts = [*prompts, *([""] if empty_weight else [])]
+    if not texts:
         return {way: Retained() for way in ways}
     moments: dict[str, list[Tensor]] = {way: [] for way in ways}
+    kept: dict[str, list[Tensor]] = {way: [] for way in ways}
     counts, longest = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
     once = [*prompts, *([""] if empty_weight == 1 else [])]
     batches = [(once[start : start + ENCODE_BATCH], 1) for start in range(0, len(once), ENCODE_BATCH)]
     for batch, weight in [*batches, *([([""], empty_weight)] if empty_weight > 1 else [])]:
-        found = text_keys(pipeline, batch)
+        (found,) = text_keys(pipeline, batch, ways=ways, which="last_subject" if last_subject else "all")
         for way in ways:
-            states = found[way].states
             if last_subject:
-                states = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])
-            keys = states.flatten(0, -2)
+                keys = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])
+            else:
+                keys = found[way].all().flatten(0, -2)
             moments[way].append(weight * second_moment(keys))
             counts[way], longest[way] = counts[way] + weight * len(keys), max(longest[way], largest_norm(keys))
+            if counts[way] < keys.shape[1]:
+                kept[way].append(keys if weight == 1 else keys.repeat(weight, 1))
     return {
         way: Retained(
-            torch.stack(moments[way]).sum(0).cpu(), counts[way], prompts=len(prompts), largest_norm=longest[way]
+            torch.stack(moments[way]).sum(0).cpu(),
+            counts[way],
+            for_solving(torch.cat(kept[way])) if sum(map(len, kept[way])) == counts[way] else None,
+            prompts=len(texts),
+            largest_norm=longest[way],
         )
         for way in ways
     }

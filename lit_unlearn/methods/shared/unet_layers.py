@@ -1,4 +1,4 @@
-"""Shared code of the two null-space edits in the UNet: noised inputs, and the measured change of predictions."""
+"""Shared code of the two null-space edits in the denoiser: noised inputs, and the measured change of predictions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lit_unlearn.diffusion.parameters import call_order
 from lit_unlearn.diffusion.sampling import seeded
 
 if TYPE_CHECKING:
+    from lit_unlearn.methods.shared.text_layers import TokenPairs
     from lit_unlearn.methods.value_refinement import ValueRefinement
 
 UNET_BATCH = 16
-"""Largest number of latents that go through the UNet at once, since its inner states are large."""
+"""Largest number of latents that go through the denoiser at once, since its inner states are large."""
 WATCHED_SEED = 10_000_000
 """Added to the seeds of watched pictures, so that they differ from the edit prompts' seeds."""
 
@@ -26,7 +27,7 @@ Query = tuple[Tensor, Tensor, Condition]
 
 
 def check_choices(kind: str, values: str, start: str, watched_prompts: int) -> None:
-    """Check that the options are possible for an edit in the UNet.
+    """Check that the options are possible for an edit in the denoiser.
 
     Raises:
         ValueError: ``values`` or ``start`` needs the residual stream of a text encoder, or ``watched_prompts`` is < 1.
@@ -38,15 +39,51 @@ def check_choices(kind: str, values: str, start: str, watched_prompts: int) -> N
         raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
 
 
-def select_unet(method: ValueRefinement, names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Weights of the UNet that the pattern of ``method`` selects, in the order in which the UNet calls them.
+def select_in_blocks(method: ValueRefinement, names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Weights of the denoiser that the pattern of ``method`` selects, in the order in which the denoiser calls them.
 
     Raises:
         ValueError: A selected weight does not end with any of ``suffixes``.
     """
-    why = f": {type(method).__name__} edits only {' and '.join(suffixes)} of the UNet."
-    selected = method.select_only(names, lambda name: name.startswith("unet.") and name.endswith(suffixes), why)
+    part = method.base.family.denoiser_part
+    why = f": {type(method).__name__} edits only {' and '.join(suffixes)} of the {part}."
+    selected = method.select_only(names, lambda name: name.startswith(f"{part}.") and name.endswith(suffixes), why)
     return sorted(selected, key=call_order)
+
+
+@dataclass(frozen=True)
+class StatePairs:
+    """Positions of prompt pairs among the states of all text encoders, whose positions may follow one another.
+
+    Attributes:
+        mask: Edited positions, (n, L) bool.
+        alignment: For each position of an edit prompt, that of its target prompt which is aligned with it, (n, L).
+        carrying: Positions whose states can have seen the concept, (n, L) bool.
+    """
+
+    mask: Tensor
+    alignment: Tensor
+    carrying: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[TokenPairs], length: int) -> StatePairs:
+        """Of the text encoders in ``parts``; any positions up to ``length`` that are behind theirs are not edited."""
+        masks, alignments, carrying, start = [], [], [], 0
+        for pairs in parts:
+            masks.append(pairs.mask)
+            alignments.append(start + pairs.alignment)
+            carrying.append(pairs.carrying())
+            start += pairs.mask.shape[1]
+        mask, alignment, found = (torch.cat(rows, dim=1) for rows in (masks, alignments, carrying))
+        if rest := length - start:
+            mask = torch.cat([mask, mask.new_zeros(len(mask), rest)], dim=1)
+            alignment = torch.cat([alignment, torch.arange(start, length).expand(len(mask), -1)], dim=1)
+            found = torch.cat([found, found.new_zeros(len(mask), rest)], dim=1)
+        return cls(mask, alignment, found)
+
+    def align(self, rows: Tensor) -> Tensor:
+        """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
+        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
 def noised(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:

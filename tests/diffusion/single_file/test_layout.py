@@ -8,17 +8,19 @@ import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-import diffusers
 import pytest
-import torch
-import transformers
 
+from lit_unlearn.diffusion.parts import KINDS, described_model, weights_of
+from lit_unlearn.diffusion.single_file.architectures import architecture_of, architectures
+from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.diffusion.single_file.layout import Layout
 
 HERE = Path(__file__).parent
-ARCHITECTURES: dict[str, dict[str, Any]] = json.loads((HERE / "architectures.json").read_text(encoding="utf-8"))
+NAMES = {"sd15": "sd1", "sd2_text_encoder": "sd2"}
+"""Names of the architectures that have other ones in the lists."""
 FAMILIES = {
     "sd15": "Stable Diffusion 1",
     "sd2_text_encoder": "Stable Diffusion 2",
@@ -44,27 +46,27 @@ def published(model: str) -> dict[str, tuple[int, ...]]:
     return {key: (42,) if shape is None else tuple(shape) for key, shape in lists[model].items()}
 
 
+def parts_of(model: str) -> dict[str, dict[str, Any]]:
+    """The configurations that are shipped for a list, of the parts in it."""
+    known = {name: config for name, config in architectures()[NAMES.get(model, model)].items() if name[0] != "_"}
+    left_out = {"scheduler", *{"sd35_large": ["text_encoder_3"], "sd2_text_encoder": ["unet", "vae"]}.get(model, [])}
+    return {name: config for name, config in known.items() if name not in left_out}
+
+
 @cache
 def weights(model: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all weights of a published architecture, as diffusers and transformers have them."""
-    found = {}
-    for part, (kind, config) in ARCHITECTURES[model].items():
-        with torch.device("meta"):
-            if hasattr(diffusers, kind):
-                module = getattr(diffusers, kind)(**config)
-            else:
-                cls = getattr(transformers, kind)
-                module = cls(cls.config_class(**config))
-        found |= {f"{part}.{name}": tuple(value.shape) for name, value in module.named_parameters()}
-        if kind == "SD3Transformer2DModel":  # a buffer in diffusers
-            found[f"{part}.pos_embed.pos_embed"] = tuple(module.pos_embed.pos_embed.shape)
+    found: dict[str, tuple[int, ...]] = {}
+    for part, config in parts_of(model).items():
+        module = described_model(config["_class"], {k: v for k, v in config.items() if k != "_class"})
+        found |= {f"{part}.{name}": tuple(value.shape) for name, value in weights_of(module).items()}
     return found
 
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_every_weight_has_its_place_with_its_shape(model: str) -> None:
     layout = Layout(published(model), "it.safetensors")
-    assert (layout.family, set(layout.parts)) == (FAMILIES[model], set(ARCHITECTURES[model]))
+    assert (layout.family, set(layout.parts)) == (FAMILIES[model], set(parts_of(model)))
     for name, shape in weights(model).items():
         if model == "sd35_large":
             if name != NOT_THERE:
@@ -178,6 +180,7 @@ EMA = {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3)}
         ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "one part of a model with diffusers' names"),
         ({"a.weight": (1,)}, r"is no checkpoint of Stable Diffusion 1, 2, XL, 3 or FLUX.1 .* \(it has 'a.weight'\)"),
         ({}, r"it is empty"),
+        ({"unet.conv_in.weight": (1,)}, r"holds some weights by lit-unlearn's names, no model: an edit \(a delta\) is"),
         ({"double_blocks.0.txt_attn.qkv.weight": (9, 3)}, "is no checkpoint"),  # FLUX.2 and Chroma
     ],
 )
@@ -208,3 +211,30 @@ def test_rows_that_do_not_divide() -> None:
     shapes["model.diffusion_model.double_blocks.0.txt_attn.qkv.weight"] = (9217, 3072)
     with pytest.raises(ValueError, match=r"with 9217 rows, which do not divide into 3 parts as FLUX.1 does"):
         Layout(shapes, "it.safetensors").place("transformer.transformer_blocks.0.attn.add_k_proj.weight")
+
+
+@pytest.mark.parametrize("model", sorted({*FAMILIES} - {"sd2_text_encoder"}))
+def test_the_architecture_of_a_file_is_found(model: str, tmp_path: Path) -> None:
+    file = SimpleNamespace(layout=Layout(published(model), "it.safetensors"))
+    assert architecture_of(cast(SingleFile, file)) == NAMES.get(model, model)
+
+
+def test_architectures_that_differ_in_one_mark() -> None:
+    flux = {key: shape for key, shape in published("flux1_dev").items() if "guidance_in" not in key}
+    assert architecture_of(cast(SingleFile, SimpleNamespace(layout=Layout(flux, "")))) == "flux1_schnell"
+    medium = published("sd3_medium") | {"model.diffusion_model.joint_blocks.0.x_block.attn2.qkv.weight": (4608, 1536)}
+    assert architecture_of(cast(SingleFile, SimpleNamespace(layout=Layout(medium, "")))) == "sd35_medium"
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "sd3_medium", "flux1_dev"])
+def test_no_tensor_of_a_published_file_is_unknown(model: str) -> None:
+    layout, rest = Layout(published(model), "it.safetensors"), dict[str, list[str]]()
+    for part, config in parts_of(model).items():
+        names = [name.removeprefix(f"{part}.") for name in weights(model) if name.startswith(f"{part}.")]
+        rest[part] = [
+            key for key in layout.unclaimed(part, names) if not KINDS[config["_class"]].ignored.fullmatch(key)
+        ]
+    assert rest == {part: [] for part in rest}
+    name = next(iter(weights(model)))
+    part, _, first = name.partition(".")
+    assert layout.unclaimed(part, [first])  # the others

@@ -1,0 +1,78 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from lit_unlearn.diffusion.kept import PROVENANCE
+
+SHOWN = 5
+"""Maximum number of names in a line about files that are left out."""
+
+
+def left_out(kept: Mapping[str, str]) -> list[str]:
+    """One line for each reason why files or parts of the base are not in an export.
+
+    Args:
+        kept: The reason for each name, as ``Kept.left_out``.
+    """
+    by_reason = defaultdict(list)
+    for name, reason in kept.items():
+        by_reason[reason].append(name)
+    return [
+        f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def model_card(facts: dict[str, Any], name: str) -> str:
+    """Return the README of an export, for people and for the hub."""
+    concepts = ", ".join(facts["concepts"])
+    removed = f"the concept {concepts} was removed" if concepts else "training pictures were unlearned"
+    base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""  # a hub id
+    lines = [f"- {line}" for line in left_out(facts["left_out"])]
+    missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
+    scores = facts["scores"]
+    table = "Not measured.\n"
+    if scores:
+        before = scores["before"] or {}
+        rows = [
+            f"| {label} | {_number(before.get(key))} | {_number(scores[key])} |"
+            for key, label in (("forget", "forget"), ("retain", "retain"), ("harmonic_mean", "harmonic mean"))
+        ]
+        table = "\n".join(["| | before | after |", "| --- | ---: | ---: |", *rows]) + (
+            f"\n\nJudge {scores['judge']}, concept set {scores['concepts']['name']}, "
+            f"{scores['images_per_concept']} pictures per concept.\n"
+        )
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [concept-unlearning, lit-unlearn]
+{base}---
+# {name}: {facts["base_model"]} without {concepts or "some training pictures"}
+
+A text-to-image model from which {removed} with lit-unlearn {facts["lit_unlearn"]}
+({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
+Removal is not perfect, and what was not tested may have changed: see the scores.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+pipeline("a picture of a castle").images[0].save("castle.png")
+```
+
+## Scores
+
+Forget: share of the pictures for prompts of the removed concept that do not show it. Retain: share of the pictures for
+other concepts' prompts that show theirs.
+
+{table}
+{missing}`{PROVENANCE}` has everything but the base model that it takes to make this again.
+"""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,96 @@
+"""What the first maps on text read: every prompt once, and no position behind the last one that is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.methods.shared import text_maps
+from lit_unlearn.methods.shared.text_maps import retained_inputs, subject_places, text_keys
+
+NAMES, GUIDES = ["dog", "soccer ball", "dog", "the dog at sunset"], ["", "cat", "", "dog"]
+
+
+def shapes(pipeline: Pipeline) -> list[tuple[int, ...]]:
+    """Sizes of the ``input_ids`` that the first text encoder reads from now on."""
+    read: list[tuple[int, ...]] = []
+
+    def note(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        read.append(tuple((args[0] if args else kwargs["input_ids"]).shape))
+
+    pipeline.texts[0].model.register_forward_pre_hook(note, with_kwargs=True)
+    return read
+
+
+def whole(pipeline: Pipeline, prompts: list[str]) -> Tensor:
+    with torch.no_grad():
+        return pipeline.first_inputs(pipeline.encode(prompts))["tokens"].float()
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
+def test_of_a_causal_encoder_only_what_is_read_is_encoded_and_once(family: str, request: pytest.FixtureRequest) -> None:
+    pipeline = load_pipeline(str(request.getfixturevalue(family)))
+    states = whole(pipeline, NAMES), whole(pipeline, GUIDES)
+    read = shapes(pipeline)
+    found = text_keys(pipeline, NAMES, GUIDES, ways=["tokens"], which="last_subject")
+    # Five texts: dog, soccer ball, the longer one, the empty one, cat; its last of four words is the fifth token.
+    assert read == [(5, 5)]
+    for keys, wanted in zip(found, states, strict=True):
+        rows, places, _ = subject_places(pipeline, keys["tokens"], [], "last_subject")
+        largest = max(1.0, float(wanted.abs().max()))  # states before the final norm are larger
+        assert_close(keys["tokens"].at(rows, places), wanted[rows, places], rtol=0, atol=3e-6 * largest)
+    assert torch.equal(found[0]["tokens"].at(*_first(0)), found[0]["tokens"].at(*_first(2)))
+
+
+def _first(row: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor([row]), torch.tensor([1])
+
+
+def test_prompts_of_like_length_are_cut_together(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load_pipeline(str(tiny_sd))
+    states, read = whole(pipeline, NAMES), shapes(pipeline)
+    monkeypatch.setattr(text_maps, "ENCODE_BATCH", 2)
+    (found,) = text_keys(pipeline, NAMES, ways=["tokens"], which="last_subject")
+    assert read == [(2, 3), (1, 5)]
+    keys = found["tokens"]
+    rows, places, _ = subject_places(pipeline, keys, [], "last_subject")
+    assert_close(keys.at(rows, places), states[rows, places], rtol=0, atol=3e-6)
+    assert keys.at(*_first(0)).isfinite().all()
+    assert keys.at(torch.tensor([0]), torch.tensor([4])).isnan().all()  # not encoded, so it cannot be used unnoticed
+
+
+@pytest.mark.parametrize(
+    ("family", "ways", "which"),
+    [
+        ("tiny_sd", ["tokens"], "from_subject"),
+        ("tiny_sd", ["tokens"], "all"),
+        ("tiny_sdxl", ["tokens", "pooled"], "last_subject"),  # pooled at the end of the text
+        ("tiny_sd3", ["tokens"], "last_subject"),  # a T5 reads both directions
+    ],
+)
+def test_the_whole_window_is_read_where_it_is_needed(
+    family: str, ways: list[str], which: str, request: pytest.FixtureRequest
+) -> None:
+    pipeline = load_pipeline(str(request.getfixturevalue(family)))
+    states, read = whole(pipeline, NAMES), shapes(pipeline)
+    (found,) = text_keys(pipeline, NAMES, ways=ways, which=which)  # type: ignore[arg-type]
+    assert read == [(3, pipeline.texts[0].length)]
+    assert set(found) == set(ways)
+    assert_close(found["tokens"].all(), states, rtol=0, atol=1e-5)
+
+
+def test_retained_prompts_count_as_often_as_they_are_listed(tiny_sd: Path) -> None:
+    pipeline = load_pipeline(str(tiny_sd))
+    states, read = whole(pipeline, ["cat", "dog", "cat", ""]), shapes(pipeline)
+    kept = retained_inputs(pipeline, ["tokens"], ["cat", "dog", "cat"], empty_weight=2)["tokens"]
+    assert read == [(2, 32), (1, 32)]
+    rows = torch.cat([states, states[-1:]]).flatten(0, 1).double()
+    assert (kept.count, kept.prompts, kept.keys) == (5 * 32, 4, None)
+    assert_close(kept.moment, rows.mT @ rows, rtol=0, atol=1e-4)
+    assert retained_inputs(pipeline, ["tokens"], [])["tokens"].moment is None
