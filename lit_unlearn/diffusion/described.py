@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -43,6 +44,8 @@ ARCHITECTURES = {
 """The architecture of models of the hub, which need not be downloaded for a plan."""
 T5_LENGTH = 512
 """Limit of a T5's tokenizer; its family may have a lower one."""
+_KEPT: list[TemporaryDirectory[str]] = []
+"""The folders of this process, which are removed when it ends."""
 
 
 class DescribedModel(BaseModel):
@@ -53,7 +56,6 @@ class DescribedModel(BaseModel):
     """
 
     architecture: str | None = None
-    _made: TemporaryDirectory[str] | None = None
 
     @classmethod
     def find(cls, model: str, revision: str | None = None, config_folder: str | None = None) -> DescribedModel:
@@ -93,11 +95,10 @@ class DescribedModel(BaseModel):
 
     @classmethod
     def _of_architecture(cls, model: str, name: str) -> DescribedModel:
-        made = TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
-        _write_folder(architectures()[name], Path(made.name))
-        found = cls(made.name, None)
-        found.name, found.architecture, found._made = model, name, made
-        found._describe(Path(made.name))
+        folder = _folder_of(name)
+        found = cls(str(folder), None)
+        found.name, found.architecture = model, name
+        found._describe(folder)
         return found
 
     def _describe(self, folder: Path) -> None:
@@ -147,6 +148,15 @@ class DescribedModel(BaseModel):
         scheduler = load_scheduler(self.folder, self.name)
         made: Pipeline = family(**parts, scheduler=scheduler, **family.options(index))
         return made
+
+
+@cache
+def _folder_of(name: str) -> Path:
+    """A folder with the configurations of an architecture."""
+    made = TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
+    _KEPT.append(made)
+    _write_folder(architectures()[name], Path(made.name))
+    return Path(made.name)
 
 
 def _write_folder(architecture: Mapping[str, Any], folder: Path) -> None:

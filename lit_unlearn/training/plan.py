@@ -303,13 +303,13 @@ class _Planner:
             "encode": Memory(everything + encode_bytes(pipeline, together) + kept, max(reading.values()) + kept),
         }
         if self.descends:
-            through = not isinstance(self.module, GradientEditor)
-            batch = self._batch()
-            trained = [name for name in self.names if name.startswith(pipeline.denoiser_part)]
-            trained = trained if not through else [name for name in self.names if not name.startswith("vae.")]
-            more = descent_bytes(self._computing(pipeline), batch, trained, through)
-            # The gradients are counted as the optimizer's, in the type of the weights.
-            more += self._training_bytes(dtype) - (0 if through else self._numel() * pipeline.dtype.itemsize)
+            trains = isinstance(self.module, GradientEditor)
+            trained = [name for name in self.names if not name.startswith("vae.")]
+            through = not all(name.startswith(f"{pipeline.denoiser_part}.") for name in trained)
+            computing = self._computing(pipeline)
+            more = descent_bytes(computing, self._batch(), trained, through) + self._training_bytes(dtype)
+            if trains:  # their gradients are counted twice
+                more -= self._numel() * computing.dtype.itemsize
             held = denoiser + (sum(sizes[part] for part in texts) if through else 0)
             phases["descent"] = Memory(everything + more, held + more)
         if isinstance(self.module, ClosedFormMethod):
