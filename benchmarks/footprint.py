@@ -169,7 +169,7 @@ def in_a_process(name: str, phase: str, arguments: argparse.Namespace) -> dict[s
     options = ["--prompts", str(arguments.prompts), "--side", str(arguments.side)]
     command = [sys.executable, __file__, name, "--phase", phase, *options]
     command += ["--computed"] if arguments.computed else []
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 

@@ -222,7 +222,21 @@ def test_an_export_does_not_follow_links(tmp_path: Path) -> None:
 def test_a_delta_is_not_written_through_a_linked_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "empty.ckpt").touch()
     for kind in (["--delta"], ["--lora", "auto"]):
-        assert cli.main(["export", "--ckpt_path", "none", "-o", str(tmp_path / "link"), *kind, "--overwrite"]) == 2
+        assert (
+            cli.main(
+                [
+                    "export",
+                    "--ckpt_path",
+                    str(tmp_path / "empty.ckpt"),
+                    "-o",
+                    str(tmp_path / "link"),
+                    *kind,
+                    "--overwrite",
+                ]
+            )
+            == 2
+        )
         assert "is a symbolic link" in capsys.readouterr().err
     assert not list((tmp_path / "precious").iterdir())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_unlearn.edits import checkpoint
+from lit_unlearn.edits import archives
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ def test_a_trusting_call_is_seen(source: str, found: bool) -> None:
     assert bool(trusting_calls(source)) is found
 
 
-def test_only_checkpoint_reads_checkpoints() -> None:
+def test_only_archives_reads_checkpoints() -> None:
     """One place to keep safe."""
     readers = [p for p in (ROOT / "lit_unlearn").rglob("*.py") if "torch.load(" in p.read_text(encoding="utf-8")]
-    assert readers == [Path(checkpoint.__file__)]
+    assert readers == [Path(archives.__file__)]

@@ -36,9 +36,7 @@ class ImageToImage(Attack):
     def search(self, model: AttackedModel) -> Found:
         """Draw the pictures."""
         draw = draw_from_references(model, self.strength)
-        process = model.pipeline.noise
-        order = int(getattr(process.scheduler, "order", 1))
-        taken = model.num_inference_steps - process.start_step(model.num_inference_steps, self.strength) // order
+        taken = model.pipeline.noise.steps_taken(model.num_inference_steps, self.strength)
         return Found(
             f"pictures of the concept, noised for {taken} of {model.num_inference_steps} steps",
             kept(draw, model.prompts, model.seeds),

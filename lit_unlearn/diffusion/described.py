@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +44,7 @@ ARCHITECTURES = {
 """The architecture of models of the hub, which need not be downloaded for a plan."""
 T5_LENGTH = 512
 """Limit of a T5's tokenizer; its family may have a lower one."""
-_KEPT: list[TemporaryDirectory[str]] = []
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
 """The folders of this process, which are removed when it ends."""
 
 
@@ -153,7 +153,7 @@ class DescribedModel(BaseModel):
 @cache
 def _folder_of(name: str) -> Path:
     """A folder with the configurations of an architecture."""
-    made = TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
+    made = tempfile.TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
     _KEPT.append(made)
     _write_folder(architectures()[name], Path(made.name))
     return Path(made.name)

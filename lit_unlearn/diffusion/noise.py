@@ -91,6 +91,11 @@ class DDPM:
         skipped = num_inference_steps - int(num_inference_steps * strength)
         return skipped * int(getattr(self.scheduler, "order", 1))
 
+    def steps_taken(self, num_inference_steps: int, strength: float) -> int:
+        """Steps of a chain that begins at ``start_step``; a step of some samplers has two evaluations."""
+        order = int(getattr(self.scheduler, "order", 1))
+        return num_inference_steps - self.start_step(num_inference_steps, strength) // order
+
     def with_sampler(self, kind: Sampler) -> DDPM:
         """The same process with the ``model``'s own sampler, or with DDIM as in Stable Diffusion's original code."""
         if kind == "model":
@@ -184,6 +189,10 @@ class Flow:
             strength: Share of these steps that are taken, rounded up, in (0, 1].
         """
         return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+
+    def steps_taken(self, num_inference_steps: int, strength: float) -> int:
+        """Steps of a chain that begins at ``start_step``."""
+        return num_inference_steps - self.start_step(num_inference_steps, strength)
 
     def with_sampler(self, kind: Sampler) -> Flow:
         """The same process with the ``model``'s own sampler.

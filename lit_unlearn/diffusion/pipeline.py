@@ -52,6 +52,8 @@ class Pipeline(ABC):
     """Its parts by name, in the order of ``parts``; each is an attribute."""
     denoiser_part: ClassVar[str]
     """Name of the denoiser among ``parts``."""
+    cross_attention: ClassVar[bool] = True
+    """Whether the picture attends to the text alone in layers of their own, ``attn2``, as in a UNet."""
     flow: ClassVar[bool] = False
     """Whether the denoiser is trained with flow matching, see ``Flow``."""
     takes_guidance: ClassVar[bool] = False

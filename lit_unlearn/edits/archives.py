@@ -40,6 +40,16 @@ def check_archive(path: Path) -> None:
         raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
+def load_archive(path: Path) -> Any:
+    """The content of an archive of tensors.
+
+    Raises:
+        UNPICKLING_ERRORS: It is no archive, is damaged, or holds other objects than tensors and plain containers.
+    """
+    check_archive(path)
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
 def load_pickle(path: Path) -> Any:
     """The content of any pickle of tensors, also in the format before archives; tensors stay on the disk until used.
 

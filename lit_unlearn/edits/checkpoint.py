@@ -22,7 +22,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED, STEMS
 from lit_unlearn.diffusion.stored import WholeModel
-from lit_unlearn.edits.archives import UNPICKLING_ERRORS, check_archive
+from lit_unlearn.edits.archives import UNPICKLING_ERRORS, load_archive
 from lit_unlearn.edits.older import in_todays_terms
 from lit_unlearn.system.errors import warn
 from lit_unlearn.system.run_file import unfinished
@@ -236,8 +236,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn fit` writes logs/.../checkpoints/last.ckpt.")
     corrupt = f"ckpt_path={path} is corrupt or no checkpoint"
     try:
-        check_archive(path)
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint = load_archive(path)
     except UNPICKLING_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{corrupt} ({reason}): copy it again, or run the fit again.") from error

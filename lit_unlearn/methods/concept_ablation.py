@@ -113,7 +113,7 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.anchor_guidance_scale = self.guidance_scale if anchor_guidance_scale is None else anchor_guidance_scale
         self.anchor_folder, self.anchor_batch_size = anchor_folder, anchor_batch_size
         self.prior_weight, self.augmentation = prior_weight, augmentation
-        if freeze_bos and self.base.names and self.base.family.denoiser_part != "unet":
+        if freeze_bos and self.base.names and not self.base.family.cross_attention:
             raise ValueError(
                 "model.freeze_bos=true stops a gradient in keys and values of cross-attention, which "
                 f"{self.base.family.title} does not have: set it to false."
@@ -143,14 +143,15 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         if hasattr(self, "pipeline"):
             return
         super().configure_model()
-        self.trains_text = any(name.startswith("text_encoder") for name in self.edited_names)
+        texts = {text.part: text for text in self.pipeline.texts}
+        self.trains_text = any(name.partition(".")[0] in texts for name in self.edited_names)
         self.attention_inputs = linear_layers(self.pipeline.denoiser, ("attn2.to_k", "attn2.to_v"))
         self.rows: dict[str, Tensor] = {}
         for name in self.edited_names:
             if name.endswith(TABLES):
                 parameter = self.pretrained.parameters[name]
                 rows = torch.zeros(len(parameter), 1, dtype=torch.bool)
-                rows[self.own_tokens(next(t for t in self.pipeline.texts if name.startswith(f"{t.part}.")))] = True
+                rows[self.own_tokens(texts[name.partition(".")[0]])] = True
                 self.rows[name] = rows
                 parameter.register_hook(lambda grad, rows=rows: grad * rows.to(grad.device))
 

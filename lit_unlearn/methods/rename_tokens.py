@@ -84,7 +84,7 @@ class RenameTokens(ConceptEditor):
                 text.table[list(renamed)] = rows.to(text.table)
             words, others = (text.names_of(ids) for ids in zip(*renamed.items(), strict=True))
             reported[text.part] = dict(zip(words, others, strict=True))
-        self.report["renamed"] = reported if len(self.pipeline.texts) > 1 else reported["text_encoder"]
+        self.report["renamed"] = reported if len(reported) > 1 else next(iter(reported.values()))
         return torch.stack([text.table.sum() for text in self.texts]).sum() * 0
 
     def on_train_epoch_end(self) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ IN_USE = {5, 32, 33, 1224}
 """Error numbers of Windows for a file that is in use; 5 can also mean that writing is not permitted."""
 PATIENCE, PAUSE = 10, 0.1
 """Number of attempts for a file in use, and seconds between them, since virus scanners and indexers open new files."""
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+"""The folders of ``folder_of_the_process``."""
 
 
 class WriteError(OSError):
@@ -171,6 +174,13 @@ def replaced_entries(output: Path) -> Iterator[Path]:
                 _take_place(entry, output / entry.name)
     finally:
         remove_if_possible(temporary)
+
+
+def folder_of_the_process() -> Path:
+    """A new folder for temporary files, which is removed when the process ends."""
+    made = tempfile.TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
+    _KEPT.append(made)
+    return Path(made.name)
 
 
 def copy_into(source: Path, folder: Path) -> None:

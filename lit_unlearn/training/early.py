@@ -153,6 +153,8 @@ def _concept_not_named(command: str, asked: Asked) -> str | None:
     if kind is None or not any(cls.name == "ConceptEditor" for cls in ancestors(kind)) or "after" in asked.options:
         return None
     concept = asked.concept
+    if concept is None and "print_config" in asked.options:
+        return None
     if concept is None:
         raise UserError(f"{command}: name the concept to edit, e.g. --concept dog.")
     if not isinstance(concept, str | list):

@@ -49,7 +49,8 @@ LAST = {
 def with_short_t5(folder: Path, tokenizer: str) -> Path:
     """Let the T5 in ``folder`` read ``SHORT`` positions."""
     file = folder / tokenizer / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "model_max_length": SHORT}))
+    changed = {**json.loads(file.read_text(encoding="utf-8")), "model_max_length": SHORT}
+    file.write_text(json.dumps(changed), encoding="utf-8")
     return folder
 
 

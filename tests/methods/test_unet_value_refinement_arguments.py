@@ -56,7 +56,7 @@ def test_places_of_stable_diffusion() -> None:
         (
             UNetValueRefinement,
             {"edited_parameters": "text-fc2"},
-            "'text-fc2' selects text_encoder.*UNetValueRefinement",
+            "'text-fc2' selects text_encoder.*edits only the maps that read text first",
         ),
         (
             UNetValueRefinement,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lit_unlearn.diffusion.families import FAMILIES
@@ -24,6 +24,7 @@ from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.diffusion.single_file.layout import PLACES
 from lit_unlearn.diffusion.source import ORIGINS, Origin, read_config, resolve_model, weight_files
 from lit_unlearn.system.errors import warn
+from lit_unlearn.system.files import copy_into
 
 INDEX = "model_index.json"
 TOKENIZER_FILES = {
@@ -33,7 +34,7 @@ TOKENIZER_FILES = {
 """Files of a tokenizer that has no ``tokenizer.json``, by its class."""
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 """What ``modelspec.prediction_type`` in a file's metadata means to diffusers."""
-_KEPT: list[TemporaryDirectory[str]] = []
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
 """The folders of this process, which are removed when it ends."""
 
 
@@ -98,14 +99,14 @@ def _made(place: Path, config_folder: str | None, model: str, *changed: int) -> 
     parts = _parts(sources)
     tokenizers = _tokenizers(sources, parts)
     scheduler = _scheduler(sources)
-    made = TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
+    made = tempfile.TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
     _KEPT.append(made)
     folder = Path(made.name)
     for part, kind in parts.items():
         (folder / part).mkdir()
         _write_config(sources, part, kind, folder / part)
     for part, source in tokenizers.items():
-        shutil.copytree(source, folder / part)
+        copy_into(source, folder / part)
     _write(folder / "scheduler", "scheduler_config.json", scheduler)
     entries = {part: [KINDS[kind].library, kind] for part, kind in parts.items()}
     entries |= {part: ["transformers", sources.family.declared[part].kinds[0]] for part in tokenizers}

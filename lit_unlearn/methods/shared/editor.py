@@ -104,7 +104,7 @@ class DiffusionEditor(L.LightningModule):
     def _check_family(self) -> None:
         """Refuse a model of a family that the method cannot edit, before its weights are loaded."""
         family = self.base.family
-        if self.needs_cross_attention and family.denoiser_part != "unet":
+        if self.needs_cross_attention and not family.cross_attention:
             raise ValueError(
                 f"model={self.model_id!r} is of {family.title}, without cross-attention to the prompt alone, which "
                 f"{type(self).__name__} changes: choose another method, or a model of Stable Diffusion 1.x, 2.x or XL."
