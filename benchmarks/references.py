@@ -175,8 +175,8 @@ def random_weights(widths: Sequence[int], d_in: int = 768) -> list[Tensor]:
 def encode_one(pipeline: Pipeline, text: str) -> tuple[Tensor, int]:
     """States (L, d) of one prompt, the whole window, and the position of its last token."""
     ids = pipeline.tokenize([text]).ids[0]
-    ends = (ids[0] == pipeline.text.eos).int().argmax()
-    return pipeline.text.states(ids)[0], int(ends) - 1
+    ends = (ids[0] == pipeline.texts[0].eos).int().argmax()
+    return pipeline.texts[0].states(ids)[0], int(ends) - 1
 
 
 # --- UCE
@@ -209,9 +209,9 @@ def uce_2023(
         left, system = 0.5 * weight, 0.5 * torch.eye(weight.shape[1])
         for old, new, size in [*((name, " ", 1.0) for name in edited), *((name, name, scale) for name in ["", *kept])]:
             ids = pipeline.tokenize([old, new]).ids[0]
-            context, goal = pipeline.text.states(ids)
+            context, goal = pipeline.texts[0].states(ids)
             if old != new:  # of an edited text only from its last token on, as far as both reach
-                starts = last_subject_token(ids, pipeline.text.eos)
+                starts = last_subject_token(ids, pipeline.texts[0].eos)
                 reach = ids.shape[1] - int(starts.max())
                 context, goal = (
                     part[first : first + reach] for part, first in zip((context, goal), starts, strict=True)
@@ -348,14 +348,16 @@ def our_esd(pipeline: Pipeline, steps: int, chain: int) -> None:
 def uce_row(pipeline: Pipeline, weights: Sequence[Tensor], edited: int, kept: int, repeats: int) -> Row:
     """UCE's code of 2025 against ``uce_2025.yaml``."""
     texts = pipeline, weights, names(edited), names(kept, edited)
-    theirs, ours = compared(lambda: uce_2025(*texts), lambda: our_uce(*texts, "2025"), repeats, pipeline.text.model)
+    theirs, ours = compared(lambda: uce_2025(*texts), lambda: our_uce(*texts, "2025"), repeats, pipeline.texts[0].model)
     return Row(f"UCE 2025, {edited} edited, {kept} preserved", "UCE 28c81ed", theirs, ours)
 
 
 def uce_2023_row(pipeline: Pipeline, weights: Sequence[Tensor], edited: int, kept: int, layers: int) -> Row:
     """UCE's code of 2023, of which only some matrices are run, against ``uce_2023.yaml``."""
     texts = pipeline, weights, names(edited), names(kept, edited)
-    theirs, ours = compared(lambda: uce_2023(*texts, layers), lambda: our_uce(*texts, "2023"), 1, pipeline.text.model)
+    theirs, ours = compared(
+        lambda: uce_2023(*texts, layers), lambda: our_uce(*texts, "2023"), 1, pipeline.texts[0].model
+    )
     share = len(weights) // layers
     scaled = Cost(theirs.seconds * share, theirs.encodes * share, theirs.positions * share, theirs.factorised * share)
     note = f"theirs: {layers} of {len(weights)} matrices, times {share}"
@@ -365,7 +367,7 @@ def uce_2023_row(pipeline: Pipeline, weights: Sequence[Tensor], edited: int, kep
 def speed_row(pipeline: Pipeline, weights: Sequence[Tensor], edited: int, kept: int, repeats: int) -> Row:
     """SPEED's code against our solver, with the setting for many concepts."""
     texts = pipeline, weights, names(edited), names(kept, edited)
-    theirs, ours = compared(lambda: speed(*texts), lambda: our_speed(*texts), repeats, pipeline.text.model)
+    theirs, ours = compared(lambda: speed(*texts), lambda: our_speed(*texts), repeats, pipeline.texts[0].model)
     return Row(f"SPEED, {edited} edited, {kept} retained", "SPEED 6d3df0c", theirs, ours)
 
 

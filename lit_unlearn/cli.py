@@ -134,11 +134,11 @@ def _run(args: list[str]) -> int:
     if getattr(options, "ckpt_path", None) is not None:
         options.ckpt_path = str(checkpoint_of(options.ckpt_path))  # of a run's folder
     with user_errors():
+        check_output(command, options)
         if getattr(options, "ckpt_path", None) is not None:
             check_checkpoint(options.ckpt_path)
         if command == "attack" and options.judge is not None:
             check_short_name(options.judge)
-        check_output(command, options)
     return module.run(options) or 0
 
 

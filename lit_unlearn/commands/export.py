@@ -91,13 +91,15 @@ def run(options: argparse.Namespace) -> None:
         check_single(options)
         if options.single_file:
             source = SingleFile(options.single_file)
-        edit, base = read_edit(options.ckpt_path), None
+        edit = base = None
         if options.format == "single" and source is None:  # the model that was edited, if it is a single file
+            edit = read_edit(options.ckpt_path)
             base = chosen_base(options.model, options.revision, edit, options.config_folder)
             source = SingleFile(single_file_of(base))
         file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
         file_name = source.path.name if source is not None else file_name
         output = output_path(Path(options.output), file_name, options.overwrite)
+        edit = edit or read_edit(options.ckpt_path)
         if source is not None:
             for name in edit.weights:
                 source.dtype(name)  # a file without a place for it is refused before the model is read

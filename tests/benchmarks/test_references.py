@@ -27,7 +27,7 @@ def pipeline(tiny_sd: Path) -> Pipeline:
 
 def cost(pipeline: Pipeline, run: Callable[[], list[Tensor]]) -> tuple[tuple[int, int, int], list[Tensor]]:
     """Prompts and positions that are encoded, matrices that are factorised, and the result."""
-    with torch.no_grad(), references.counted(pipeline.text.model) as found:
+    with torch.no_grad(), references.counted(pipeline.texts[0].model) as found:
         result = run()
     return (found.encodes, found.positions, found.factorised), result
 

@@ -196,7 +196,7 @@ def test_without_a_null_space_the_reach_is_that_of_the_leading_directions(refine
 def test_where_nothing_is_retained_there_is_no_reach(tiny_sd: Path, pets: str, fit: Fit) -> None:
     common = {"concept": "dog", "model": str(tiny_sd), "concept_set": pets, "num_inference_steps": 1}
     for preserve, reported in (("others", 8), (None, 0)):
-        module = UCE(preserve=preserve, **common)  # type: ignore[arg-type]
+        module = UCE(preserve=preserve, preserve_tokens="last_subject", **common)  # type: ignore[arg-type]
         fit(module, by_ridge_map())
         assert sum("reach" in layer for layer in module.report["layers"].values()) == reported
         assert ("reach" in module.report) == bool(reported)

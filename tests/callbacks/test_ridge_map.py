@@ -71,7 +71,7 @@ def test_every_layer_gets_the_closed_form_and_nothing_else_moves(
 
 
 def test_a_phrase_comes_out_as_its_guide(uce: Build, fit: Fit) -> None:
-    module = uce(preserve=None, lamb=1e-6)
+    module = uce(preserve=None, preserve_tokens="last_subject", lamb=1e-6)
     fit(module, EDITS[module])
     with module.pretrained.restored():
         goal, before = outputs(module, module.mapped["tokens"].guides[0]), outputs(module, module.mapped["tokens"].keys)
@@ -81,7 +81,7 @@ def test_a_phrase_comes_out_as_its_guide(uce: Build, fit: Fit) -> None:
 
 
 def test_one_run_edits_several_concepts(uce: Build, fit: Fit) -> None:
-    module = uce(concept=["dog", "cat"], preserve=None, lamb=1e-6)
+    module = uce(concept=["dog", "cat"], preserve=None, preserve_tokens="last_subject", lamb=1e-6)
     fit(module, EDITS[module])
     with module.pretrained.restored():
         goal = outputs(module, module.mapped["tokens"].guides[0])

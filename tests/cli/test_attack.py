@@ -22,6 +22,7 @@ from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.new_tokens import read_embeddings
 from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
+from lit_unlearn.edits.judging import concept_set_of_edit
 from lit_unlearn.reports.attack_results import AttackReport
 
 SMALL = ["--steps", "2", "--num_pictures", "2"]
@@ -172,7 +173,7 @@ def test_a_delta_has_its_own_concept_set(recipe: Path, workplace: Path, pets: st
     assert cli.main(["export", "--ckpt_path", str(ckpt_path), "-o", "d.safetensors", "--delta"]) == 0
     edit = read_edit("d.safetensors")
     assert edit.hyper_parameters["concept_set"] == Path(pets).name
-    assert attack._concept_set(edit).content() == load_concept_set(pets).content()
+    assert concept_set_of_edit(edit).content() == load_concept_set(pets).content()
 
 
 def test_pictures_of_retained_concepts_need_some(run_folder: Path) -> None:

@@ -166,8 +166,11 @@ def test_a_file_without_the_encoder_is_refused_before_the_model_is_read(
         (["--format", "single", "--single_file", "a.safetensors", "--dtype", "float16"], "the types of the file"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", "--ckpt_path", "none.ckpt", "-o", "out.safetensors", *options]) == 2
+def test_options_that_do_not_fit(
+    workplace: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.ckpt").touch()
+    assert cli.main(["export", "--ckpt_path", "empty.ckpt", "-o", "out.safetensors", *options]) == 2
     assert message in capsys.readouterr().err
 
 

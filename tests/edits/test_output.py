@@ -76,7 +76,8 @@ def test_a_folder_called_like_a_file_by_an_earlier_version_stays() -> None:
 
 
 def test_it_is_said_before_the_checkpoint_is_read(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", "--ckpt_path", "none.ckpt", "-o", "model.safetensors"]) == 2
+    Path("empty.ckpt").touch()
+    assert cli.main(["export", "--ckpt_path", "empty.ckpt", "-o", "model.safetensors"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "lit-unlearn: error: output='model.safetensors' is the name of a file, and a pipeline is written as a folder: "

@@ -300,9 +300,16 @@ def test_rows_of_words_that_the_anchor_has_stay(ablation: Ablation) -> None:
     module = ablation(concept_set="emoji20", concept=["pixel art", "surfing"])
     module.configure_model()
     tokenizer = module.pipeline.tokenizer
-    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens())) == ["art</w>", "pixel</w>", "surfing</w>"]
+    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens(module.pipeline.texts[0]))) == [
+        "art</w>",
+        "pixel</w>",
+        "surfing</w>",
+    ]
     module.pairs[0] = [(mine, f"{theirs} in an art museum") for mine, theirs in module.pairs[0]]
-    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens())) == ["pixel</w>", "surfing</w>"]
+    assert sorted(tokenizer.convert_ids_to_tokens(module.own_tokens(module.pipeline.texts[0]))) == [
+        "pixel</w>",
+        "surfing</w>",
+    ]
 
 
 def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fit) -> None:
@@ -316,7 +323,7 @@ def test_the_text_encoder_takes_part_where_it_learns(ablation: Ablation, fit: Fi
         return constant(noisy, timesteps, states.detach())
 
     expected = plain_loss(module, batch, module.unet, text_encoder, teacher, **options)
-    (row,) = module.own_tokens()
+    (row,) = module.own_tokens(module.pipeline.texts[0])
     (theirs,) = torch.autograd.grad(expected, text_encoder.get_parameter(EMBEDDING.removeprefix("text_encoder.")))
     assert_close(ours[row], theirs[row], rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
     assert ours[row].abs().max() > 0

@@ -55,7 +55,7 @@ def test_names_and_targets_of_several_tokens(build: Callable[..., RenameTokens])
     tokenizer = module.pipeline.tokenizer
     words = {
         tokenizer.decode([token]).strip(): tokenizer.decode([other]).strip()
-        for token, other in module.renamed().items()
+        for token, other in module.renamed(module.pipeline.texts[0]).items()
     }
     # "football", another of its names, is no word of this tokenizer, so its pieces are renamed.
     pieces = ("soccer", "ball", "fo", "o", "t")
