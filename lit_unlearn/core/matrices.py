@@ -35,7 +35,8 @@ def checked_matrix(
             "columns the features of the layer."
         )
     matrix = matrix.to(solving_device(matrix.device if device is None else device)).double()
-    if not bool(matrix.isfinite().all()):
+    # A sum is finite only if all its terms are, and needs no copy of the matrix.
+    if not bool(matrix.sum().isfinite()) and not bool(matrix.isfinite().all()):
         num_bad = int((~matrix.isfinite()).sum())
         raise ValueError(
             f"{name} holds {num_bad} values that are not finite: if they were computed in half precision, use float32."

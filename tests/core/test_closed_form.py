@@ -24,6 +24,7 @@ from lit_unlearn.core.closed_form import (
     ridge_map_update,
     second_moment,
 )
+from lit_unlearn.diffusion.footprint import peak_bytes
 
 D_OUT, D_IN, RANK = 6, 20, 9
 
@@ -397,3 +398,12 @@ def test_least_squares_and_uce_name_what_does_not_fit() -> None:
         ridge_map_update(WEIGHT, keys, values, lamb=-1)
     with pytest.raises(ValueError, match="preserve_scale=nan must be"):
         ridge_map_update(WEIGHT, keys, values, preserve_scale=float("nan"))
+
+
+def test_few_keys_need_no_square_matrix_besides_the_basis() -> None:
+    d_in, d_out, num_keys = 1500, 20, 12  # T5-XXL's wo has 10240 inputs: a square matrix of them has 839 MB
+    space = NullSpaceBasis(torch.eye(d_in, dtype=torch.float64)[:, 50:].contiguous(), torch.zeros(d_in), 1.0)
+    weight, keys, values = normal(d_out, d_in), normal(num_keys, d_in), normal(num_keys, d_out)
+    given = torch.nn.ParameterList([space.basis, weight, keys, values]).requires_grad_(False)
+    held = peak_bytes([given], lambda: null_space_update(weight, keys, values, space))
+    assert 0 < held < 8 * d_in**2 / 2
