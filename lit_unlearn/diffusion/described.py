@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
 from lit_unlearn.diffusion.single_file.architectures import architectures
 from lit_unlearn.diffusion.source import read_config
+from lit_unlearn.system.files import folder_of_the_process
 
 ARCHITECTURES = {
     "CompVis/stable-diffusion-v1-4": "sd1",
@@ -44,8 +44,6 @@ ARCHITECTURES = {
 """The architecture of models of the hub, which need not be downloaded for a plan."""
 T5_LENGTH = 512
 """Limit of a T5's tokenizer; its family may have a lower one."""
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""The folders of this process, which are removed when it ends."""
 
 
 class DescribedModel(BaseModel):
@@ -153,10 +151,9 @@ class DescribedModel(BaseModel):
 @cache
 def _folder_of(name: str) -> Path:
     """A folder with the configurations of an architecture."""
-    made = tempfile.TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
-    _KEPT.append(made)
-    _write_folder(architectures()[name], Path(made.name))
-    return Path(made.name)
+    folder = folder_of_the_process()
+    _write_folder(architectures()[name], folder)
+    return folder
 
 
 def _write_folder(architecture: Mapping[str, Any], folder: Path) -> None:

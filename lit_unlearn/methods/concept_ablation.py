@@ -155,15 +155,15 @@ class ConceptAblation(GradientEditor, ConceptEditor):
                 self.rows[name] = rows
                 parameter.register_hook(lambda grad, rows=rows: grad * rows.to(grad.device))
 
-    def own_tokens(self, text_encoder: TextEncoder) -> list[int]:
-        """Tokens of the concepts' names that do not occur in their anchors, as a text encoder reads them.
+    def own_tokens(self, text: TextEncoder) -> list[int]:
+        """Tokens of the concepts' names that do not occur in their anchors, as ``text`` reads them.
 
         Raises:
             ValueError: A concept does not have such a token.
         """
 
         def tokens(texts: Sequence[str]) -> set[int]:
-            return {token for text in texts for token in text_encoder.words(text)}
+            return {token for words in texts for token in text.words(words)}
 
         found: set[int] = set()
         for concept, pair in zip(self.edited, self.pairs, strict=True):

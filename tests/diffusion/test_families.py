@@ -240,8 +240,8 @@ def test_learned_tokens_are_new_in_every_encoder(pipeline: Pipeline) -> None:
         expected = pipeline.encode(words)
     found = pipeline.encode(tokens, own)
     assert found.pooled is not None and expected.pooled is not None
-    assert_close(found.states, expected.states, rtol=0, atol=1e-5)
-    assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-5)
+    assert_close(found.states, expected.states, rtol=0, atol=1e-4)
+    assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-4)
     (gradient,) = torch.autograd.grad(found.states.square().sum() + found.pooled.square().sum(), [own])
     assert all(part.abs().max() > 0 for part in gradient.split(pipeline.token_widths, dim=1))
 
@@ -259,7 +259,7 @@ def test_words_are_searched_that_all_encoders_read_as_one_token(pipeline: Pipeli
     weights[[0, 1, 2], [3, 50, 90]] = 1
     with torch.no_grad():
         found, expected = pipeline.encode_mixtures(weights, words, tokens), pipeline.encode([f"{prompt} at sunset"])
-    assert_close(found.states, expected.states, rtol=0, atol=1e-5)
+    assert_close(found.states, expected.states, rtol=0, atol=1e-4)
 
 
 def test_streams_and_learned_tokens_of_each_encoder(pipeline: Pipeline) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.diffusion.single_file.layout import PLACES
 from lit_unlearn.diffusion.source import ORIGINS, Origin, read_config, resolve_model, weight_files
 from lit_unlearn.system.errors import warn
-from lit_unlearn.system.files import copy_into
+from lit_unlearn.system.files import copy_into, folder_of_the_process
 
 INDEX = "model_index.json"
 TOKENIZER_FILES = {
@@ -34,8 +33,6 @@ TOKENIZER_FILES = {
 """Files of a tokenizer that has no ``tokenizer.json``, by its class."""
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 """What ``modelspec.prediction_type`` in a file's metadata means to diffusers."""
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""The folders of this process, which are removed when it ends."""
 
 
 def local_folder(place: Path, config_folder: str | None, model: str) -> Path:
@@ -99,9 +96,7 @@ def _made(place: Path, config_folder: str | None, model: str, *changed: int) -> 
     parts = _parts(sources)
     tokenizers = _tokenizers(sources, parts)
     scheduler = _scheduler(sources)
-    made = tempfile.TemporaryDirectory(prefix="lit-unlearn-", ignore_cleanup_errors=True)
-    _KEPT.append(made)
-    folder = Path(made.name)
+    folder = folder_of_the_process()
     for part, kind in parts.items():
         (folder / part).mkdir()
         _write_config(sources, part, kind, folder / part)
