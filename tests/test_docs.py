@@ -80,6 +80,8 @@ def test_options_of_fits_and_tests_are_parsed_to_the_end(
     for option, value in given:
         if not option.startswith("--") or option in FILES or option.startswith("--print_config"):
             continue
+        if option.endswith("concept_set") and value.endswith(".yaml"):  # a set of the reader
+            continue
         kept += [option] if value.startswith("--") or not value else [option, value]
     assert main([*kept, "--print_config"]) == 0, capsys.readouterr().err
     assert "model:" in capsys.readouterr().out
