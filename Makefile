@@ -41,8 +41,9 @@ test test-slow test-devices test-lowest: export PYTHONWARNDEFAULTENCODING = 1
 test: $(STAMP) ## run the quick tests
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
+# Tests of a file stay together: those of one file share a cluster, a browser or a trained model.
 test-slow: $(STAMP) ## run the slow tests
-	$(BIN)/python -m pytest -m "slow and not exhaustive"
+	$(BIN)/python -m pytest -m "slow and not exhaustive" -n auto --dist loadfile
 
 test-devices: $(STAMP) ## run every recipe on pretended devices (ten minutes)
 	$(BIN)/python -m pytest tests/devices -m exhaustive -n auto --dist worksteal

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -121,6 +122,14 @@ class StableDiffusion3(Pipeline):
     def process(cls, scheduler: Any, denoiser_config: Mapping[str, Any]) -> Flow:
         """See ``Pipeline.process``."""
         return Flow(scheduler, (denoiser_config["sample_size"] // denoiser_config["patch_size"]) ** 2)
+
+    @classmethod
+    def unread(cls, names: Sequence[str]) -> list[str]:
+        """See ``Pipeline.unread``: the queries of the text in the last block, whose text leads nowhere."""
+        numbers = {name: re.match(r"transformer\.transformer_blocks\.(\d+)\.", name) for name in names}
+        last = max((int(number[1]) for number in numbers.values() if number), default=-1)
+        ends = tuple(f"transformer_blocks.{last}.attn.{part}." for part in ("add_q_proj", "norm_added_q"))
+        return [name for name in names if any(end in name for end in ends)]
 
     @property
     def texts(self) -> tuple[TextEncoder, ...]:
