@@ -127,14 +127,17 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
         [concept, *(number(results.get(f"{label}/alone/{concept}", {}).get("forget"), 2) for label in EDITS)]
         for concept in CONCEPTS
     ]
-    parts = [
-        "## One concept at a time\n\n" + table(["", "forget", "retain", "drift", "seconds of the fit"], rows),
-        "## Forget, by concept\n\n" + table(["", *EDITS], by_concept),
-        "## Ten at once, and one after another\n\n"
-        + table(["", "forget", "retain", "held", "seconds", "ten edits: forget", "relapse"], together),
-        "## Under attack\n\n" + table(["", "learned token", "Ring-A-Bell"], attacks),
-        took(results),
-    ]
+    shown = {
+        "One concept at a time": (["", "forget", "retain", "drift", "seconds of the fit"], rows),
+        "Forget, by concept": (["", *EDITS], by_concept if rows else []),
+        "Ten at once, and one after another": (
+            ["", "forget", "retain", "held", "seconds", "ten edits: forget", "relapse"],
+            together,
+        ),
+        "Under attack": (["", "learned token", "Ring-A-Bell"], attacks),
+    }
+    parts = [f"## {title}\n\n{table(header, found)}" for title, (header, found) in shown.items() if found]
+    parts.append(took(results))
     return "\n\n".join(parts) + "\n"
 
 
