@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lit_unlearn.system.errors import UserError
-    from lit_unlearn.training.plan import WIDTH, plan_fit
+    from lit_unlearn.training.plan import plan_fit
+    from lit_unlearn.training.plan_table import WIDTH
     from lit_unlearn.training.recipes import resolve_recipes
 
     if not any(arg.partition("=")[0] in ("--config", "-c") for arg in options.fit):

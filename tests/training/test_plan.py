@@ -15,7 +15,8 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.described import DescribedModel
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.errors import UserError
-from lit_unlearn.training.plan import Plan, Sites, plan_fit, solve_bytes
+from lit_unlearn.training.plan import plan_fit, solve_bytes
+from lit_unlearn.training.plan_table import Plan, Sites
 
 
 def planned(recipe: str, model: Path | str, *options: str) -> Plan:
