@@ -5,7 +5,8 @@
 The other codes are not here. Each row restates the *cost structure* of one of them in a few lines of our own: how often
 it encodes, what it inverts, how it samples. A restatement names the repository and the commit that it restates, leaves
 out what costs little there (saving, printing), and is not slower than that code where ``docs/parity.md`` has its time.
-The sizes are those of Stable Diffusion 1.4, with random weights, which change no cost; ESD runs on the embedded model.
+The sizes are those of Stable Diffusion 1.4, with random weights, which change no cost; the gradient codes, in
+``reference_steps.py``, run on the embedded model.
 
 Both sides of a row run one after the other, best of ``--repeats``. Encodes, positions and forwards are counted by hooks
 and matrix factorisations by their calls; the tests assert these counts. Seconds depend on the machine, so they are only
@@ -16,19 +17,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
+from costs import Cost, Row, compared, table
+from reference_steps import esd_row, step_rows
 from torch import Tensor, nn
 
 from lit_unlearn.core.closed_form import null_space_update, second_moment
@@ -51,93 +48,8 @@ THINGS = (
     *("lamp", "horse", "bottle", "garden", "tiger", "chair", "bridge", "flower", "guitar", "clock", "boat", "apple"),
     *("mirror", "tower", "rabbit", "spoon"),
 )
-FACTORISATIONS = ("inv", "solve", "cholesky_ex", "eigh", "eigvalsh", "svd")
 WIDTHS = [320] * 5 + [640] * 5 + [1280] * 6
 """Outputs of ``attn2.to_k`` in the 16 blocks of Stable Diffusion 1.4; those of ``to_v`` are the same."""
-
-
-@dataclass
-class Cost:
-    """What a run has cost.
-
-    Attributes:
-        seconds: CPU time of the process, the best of all repeats.
-        encodes: Prompts that the text encoder has read.
-        positions: Token positions that it has read.
-        factorised: Inversions, factorisations and decompositions of matrices.
-        forwards: Pictures that the denoiser has read.
-    """
-
-    seconds: float = float("inf")
-    encodes: int = 0
-    positions: int = 0
-    factorised: int = 0
-    forwards: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: a case, the code that is restated, and both costs."""
-
-    case: str
-    restates: str
-    theirs: Cost
-    ours: Cost
-    notes: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """Our seconds divided by theirs."""
-        return self.ours.seconds / self.theirs.seconds
-
-
-@contextmanager
-def counted(text_encoder: nn.Module | None = None, denoiser: nn.Module | None = None) -> Iterator[Cost]:
-    """Within the block, count what is encoded, factorised and denoised."""
-    cost = Cost(0.0)
-
-    def encoded(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        ids = args[0] if args else kwargs["input_ids"]
-        cost.encodes, cost.positions = cost.encodes + len(ids), cost.positions + ids.numel()
-
-    def denoised(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        cost.forwards += len(args[0])
-
-    def counting(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            cost.factorised += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as stack:
-        if text_encoder is not None:
-            stack.callback(text_encoder.register_forward_pre_hook(encoded, with_kwargs=True).remove)
-        if denoiser is not None:
-            stack.callback(denoiser.register_forward_pre_hook(denoised).remove)
-        for name in FACTORISATIONS:
-            stack.enter_context(patch.object(torch.linalg, name, counting(getattr(torch.linalg, name))))
-        started = time.process_time()
-        yield cost
-        cost.seconds = time.process_time() - started
-
-
-def compared(
-    theirs: Callable[[], object],
-    ours: Callable[[], object],
-    repeats: int,
-    text_encoder: nn.Module | None = None,
-    denoiser: nn.Module | None = None,
-) -> tuple[Cost, Cost]:
-    """Costs of both, run in turn; the best seconds of each."""
-    best = [Cost(), Cost()]
-    for _ in range(repeats):
-        for place, run in enumerate((theirs, ours)):
-            with torch.no_grad() if denoiser is None else ExitStack(), counted(text_encoder, denoiser) as cost:
-                run()
-            if cost.seconds < best[place].seconds:
-                best[place] = cost
-    return best[0], best[1]
 
 
 # --- texts and weights of the size of Stable Diffusion 1.4
@@ -312,36 +224,6 @@ def alpha_edit(weight: Tensor, keys: Tensor, values: Tensor, projection: Tensor)
     return torch.linalg.solve(system, projection @ keys.mT @ residual.mT).mT
 
 
-# --- ESD
-
-
-def esd_2025(pipeline: Pipeline, steps: int, chain: int, stops: Sequence[int]) -> None:
-    """rohitgandikota/erasing at 25613d2: a chain of its own for each step, then three single predictions."""
-    null, prompt = (pipeline.encode([text]) for text in ("", "a dog"))
-    for number in range(steps):
-        with torch.no_grad():
-            noise = pipeline.initial_noise([number])
-            *_, state = pipeline.chain([null, prompt], noise, chain, 3.0, stop=stops[number])
-            x_t, t = state.model_input, state.timestep
-            apart = pipeline.predict(x_t, t, prompt) - pipeline.predict(x_t, t, null)
-        loss = (pipeline.predict(x_t, t, prompt) + 2 * apart.detach()).square().mean()
-        loss.backward()
-
-
-def our_esd(pipeline: Pipeline, steps: int, chain: int) -> None:
-    """Every state of a chain, with the two predictions that guidance has made there (``states_per_chain: all``)."""
-    null, prompt = (pipeline.encode([text]) for text in ("", "a dog"))
-    made = 0
-    while made < steps:
-        with torch.no_grad():
-            states = list(pipeline.chain([null, prompt], pipeline.initial_noise([made]), chain, 3.0))
-        for state in states[: steps - made]:
-            apart = state.noise_preds[1] - state.noise_preds[0]
-            loss = (pipeline.predict(state.model_input, state.timestep, prompt) + 2 * apart).square().mean()
-            loss.backward()
-        made += len(states)
-
-
 # --- the table
 
 
@@ -393,56 +275,12 @@ def layer_rows(num_keys: int, repeats: int, d_in: int = 3072) -> list[Row]:
     ]
 
 
-def esd_row(steps: int, chain: int, repeats: int, model: str = "emoji-sd") -> Row:
-    """ESD's code of 2025 against kept states, by default on the embedded model."""
-    from lit_unlearn.diffusion.load import load_pipeline
-
-    pipeline = load_pipeline(model)
-    pipeline.denoiser.requires_grad_(True)
-    # A stop of its own for each step, as evenly spread as a uniform draw is on average.
-    stops = [(2 * number + 1) * chain // (2 * steps) for number in range(steps)]
-    theirs, ours = compared(
-        lambda: esd_2025(pipeline, steps, chain, stops),
-        lambda: our_esd(pipeline, steps, chain),
-        repeats,
-        denoiser=pipeline.denoiser,
-    )
-    note = f"{steps} forwards of each carry a gradient; the literal sampling needs its chains, whoever runs it"
-    return Row(f"ESD, {steps} steps, chains of {chain}", "ESD 25613d2", theirs, ours, note)
-
-
-def table(rows: Sequence[Row], command: str, threads: str, repeats: int) -> str:
-    """The table in Markdown."""
-    lines = [
-        "# Costs beside those of the authors' codes",
-        "",
-        f"Made on {date.today()} by `{command}`, {threads} thread(s), {platform.machine()}, no GPU. The machine was",
-        "shared, so these are seconds of the processor, and they wander still; both sides of a row ran in turn, best",
-        f"of {repeats}.",
-        "",
-        "*Theirs* is a restatement of the cost structure of the code at the commit named, not that code; see the head",
-        "of the benchmark. Encodes are prompts, positions their tokens; *factorised* counts inversions, factorisations",
-        "and decompositions; forwards are pictures that the denoiser reads. Sizes are those of Stable Diffusion 1.4.",
-        "",
-        "| case | restates | seconds, theirs / ours | **ratio** | encodes | positions | factorised | forwards |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        a, b = row.theirs, row.ours
-        pairs = [(a.encodes, b.encodes), (a.positions, b.positions), (a.factorised, b.factorised)]
-        cells = [f"{x} / {y}" if x or y else "" for x, y in [*pairs, (a.forwards, b.forwards)]]
-        seconds = f"{a.seconds:.2f} / {b.seconds:.2f}"
-        lines.append(f"| {row.case} | {row.restates} | {seconds} | {row.ratio:.2f} | {' | '.join(cells)} |")
-    notes = [f"- {row.case}: {row.notes}." for row in rows if row.notes]
-    return "\n".join([*lines, "", *notes]) + "\n"
-
-
 def main() -> None:
     """Run all rows, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default=None, help="Markdown file to write, e.g. docs/results/speed.md")
-    parser.add_argument("--only", nargs="+", default=["uce", "uce_2023", "speed", "layer", "esd"])
+    parser.add_argument("--only", nargs="+", default=["uce", "uce_2023", "speed", "layer", "esd", "steps"])
     arguments = parser.parse_args()
     repeats, rows = arguments.repeats, list[Row]()
     makers: dict[str, Callable[[Pipeline], list[Row]]] = {
@@ -454,6 +292,7 @@ def main() -> None:
         "speed": lambda pipeline: [speed_row(pipeline, random_weights(WIDTHS), 100, 200, repeats)],
         "layer": lambda pipeline: [row for num_keys in (180, 1155) for row in layer_rows(num_keys, repeats)],
         "esd": lambda pipeline: [esd_row(50, 50, repeats)],
+        "steps": lambda pipeline: step_rows(11, repeats),
     }
     threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     command = shlex.join(["python", "benchmarks/references.py", *sys.argv[1:]])

@@ -144,7 +144,6 @@ class ConceptAblation(GradientEditor, ConceptEditor):
             return
         super().configure_model()
         texts = {text.part: text for text in self.pipeline.texts}
-        self.trains_text = any(name.partition(".")[0] in texts for name in self.edited_names)
         self.attention_inputs = linear_layers(self.pipeline.denoiser, ("attn2.to_k", "attn2.to_v"))
         self.rows: dict[str, Tensor] = {}
         for name in self.edited_names:

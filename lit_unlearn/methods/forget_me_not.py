@@ -19,6 +19,7 @@ from lit_unlearn.core.attention_resteering import ResteeringForm, attention_rest
 from lit_unlearn.data.concepts import Concept
 from lit_unlearn.diffusion.attention import record_attention
 from lit_unlearn.diffusion.concept_tokens import Padding, difference_mask, eot_mask
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.new_tokens import (
     PLACE,
     read_embeddings,
@@ -155,6 +156,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         if self.include_eot:
             mask |= eot_mask(self.prompts.ids[0], pipeline.texts[0].eos, self.padding)
         self.mask = mask.to(self.device)
+        self.known: dict[int, Condition] = {}
 
     def concept_mask(self, input_ids: Tensor) -> Tensor:
         """Tokens of the concept in each prompt, (n, L) bool.
@@ -192,7 +194,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         pairs = batch.cpu() % self.num_pairs
         x_t, timesteps = self.noisy_images(batch, batch_idx)
         with record_attention(self.pipeline.denoiser) as attention:
-            self.pipeline.predict(x_t, timesteps, self.pipeline.encode(self.prompts[pairs], self.embeddings))
+            self.pipeline.predict(x_t, timesteps, self.condition(pairs))
         probabilities, mask = list(attention.values()), self.mask[pairs.to(self.device)]
         loss = attention_resteering_loss(probabilities, mask, self.form)
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -203,6 +205,15 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
         share = attention_share([layer.detach() for layer in probabilities], mask)
         self.log_losses({"train/loss": loss, "train/attention": share}, batch)
         return loss
+
+    def condition(self, pairs: Tensor) -> Condition:
+        """Condition of the prompts numbered in ``pairs`` (B,); each is encoded once, unless its encoder is trained."""
+        if self.trains_text:
+            return self.pipeline.encode(self.prompts[pairs], self.embeddings)
+        with torch.no_grad():
+            for number in set(pairs.tolist()) - set(self.known):
+                self.known[number] = self.pipeline.encode(self.prompts[torch.tensor([number])], self.embeddings)
+        return Condition.cat([self.known[number] for number in pairs.tolist()])
 
     def noisy_images(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """x_t (B, C, H, W) of a reference image for each item of ``batch``, and t (B,), uniform over all steps."""

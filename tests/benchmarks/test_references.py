@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import references
 import torch
+from costs import Cost, Row, counted, table
+from reference_steps import esd_row, step_rows
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -27,7 +29,7 @@ def pipeline(tiny_sd: Path) -> Pipeline:
 
 def cost(pipeline: Pipeline, run: Callable[[], list[Tensor]]) -> tuple[tuple[int, int, int], list[Tensor]]:
     """Prompts and positions that are encoded, matrices that are factorised, and the result."""
-    with torch.no_grad(), references.counted(pipeline.texts[0].model) as found:
+    with torch.no_grad(), counted(pipeline.texts[0].model) as found:
         result = run()
     return (found.encodes, found.positions, found.factorised), result
 
@@ -67,7 +69,7 @@ def test_speed_encodes_equal_anchors_anew(pipeline: Pipeline) -> None:
 
 def test_a_closed_form_is_solved_over_the_smaller_side() -> None:
     weight, keys, values, space, _ = references.layer(4, 48, 16)
-    with references.counted() as found:
+    with counted() as found:
         update = null_space_update(weight.double(), keys, values, space, 10.0)
     assert found.factorised == 1
     other = references.alpha_edit(weight, keys, values, space.projection.float())
@@ -75,14 +77,29 @@ def test_a_closed_form_is_solved_over_the_smaller_side() -> None:
 
 
 def test_esd_with_kept_states_takes_three_forwards_a_step(tiny_sd: Path) -> None:
-    row = references.esd_row(steps=4, chain=4, repeats=1, model=str(tiny_sd))
+    row = esd_row(steps=4, chain=4, repeats=1, model=str(tiny_sd))
     # A stop at 0, 1, 2, 3 of 4: two forwards for each step of the chain, and three predictions.
     assert row.theirs.forwards == 2 * (0 + 1 + 2 + 3) + 3 * 4
     assert row.ours.forwards == 2 * 4 + 4
 
 
+@pytest.mark.slow
+def test_steps_of_the_gradient_codes_and_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ablation, forgetting, deletion = step_rows(steps=3, repeats=1)
+    # Two steps of 8 pictures: with the regulariser 16 forwards and 8 without a gradient; ours take the live ones.
+    assert (ablation.theirs.forwards, ablation.ours.forwards) == (2 * 24, 2 * 16)
+    assert (ablation.theirs.encodes, ablation.ours.encodes) == (2 * 24, 0)
+    assert (ablation.theirs.pictures, ablation.ours.pictures) == (2 * 16, 0)
+    assert (forgetting.theirs.forwards, forgetting.ours.forwards) == (2, 2)
+    assert (forgetting.theirs.pictures, forgetting.ours.pictures) == (2, 0)
+    assert (deletion.theirs.forwards, deletion.ours.forwards) == (2 * 16, 2 * 16)
+    assert (deletion.theirs.pictures, deletion.ours.pictures) == (2 * 32, 0)
+    assert deletion.ours.encodes == 0
+
+
 def test_the_table_has_a_row_for_each_comparison() -> None:
-    row = references.Row("UCE", "code abc", references.Cost(2.0, 6, 60, 3), references.Cost(0.5, 6, 30, 2), "a note")
-    text = references.table([row], "command", "1", 3)
-    assert "| UCE | code abc | 2.00 / 0.50 | 0.25 | 6 / 6 | 60 / 30 | 3 / 2 |  |" in text
+    row = Row("UCE", "code abc", Cost(2.0, 6, 60, 3), Cost(0.5, 6, 30, 2), "a note")
+    text = table([row], "command", "1", 3)
+    assert "| UCE | code abc | 2.00 / 0.50 | 0.25 | 6 / 6 | 60 / 30 | 3 / 2 |  |  |" in text
     assert "- UCE: a note." in text

@@ -120,6 +120,22 @@ def test_a_batch_of_different_prompts_is_the_mean_of_its_items(build: Build, fit
     assert len({round(float(loss), 4) for loss in single}) == 3
 
 
+@pytest.mark.parametrize(("edited", "encoded"), [("full", [1, 1]), (r"text_encoder\..*fc2\.weight", [1, 1, 1, 1])])
+def test_a_prompt_is_encoded_once_unless_its_encoder_is_trained(
+    edited: str, encoded: list[int], build: Build, fit: Fit
+) -> None:
+    module = started(build(templates=["a {}", "the {} at sunset"], edited_parameters=edited), fit)
+    found: list[int] = []
+    text_encoder = module.pipeline.texts[0].model
+    text_encoder.register_forward_pre_hook(
+        lambda _, args, kw: found.append(len(args[0] if args else kw["input_ids"])), with_kwargs=True
+    )
+    for step in range(2):
+        for item in (0, 1):
+            module.training_step(torch.tensor([item]), step)
+    assert found == encoded
+
+
 def test_descent_turns_attention_away_from_the_concept(build: Build, fit: Fit) -> None:
     class SameImage(ForgetMeNot):
         """Looks at the same noised image in every step, so that the loss is a function of the weights alone."""

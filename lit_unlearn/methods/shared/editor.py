@@ -172,6 +172,12 @@ class DiffusionEditor(L.LightningModule):
         if device:
             self.offloaded = Offload(self.pipeline.parts, device)
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether weights of a text encoder are edited: if not, prompts are encoded once."""
+        parts = {text.part for text in self.pipeline.texts}
+        return any(name.partition(".")[0] in parts for name in self.edited_names)
+
     def _offload_device(self) -> torch.device | None:
         """The device that parts are moved to when they are used; None if they stay where they are loaded.
 
