@@ -19,8 +19,6 @@ decides which); updates are returned on the weight's device, in the weight's dty
 from __future__ import annotations
 
 import math
-from functools import cached_property
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ from lit_unlearn.core.matrices import (
     check_nonnegative,
     checked_matrix,
     checked_moment,
-    cholesky_factor,
     condition_number,
     solve_positive_definite,
 )
@@ -41,6 +38,7 @@ from lit_unlearn.core.null_space import (
     null_space,
     null_space_from_keys,
 )
+from lit_unlearn.core.null_space_system import NullSpaceSystem, RidgeRule
 
 __all__ = [
     "EmptyNullSpaceError",
@@ -57,8 +55,6 @@ __all__ = [
     "ridge_map_update",
     "second_moment",
 ]
-
-RidgeRule = Literal["absolute", "mean_diagonal"]
 
 
 def second_moment(keys: Tensor) -> Tensor:
@@ -117,88 +113,6 @@ def null_space_update(
     weight64, keys, values = _checked_edit(weight, keys, values)
     system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment)
     return system.solve((values - keys @ weight64.mT).mT).to(weight)
-
-
-class NullSpaceSystem:
-    """The system that `null_space_update` solves and `edit_report` reports on, factorised once.
-
-    It does not depend on the weight or on the values, so maps with the same keys and the same null space share it.
-
-    Args:
-        keys: K1 transposed, (n, d_in).
-        projection: As in `null_space_update`, as the next three.
-        ridge: Weight of the size penalty.
-        ridge_rule: What it is relative to.
-        previous_moment: Kp Kp^T of earlier edits, (d_in, d_in).
-        moment: K1 K1^T, (d_in, d_in), used instead of the keys if there are many; only their number is then read.
-
-    Raises:
-        ValueError: As in `null_space_update`.
-    """
-
-    def __init__(
-        self,
-        keys: Tensor,
-        projection: NullSpaceBasis | Tensor,
-        ridge: float = 1.0,
-        ridge_rule: RidgeRule = "absolute",
-        previous_moment: Tensor | None = None,
-        moment: Tensor | None = None,
-    ) -> None:
-        self.ridge, self.by_keys = ridge, False
-        if moment is not None:
-            self.factor = _projection_factor(projection, moment)
-            inner = (self.factor.mT @ moment) @ self.factor
-            self.keys_kept = float((inner.trace().clamp(min=0.0) / moment.trace()).sqrt())
-            least = moment.shape[1] * torch.finfo(inner.dtype).eps * moment.trace()
-            scaled = _scaled_ridge(ridge, ridge_rule, inner.trace(), least, len(keys))
-        else:
-            keys = checked_matrix("keys", keys, (None, None))
-            self.factor = _projection_factor(projection, keys)  # (d_in, k), U
-            self.reduced = keys @ self.factor  # (n, k), K1^T U
-            self.keys_kept = float(self.reduced.norm() / keys.norm())
-            # Keys that are orthogonal up to rounding (eps times the length of a row) count as orthogonal.
-            least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
-            scaled = _scaled_ridge(ridge, ridge_rule, self.reduced.square().sum(), least, len(keys))
-            self.by_keys = previous_moment is None and len(keys) <= self.factor.shape[1]
-            inner = self.reduced @ self.reduced.mT if self.by_keys else self.reduced.mT @ self.reduced
-        self.matrix = _completed(inner, self.factor, scaled, previous_moment)
-        """The symmetric matrix of the system, n x n over the keys or k x k over the basis."""
-
-    @cached_property
-    def lower(self) -> Tensor:
-        """L with ``L L^T`` = the system's matrix."""
-        return cholesky_factor(self.matrix, "ridge", self.ridge)
-
-    @cached_property
-    def condition_number(self) -> float:
-        """Condition number of the system's matrix."""
-        return condition_number(self.matrix)
-
-    @cached_property
-    def projected(self) -> Tensor:
-        """K1^T P, (n, d_in)."""
-        return self.reduced @ self.factor.mT
-
-    def solve(self, residual: Tensor) -> Tensor:
-        """Delta (d_out, d_in) for the residual R (d_out, n), float64.
-
-        Raises:
-            SingularSystemError: The ridge is too small.
-        """
-        d_out, (num_keys, dimension), d_in = len(residual), self.reduced.shape, len(self.factor)
-        right = residual if self.by_keys else residual @ self.reduced
-        solved = torch.cholesky_solve(right.mT, self.lower).mT
-        if not self.by_keys:
-            return solved @ self.factor.mT
-        # Of the two orders of the product the one with fewer operations.
-        if num_keys * d_in * (dimension + d_out) < d_out * dimension * (num_keys + d_in):
-            return solved @ self.projected
-        return (solved @ self.reduced) @ self.factor.mT
-
-    def solve_sums(self, residual: Tensor) -> Tensor:
-        """As ``solve``, from R K1^T (d_out, d_in)."""
-        return torch.cholesky_solve((residual @ self.factor).mT, self.lower).mT @ self.factor.mT
 
 
 def least_squares_update(
@@ -351,43 +265,6 @@ def edit_report(
         "relative_norm": float(delta.norm() / weight.norm()),
         "condition_number": system.condition_number,
     }
-
-
-def _projection_factor(projection: NullSpaceBasis | Tensor, keys: Tensor) -> Tensor:
-    """F with P = F F^T: the basis U, (d_in, k), or P itself, (d_in, d_in), since P = P P^T."""
-    d_in = keys.shape[1]
-    if isinstance(projection, NullSpaceBasis):
-        return checked_matrix("projection.basis", projection.basis, (d_in, None), keys.device)
-    matrix = checked_matrix("projection", projection, (d_in, d_in), keys.device)
-    projected = keys @ matrix
-    if (matrix - matrix.mT).abs().max() > 1e-5 or (projected @ matrix - projected).norm() > 1e-5 * keys.norm():
-        raise ValueError(
-            "projection is not an orthogonal projector (P = P^T = P P to 1e-5): pass null_space(...) itself."
-        )
-    return matrix
-
-
-def _scaled_ridge(ridge: float, rule: RidgeRule, energy: Tensor, least: Tensor, count: int) -> float:
-    """The ridge for ``count`` keys with ``energy``, ||P K1||^2; an energy of at most ``least`` counts as zero."""
-    check_nonnegative("ridge", ridge)
-    if rule not in get_args(RidgeRule):
-        raise ValueError(f"ridge_rule={rule!r} is unknown; choose one of {', '.join(get_args(RidgeRule))}.")
-    if rule == "absolute":
-        return ridge
-    if energy <= least:
-        raise ValueError(
-            "The edited keys lie in the span of the retained keys, so ridge_rule='mean_diagonal' has no scale: "
-            "take prompts that share the concept out of the retained set, or use a larger null space."
-        )
-    return ridge * float(energy) / count
-
-
-def _completed(system: Tensor, factor: Tensor, ridge: float, previous_moment: Tensor | None) -> Tensor:
-    """Add the earlier edits, in the basis, and the ridge to ``system``."""
-    if previous_moment is not None:
-        previous = checked_moment("previous_moment", previous_moment, len(factor), factor.device)
-        system = system + factor.mT @ previous @ factor
-    return system + ridge * torch.eye(len(system), dtype=system.dtype, device=system.device)
 
 
 def _least_squares(

@@ -21,9 +21,10 @@ from helpers import CONFIGS
 from lit_unlearn import cli
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import Pictures
-from lit_unlearn.emoji import dit
+from lit_unlearn.emoji import dit_data
 from lit_unlearn.emoji.captions import vocabulary
-from lit_unlearn.emoji.dit import CaptionedLatents, DiTDrawings, DiTTraining, draw
+from lit_unlearn.emoji.dit import DiTTraining, draw
+from lit_unlearn.emoji.dit_data import CaptionedLatents, DiTDrawings
 from lit_unlearn.emoji.dit_text import ENCODERS, MAX_LENGTH, CaptionDataset, Captions, DiTTextTraining, t5_tokenizer
 from lit_unlearn.emoji.drawing import ATTRIBUTES
 from lit_unlearn.system.run_file import read_run
@@ -50,7 +51,7 @@ def folder(texts: DiTTextTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "text/pretrained").mkdir(parents=True)
     texts.save_pretrained(tmp_path / "text/pretrained")
     few = {"subject": ATTRIBUTES["subject"][:2], "style": ATTRIBUTES["style"], "scene": ATTRIBUTES["scene"][:1]}
-    monkeypatch.setattr(dit, "ATTRIBUTES", few)
+    monkeypatch.setattr(dit_data, "ATTRIBUTES", few)
     return tmp_path
 
 
