@@ -35,10 +35,10 @@ class Edit:
     """What the file holds."""
 
     def __init__(self, path: Place) -> None:
-        from lit_unlearn.edits.checkpoint import read_edit
-
         with user_errors():
             check_checkpoint(fspath(path))
+            from lit_unlearn.edits.checkpoint import read_edit  # takes seconds
+
             self.content = read_edit(checkpoint_of(Path(path).expanduser()))
 
     def __repr__(self) -> str:
