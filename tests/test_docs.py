@@ -154,7 +154,7 @@ def test_reference_is_made_from_the_program(site: Path) -> None:
     assert all(f">{file.name}" in recipes for file in (TOP / "configs").glob("*.yaml"))
     api = (site / "python.html").read_text(encoding="utf-8")
     assert all(f'id="lit_unlearn.{name}"' in api for name in lit_unlearn.__all__)
-    assert 'class="language-python' in (site / "examples/first_edit.html").read_text(encoding="utf-8")
+    assert "Pipeline" in (site / "examples/first_edit.html").read_text(encoding="utf-8")
     assert (site / "examples/first_edit.ipynb").is_file()
     python = (site / "reference/python.html").read_text(encoding="utf-8")
     assert "Draw each prompt" in python or "from its own seed" in python
