@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import HelpFormatter
 from functools import partial
@@ -17,6 +18,7 @@ OUTSIDE = {
     "checkpoints/emoji-sd/samples.png": "models/samples.png",
     "checkpoints/emoji-dit/README.md": "models/emoji-dit.md",
     "checkpoints/emoji-dit/samples.png": "models/emoji-dit.png",
+    "examples/first_edit.ipynb": "examples/first_edit.ipynb",
     "CHANGELOG.md": "reference/changelog.md",
     "CONTRIBUTING.md": "reference/contributing.md",
     "NOTICE": "reference/notice.txt",
@@ -33,7 +35,9 @@ def on_files(files: Files, config: Any) -> Files:
             text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the card's metadata
             content = re.sub(r"\]\(docs/", "](../", text).encode()
         files.append(File.generated(config, page, content=content))
-    for page, text in (("reference/commands.md", commands()), ("reference/recipes.md", recipes())):
+    made = {"reference/commands.md": commands(), "reference/recipes.md": recipes()}
+    made |= {f"examples/{file.stem}.md": notebook(file) for file in (TOP / "examples").glob("*.ipynb")}
+    for page, text in made.items():
         files.append(File.generated(config, page, content=text))
     return files
 
@@ -44,6 +48,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for source, target in OUTSIDE.items():
         markdown = markdown.replace(f"]({up}../{source})", f"]({up}{target})")
     return markdown
+
+
+def notebook(file: Path) -> str:
+    """A notebook as a page: its text, and its code in blocks."""
+    parts = []
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    parts.insert(1, f"This page is [a notebook]({file.name}): download it, and run it in Jupyter.")
+    return "\n\n".join(parts) + "\n"
 
 
 def commands() -> str:

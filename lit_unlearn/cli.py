@@ -15,6 +15,7 @@ from lit_unlearn import __version__
 from lit_unlearn.commands.parser import check_output
 from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS, command_modules
 from lit_unlearn.judges.names import check_short_name
+from lit_unlearn.system.environment import prepare_libraries
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
 from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
 from lit_unlearn.system.signals import Preempted, default_signals, note_signal
@@ -100,11 +101,7 @@ def _run(args: list[str]) -> int:
     if command not in commands:
         known = closest(command, commands) or f" (commands: {', '.join(commands)})"
         raise UserError(f"There is no command {command!r}{known}.")
-    # Keep the advice that transformers and diffusers give on import from the terminal.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # Operations that PyTorch does not have for Apple's GPU yet run on the CPU; must be set before PyTorch is imported.
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    prepare_libraries()
     if command in ("fit", "test"):
         for name in default_signals():  # SLURM's warning that a job's time is up may come during the imports
             note_signal(name)

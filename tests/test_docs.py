@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import lit_unlearn
 from lit_unlearn.cli import main
 from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS
 from lit_unlearn.training.recipes import find_recipe
@@ -104,6 +105,27 @@ def test_commands_of_the_first_pages_are_run(page: str, tmp_path: Path, monkeypa
         assert main([name, *options, *fewer]) == 0, command
 
 
+def test_there_is_python_on_the_page_about_it() -> None:
+    assert len(python_blocks(TOP / "docs" / "python.md")) >= 7
+
+
+@pytest.mark.slow
+def test_python_of_its_page_is_run(tmp_path: Path) -> None:
+    """In a process of its own, as a user's program."""
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(python_blocks(TOP / "docs" / "python.md")), encoding="utf-8")
+    command = [sys.executable, script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "closest names: dog" in done.stdout
+    assert (tmp_path / "edited.png").is_file()
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The blocks of Python on a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site; a broken link or anchor fails it."""
@@ -130,6 +152,10 @@ def test_reference_is_made_from_the_program(site: Path) -> None:
     assert "--single_file" in said
     recipes = (site / "reference/recipes.html").read_text(encoding="utf-8")
     assert all(f">{file.name}" in recipes for file in (TOP / "configs").glob("*.yaml"))
+    api = (site / "python.html").read_text(encoding="utf-8")
+    assert all(f'id="lit_unlearn.{name}"' in api for name in lit_unlearn.__all__)
+    assert "Pipeline" in (site / "examples/first_edit.html").read_text(encoding="utf-8")
+    assert (site / "examples/first_edit.ipynb").is_file()
     python = (site / "reference/python.html").read_text(encoding="utf-8")
     assert "Draw each prompt" in python or "from its own seed" in python
 

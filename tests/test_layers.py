@@ -18,6 +18,7 @@ PACKAGE = ROOT / "lit_unlearn"
 FLOORS = (
     "cli",
     "commands",
+    "api",
     "training",
     "attacks",
     "callbacks",

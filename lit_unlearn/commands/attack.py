@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 from lit_unlearn.commands.parser import Listing, Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import plain_warnings, user_errors
 
 DESCRIPTION = "try to bring the concept of a run back"
 SETTING = re.compile(r"--([\w.]+)\.(\w+)(?:=(.*))?", flags=re.DOTALL)
@@ -91,37 +90,29 @@ def run(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from lit_unlearn.attacks.catalog import check_budget, make_attacks
-    from lit_unlearn.attacks.run import attack_run
+    from lit_unlearn import api
     from lit_unlearn.reports.attack_results import attacks_table
-    from lit_unlearn.system.devices import explaining_memory, find_device
 
-    with user_errors():
-        device = find_device(options.device)
-        attacks = make_attacks(
-            options.attacks, options.steps, options.allow_names, options.settings, budget=options.budget
-        )
-        for sentence in check_budget(attacks, options.budget):
-            print(sentence)
-    ways = ["attack on the processor (--device cpu)"] if device.type != "cpu" else []
-    with user_errors(), plain_warnings(), explaining_memory("attack", device, ways):
-        results = attack_run(
-            options.ckpt_path,
-            attacks,
-            concepts=options.concept,
-            num_pictures=options.num_pictures,
-            restarts=options.restarts,
-            seed=options.seed,
-            guidance_scale=options.guidance_scale,
-            negative_prompt=options.negative_prompt,
-            judge=options.judge,
-            judge_options=options.judge_options,
-            model=options.model,
-            revision=options.revision,
-            config_folder=options.config_folder,
-            output=options.output,
-            device=options.device,
-            existing="replace" if options.overwrite else "refuse",
-            say=print,
-        )
+    results = api.attack(
+        options.ckpt_path,
+        options.attacks,
+        concepts=options.concept,
+        num_pictures=options.num_pictures,
+        steps=options.steps,
+        budget=options.budget,
+        restarts=options.restarts,
+        settings=options.settings,
+        allow_names=options.allow_names,
+        seed=options.seed,
+        guidance_scale=options.guidance_scale,
+        negative_prompt=options.negative_prompt,
+        judge=options.judge,
+        judge_options=options.judge_options,
+        model=options.model,
+        revision=options.revision,
+        config_folder=options.config_folder,
+        output=options.output,
+        device=options.device,
+        overwrite=options.overwrite,
+    )
     Console().print(attacks_table(results, f"{options.ckpt_path}: pictures that show the concept"))

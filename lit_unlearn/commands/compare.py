@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
         UserError: An option, an edit or the model is wrong.
         OSError: The page cannot be written.
     """
-    from lit_unlearn.commands.generate import draw
     from lit_unlearn.edits.checkpoint import chosen_base, load_with_pretrained, read_edit, warn_unfinished
+    from lit_unlearn.edits.drawing import check_numbers, draw_all
     from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
     from lit_unlearn.judges.base import judge_questions
     from lit_unlearn.reports.comparison import Column, comparison_page
@@ -64,10 +64,8 @@ def run(options: argparse.Namespace) -> None:
     with user_errors():
         if output.exists() and not options.overwrite:
             raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
-        for field in ("num", "num_inference_steps", "batch_size"):
-            value = getattr(options, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} must be at least 1.")
+        numbers = ("num", "num_inference_steps", "batch_size")
+        check_numbers(**{name: getattr(options, name) for name in numbers})
         files = [checkpoint_of(given) for given in options.runs]
         edits = [read_edit(file) for file in files]
         steps = agreed(edits, "num_inference_steps", options.num_inference_steps)
@@ -101,10 +99,10 @@ def run(options: argparse.Namespace) -> None:
     for title, base, edit, asked, judge in zip(titles, bases, edits, concepts, judges, strict=True):
         with user_errors(), plain_warnings(), explaining_memory("compare", device, ways):
             pipeline, pretrained = load_with_pretrained(base, edit, device)
-            drawn = draw(pipeline, prompts, seeds, int(steps), guidance_scale, options.batch_size)
+            drawn = draw_all(pipeline, prompts, seeds, int(steps), guidance_scale, options.batch_size)
             if unedited is None:
                 with pretrained.restored():
-                    unedited = draw(pipeline, prompts, seeds, int(steps), guidance_scale, options.batch_size)
+                    unedited = draw_all(pipeline, prompts, seeds, int(steps), guidance_scale, options.batch_size)
         shown = {}
         for concept in asked:
             questions = [concept.question] * len(rows)

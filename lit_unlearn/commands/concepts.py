@@ -80,21 +80,15 @@ def new_set(options: argparse.Namespace) -> ConceptSet:
         ValueError: An option is wrong, or the output exists.
         OSError: The set cannot be written.
     """
-    import yaml
-
+    from lit_unlearn.data.concepts import check_set_output
     from lit_unlearn.data.tables import read_prompts
     from lit_unlearn.data.templates import set_of, split_names
-    from lit_unlearn.system.files import atomic_write
 
     output = Path(options.output)
-    if output.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"output={output} must end in .yaml.")
-    if output.exists() and not options.overwrite:
-        raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
+    check_set_output(output, options.overwrite)
     retain = [row.prompt for row in read_prompts(options.retain, "retain")] if options.retain else []
     made = set_of(_wishes(options), output, output.stem, split_names(options.protect), retain)
-    with atomic_write(output) as file:
-        file.write(yaml.safe_dump(made.content(), sort_keys=False, allow_unicode=True, width=120).encode())
+    made.save(output, options.overwrite)
     return made
 
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import plain_warnings, user_errors
-
-if TYPE_CHECKING:
-    from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.edits.dtypes import DTYPES
+from lit_unlearn.system.errors import user_errors
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> Parser:
@@ -62,97 +56,34 @@ def run(options: argparse.Namespace) -> None:
         UserError: An option, the checkpoint or the model is wrong.
         OSError: The output cannot be written.
     """
-    import torch
+    from lit_unlearn.edits.forms import export_edit
 
-    from lit_unlearn.edits.card import left_out
-    from lit_unlearn.edits.checkpoint import chosen_base, read_edit, warn_unfinished
-    from lit_unlearn.edits.export import (
-        export_delta,
-        export_lora,
-        export_pipeline,
-        export_single,
-        output_path,
-        provenance,
+    with user_errors():
+        check_forms(options)
+    made = export_edit(
+        options.ckpt_path,
+        options.output,
+        "delta" if options.delta else "lora" if options.lora else options.format,
+        rank=options.lora or None,
+        dtype=options.dtype,
+        names=options.names,
+        single_file=options.single_file,
+        model=options.model,
+        revision=options.revision,
+        config_folder=options.config_folder,
+        overwrite=options.overwrite,
     )
-    from lit_unlearn.edits.lora import FILE_NAME, notable_loss, parse_rank
-    from lit_unlearn.edits.single_file import SingleFile
-
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    kept = report = written = source = None
-    with user_errors(), plain_warnings():
-        rank = parse_rank(options.lora) if options.lora else None
-        if options.names and (options.lora or options.delta):
-            raise ValueError(
-                "--names is for folders: LoRA weights have the names of kohya's scripts, which old and new tools read, "
-                "and a delta has lit-unlearn's own."
-            )
-        if options.delta and options.lora:
-            raise ValueError("--delta cannot be combined with --lora: a delta is exact, LoRA weights have a low rank.")
-        check_single(options)
-        if options.single_file:
-            source = SingleFile(options.single_file)
-        edit = base = None
-        if options.format == "single" and source is None:  # the model that was edited, if it is a single file
-            edit = read_edit(options.ckpt_path)
-            base = chosen_base(options.model, options.revision, edit, options.config_folder)
-            source = SingleFile(single_file_of(base))
-        file_name = "delta.safetensors" if options.delta else FILE_NAME if options.lora else None
-        file_name = source.path.name if source is not None else file_name
-        output = output_path(Path(options.output), file_name, options.overwrite)
-        edit = edit or read_edit(options.ckpt_path)
-        if source is not None:
-            for name in edit.weights:
-                source.dtype(name)  # a file without a place for it is refused before the model is read
-        warn_unfinished(options.ckpt_path)
-        base = base or chosen_base(options.model, options.revision, edit, options.config_folder)
-        if options.delta:
-            export_delta(edit, provenance(edit, base), output, dtype)
-        elif options.lora:
-            report = export_lora(edit, provenance(edit, base), base, output, rank, dtype)
-            if loss := notable_loss(report):
-                warnings.warn(loss, stacklevel=1)
-        elif source is not None:
-            written = export_single(edit, provenance(edit, base), base, source, output, options.overwrite)
-        else:
-            kept = export_pipeline(edit, base, output, dtype, options.names == "2022")
-    print(f"{output}: {base.name} without {', '.join(edit.concepts) or 'what it has unlearned'}")
-    if kept is not None:
-        for line in left_out(kept.left_out):
-            print(f"not taken over from the base: {line}")
-    for line in written.lines() if written is not None else ():
-        print(line)
-    if report is not None:
-        print(f"rank {report['rank']}; part of each layer's change that is missing:")
-        for name, residual in report["residual"].items():
-            print(f"  {name:60} {residual:.2e}")
+    print("\n".join(made.lines()))
 
 
-def single_file_of(base: BaseModel) -> Path:
-    """The single file that the edited model is.
-
-    Raises:
-        ValueError: It is a folder or a model of the hub.
-    """
-    if base.single_file is None:
-        raise ValueError(
-            f"--format single needs --single_file FILE: model={base.name!r} is no single file, and the edit is written "
-            "into a copy of one."
-        )
-    return base.single_file
-
-
-def check_single(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together with a single file.
+def check_forms(options: argparse.Namespace) -> None:
+    """Refuse options that ask for more than one form.
 
     Raises:
         ValueError: Which ones, and what to do.
     """
-    if options.single_file and options.format != "single":
-        raise ValueError("--single_file FILE needs --format single: the edit is written into a copy of that file.")
-    if options.format != "single":
-        return
-    for option in ("delta", "lora", "names"):
-        if getattr(options, option):
+    if options.delta and options.lora:
+        raise ValueError("--delta cannot be combined with --lora: a delta is exact, LoRA weights have a low rank.")
+    for option in ("delta", "lora"):
+        if options.format == "single" and getattr(options, option):
             raise ValueError(f"--format single cannot be combined with --{option}: choose one form.")
-    if options.dtype:
-        raise ValueError("--dtype cannot be combined with --format single: the copy has the types of the file.")

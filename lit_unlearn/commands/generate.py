@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
+from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.json_files import read_json
 from lit_unlearn.system.names import check_prompts
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lit_unlearn.diffusion.pipeline import Pipeline
 
 DESCRIPTION = "draw pictures of prompts, with or without an edit"
 MIN_SIDE = 256
@@ -47,13 +40,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: An option, the checkpoint or the model is wrong.
     """
-    import torch
     from PIL import Image
 
-    from lit_unlearn.diffusion.offload import Offload
-    from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit, warn_unfinished
+    from lit_unlearn.edits.checkpoint import read_edit
+    from lit_unlearn.edits.drawing import check_numbers, draw_edit
     from lit_unlearn.evaluation.grids import image_grid
-    from lit_unlearn.system.devices import explaining_memory, find_device
     from lit_unlearn.system.pixels import save_png, to_pil
 
     output = Path(options.output)
@@ -61,40 +52,24 @@ def run(options: argparse.Namespace) -> None:
         check_prompts(options.prompts)
         if output.exists() and not options.overwrite:
             raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
-        for field in ("num", "num_inference_steps", "scale", "batch_size"):
-            value = getattr(options, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} must be at least 1.")
-        device = find_device(options.device)
+        check_numbers(scale=options.scale)
         edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
-        if edit is not None:
-            warn_unfinished(options.ckpt_path)
-        base = chosen_base(options.model, options.revision, edit, options.config_folder)
-        hyper_parameters = edit.hyper_parameters if edit else {}
-        steps = options.num_inference_steps or hyper_parameters.get("num_inference_steps", 15)
-        base.check_steps(steps, "num_inference_steps")
-    ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
-    ways += (
-        ["move parts there only while they are used (--offload)"]
-        if device.type != "cpu" and not options.offload
-        else []
+    drawn = draw_edit(
+        edit,
+        options.prompts,
+        seed=options.seed,
+        num=options.num,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        batch_size=options.batch_size,
+        model=options.model,
+        revision=options.revision,
+        config_folder=options.config_folder,
+        device=options.device,
+        offload=options.offload,
     )
-    ways += ["draw on the processor (--device cpu)"] if device.type != "cpu" else []
-    with user_errors(), explaining_memory("generate", device, ways):
-        pipeline = load_edited(base, edit, torch.device("cpu") if options.offload else device)
-        if options.offload and device.type != "cpu":
-            Offload(pipeline.parts, device)
-    guidance_scale = options.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = hyper_parameters.get("guidance_scale", 4.0)
-    seeds = list(range(options.seed, options.seed + options.num))
-    with plain_warnings(), explaining_memory("generate", device, ways):
-        pictures = draw(pipeline, options.prompts, seeds, steps, guidance_scale, options.batch_size)
-    if not pictures.isfinite().all():
-        raise UserError(
-            f"generate: pictures by {base.name} with guidance_scale={guidance_scale:g} and num_inference_steps={steps} "
-            "are not finite, so nothing is written: the model, its scheduler's settings or the edit are broken."
-        )
+    pictures, seeds, base = drawn.pictures, drawn.seeds, drawn.base
+    assert base is not None
     scale = options.scale or -(-MIN_SIDE // min(pictures.shape[-2:]))
     if len(pictures) == 1:
         image = to_pil(pictures[0])
@@ -106,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
     done = [*earlier_edit(base.place), *((edit.concepts or [edit.method]) if edit else [])]
     what = f"edited ({', '.join(done)})" if done else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    print(f"{output}: {base.name}, {what}, {steps} steps, guidance {guidance_scale:g}, {which}")
+    how = f"{drawn.num_inference_steps} steps, guidance {drawn.guidance_scale:g}"
+    print(f"{output}: {base.name}, {what}, {how}, {which}")
 
 
 def earlier_edit(place: Path | str) -> list[str]:
@@ -118,32 +94,3 @@ def earlier_edit(place: Path | str) -> list[str]:
     if not isinstance(found, dict) or "edited_weights" not in found:
         return []
     return [str(name) for name in found.get("concepts") or [found.get("method")]]
-
-
-def draw(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    batch_size: int,
-) -> Tensor:
-    """Draw each prompt with every seed and show a progress bar: pictures (prompts * seeds, 3, H, W) in [0, 1]."""
-    import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
-    pictures: list[Tensor] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Drawing", total=num_inference_steps * len(batches))
-        handle = pipeline.denoiser.register_forward_hook(lambda *_: progress.advance(task))
-        try:
-            for batch in batches:
-                batch_prompts, batch_seeds = zip(*batch, strict=True)
-                pictures.append(pipeline.draw(batch_prompts, batch_seeds, num_inference_steps, guidance_scale))
-        finally:
-            handle.remove()
-    return torch.cat(pictures)

@@ -19,93 +19,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lit_unlearn.data.checks import check_concept_set, concept_error
+from lit_unlearn.data.concept import Concept, PromptCounts
 from lit_unlearn.data.kinds import KINDS
-from lit_unlearn.data.names import Span, find_names, longer_names, name_key, replace_spans
+from lit_unlearn.data.names import longer_names, name_key
+from lit_unlearn.system.errors import user_errors
+from lit_unlearn.system.files import atomic_write
 from lit_unlearn.system.strict_yaml import load_yaml
 
 MAX_BYTES = 2_000_000
 """Size limit of a concept set in bytes."""
 MAX_CONCEPTS, MAX_NAMES, MAX_TEXT = 2000, 50, 1000
 """Limits for concepts per set, names per concept and characters per prompt, so that no file takes hours to check."""
-
-
-@dataclass(frozen=True)
-class PromptCounts:
-    """Prompts per concept; the defaults are the paper's. A set can set other numbers in ``prompts_per_concept``.
-
-    A set without indirect prompts has ``indirect: 0``.
-    """
-
-    direct: int = 5
-    indirect: int = 5
-    edit: int = 15
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One concept: its names, its evaluation prompts and the prompt pairs that edit it.
-
-    Attributes:
-        name: Name of the concept, unique in its set.
-        kind: One of ``KINDS``.
-        names: Words or phrases that name the concept; ``lit_unlearn.data.names`` finds them in prompts.
-        target: What the concept becomes: the name of another concept, or free text.
-        anchor: Prompt of the broader or related concept that Concept Ablation maps it to.
-        question: Question to a judge; "yes" means that the picture shows the concept.
-        direct: Evaluation prompts that name the concept.
-        indirect: Evaluation prompts that describe the concept without naming it.
-        edit_prompts: E, prompts that show the concept.
-        target_prompts: E*, ``edit_prompts`` with the concept replaced by its target, in the same order.
-        adjacent: Names of the set's concepts that are nearest in meaning; an edit damages them most easily.
-        adversarial: Evaluation prompts that look like gibberish.
-        longer_names: Names of other concepts of the set that contain one of this concept's names; filled in by the set.
-    """
-
-    name: str
-    kind: str
-    names: tuple[str, ...]
-    target: str
-    anchor: str
-    question: str
-    direct: tuple[str, ...]
-    indirect: tuple[str, ...]
-    edit_prompts: tuple[str, ...]
-    target_prompts: tuple[str, ...]
-    adjacent: tuple[str, ...] = ()
-    adversarial: tuple[str, ...] = ()
-    longer_names: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """Evaluation prompts of the paper's protocol: the direct ones, then the indirect ones."""
-        return self.direct + self.indirect
-
-    def occurrences(self, text: str) -> list[Span]:
-        """Where ``text`` names the concept, from left to right: start and end of each place, the end not included.
-
-        See ``lit_unlearn.data.names`` for how names are read. A part of a longer name of another concept of the set
-        does not count.
-        """
-        found = find_names(text, self.names)
-        others = find_names(text, self.longer_names) if found else []
-        return [
-            own
-            for own in found
-            if not any(other != own and other[0] <= own[0] and own[1] <= other[1] for other in others)
-        ]
-
-    def find_name(self, text: str) -> str | None:
-        """Return the first whole word or phrase of ``text`` that names the concept, as it is written there, or None."""
-        return next((text[start:end] for start, end in self.occurrences(text)), None)
-
-    def replace_names(self, text: str, replacement: str) -> str:
-        """Return ``text`` with ``replacement`` in place of every word or phrase that names the concept."""
-        return replace_spans(text, self.occurrences(text), replacement)
-
-    def content(self) -> dict[str, Any]:
-        """The concept's name and its fields in the file."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.compare}
 
 
 @dataclass(frozen=True)
@@ -130,6 +57,68 @@ class ConceptSet:
         longer = longer_names({name: concept.names for name, concept in self.concepts.items()})
         found = {name: replace(concept, longer_names=longer[name]) for name, concept in self.concepts.items()}
         object.__setattr__(self, "concepts", found)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> ConceptSet:
+        """Read and check a concept set.
+
+        Args:
+            name_or_path: Name of a set that ships with the package (``emoji20``), or path of a YAML file.
+
+        Raises:
+            UserError: There is no such set, or it is not valid; the message names file, concept and field.
+        """
+        with user_errors():
+            return load_concept_set(name_or_path)
+
+    @classmethod
+    def of(
+        cls,
+        concept: str,
+        to: str,
+        *,
+        kind: str = "object",
+        also: Sequence[str] = (),
+        protect: Sequence[str] = (),
+        retain: Sequence[str] = (),
+        question: str | None = None,
+    ) -> ConceptSet:
+        """A set for one concept, with sentences of its kind and general concepts to retain; see ``data.templates``.
+
+        Args:
+            concept: The concept, as people write it in prompts.
+            to: What to draw in its place.
+            kind: One of ``KINDS``.
+            also: Further words that name it.
+            protect: Neighbours of the same kind, to retain and to judge.
+            retain: Prompts to retain.
+            question: Question to the judge; None takes the kind's.
+
+        Raises:
+            UserError: A name, the target, the kind or a prompt is wrong.
+        """
+        from lit_unlearn.data.templates import Wish, set_of  # which makes sets
+
+        with user_errors():
+            wish = Wish(concept, to, kind, tuple(also), question)
+            return set_of([wish], Path("concepts.yaml"), protect=protect, retain=retain)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the set as a YAML file, which ``load`` reads.
+
+        Args:
+            path: The file, ``.yaml``.
+            overwrite: Replace the file if it exists.
+
+        Raises:
+            UserError: The name does not end in ``.yaml``, or the file exists.
+            OSError: The file cannot be written.
+        """
+        with user_errors():
+            check_set_output(Path(path), overwrite)
+        text = yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True, width=120)
+        with atomic_write(path) as file:
+            file.write(text.encode())
 
     @cached_property
     def sha256(self) -> str:
@@ -238,6 +227,18 @@ class ConceptSet:
         near = {name_key(name) for concept in concepts for name in concept.adjacent}
         near -= {name_key(concept.name) for concept in concepts}
         return [name for name in self.concepts if name_key(name) in near]
+
+
+def check_set_output(output: Path, overwrite: bool) -> None:
+    """Refuse a file that a concept set cannot be written to.
+
+    Raises:
+        ValueError: The name does not end in ``.yaml``, or the file exists and may not be replaced.
+    """
+    if output.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"output={output} must end in .yaml.")
+    if output.exists() and not overwrite:
+        raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
 
 
 def load_concept_set(name_or_path: str | Path) -> ConceptSet:

@@ -14,6 +14,7 @@ its parts, how prompts become a condition and how the denoiser is called (``fami
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,8 +31,12 @@ from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
+from lit_unlearn.diffusion.samplers import check_steps
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
+from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.diffusion.text import TextEncoder, Tokens, text_settings
+from lit_unlearn.system.devices import find_device
+from lit_unlearn.system.errors import user_errors
 
 Conditions = Sequence[Condition] | Callable[[int], Sequence[Condition]]
 """Conditions of a chain, the same for all its steps or by the number of a step."""
@@ -68,6 +73,34 @@ class Pipeline(ABC):
     """Latents (B, C, h, w) to pictures (B, 3, H, W) and back."""
     scheduler: Any
     """The sampler's configuration; every sampling takes a fresh copy."""
+
+    @staticmethod
+    def load(
+        model: str | os.PathLike[str] = EMBEDDED,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        config_folder: str | None = None,
+        device: str | None = None,
+    ) -> Pipeline:
+        """Load a model, frozen and in evaluation mode.
+
+        Args:
+            model: A folder in the diffusers layout, a single file of safetensors, ``emoji-sd`` or ``emoji-dit``, which
+                are embedded, or a hub id.
+            dtype: Type of the weights.
+            revision: Branch, tag or commit of a hub id.
+            config_folder: Folder with the tokenizers of a single file, and with the parts that it does not hold.
+            device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None for a GPU if there is one.
+
+        Raises:
+            UserError: There is no such model or device, or its files are not complete or not valid.
+        """
+        from lit_unlearn.diffusion.base_model import BaseModel  # which knows pipelines
+
+        with user_errors():
+            place = find_device(device)
+            return BaseModel.find(os.fspath(model), revision, config_folder).load(dtype, place)
 
     # --- defined by each family
 
@@ -175,6 +208,11 @@ class Pipeline(ABC):
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         _, height, width = self.latent_shape
         return height * factor, width * factor
+
+    def check_steps(self, num_inference_steps: int, field: str) -> None:
+        """As ``BaseModel.check_steps``, for the loaded sampler."""
+        arguments = self.noise.step_arguments(num_inference_steps)
+        check_steps(self.scheduler, num_inference_steps, field, **arguments)
 
     def with_sampler(self, kind: Sampler) -> Pipeline:
         """The same parts with another sampler; see ``DDPM.with_sampler`` and ``Flow.with_sampler``."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typing_extensions import override
+
+from lit_unlearn.system.progress import in_notebook
 
 RESULTS = {
     "fit": ("checkpoints/last.ckpt", "embeddings.safetensors"),
@@ -46,6 +48,14 @@ class RunProgress(RichProgressBar):
         return f"Epoch {current_epoch + 1}/{epochs}"
 
 
+class NotebookProgress(TQDMProgressBar):
+    """A progress bar for a notebook, where rich's needs ipywidgets."""
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return {}
+
+
 def progress_bars(given: Any, callbacks: Sequence[Callback]) -> list[Callback]:
     """The progress bar to add: none if it is switched off, if the recipe has its own, or if nobody is looking.
 
@@ -53,7 +63,11 @@ def progress_bars(given: Any, callbacks: Sequence[Callback]) -> list[Callback]:
         given: The recipe's ``trainer.enable_progress_bar``.
         callbacks: The recipe's callbacks.
     """
-    if given is False or not sys.stdout.isatty() or any(isinstance(one, ProgressBar) for one in callbacks):
+    if given is False or any(isinstance(one, ProgressBar) for one in callbacks):
+        return []
+    if in_notebook():
+        return [NotebookProgress(leave=False)]
+    if not sys.stdout.isatty():
         return []
     return [RunProgress(leave=False)]
 

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from lit_unlearn import cli
-from lit_unlearn.commands.erase import check_drawn, parser, plan_of
+from lit_unlearn.commands.erase import parser, request_of
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.training.erasure import check_drawn, plan_of
 from lit_unlearn.training.recipes import resolve_recipes
 
 
@@ -90,10 +91,10 @@ def test_judge_that_cannot_be_loaded_leaves_the_edit_unjudged_unless_it_was_name
 
     monkeypatch.setattr("lit_unlearn.judges.load.load_judge", fail)
     given = ["dog", "--to", "cat", "--model", str(tiny_sd)]
-    assert check_drawn(plan_of(parser().parse_args(given))).judge is None
+    assert check_drawn(plan_of(request_of(parser().parse_args(given)))).judge is None
     assert "nothing is judged: clip is not there" in capsys.readouterr().err
     with pytest.raises(OSError, match="clip is not there"):
-        check_drawn(plan_of(parser().parse_args([*given, "--judge", "clip"])))
+        check_drawn(plan_of(request_of(parser().parse_args([*given, "--judge", "clip"]))))
 
 
 def test_names_of_any_script_reach_a_fit_whole() -> None:
