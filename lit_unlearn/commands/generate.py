@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,9 +111,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def earlier_edit(place: Path | str) -> list[str]:
-    """What a folder written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
+    """What a model written by ``export`` was edited to lack: its concepts, or its method; empty for other models.
+
+    Args:
+        place: Its folder, or its single file, whose header holds the provenance; or a hub id.
+    """
     try:
-        found = read_json(Path(place, "provenance.json"), "export it again")
+        if Path(place).is_file():
+            from lit_unlearn.edits.single_file import PROVENANCE, SingleFile
+
+            metadata = SingleFile(place).metadata
+            ours = {k.removeprefix(PROVENANCE): v for k, v in metadata.items() if k.startswith(PROVENANCE)}
+            found = {name: json.loads(ours[name]) for name in ("edited_weights", "concepts", "method") if name in ours}
+        else:
+            found = read_json(Path(place, "provenance.json"), "export it again")
     except (OSError, ValueError):
         return []
     if not isinstance(found, dict) or "edited_weights" not in found:
@@ -137,7 +149,9 @@ def draw(
     batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
     pictures: list[Tensor] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Into a file or a pipe, rich would write an empty line for the bar that it removes.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Drawing", total=num_inference_steps * len(batches))
         handle = pipeline.denoiser.register_forward_hook(lambda *_: progress.advance(task))
         try:
