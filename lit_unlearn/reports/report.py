@@ -129,10 +129,11 @@ def by_protocol(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     found: dict[tuple[Any, ...], list[RunResult]] = {}
     for run in runs:
         found.setdefault(_protocol(run.scores), []).append(run)
-    titles = [_protocol_title(of_protocol[0].scores) for of_protocol in found.values()]
-    for place, key in enumerate(found):
-        if titles.count(_protocol_title(found[key][0].scores)) > 1:  # sets of one name and other content
-            titles[place] = titles[place].replace(",", f" ({str(key[0])[:8]}),", 1)
+    plain = [_protocol_title(of_protocol[0].scores) for of_protocol in found.values()]
+    titles = [  # sets of one name and other content are told apart by their hash
+        title.replace(",", f" ({str(key[0])[:8]}),", 1) if plain.count(title) > 1 else title
+        for title, key in zip(plain, found, strict=True)
+    ]
     return dict(zip(titles, found.values(), strict=True))
 
 
@@ -164,7 +165,8 @@ def _protocol(scores: Scores) -> tuple[Any, ...]:
 
 
 def _protocol_title(scores: Scores) -> str:
-    return f"Concept set {scores.concepts.name}, judge {scores.judge}, {of(scores.images_per_concept, 'picture')} per concept"
+    pictures = of(scores.images_per_concept, "picture")
+    return f"Concept set {scores.concepts.name}, judge {scores.judge}, {pictures} per concept"
 
 
 def group(runs: Sequence[RunResult]) -> list[Group]:

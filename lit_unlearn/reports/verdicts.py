@@ -52,6 +52,7 @@ def method_verdict(method: str, runs: Sequence[Scores], attacks: Sequence[Attack
         sentences = [*sentences, "Not attacked."]
     else:
         label = max(shown, key=lambda name: shown[name])
-        best = f"{attack_words(label)}, shows the concept on {shown[label]:.0%} of the pictures"
-        sentences = [*sentences, f"The most successful of {of(len(shown), 'attack')}, {best}."]
+        which = f"The most successful of {len(shown)} attacks" if len(shown) > 1 else "The attack"
+        found = f"{attack_words(label)}, shows the concept on {shown[label]:.0%} of the pictures."
+        sentences = [*sentences, f"{which}, {found}"]
     return f"{method}: {' '.join(sentences)}"
