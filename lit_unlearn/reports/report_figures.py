@@ -41,11 +41,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     )  # fmt: skip
 
 
-def side_by_side(points: Sequence[tuple[float, float]]) -> list[float]:
-    """How far each of the ``points`` is moved sideways, in points of the page, so that no marker hides another."""
-    if not points:
-        return []
-    near = [NEAR * (max(values) - min(values)) for values in zip(*points, strict=True)]
+def side_by_side(points: Sequence[tuple[float, float]], ranges: tuple[float, float]) -> list[float]:
+    """How far each of the ``points`` is moved sideways, in points of the page, so that no marker hides another.
+
+    Args:
+        points: Across and up, in the axes' units.
+        ranges: Lengths of the axes, in the same units.
+    """
+    near = [NEAR * length for length in ranges]
     heaps: list[list[int]] = []
     for place, point in enumerate(points):
         for heap in heaps:
@@ -61,6 +64,13 @@ def side_by_side(points: Sequence[tuple[float, float]]) -> list[float]:
     return moved
 
 
+def _limits(ends: Sequence[float], points: Sequence[tuple[float, float]], axis: int) -> tuple[float, float]:
+    """Ends of an axis that shows the intervals' ``ends`` and the ``points``, with a margin, and at least a tenth."""
+    shown = [*ends, *(point[axis] for point in points)] or [0.0, 1.0]
+    middle, half = (max(shown) + min(shown)) / 2, max(0.05, (max(shown) - min(shown)) / 2)
+    return middle - 1.1 * half, middle + 1.1 * half
+
+
 def _moved(axes: Axes, figure: Figure, points: float) -> Transform:
     """The data's coordinates, moved sideways by so many points of the page."""
     return axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
@@ -71,11 +81,13 @@ def tradeoff_figure(summaries: Sequence[MethodSummary]) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     points = [(summary.scores["forget"], summary.scores["retain"]) for summary in summaries]
-    moved = side_by_side(points)
-    for number, (summary, (forget, retain)) in enumerate(zip(summaries, points, strict=True)):
-        (left, right), (low, high) = (
-            summary.intervals.get(name, (summary.scores[name],) * 2) for name in ("forget", "retain")
-        )
+    bounds = [
+        [summary.intervals.get(name, (summary.scores[name],) * 2) for name in ("forget", "retain")]
+        for summary in summaries
+    ]
+    limits = [_limits([end for of_method in bounds for end in of_method[i]], points, i) for i in (0, 1)]
+    moved = side_by_side(points, (limits[0][1] - limits[0][0], limits[1][1] - limits[1][0]))
+    for number, ((forget, retain), ((left, right), (low, high))) in enumerate(zip(points, bounds, strict=True)):
         axes.errorbar(
             forget,
             retain,
@@ -86,7 +98,7 @@ def tradeoff_figure(summaries: Sequence[MethodSummary]) -> Figure:
             markersize=7,
             capsize=2,
             linewidth=0.8,
-            label=summary.method,
+            label=summaries[number].method,
             transform=_moved(axes, figure, moved[number]),
         )
     front = [points[i] for i in pareto_front(points)]
@@ -94,7 +106,9 @@ def tradeoff_figure(summaries: Sequence[MethodSummary]) -> Figure:
     axes.set_xlabel("forget: pictures of the edited concepts without them")
     axes.set_ylabel("retain: pictures of the others with theirs")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.05 + max(moved, default=0) / AXIS)
+    room = (limits[0][1] - limits[0][0]) * max(moved, default=0) / AXIS
+    axes.set_xlim(limits[0][0] - room, limits[0][1] + room)
+    axes.set_ylim(*limits[1])
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), **_legend(moved))
     return figure
 
@@ -146,7 +160,7 @@ def robustness_figure(summaries: Sequence[MethodSummary], attacks: Mapping[str, 
 
 def _say(axes: Axes, x: float, words: str, color: str) -> None:
     """Write upwards from the axis, where no bar is seen."""
-    axes.text(x, 0.01, words, rotation=90, ha="center", va="bottom", fontsize=7, color=color)
+    axes.text(x, 0.01, words, rotation=0 if words == "0" else 90, ha="center", va="bottom", fontsize=7, color=color)
 
 
 def _legend(moved: Sequence[float]) -> dict[str, Any]:
@@ -158,7 +172,9 @@ def heat_map_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure:
     """Harmonic mean of forget and retain by method (rows) and edited concept (columns); empty cells have no run."""
     concepts = list(dict.fromkeys(name for of_method in scores.values() for name in of_method))
     values = np.array([[of_method.get(name, math.nan) for name in concepts] for of_method in scores.values()])
-    figure = Figure(figsize=(0.55 * len(concepts) + 3, 0.4 * len(scores) + 1.8), layout="constrained")
+    figure = Figure(
+        figsize=(max(7.0, 0.55 * len(concepts) + 3), max(2.5, 0.4 * len(scores) + 1.8)), layout="constrained"
+    )
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(concepts)), concepts, rotation=60, ha="right")
@@ -181,7 +197,9 @@ def cost_figure(summaries: Sequence[MethodSummary]) -> Figure:
         )  # log(0) is not defined
         for summary in summaries
     ]
-    moved = side_by_side([(math.log10(cost), s.hm_of_averages) for cost, s in zip(paid, summaries, strict=True)])
+    low, high = math.log10(0.7), math.log10(max(10, 2 * max(paid, default=1)))
+    places = [(math.log10(cost), s.hm_of_averages) for cost, s in zip(paid, summaries, strict=True)]
+    moved = side_by_side(places, (high - low, 1.03))
     for number, summary in enumerate(summaries):
         costs = summary.costs
         axes.scatter(
@@ -194,7 +212,6 @@ def cost_figure(summaries: Sequence[MethodSummary]) -> Figure:
             transform=_moved(axes, figure, moved[number]),
         )
     axes.set_xscale("log")
-    low, high = math.log10(0.7), math.log10(max(10, 2 * max(paid)))
     room = (high - low) * max(moved, default=0) / AXIS
     axes.set_xlim(10 ** (low - room), 10 ** (high + room))
     axes.set_ylim(0, 1.03)
