@@ -120,11 +120,14 @@ def note(page: Path) -> str:
     quick = any(command.startswith("attack") and "--attacks" not in command for command in kept)
     more = " Where no attack is named, they run the fastest." if quick else ""
     if not reasons:
-        return f"The tests run the commands of this page on the embedded models.{more}"
+        return f"The tests run the `lit-unlearn` commands of this page on the embedded models.{more}"
     if not kept:
-        return f"The tests parse the commands of this page to the end; they do not run them, since they need {listed}."
+        return (
+            "The tests parse the `lit-unlearn` commands of this page to the end; they do not run them, since they need "
+            f"{listed}."
+        )
     return (
-        "The tests run the commands of this page on the embedded models, except those that need "
+        "The tests run the `lit-unlearn` commands of this page on the embedded models, except those that need "
         f"{listed}; these are only parsed to the end.{more}"
     )
 
