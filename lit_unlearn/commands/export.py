@@ -62,6 +62,15 @@ def run(options: argparse.Namespace) -> None:
         UserError: An option, the checkpoint or the model is wrong.
         OSError: The output cannot be written.
     """
+    with user_errors():  # mistakes are told before PyTorch is imported, which takes seconds
+        if options.names and (options.lora or options.delta):
+            raise ValueError(
+                "--names is for folders: LoRA weights have the names of kohya's scripts, which old and new tools read, "
+                "and a delta has lit-unlearn's own."
+            )
+        if options.delta and options.lora:
+            raise ValueError("--delta cannot be combined with --lora: a delta is exact, LoRA weights have a low rank.")
+        check_single(options)
     import torch
 
     from lit_unlearn.edits.card import left_out
@@ -81,14 +90,6 @@ def run(options: argparse.Namespace) -> None:
     kept = report = written = source = None
     with user_errors(), plain_warnings():
         rank = parse_rank(options.lora) if options.lora else None
-        if options.names and (options.lora or options.delta):
-            raise ValueError(
-                "--names is for folders: LoRA weights have the names of kohya's scripts, which old and new tools read, "
-                "and a delta has lit-unlearn's own."
-            )
-        if options.delta and options.lora:
-            raise ValueError("--delta cannot be combined with --lora: a delta is exact, LoRA weights have a low rank.")
-        check_single(options)
         if options.single_file:
             source = SingleFile(options.single_file)
         edit = base = None

@@ -48,15 +48,6 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: An option, the checkpoint or the model is wrong.
     """
-    import torch
-    from PIL import Image
-
-    from lit_unlearn.diffusion.offload import Offload
-    from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit, warn_unfinished
-    from lit_unlearn.evaluation.grids import image_grid
-    from lit_unlearn.system.devices import explaining_memory, find_device
-    from lit_unlearn.system.pixels import save_png, to_pil
-
     output = Path(options.output)
     with user_errors():
         check_prompts(options.prompts)
@@ -66,6 +57,16 @@ def run(options: argparse.Namespace) -> None:
             value = getattr(options, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
+    import torch
+    from PIL import Image
+
+    from lit_unlearn.diffusion.offload import Offload
+    from lit_unlearn.edits.checkpoint import chosen_base, load_edited, read_edit, warn_unfinished
+    from lit_unlearn.evaluation.grids import image_grid
+    from lit_unlearn.system.devices import explaining_memory, find_device
+    from lit_unlearn.system.pixels import save_png, to_pil
+
+    with user_errors():
         device = find_device(options.device)
         edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
         if edit is not None:

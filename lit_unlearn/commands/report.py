@@ -8,6 +8,7 @@ from pathlib import Path
 from lit_unlearn.commands.parser import Parser, command_parser
 from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.files import atomic_write
+from lit_unlearn.system.run_file import scores_files
 
 DESCRIPTION = "compare tested runs: Markdown, CSV and one HTML page"
 
@@ -29,9 +30,6 @@ def run(options: argparse.Namespace) -> None:
         UserError: A folder contains no run, a file cannot be read, or the output exists.
         OSError: The output cannot be written.
     """
-    from lit_unlearn.reports.page import report_html
-    from lit_unlearn.reports.report import by_protocol, find_runs, report_csv, report_markdown, separately
-
     output = Path(options.output)
     with user_errors():
         if options.grids < 0:
@@ -39,6 +37,10 @@ def run(options: argparse.Namespace) -> None:
         files = [output / f"report.{kind}" for kind in ("md", "csv", "html")]
         if (there := [path for path in files if path.exists()]) and not options.overwrite:
             raise ValueError(f"output={there[0]} exists: choose another folder, or pass --overwrite to replace it.")
+        scores_files(options.folders)  # mistakes are told before figures are imported, which takes seconds
+        from lit_unlearn.reports.page import report_html
+        from lit_unlearn.reports.report import by_protocol, find_runs, report_csv, report_markdown, separately
+
         runs = find_runs(options.folders)
     if len(protocols := by_protocol(runs)) > 1:
         print(separately(len(protocols)))

@@ -32,6 +32,7 @@ from lit_unlearn.reports.summary import (
 )
 from lit_unlearn.reports.tables import concepts_markdown
 from lit_unlearn.reports.verdicts import LIMITS, method_verdict, of
+from lit_unlearn.system.run_file import scores_files
 
 SEEDS = (
     "Mean ± standard deviation between runs that differ in the seed of the fit alone, and between tests of the same "
@@ -110,14 +111,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[RunResult]:
     Raises:
         ValueError: A folder does not exist or contains no tested run, or a file cannot be read.
     """
-    runs: list[RunResult] = []
-    for folder in map(Path, folders):
-        if not folder.exists():
-            raise ValueError(f"report: there is no folder {folder}.")
-        paths = [folder] if folder.name == "scores.json" else sorted(folder.rglob("scores.json"))
-        if not paths:
-            raise ValueError(f"report: {folder} holds no scores.json; `lit-unlearn test` writes one into each run.")
-        runs += [RunResult(path.parent, Scores.load(path), _read_attacks(path.parent)) for path in paths]
+    runs = [RunResult(path.parent, Scores.load(path), _read_attacks(path.parent)) for path in scores_files(folders)]
     return list({run.folder.resolve(): run for run in runs}.values())
 
 
