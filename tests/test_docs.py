@@ -1,4 +1,4 @@
-"""The documentation: its site builds, its commands are understood to the end, and those of the first pages are run."""
+"""The documentation: its site builds, and its commands are run, or understood to the end where the page says so."""
 
 from __future__ import annotations
 
@@ -90,17 +90,78 @@ def test_options_of_fits_and_tests_are_parsed_to_the_end(
     assert "model:" in capsys.readouterr().out
 
 
+NOT_RUN = (
+    (r"sd14|sd35|sdxl|flux|FOLDER|CompVis|v1-5|VanGogh@", "weights that do not come with the project"),
+    (r"devices 4", "several GPUs"),
+    (r"emoji/|siss|logs/esd|--model\.rounds 10|^fit --config esd", "a fit of more than two minutes"),
+    (r"my_package|\.\.\.|…|\bRUN\b|\bDIR\b|METHOD|my_dog|dogs/ |edited/|model\.ckpt", "files of yours"),
+    (r"textual_inversion|pets\.yaml|artists|null_space_authors", "files of yours"),
+)
+"""What the commands that no test runs need; each is parsed to the end."""
+FIRST = {
+    "docs/guides/prove.md": ["fit --config null_space.yaml --concept dog"],
+    "docs/guides/sweep.md": ["fit --config uce.yaml --concept dog", "test --config uce.yaml --concept dog"],
+    "docs/null_space.md": ["fit --config null_space.yaml --concept dog"],
+    "docs/runs.md": ["fit --config null_space.yaml --concept dog"],
+}
+"""What is run before the commands of pages that begin with a run that is there."""
+
+
+def needs(command: str) -> str | None:
+    """What a command needs that the tests do not have; None if they run it."""
+    return next((reason for pattern, reason in NOT_RUN if re.search(pattern, command)), None)
+
+
+def note(page: Path) -> str:
+    """The sentence in which a page says which of its commands are run."""
+    written = list(commands(page))
+    reasons = list(dict.fromkeys(reason for command in written if (reason := needs(command))))
+    listed = " or ".join(filter(None, [", ".join(reasons[:-1]), reasons[-1] if reasons else ""]))
+    kept = [command for command in written if needs(command) is None]
+    quick = any(command.startswith("attack") and "--attacks" not in command for command in kept)
+    more = " Where no attack is named, they run the fastest." if quick else ""
+    if not reasons:
+        return f"The tests run the `lit-unlearn` commands of this page on the embedded models.{more}"
+    if not kept:
+        return (
+            "The tests parse the `lit-unlearn` commands of this page to the end; they do not run them, since they need "
+            f"{listed}."
+        )
+    return (
+        "The tests run the `lit-unlearn` commands of this page on the embedded models, except those that need "
+        f"{listed}; these are only parsed to the end.{more}"
+    )
+
+
+WITH_COMMANDS = [page for page in PAGES if list(commands(page))]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.relative_to(TOP).as_posix())
+def test_a_page_says_which_of_its_commands_are_run(page: Path) -> None:
+    assert note(page) in " ".join(page.read_text(encoding="utf-8").split())
+
+
+def test_most_pages_have_a_command_that_is_run() -> None:
+    run = [page for page in WITH_COMMANDS if not all(map(needs, commands(page)))]
+    assert len(run) >= 14
+    assert {"README.md", *FIRST} <= {page.relative_to(TOP).as_posix() for page in run}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["index.md", "guides/compare.md", "guides/prove.md"])
-def test_commands_of_the_first_pages_are_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    written = list(commands(TOP / "docs" / page))
-    if page == "guides/prove.md":  # which begins with an edit that is there
-        written = ["fit --config null_space.yaml --concept dog", *written]
-    assert len(written) >= 3
-    for command in written:
+@pytest.mark.parametrize(
+    "page",
+    [page for page in WITH_COMMANDS if not all(map(needs, commands(page)))],
+    ids=lambda page: page.relative_to(TOP).as_posix(),
+)
+def test_commands_of_a_page_are_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = [command.replace("$i", "3") for command in commands(page) if needs(command) is None]
+    for command in [*FIRST.get(page.relative_to(TOP).as_posix(), []), *written]:
         name, *options = shlex.split(command)
+        folder = tmp_path / ("alone" if name == "demo" else "together")  # a demo makes the runs that others make too
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
         fewer = ["--trainer.enable_progress_bar", "false"] if name in TRAINER_COMMANDS else []
+        fewer = [] if "--edit.help" in options else fewer
         fewer += ["--attacks", "noise_probe"] if name == "attack" and "--attacks" not in options else []
         assert main([name, *options, *fewer]) == 0, command
 

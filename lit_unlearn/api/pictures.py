@@ -49,7 +49,8 @@ def draw(
     """
     from PIL import Image
 
-    from lit_unlearn.edits.drawing import check_numbers, draw_edit
+    from lit_unlearn.edits.drawing import draw_edit
+    from lit_unlearn.system.names import check_numbers
     from lit_unlearn.system.pixels import to_pil
 
     wanted = [prompts] if isinstance(prompts, str) else list(prompts)

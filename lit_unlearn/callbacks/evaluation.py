@@ -20,9 +20,10 @@ from typing_extensions import override
 
 from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
+from lit_unlearn.callbacks.sheets import Shown, evaluation_sheet
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.drawing import Drawing
-from lit_unlearn.evaluation.grids import before_after_grid, image_grid
+from lit_unlearn.evaluation.grids import Section, sheet
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Relapse, Scores, Source
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
@@ -145,7 +146,7 @@ class EvaluationReport(L.Callback):
             raise ValueError(f"judge_negatives={judge_negatives} must be at least 0; 0 omits precision and recall.")
         self.columns, self.others = columns, others
         self.features, self.judge_negatives = features, judge_negatives
-        self._shown: list[tuple[PictureItem, Tensor, Tensor]] = []
+        self._shown: list[Shown] = []
 
     @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -183,11 +184,12 @@ class EvaluationReport(L.Callback):
         if self._distance is not None and others:
             self._distance.update(*pair)
         self._curve.update(outputs["before"], batch)
-        for item, before, after in zip(batch, outputs["before"], outputs["after"], strict=True):
+        kinds = ("before", "after", "shown_before", "shown_after")
+        for item, *pair in zip(batch, *(outputs[kind] for kind in kinds), strict=True):
             is_edited = names[item.concept_index] in edited
             # The grid shows every prompt of the edited concepts and the first prompt of some others, once.
             if item.image_index == 0 and (is_edited or item.prompt_index == 0):
-                self._shown.append((item, before, after))
+                self._shown.append(Shown(item, *pair))
 
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -202,13 +204,13 @@ class EvaluationReport(L.Callback):
         if pl_module.second_judge is not None:
             agreement = {"judge": pl_module.second_judge.name, "cohen_kappa": float(pl_module.kappa.compute())}
         shown = [one for part in pl_module.processes.gathered(self._shown) for one in part]
-        self._shown = sorted(shown, key=lambda one: one[0].seed)  # the order of a single process
+        self._shown = sorted(shown, key=lambda one: one.item.seed)  # the order of a single process
         if not trainer.is_global_zero:
             return
         calibration = {name: curve.numbers() for name, curve in curves.items()}
         scores = self._scores(folder, trainer, pl_module, before, after, drift, agreement, calibration)
         scores.save(folder / "scores.json")
-        grid = self._grid(pl_module)
+        grid = evaluation_sheet(pl_module, self._shown, scores, self.columns, self.others)
         save_png(folder / "grid.png", grid)
         for name in set(TEST_SCORES) & set(after):
             pl_module.log(f"test/{name}", after[name], rank_zero_only=True)
@@ -271,17 +273,6 @@ class EvaluationReport(L.Callback):
             relapse=Relapse.of(module.earlier, after["per_concept"]),
         )
 
-    def _grid(self, module: ConceptEditor) -> Image.Image:
-        names = list(module.concepts.concepts)
-        edited = {concept.name for concept in module.edited}
-        first = [shown for shown in self._shown if names[shown[0].concept_index] in edited]
-        rest = [shown for shown in self._shown if names[shown[0].concept_index] not in edited][: self.others]
-        chosen = first + rest
-        stack = [torch.stack([shown[i] for shown in chosen]).float() / 255 for i in (1, 2)]  # type: ignore[misc]
-        return before_after_grid(
-            stack[0], stack[1], [shown[0].prompt for shown in chosen], columns=min(self.columns, len(chosen))
-        )
-
 
 def method_name(folder: Path, module: ConceptEditor) -> str:
     """Name of the method's recipe, from the run's folder ``METHOD/CONCEPT/version_N``; otherwise the class name."""
@@ -303,6 +294,7 @@ class EvaluationGrid(L.Callback):
     def __init__(self, every_n_epochs: int = 0, prompts: list[str] | None = None, seed: int = 0) -> None:
         self.every_n_epochs, self.prompts, self.seed = every_n_epochs, prompts, seed
         self._before: Tensor | None = None
+        self._edited = 0  # so many of the prompts, the first ones, are of edited concepts
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -313,10 +305,11 @@ class EvaluationGrid(L.Callback):
             edited = pl_module.edited
             others = [concept for concept in pl_module.concepts.concepts.values() if concept not in edited]
             self.prompts = [p for concept in edited for p in (*concept.direct[:2], *concept.indirect[:2])]
+            self._edited = len(self.prompts)
             self.prompts += [concept.direct[0] for concept in others[:: max(1, len(others) // 4)][:4]]
         with pl_module.pretrained.restored():
             self._before = self._pictures(pl_module)
-        self._show(trainer, self._before, self._before)
+        self._show(trainer, pl_module, self._before)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -324,20 +317,27 @@ class EvaluationGrid(L.Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.is_global_zero and (last or due) and self._before is not None:
-            self._show(trainer, self._before, self._pictures(pl_module))
+            self._show(trainer, pl_module, self._pictures(pl_module))
 
     def _pictures(self, module: ConceptEditor) -> Tensor:
         assert self.prompts is not None
         with _uncounted(module):
             return module.generate(self.prompts, [self.seed + i for i in range(len(self.prompts))]).float() / 255
 
-    def _show(self, trainer: L.Trainer, before: Tensor, after: Tensor) -> None:
-        if isinstance(trainer.logger, TensorBoardLogger):
-            assert self.prompts is not None
-            grid = image_grid([before, after], row_labels=["before", "after"], column_labels=self.prompts, scale=2)
-            trainer.logger.experiment.add_image(
-                "fit/before_above_after", np.asarray(grid), trainer.global_step, dataformats="HWC"
-            )
+    def _show(self, trainer: L.Trainer, module: ConceptEditor, after: Tensor) -> None:
+        if not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        assert self.prompts is not None and self._before is not None
+        names = ", ".join(concept.name for concept in module.edited)
+        parts = {"Prompts of the recipe": slice(None)}
+        if self._edited:
+            parts = {f"Edited: {names}": slice(self._edited), "Other concepts": slice(self._edited, None)}
+        sections = [Section(head, self._before[p], after[p], self.prompts[p]) for head, p in parts.items()]
+        how = "Above: the unedited model; below: as the weights are now, with the same prompt and seed. Not judged."
+        grid = sheet(f"{names} edited by {type(module).__name__}, after {trainer.global_step} steps", [how], sections)
+        trainer.logger.experiment.add_image(
+            "fit/before_above_after", np.asarray(grid), trainer.global_step, dataformats="HWC"
+        )
 
 
 @contextmanager

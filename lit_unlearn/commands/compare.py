@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.system.files import atomic_write
-from lit_unlearn.system.names import check_prompts
+from lit_unlearn.system.names import check_numbers, check_prompts
 from lit_unlearn.system.run_file import checkpoint_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         OSError: The page cannot be written.
     """
     from lit_unlearn.edits.checkpoint import chosen_base, load_with_pretrained, read_edit, warn_unfinished
-    from lit_unlearn.edits.drawing import check_numbers, draw_all
+    from lit_unlearn.edits.drawing import draw_all
     from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
     from lit_unlearn.judges.base import judge_questions
     from lit_unlearn.reports.comparison import Column, comparison_page

@@ -6,6 +6,7 @@ import argparse
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.edits.dtypes import DTYPES
+from lit_unlearn.edits.form_checks import check_form
 from lit_unlearn.system.errors import user_errors
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
@@ -56,15 +57,17 @@ def run(options: argparse.Namespace) -> None:
         UserError: An option, the checkpoint or the model is wrong.
         OSError: The output cannot be written.
     """
-    from lit_unlearn.edits.forms import export_edit
-
     with user_errors():
         check_forms(options)
+        form = "delta" if options.delta else "lora" if options.lora else options.format
+        check_form(form, options.lora, options.dtype, options.names, options.single_file)
+    from lit_unlearn.edits.forms import export_edit  # PyTorch, which takes seconds: mistakes are told before
+
     made = export_edit(
         options.ckpt_path,
         options.output,
-        "delta" if options.delta else "lora" if options.lora else options.format,
-        rank=options.lora or None,
+        form,
+        rank=options.lora,
         dtype=options.dtype,
         names=options.names,
         single_file=options.single_file,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.json_files import read_json
-from lit_unlearn.system.names import check_prompts
+from lit_unlearn.system.names import check_numbers, check_prompts
 
 DESCRIPTION = "draw pictures of prompts, with or without an edit"
 MIN_SIDE = 256
@@ -40,19 +41,25 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: An option, the checkpoint or the model is wrong.
     """
-    from PIL import Image
-
-    from lit_unlearn.edits.checkpoint import read_edit
-    from lit_unlearn.edits.drawing import check_numbers, draw_edit
-    from lit_unlearn.evaluation.grids import image_grid
-    from lit_unlearn.system.pixels import save_png, to_pil
-
     output = Path(options.output)
     with user_errors():
         check_prompts(options.prompts)
         if output.exists() and not options.overwrite:
             raise ValueError(f"output={output} exists: choose another name, or pass --overwrite to replace it.")
-        check_numbers(scale=options.scale)
+        check_numbers(
+            num=options.num,
+            num_inference_steps=options.num_inference_steps,
+            scale=options.scale,
+            batch_size=options.batch_size,
+        )
+    from PIL import Image
+
+    from lit_unlearn.edits.checkpoint import read_edit
+    from lit_unlearn.edits.drawing import draw_edit
+    from lit_unlearn.evaluation.grids import image_grid
+    from lit_unlearn.system.pixels import save_png, to_pil
+
+    with user_errors():
         edit = read_edit(options.ckpt_path) if options.ckpt_path is not None else None
     drawn = draw_edit(
         edit,
@@ -86,9 +93,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def earlier_edit(place: Path | str) -> list[str]:
-    """What a folder written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
+    """What a model written by ``export`` was edited to lack: its concepts, or its method; empty for other models.
+
+    Args:
+        place: Its folder, or its single file, whose header holds the provenance; or a hub id.
+    """
     try:
-        found = read_json(Path(place, "provenance.json"), "export it again")
+        if Path(place).is_file():
+            from lit_unlearn.edits.single_file import PROVENANCE, SingleFile
+
+            metadata = SingleFile(place).metadata
+            ours = {k.removeprefix(PROVENANCE): v for k, v in metadata.items() if k.startswith(PROVENANCE)}
+            found = {name: json.loads(ours[name]) for name in ("edited_weights", "concepts", "method") if name in ours}
+        else:
+            found = read_json(Path(place, "provenance.json"), "export it again")
     except (OSError, ValueError):
         return []
     if not isinstance(found, dict) or "edited_weights" not in found:

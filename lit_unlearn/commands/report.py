@@ -8,6 +8,7 @@ from pathlib import Path
 from lit_unlearn.commands.parser import Parser, command_parser
 from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.files import atomic_write
+from lit_unlearn.system.run_file import scores_files
 
 DESCRIPTION = "compare tested runs: Markdown, CSV and one HTML page"
 
@@ -26,11 +27,9 @@ def run(options: argparse.Namespace) -> None:
     """Write ``report.md``, ``report.csv`` and ``report.html`` of all tested runs below some folders.
 
     Raises:
-        UserError: A folder contains no run, the runs cannot be compared, or the output exists.
+        UserError: A folder contains no run, a file cannot be read, or the output exists.
         OSError: The output cannot be written.
     """
-    from lit_unlearn.reports.report import collect, report_csv, report_html, report_markdown
-
     output = Path(options.output)
     with user_errors():
         if options.grids < 0:
@@ -38,7 +37,13 @@ def run(options: argparse.Namespace) -> None:
         files = [output / f"report.{kind}" for kind in ("md", "csv", "html")]
         if (there := [path for path in files if path.exists()]) and not options.overwrite:
             raise ValueError(f"output={there[0]} exists: choose another folder, or pass --overwrite to replace it.")
-        runs = collect(options.folders)
+        scores_files(options.folders)  # mistakes are told before figures are imported, which takes seconds
+        from lit_unlearn.reports.page import report_html
+        from lit_unlearn.reports.report import by_protocol, find_runs, report_csv, report_markdown, separately
+
+        runs = find_runs(options.folders)
+    if len(protocols := by_protocol(runs)) > 1:
+        print(separately(len(protocols)))
     contents = report_markdown(runs), report_csv(runs), report_html(runs, options.grids)
     for path, content in zip(files, contents, strict=True):
         with atomic_write(path) as file:

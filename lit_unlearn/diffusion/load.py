@@ -25,7 +25,7 @@ from lit_unlearn.diffusion.check import (
 from lit_unlearn.diffusion.hub import cached_snapshot, download
 from lit_unlearn.diffusion.parts import KINDS, model_class
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.quiet import quiet_loading
+from lit_unlearn.diffusion.quiet import quiet_libraries
 from lit_unlearn.diffusion.single_file.folder import local_folder
 from lit_unlearn.diffusion.source import read_config, resolve_model, weight_variant, weights_folder
 from lit_unlearn.diffusion.stored import stored_weights
@@ -101,7 +101,7 @@ def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = Non
         BrokenWeightsError: A weight is not finite in ``dtype``.
     """
     device = torch.get_default_device() if device is None else device
-    with torch.device("cpu"), quiet_loading():  # with another default device transformers would need accelerate
+    with torch.device("cpu"), quiet_libraries():  # with another default device transformers would need accelerate
         pipeline = _load(path, dtype, device)
     _mend(pipeline, path)
     return pipeline

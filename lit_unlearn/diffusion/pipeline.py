@@ -31,6 +31,7 @@ from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
+from lit_unlearn.diffusion.quiet import quiet_libraries
 from lit_unlearn.diffusion.samplers import check_steps
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
 from lit_unlearn.diffusion.source import EMBEDDED
@@ -173,7 +174,8 @@ class Pipeline(ABC):
 
     def save(self, folder: Any) -> None:
         """Write the pipeline as a diffusers folder that ``DiffusionPipeline.from_pretrained`` loads."""
-        self.to_diffusers().save_pretrained(folder)
+        with quiet_libraries():
+            self.to_diffusers().save_pretrained(folder)
 
     @abstractmethod
     def to_diffusers(self) -> Any:

@@ -1,4 +1,4 @@
-"""Loads parts of models without the progress bars of the libraries: reading weights from a disk takes a second."""
+"""Loads and saves parts of models without the libraries' progress bars: reading weights from a disk takes a second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Within the block, transformers and diffusers show no bars; downloads, which are made before, keep theirs."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -18,7 +18,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_edited, warn_unfinished
 from lit_unlearn.system.devices import explaining_memory, find_device
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
-from lit_unlearn.system.names import check_prompts
+from lit_unlearn.system.names import check_numbers, check_prompts
 from lit_unlearn.system.progress import progress
 
 STEPS, GUIDANCE = 15, 4.0
@@ -111,17 +111,6 @@ def draw_edit(
             "so nothing is written: the model, its scheduler's settings or the edit are broken."
         )
     return Drawn(pictures, base, seeds, steps, float(guidance))
-
-
-def check_numbers(**numbers: int | None) -> None:
-    """Refuse numbers below 1; those that are None are not given.
-
-    Raises:
-        ValueError: Which one.
-    """
-    for field, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{field}={value} must be at least 1.")
 
 
 def _ways(batch_size: int, device: torch.device, offload: bool) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,12 +26,10 @@ from lit_unlearn.edits.export import (
     output_path,
     provenance,
 )
-from lit_unlearn.edits.lora import FILE_NAME, Rank, notable_loss, parse_rank
+from lit_unlearn.edits.form_checks import Form, check_form
+from lit_unlearn.edits.lora import FILE_NAME, notable_loss, parse_rank
 from lit_unlearn.edits.single_file import SingleFile, Written
 from lit_unlearn.system.errors import plain_warnings, user_errors
-
-Form = Literal["folder", "delta", "lora", "single"]
-FORMS: tuple[Form, ...] = ("folder", "delta", "lora", "single")
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def export_edit(
     """
     with user_errors(), plain_warnings():
         kind = _checked_dtype(dtype)
-        lora_rank = _checked(form, rank, dtype, names, single_file)
+        check_form(form, rank, dtype, names, single_file)
+        lora_rank = parse_rank(str(rank)) if form == "lora" and rank is not None else None
         source = SingleFile(single_file) if single_file else None
         edit = base = None
         if form == "single" and source is None:  # the model that was edited, if it is a single file
@@ -150,32 +149,3 @@ def _checked_dtype(dtype: str | None) -> torch.dtype | None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     return None if dtype is None else getattr(torch, dtype)
-
-
-def _checked(
-    form: str, rank: int | str | None, dtype: str | None, names: str | None, single_file: str | Path | None
-) -> Rank:
-    """The rank of LoRA weights, if these are asked for; what does not go together is refused.
-
-    Raises:
-        ValueError: What, and what to do.
-    """
-    if form not in FORMS:
-        raise ValueError(f"format={form!r} is not one of {', '.join(FORMS)}.")
-    if single_file and form != "single":
-        raise ValueError("--single_file FILE needs --format single: the edit is written into a copy of that file.")
-    if form == "single":
-        for option, value in (("names", names), ("dtype", dtype)):
-            if value:
-                why = "the copy has the types of the file" if option == "dtype" else "choose one form"
-                raise ValueError(f"--format single cannot be combined with --{option}: {why}.")
-    if names not in (None, "2022"):
-        raise ValueError(f"names={names!r} is not known: leave it out, or give 2022 for older tools.")
-    if names and form != "folder":
-        raise ValueError(
-            "--names is for folders: LoRA weights have the names of kohya's scripts, which old and new tools read, "
-            "and a delta has lit-unlearn's own."
-        )
-    if form != "lora" and rank is not None:
-        raise ValueError(f"rank={rank} is for LoRA weights: choose the format lora, or leave it out.")
-    return parse_rank(str(rank)) if form == "lora" and rank is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +19,8 @@ CAPTION_WIDTH = 64
 """Smallest width of a column with a caption, in pixels; narrower pictures are centred."""
 ROW_LABEL_WIDTH = 110
 """Width at which row labels are wrapped, in pixels."""
+TITLE_SIZE, HEADING_SIZE = 20, 16
+"""Sizes of the title and of a heading, in points."""
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -26,8 +29,9 @@ def image_grid(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     scale: int = 1,
+    notes: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Draw rows of pictures on white, with captions above the columns and left of the rows.
+    """Draw rows of pictures on white, with captions above the columns, left of the rows and below the pictures.
 
     Captions are wrapped to the width of their column and never cut off; a long caption makes its line higher.
 
@@ -36,12 +40,13 @@ def image_grid(
         row_labels: One per row, or none.
         column_labels: One per column of the longest row, or none.
         scale: Each pixel is enlarged to ``scale`` x ``scale`` pixels, for small pictures.
+        notes: For each row the text below each of its pictures, e.g. a judge's verdict; or none.
 
     Returns:
         The grid, RGB.
 
     Raises:
-        ValueError: No pictures, pictures of different sizes, or a number of labels that does not fit.
+        ValueError: No pictures, pictures of different sizes, or a number of labels or notes that does not fit.
     """
     shapes = {tuple(row.shape[1:]) for row in rows}
     if not rows or not any(len(row) for row in rows):
@@ -54,10 +59,13 @@ def image_grid(
     for field, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
         if len(labels) not in (0, count):
             raise ValueError(f"{len(labels)} {field} labels for {count} {field}s; give one for each, or none.")
+    pictures, noted = [len(row) for row in rows], [len(of_row) for of_row in notes]
+    if notes and noted != pictures:
+        raise ValueError(f"There are notes on {noted} pictures in rows of {pictures}; give one for each, or none.")
 
     height, width = (side * scale for side in rows[0].shape[2:])
     font = _font(width)
-    column_width = max(width, CAPTION_WIDTH) if column_labels else width
+    column_width = max(width, CAPTION_WIDTH) if column_labels or notes else width
     captions = [_wrap(label, font, column_width - 4) for label in column_labels]
     row_captions = [_wrap(label, font, ROW_LABEL_WIDTH) for label in row_labels]
     top = MARGIN + (max(_text_height(lines, font) for lines in captions) + GAP if captions else 0)
@@ -67,9 +75,11 @@ def image_grid(
     pitches = [height] * len(rows)
     for place, lines in enumerate(row_captions):
         pitches[place] = max(height, _text_height(lines, font))
+    wrapped = [[_wrap(note, font, column_width - 4) for note in of_row] for of_row in notes] or [[] for _ in rows]
+    below = [max((_text_height(lines, font) for lines in of_row), default=0) for of_row in wrapped]
 
     right = left + columns * column_width + (columns - 1) * GAP
-    bottom = top + sum(pitches) + (len(rows) - 1) * GAP
+    bottom = top + sum(pitches) + sum(below) + (len(rows) - 1) * GAP
     canvas = Image.new("RGB", (right + MARGIN, bottom + MARGIN), PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, lines in enumerate(captions):
@@ -85,7 +95,10 @@ def image_grid(
             picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
             x = left + column * (column_width + GAP) + (column_width - width) // 2
             canvas.paste(picture, (x, y + (pitches[place] - height) // 2))
-        y += pitches[place] + GAP
+        for column, lines in enumerate(wrapped[place]):
+            x = left + column * (column_width + GAP) + column_width // 2
+            _write(draw, lines, font, x, y + (pitches[place] + height) // 2, align="center")
+        y += pitches[place] + below[place] + GAP
     return canvas
 
 
@@ -96,6 +109,7 @@ def before_after_grid(
     scale: int | None = None,
     columns: int | None = None,
     row_labels: tuple[str, str] = ("before", "after"),
+    notes: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> Image.Image:
     """Draw the pictures of an edited model under those of the unedited one, same prompt and seed in each column.
 
@@ -106,12 +120,13 @@ def before_after_grid(
         scale: Enlargement; by default pictures become about 128 pixels wide.
         columns: Number of pairs in a row; by default as many as fit in about 1300 pixels, at least 4.
         row_labels: Labels of the upper and the lower row.
+        notes: Texts below the pictures of the upper and of the lower row, one per pair; or none.
 
     Returns:
         The grid, RGB.
 
     Raises:
-        ValueError: No pictures, or shapes or titles that do not fit.
+        ValueError: No pictures, or shapes, titles or notes that do not fit.
     """
     if before.shape != after.shape:
         raise ValueError(
@@ -128,8 +143,62 @@ def before_after_grid(
     blocks = []
     for start in range(0, len(before), columns):
         part = slice(start, start + columns)
-        blocks.append(image_grid([before[part], after[part]], row_labels, titles[part], scale))
+        of_part = [of_row[part] for of_row in notes or ()]
+        blocks.append(image_grid([before[part], after[part]], row_labels, titles[part], scale, of_part))
     return _stack(blocks)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a sheet: its heading, and pairs of pictures as ``before_after_grid`` takes them."""
+
+    heading: str
+    before: Tensor
+    after: Tensor
+    titles: Sequence[str] = ()
+    notes: tuple[Sequence[str], Sequence[str]] | None = None
+
+
+def sheet(title: str, lines: Sequence[str], sections: Sequence[Section], columns: int | None = None) -> Image.Image:
+    """Draw pairs of pictures in sections with headings, below a title.
+
+    Args:
+        title: The title; may be empty.
+        lines: Sentences below the title.
+        sections: The sections; those without pictures are left out.
+        columns: As for ``before_after_grid``.
+
+    Returns:
+        The sheet, RGB.
+
+    Raises:
+        ValueError: As ``before_after_grid``, or no section has pictures.
+    """
+    drawn = [section for section in sections if len(section.before)]
+    if not drawn:
+        raise ValueError("There are no pictures to draw: give at least one section with a pair.")
+    grids = [
+        before_after_grid(part.before, part.after, part.titles, columns=columns, notes=part.notes) for part in drawn
+    ]
+    width = max(grid.width for grid in grids)
+    blocks = [_text_block([(title, TITLE_SIZE), *((line, 0) for line in lines)], width)] if title or lines else []
+    for part, grid in zip(drawn, grids, strict=True):
+        blocks += [_text_block([(part.heading, HEADING_SIZE)], width)] if part.heading else []
+        blocks.append(grid)
+    return _stack(blocks)
+
+
+def _text_block(texts: Sequence[tuple[str, int]], width: int) -> Image.Image:
+    """Texts below each other, each wrapped to ``width`` and in its size; 0 takes the size of captions."""
+    fonts = [ImageFont.load_default(size=size) if size else _font(128) for _, size in texts]
+    wrapped = [_wrap(text, font, width - 2 * MARGIN) for (text, _), font in zip(texts, fonts, strict=True)]
+    heights = [_text_height(lines, font) for lines, font in zip(wrapped, fonts, strict=True)]
+    canvas = Image.new("RGB", (width, MARGIN + sum(heights) + GAP * (len(texts) - 1)), PAPER)
+    draw, y = ImageDraw.Draw(canvas), MARGIN
+    for lines, font, height in zip(wrapped, fonts, heights, strict=True):
+        _write(draw, lines, font, MARGIN, y, align="left")
+        y += height + GAP
+    return canvas
 
 
 def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
@@ -182,9 +251,9 @@ def _text_width(lines: Sequence[str], font: Any) -> int:
 
 
 def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], font: Any, x: int, y: int, align: str) -> None:
-    """Write lines below each other, starting at y; x is their centre or their right edge."""
+    """Write lines below each other, starting at y; x is their centre, their left or their right edge."""
+    shares = {"center": 0.5, "left": 0.0, "right": 1.0}
     for line in lines:
-        length = font.getlength(line)
-        start = x - length / 2 if align == "center" else x - length
+        start = x - shares[align] * font.getlength(line)
         draw.text((round(start), y), line, fill=INK, font=font)
         y += _line_height(font)

@@ -23,10 +23,14 @@ class Verdict:
     Attributes:
         succeeded: The concept is erased and the others are kept.
         lines: The sentences that say so, with the numbers.
+        gone: Whether the concept is erased; None if that was not judged.
+        kept: Whether the others are kept; None if that was not judged.
     """
 
     succeeded: bool
     lines: list[str]
+    gone: bool | None = None
+    kept: bool | None = None
 
 
 def verdict_of(scores: Scores) -> Verdict:
@@ -42,13 +46,13 @@ def verdict_of(scores: Scores) -> Verdict:
     loss, hit = _loss(scores)
     if scores.retain is None or loss is None:
         lines.append("Whether other concepts are kept was not judged.")
-        return Verdict(gone, lines)
+        return Verdict(gone, lines, gone)
     kept = loss <= LOSS + ROUNDING
     share = f"on {scores.retain:.1%} of their pictures, without the edit on {scores.retain + loss:.1%}"
     lines.append(f"{'Kept' if kept else 'Not kept'}: other concepts are {share}.")
     if hit:
         lines.append(f"Hit most: {', '.join(hit)}.")
-    return Verdict(gone and kept, lines)
+    return Verdict(gone and kept, lines, gone, kept)
 
 
 def _before(scores: Scores) -> Measurement:

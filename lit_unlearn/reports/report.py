@@ -1,36 +1,29 @@
-"""Makes one report of many runs: Markdown, CSV, and one HTML page that needs no network.
+"""Makes one report of many runs: Markdown and CSV; ``page`` makes the HTML page.
 
-Data flow: folders are searched for ``scores.json`` (and ``attacks.json`` beside it); runs are sorted into groups by how
-many concepts they edit at once; each group becomes tables (``summary``), figures (``report_figures``) and pictures.
+Data flow: folders are searched for ``scores.json`` (and ``attacks.json`` beside it); runs are sorted by protocol, then
+into groups by how many concepts they edit at once; each group becomes verdicts (``verdicts``), tables (``summary``),
+figures (``report_figures``) and pictures.
 """
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from PIL import Image
-
-from lit_unlearn.evaluation.metrics import both_harmonic_means, harmonic_mean
+from lit_unlearn import __version__
+from lit_unlearn.evaluation.metrics import both_harmonic_means
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.reports.attack_results import FILE as ATTACKS_FILE
 from lit_unlearn.reports.attack_results import AttackReport, AttackResult
 from lit_unlearn.reports.attack_tables import attacks_markdown, by_label
-from lit_unlearn.reports.figures import spectrum_figure
 from lit_unlearn.reports.notes import notes
 from lit_unlearn.reports.paper import load_challenge_baselines, load_paper_tables
-from lit_unlearn.reports.report_figures import cost_figure, heat_map_figure, robustness_figure, tradeoff_figure
 from lit_unlearn.reports.summary import (
     MethodSummary,
     seeds_markdown,
@@ -38,6 +31,8 @@ from lit_unlearn.reports.summary import (
     summarise,
 )
 from lit_unlearn.reports.tables import concepts_markdown
+from lit_unlearn.reports.verdicts import LIMITS, method_verdict, of
+from lit_unlearn.system.run_file import scores_files
 
 SEEDS = (
     "Mean ± standard deviation between runs that differ in the seed of the fit alone, and between tests of the same "
@@ -77,6 +72,14 @@ class Group:
         return found
 
     @property
+    def verdicts(self) -> list[str]:
+        """What the scores and the attacks say of each method, a sentence or two for each."""
+        return [
+            method_verdict(method, [run.scores for run in runs], self.attack_results[method])
+            for method, runs in self.methods.items()
+        ]
+
+    @property
     def summaries(self) -> list[MethodSummary]:
         """One per method."""
         return [summarise([run.scores for run in runs]) for runs in self.methods.values()]
@@ -102,22 +105,39 @@ class Group:
         return found
 
 
-def collect(folders: Sequence[str | Path]) -> list[RunResult]:
+def find_runs(folders: Sequence[str | Path]) -> list[RunResult]:
     """Read all tested runs below ``folders``.
 
     Raises:
-        ValueError: A folder does not exist or contains no tested run, a file cannot be read, or runs differ in concept
-            set, judge or number of pictures.
+        ValueError: A folder does not exist or contains no tested run, or a file cannot be read.
     """
-    runs: list[RunResult] = []
-    for folder in map(Path, folders):
-        if not folder.exists():
-            raise ValueError(f"report: there is no folder {folder}.")
-        paths = [folder] if folder.name == "scores.json" else sorted(folder.rglob("scores.json"))
-        if not paths:
-            raise ValueError(f"report: {folder} holds no scores.json; `lit-unlearn test` writes one into each run.")
-        runs += [RunResult(path.parent, Scores.load(path), _read_attacks(path.parent)) for path in paths]
-    runs = list({run.folder.resolve(): run for run in runs}.values())
+    runs = [RunResult(path.parent, Scores.load(path), _read_attacks(path.parent)) for path in scores_files(folders)]
+    return list({run.folder.resolve(): run for run in runs}.values())
+
+
+def by_protocol(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Runs by what makes them comparable, in the order in which it is found: concept set, judge, number of pictures.
+
+    The keys are headings, such as ``Concept set emoji20, judge emoji-cnn, 20 pictures per concept``.
+    """
+    found: dict[tuple[Any, ...], list[RunResult]] = {}
+    for run in runs:
+        found.setdefault(_protocol(run.scores), []).append(run)
+    plain = [_protocol_title(of_protocol[0].scores) for of_protocol in found.values()]
+    titles = [  # sets of one name and other content are told apart by their hash
+        title.replace(",", f" ({str(key[0])[:8]}),", 1) if plain.count(title) > 1 else title
+        for title, key in zip(plain, found, strict=True)
+    ]
+    return dict(zip(titles, found.values(), strict=True))
+
+
+def collect(folders: Sequence[str | Path]) -> list[RunResult]:
+    """Read all tested runs below ``folders``, which must be of one protocol.
+
+    Raises:
+        ValueError: As ``find_runs``, or runs differ in concept set, judge or number of pictures.
+    """
+    runs = find_runs(folders)
     first = runs[0]
     for run in runs[1:]:
         for name in PROTOCOL:
@@ -134,6 +154,15 @@ def collect(folders: Sequence[str | Path]) -> list[RunResult]:
     return runs
 
 
+def _protocol(scores: Scores) -> tuple[Any, ...]:
+    return scores.concepts.sha256 or scores.concepts.name, scores.judge, scores.images_per_concept
+
+
+def _protocol_title(scores: Scores) -> str:
+    pictures = of(scores.images_per_concept, "picture")
+    return f"Concept set {scores.concepts.name}, judge {scores.judge}, {pictures} per concept"
+
+
 def group(runs: Sequence[RunResult]) -> list[Group]:
     """Sort runs by how many concepts they edit at once."""
     numbers = sorted({len(run.scores.edited) for run in runs})
@@ -141,23 +170,48 @@ def group(runs: Sequence[RunResult]) -> list[Group]:
 
 
 def report_markdown(runs: Sequence[RunResult]) -> str:
-    """The report's tables as Markdown."""
-    first = runs[0].scores
-    lines = ["# Report", "", _protocol_line(runs), ""]
-    lines += [line for note in notes([(run.folder, run.scores) for run in runs]) for line in (note, "")]
-    for part in group(runs):
-        unedited = part.unedited
-        rows = ([unedited] if unedited else []) + part.summaries
-        lines += [f"## {part.title}", "", summaries_markdown(rows)]
-        if seeds := seeds_markdown([run.scores for run in part.runs]):
-            lines += ["### Seeds", "", SEEDS, "", seeds]
-        if part.attacks:
-            lines += ["### Under attack", "", attacks_markdown(part.attack_results)]
-        if part.number == 1:
-            lines += ["### Each concept: forget / retain", "", concepts_markdown([run.scores for run in part.runs])]
-    if first.concepts.name == "paper20":
-        lines += ["## The paper's figures", "", paper_markdown()]
+    """The report's tables as Markdown; runs of each protocol have a section of their own."""
+    protocols = by_protocol(runs)
+    lines = ["# Report", "", made_by(), ""]
+    if len(protocols) > 1:
+        lines += [separately(len(protocols)), ""]
+    for title, of_protocol in protocols.items():
+        level = "##" if len(protocols) == 1 else "###"
+        lines += [f"## {title}", ""] if len(protocols) > 1 else []
+        lines += [protocol_line(of_protocol), ""]
+        lines += [line for note in notes([(run.folder, run.scores) for run in of_protocol]) for line in (note, "")]
+        for part in group(of_protocol):
+            lines += _part_markdown(part, level)
+        if of_protocol[0].scores.concepts.name == "paper20":
+            lines += [f"{level} The paper's figures", "", paper_markdown()]
     return "\n".join(lines) + "\n"
+
+
+def _part_markdown(part: Group, level: str) -> list[str]:
+    unedited = part.unedited
+    rows = ([unedited] if unedited else []) + part.summaries
+    lines = [f"{level} {part.title}", "", *(f"- {line}" for line in part.verdicts), "", LIMITS, ""]
+    lines += [summaries_markdown(rows)]
+    if seeds := seeds_markdown([run.scores for run in part.runs]):
+        lines += [f"{level}# Seeds", "", SEEDS, "", seeds]
+    if part.attacks:
+        lines += [f"{level}# Under attack", "", attacks_markdown(part.attack_results)]
+    if part.number == 1:
+        lines += [f"{level}# Each concept: forget / retain", "", concepts_markdown([run.scores for run in part.runs])]
+    return lines
+
+
+def made_by() -> str:
+    """When and by which version a report is made."""
+    return f"Made on {datetime.now(timezone.utc):%Y-%m-%d at %H:%M} UTC by lit-unlearn {__version__}."
+
+
+def separately(number: int) -> str:
+    """What a report of runs of several protocols says."""
+    return (
+        f"The runs are of {number} protocols, whose numbers do not compare: each concept set, judge and number of "
+        "pictures has a section of its own."
+    )
 
 
 def paper_markdown() -> str:
@@ -194,6 +248,7 @@ def report_csv(runs: Sequence[RunResult]) -> str:
         row: dict[str, Any] = {
             "method": s.method,
             "edited": "+".join(s.edited),
+            "concept_set": s.concepts.name,
             "training_seed": s.training_seed,
             "seed": s.seed,
             "judge": s.judge,
@@ -236,88 +291,20 @@ def report_csv(runs: Sequence[RunResult]) -> str:
     return text.getvalue()
 
 
-def report_html(runs: Sequence[RunResult], grids: int = 1) -> str:
-    """The report as one page that contains its styles, figures and pictures.
-
-    Args:
-        runs: Runs of one protocol.
-        grids: Number of runs of each method whose ``grid.png`` is shown.
-    """
-    template = resources.files("lit_unlearn.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    parts = [_html_part(part, grids) for part in group(runs)]
-    paper = Markup(_table(paper_markdown())) if runs[0].scores.concepts.name == "paper20" else None
-    page = environment.from_string(template)
-    return page.render(
-        protocol=_protocol_line(runs),
-        parts=parts,
-        paper=paper,
-        seeds_say=SEEDS,
-        notes=notes([(run.folder, run.scores) for run in runs]),
-    )
-
-
-def _html_part(part: Group, grids: int) -> dict[str, Any]:
-    unedited, summaries = part.unedited, part.summaries
-    rows = ([unedited] if unedited else []) + summaries
-    figures = [("Forget and retain", tradeoff_figure(rows)), ("Robustness", robustness_figure(rows, part.attacks))]
-    if part.number == 1:
-        figures.append(("Harmonic mean by concept", heat_map_figure(_harmonic_means(part))))
-    figures.append(("Cost", cost_figure(summaries)))
-    spectra = [(run, run.scores.edit["spectrum"]) for run in part.runs if run.scores.edit.get("spectrum")]
-    if spectra:
-        run, spectrum = spectra[0]
-        layers = run.scores.edit.get("layers", {})
-        cutoffs = {name: _cutoff(values, layers.get(name, {})) for name, values in spectrum.items()}
-        short = {name: name.removesuffix(".weight").replace("text_encoder.encoder.", "") for name in spectrum}
-        figure = spectrum_figure(
-            {short[n]: values for n, values in spectrum.items()}, {short[n]: cutoffs[n] for n in spectrum}
-        )
-        figures.append((f"Spectra of {run.scores.method} on {', '.join(run.scores.edited)}", figure))
-    pictures = [
-        (f"{method}: {', '.join(run.scores.edited)}", _picture_uri(run.folder / "grid.png"))
-        for method, of_method in part.methods.items()
-        for run in [run for run in of_method if (run.folder / "grid.png").is_file()][:grids]
-    ]
-    return {
-        "title": part.title,
-        "tables": [Markup(_table(text)) for text in summaries_markdown(rows).split("\n\n")],
-        "seeds": Markup(_table(seeds)) if (seeds := seeds_markdown([run.scores for run in part.runs])) else None,
-        "attacks": Markup(_table(attacks_markdown(part.attack_results))) if part.attacks else None,
-        "figures": [(title, Markup(_svg(figure))) for title, figure in figures],
-        "pictures": pictures,
-    }
-
-
-def _harmonic_means(part: Group) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for method, runs in part.methods.items():
-        for concept in dict.fromkeys(run.scores.edited[0] for run in runs):
-            scores = [run.scores for run in runs if run.scores.edited[0] == concept]
-            found.setdefault(method, {})[concept] = fmean(
-                harmonic_mean(s.forget or 0.0, s.retain or 0.0) for s in scores
-            )
-    return found
-
-
-def _cutoff(values: Sequence[float], layer: Mapping[str, float]) -> float:
-    """The first eigenvalue above the null space, from the dimension of the null space; eigenvalues are ascending."""
-    dimension = int(layer.get("null_space_dimension", 0))
-    return values[dimension] if dimension < len(values) else float("inf")
-
-
 def _read_attacks(folder: Path) -> list[AttackResult]:
     path = folder / ATTACKS_FILE
     return AttackReport.load(path).attacks if path.is_file() else []
 
 
-def _protocol_line(runs: Sequence[RunResult]) -> str:
+def protocol_line(runs: Sequence[RunResult]) -> str:
+    """What runs of one protocol have in common."""
     first = runs[0].scores
     models = ", ".join(dict.fromkeys(run.scores.backbone.name for run in runs))
     seeds = sorted({run.scores.seed for run in runs})
     return (
-        f"{len(runs)} runs on {models}; concept set {first.concepts.name}, {first.images_per_concept} pictures per "
-        f"concept, judge {first.judge}, evaluation seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. "
+        f"{of(len(runs), 'run')} on {models}; concept set {first.concepts.name}, "
+        f"{of(first.images_per_concept, 'picture')} per concept, judge {first.judge}, "
+        f"evaluation {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}. "
         f"{_judge_line(runs)}Intervals: 95 %, sets of concepts resampled, then their runs (bootstrap)."
     )
 
@@ -335,33 +322,4 @@ def _judge_line(runs: Sequence[RunResult]) -> str:
     low, high = (limit(value for _, value in found) for limit in (min, max))
     concepts = len({concept for concept, _ in found})
     told = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
-    return f"Average precision of the judge on unedited pictures, {concepts} concepts: {told}. "
-
-
-def _table(markdown: str) -> str:
-    """HTML of a pipe table, with the lines before it as a paragraph."""
-    lines = markdown.strip().splitlines()
-    text = " ".join(line for line in lines if not line.startswith("|"))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    head, _, *body = rows
-    out = [f"<p>{html.escape(text)}</p>"] if text else []
-    out.append(
-        "<table><thead><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>"
-    )
-    out += ["<tr>" + "".join(f"<td>{html.escape(html.unescape(cell))}</td>" for cell in row) + "</tr>" for row in body]
-    return "".join([*out, "</tbody></table>"])
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _picture_uri(path: Path) -> str:
-    """The picture at ``path`` as WebP for a page: a third of the size of the PNG in the run's folder."""
-    buffer = io.BytesIO()
-    with Image.open(path) as picture:
-        picture.convert("RGB").save(buffer, "WEBP", quality=75)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"Average precision of the judge on unedited pictures, {of(concepts, 'concept')}: {told}. "

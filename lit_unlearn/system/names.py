@@ -129,3 +129,14 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 def _hash(*labels: str) -> str:
     return hashlib.sha256("\0".join(labels).encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def check_numbers(**numbers: int | None) -> None:
+    """Refuse numbers below 1; those that are None are not given.
+
+    Raises:
+        ValueError: Which one.
+    """
+    for field, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{field}={value} must be at least 1.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def check_checkpoint(given: str | Path) -> None:
         writes = "export --delta" if path.suffix == ".safetensors" else "fit"
         what = "such a file" if path.suffix == ".safetensors" else "logs/.../checkpoints/last.ckpt"
         raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn {writes}` writes {what}.")
+
+
+def scores_files(folders: Sequence[str | Path]) -> list[Path]:
+    """All ``scores.json`` in and below ``folders``; one may be named itself.
+
+    Raises:
+        ValueError: A folder does not exist, or contains no tested run.
+    """
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise ValueError(f"report: there is no folder {folder}.")
+        paths = [folder] if folder.name == "scores.json" else sorted(folder.rglob("scores.json"))
+        if not paths:
+            raise ValueError(f"report: {folder} holds no scores.json; `lit-unlearn test` writes one into each run.")
+        found += paths
+    return found
 
 
 def unfinished(folder: Path) -> str | None:

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,8 +20,10 @@ from torch import Tensor
 
 from helpers import moved, score
 from lit_unlearn.callbacks.evaluation import EvaluationGrid, EvaluationReport, UneditedPictures
-from lit_unlearn.data.prompts import PictureItem, Pictures
+from lit_unlearn.data.prompts import ConceptPrompts, PictureItem, Pictures
+from lit_unlearn.evaluation.grids import Section, sheet
 from lit_unlearn.evaluation.scores import Scores
+from lit_unlearn.evaluation.verdict import verdict_of
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.files import WriteError
@@ -41,7 +45,11 @@ class RednessJudge:
 @pytest.fixture
 def edited(refinement: Callable[..., ValueRefinement]) -> ValueRefinement:
     """A module whose edited weights have moved, and whose judge is a ``RednessJudge`` that is of two minds."""
-    module = moved(refinement(), lambda: None)
+    return of_two_minds(moved(refinement(), lambda: None))
+
+
+def of_two_minds(module: ValueRefinement) -> ValueRefinement:
+    """``module`` with a ``RednessJudge`` that says yes to some of its pictures and no to others."""
     items = Pictures(module.concepts, 2, 0).items
     pictures = module.generate([item.prompt for item in items], [item.seed for item in items])
     levels = pictures[:, 0].float().mean(dim=(1, 2)).sort().values[1:-1] / 255
@@ -105,6 +113,68 @@ def test_grid_is_a_picture(edited: ValueRefinement, tmp_path: Path) -> None:
         assert grid.width > 100
         assert grid.height > 100
         assert len(grid.convert("RGB").getcolors(maxcolors=1_000_000) or []) > 50
+
+
+@pytest.fixture
+def sheets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str], Sequence[Section]]]:
+    """Title, sentences and sections of every sheet that is drawn."""
+    found: list[tuple[str, Sequence[str], Sequence[Section]]] = []
+
+    def noted(title: str, lines: Sequence[str], sections: Sequence[Section], **how: Any) -> Image.Image:
+        found.append((title, lines, sections))
+        return sheet(title, lines, sections, **how)
+
+    for module in ("sheets", "evaluation"):
+        monkeypatch.setattr(f"lit_unlearn.callbacks.{module}.sheet", noted)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
+def test_grid_has_title_headings_and_the_judge_s_verdicts(
+    refinement: Callable[..., ValueRefinement], pets: str, tmp_path: Path, sheets: list[Any]
+) -> None:
+    content = yaml.safe_load(Path(pets).read_text(encoding="utf-8"))
+    content["concepts"]["dog"]["adversarial"] = ["dgo brks ltr"]
+    path = tmp_path / "pets.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    edited = of_two_minds(moved(refinement(concept_set=str(path)), lambda: None))
+    score(edited, tmp_path, EvaluationReport(), images_per_prompt=1)
+    scores, dog = Scores.load(tmp_path / "scores.json"), edited.concepts.concepts["dog"]
+    ((title, lines, (of_dog, adversarial, others)),) = sheets
+    assert title == "dog edited by ValueRefinement"
+    assert [*lines[:-1]] == verdict_of(scores).lines and "redness" in lines[-1]
+    assert of_dog.heading == "Edited: dog"
+    assert "misspelt on purpose" in adversarial.heading
+    assert others.heading == "Other concepts"
+    assert (tuple(of_dog.titles), adversarial.titles) == (dog.prompts, ["dgo brks ltr"])
+    # Under each picture stands what the judge says of that picture.
+    threshold = edited.load_judge().threshold
+    for section, name in ((of_dog, "dog"), (adversarial, "dog"), (others, "cat")):
+        for pictures, notes in zip((section.before, section.after), section.notes, strict=True):
+            yes = pictures[:, 0].mean(dim=(1, 2)) >= threshold
+            assert list(notes) == [f"judge: {name}" if one else f"judge: no {name}" for one in yes]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height > 2 * 3 * 96
+
+
+@pytest.mark.parametrize("own", [None, ["a house"]])
+def test_pictures_of_a_fit_have_headings(
+    own: list[str] | None,
+    refinement: Callable[..., ValueRefinement],
+    trainer_with: Callable[..., L.Trainer],
+    sheets: list[Any],
+    tmp_path: Path,
+) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
+    trainer = trainer_with(EvaluationGrid(prompts=own), logger=logger, max_epochs=1, limit_val_batches=0)
+    module = refinement(values="target")
+    trainer.fit(module, ConceptPrompts("dog", module.hparams["concept_set"], steps=2))
+    (first, *_), (last, *_) = sheets
+    assert first == "dog edited by ValueRefinement, after 0 steps" != last
+    expected = ["Prompts of the recipe"] if own else ["Edited: dog", "Other concepts"]
+    assert [[section.heading for section in sections] for *_, sections in sheets] == [expected, expected]
+    prompts = [prompt for section in sheets[0][2] for prompt in section.titles]
+    assert prompts == (own or ["one dog", "the pet that barks", "one cat"])
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from helpers import assert_alike, metadata, read_picture
 from lit_unlearn import cli
 from lit_unlearn.diffusion.sampling import initial_noise
+from lit_unlearn.edits.checkpoint import read_edit
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""
@@ -122,6 +124,10 @@ def test_the_demo_says_what_it_does_and_where_it_lies(
         "tensorboard --logdir logs",
     ):
         assert f"{line}\n" in text
+    steps = read_edit(ckpt_path).hyper_parameters["num_inference_steps"]  # those of the command with the checkpoint
+    assert steps != 15  # the default without one
+    assert re.search(rf"generate '.*' --ckpt_path {ckpt_path} --output edited.png\n", text)
+    assert re.search(rf"generate '.*' --model {tiny_sd} --num_inference_steps {steps} --output unedited.png\n", text)
     for name in ("grid.png", "scores.json", "pipeline"):
         assert f"{folder}/{name}" in text
         assert Path(folder, name).exists()

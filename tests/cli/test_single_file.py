@@ -15,6 +15,7 @@ from torch import Tensor
 
 from helpers import KV, LAYERS, QUIET, header_of, metadata
 from lit_unlearn import cli
+from lit_unlearn.commands.generate import earlier_edit
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.single_file import names
@@ -84,6 +85,7 @@ def test_diffusers_loads_the_copy_and_draws_the_edit(
     assert json.loads(facts["lit_unlearn.edited_weights"]) == NAMES
     assert str(tmp_path) not in "".join(facts.values())
     assert cli.main(["verify", str(output), "--base", str(folder)]) == 0
+    assert (earlier_edit(output), earlier_edit(source)) == (["dog"], [])  # what ``generate --model`` says of them
     assert cli.main([*arguments, "-o", str(output)]) == 2
     assert cli.main([*arguments, "-o", str(output), "--overwrite"]) == 0
 

@@ -69,6 +69,8 @@ def test_what_needs_no_model_imports_nothing_heavy(args: list[str], tmp_path: Pa
         (["export", "--ckpt_path", "no.ckpt", "-o", "out"], "ckpt_path=no.ckpt does not exist"),
         (["attack", "--ckpt_path", "no.ckpt"], "ckpt_path=no.ckpt does not exist"),
         (["fit", "--config", "sd14.yaml"], "sd14.yaml names no method: it is an overlay"),
+        (["generate", "a dog", "--num", "0", "-o", "a.png"], "num=0 must be at least 1."),
+        (["report", "nowhere"], "there is no folder nowhere."),
     ],
 )
 def test_a_wrong_name_is_told_before_anything_heavy_is_imported(args: list[str], message: str, tmp_path: Path) -> None:
@@ -77,6 +79,22 @@ def test_a_wrong_name_is_told_before_anything_heavy_is_imported(args: list[str],
     assert message in said
     assert not modules & HEAVY
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--delta", "--lora", "4"], "--delta cannot be combined with --lora"),
+        (["--single_file", "a.safetensors"], "needs --format single"),
+    ],
+)
+def test_options_of_an_export_that_do_not_fit_are_told_before_pytorch(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "last.ckpt").touch()
+    code, modules, said = imported_by("export", "--ckpt_path", "last.ckpt", "-o", "out", *options, folder=tmp_path)
+    assert (code, message in said) == (2, True), said
+    assert not modules & HEAVY
 
 
 def test_a_fit_imports_only_its_own_method(recipe: Path, tmp_path: Path) -> None:
@@ -88,8 +106,9 @@ def test_a_fit_imports_only_its_own_method(recipe: Path, tmp_path: Path) -> None
 
 
 def test_a_report_imports_no_library_of_models(tmp_path: Path) -> None:
-    code, modules, said = imported_by("report", "nowhere", folder=tmp_path)
-    assert (code, "there is no folder nowhere" in said) == (2, True)
+    (tmp_path / "scores.json").write_text("{}", encoding="utf-8")
+    code, modules, said = imported_by("report", ".", folder=tmp_path)
+    assert (code, "scores.json is JSON but holds no scores" in said) == (2, True)
     assert not [name for name in modules if name.startswith("lit_unlearn.methods.")]
     assert "lit_unlearn.training.cli" not in modules
 

@@ -72,10 +72,13 @@ def test_an_exported_pipeline_is_said_to_be_edited(
     run_folder: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["export", "--ckpt_path", str(run_folder), "-o", "pipeline"]) == 0
+    assert "shards" not in capsys.readouterr().err  # the bars of the library
     for model, what in (("pipeline", "edited (dog)"), (str(tiny_sd), "not edited")):
         args = ["generate", "a dog", "--model", model, "--num_inference_steps", "1", "-o", "a.png", "--overwrite"]
         assert cli.main(args) == 0
-        assert f", {what}, " in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert f", {what}, " in said.out
+        assert "\n\n" not in f"\n{said.out}{said.err}"  # a bar leaves no empty line in a file
 
 
 def test_an_offline_hub_model_leaves_no_folder(recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

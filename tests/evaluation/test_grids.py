@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_unlearn.evaluation import grids as pictures
-from lit_unlearn.evaluation.grids import GAP, MARGIN, before_after_grid, image_grid
+from lit_unlearn.evaluation.grids import GAP, MARGIN, Section, before_after_grid, image_grid, sheet
 from lit_unlearn.system.pixels import save_png, to_pil, to_tensor, to_uint8
 
 RED, GREEN, BLUE, GREY = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (0.5, 0.5, 0.5)
@@ -149,6 +149,33 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(path.parent) == ["grid.png"]
 
 
+def test_notes_stand_below_their_picture() -> None:
+    grid = image_grid([plain(RED, GREEN, side=64), plain(BLUE, RED, side=64)], notes=[["", "judge: dog"], ["", ""]])
+    (left, _, right, bottom), below = boxes(grid, GREEN)[0], boxes(grid, BLUE)[0]
+    rows, columns = np.nonzero(ink(grid))
+    assert len(rows) > 50
+    assert bottom <= rows.min() < rows.max() < below[1]  # between its picture and the next row
+    assert left <= columns.min() < columns.max() < right
+    assert grid.height > image_grid([plain(RED, GREEN, side=64), plain(BLUE, RED, side=64)]).height
+
+
+def test_a_sheet_has_its_title_and_headings_above_their_pictures() -> None:
+    sections = [
+        Section("Edited: dog", plain(RED, side=64), plain(RED, side=64)),
+        Section("Nothing", plain(RED)[:0], plain(RED)[:0]),
+        Section("Other concepts", plain(BLUE, side=64), plain(BLUE, side=64)),
+    ]
+    grid = sheet("dog edited by uce", ["Erased: yes."], sections)
+    marks = ink(grid).any(axis=1)
+    starts = [y for y in range(1, len(marks)) if marks[y] and not marks[y - 1]]
+    upper, lower = boxes(grid, RED)[0][1], boxes(grid, BLUE)[0][1]
+    between = boxes(grid, RED)[-1][3]
+    assert len([y for y in starts if y < upper - 20]) >= 3  # title, sentence, heading
+    assert [y for y in starts if between < y < lower - 20]
+    with pytest.raises(ValueError, match="no pictures"):
+        sheet("dog", [], sections[1:2])
+
+
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="no pictures"):
         image_grid([])
@@ -162,6 +189,8 @@ def test_what_does_not_fit_is_named() -> None:
         image_grid([plain(RED), plain(RED)], row_labels=["a"])
     with pytest.raises(ValueError, match="1 column labels for 2 columns"):
         image_grid([plain(RED, RED)], column_labels=["a"])
+    with pytest.raises(ValueError, match=r"notes on \[1\] pictures in rows of \[2\]"):
+        image_grid([plain(RED, RED)], notes=[["a"]])
     with pytest.raises(ValueError, match="scale=0"):
         image_grid([plain(RED)], scale=0)
     with pytest.raises(ValueError, match="give pairs of the same shape"):

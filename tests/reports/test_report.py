@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lit_unlearn import __version__
 from lit_unlearn.evaluation.metrics import wilson_interval
 from lit_unlearn.evaluation.scores import ConceptScore, Cost, Measurement, Part, Scores, Source
 from lit_unlearn.reports import report
 from lit_unlearn.reports.attack_results import AttackReport, make_result
-from lit_unlearn.reports.report import collect, group, paper_markdown, report_csv, report_html, report_markdown
-from lit_unlearn.reports.report_figures import heat_map_figure, pareto_front, robustness_figure, tradeoff_figure
+from lit_unlearn.reports.page import report_html
+from lit_unlearn.reports.report import collect, find_runs, group, paper_markdown, report_csv, report_markdown
+from lit_unlearn.reports.report_figures import (
+    SIDE,
+    SIDE_BY_SIDE,
+    cost_figure,
+    heat_map_figure,
+    pareto_front,
+    robustness_figure,
+    tradeoff_figure,
+)
 from lit_unlearn.reports.summary import summarise
 
 SCORES = {"uce": {"dog": (1.0, 0.9), "cat": (0.5, 1.0)}, "esd": {"dog": (0.8, 0.95), "cat": (0.9, 0.9)}}
@@ -147,7 +157,7 @@ def test_markdown_and_csv_hold_the_numbers(logs: Path) -> None:
 
 
 def test_the_protocol_says_how_well_the_judge_tells_concepts(logs: Path) -> None:
-    assert "Average precision" not in report._protocol_line(collect([logs]))
+    assert "Average precision" not in report.protocol_line(collect([logs]))
     numbers = {"recall": 1.0, "false_yes": 0.0, "positives": 20, "negatives": 60, "failed": 0}
     found = {
         name: {**numbers, "average_precision": value} for name, value in (("owl", 0.9), ("cat", 1.0), ("dog", None))
@@ -155,7 +165,7 @@ def test_the_protocol_says_how_well_the_judge_tells_concepts(logs: Path) -> None
     run = scores("uce", ["owl", "cat", "dog"], 1.0, 1.0, calibration=found)
     run.save(logs / "uce" / "owl+cat+dog" / "version_0" / "scores.json")
     line = "Average precision of the judge on unedited pictures, 2 concepts: 0.900 to 1.000."
-    assert line in report._protocol_line(collect([logs]))
+    assert line in report.protocol_line(collect([logs]))
 
 
 def test_the_page_needs_no_network(logs: Path) -> None:
@@ -180,6 +190,67 @@ def test_runs_of_other_protocols_are_refused(change: dict[str, Any], message: st
     scores("uce", ["owl"], 1.0, 1.0, **change).save(logs / "uce" / "owl" / "version_9" / "scores.json")
     with pytest.raises(ValueError, match=message):
         collect([logs])
+
+
+def test_runs_of_another_set_have_a_section_of_their_own(logs: Path) -> None:
+    assert "### " in report_markdown(collect([logs])) and "Concept set" not in report_markdown(collect([logs]))
+    others = {"concepts": Source("emoji20", "bb0123456789")}, {"judge": "llava", "images_per_concept": 1}
+    for number, change in enumerate(others):
+        scores("speed", ["owl"], 1.0, 1.0, **change).save(logs / "speed/owl" / f"version_{number}" / "scores.json")
+    runs = find_runs([logs])
+    text, page = report_markdown(runs), report_html(runs)
+    titles = [
+        "Concept set emoji20 (aa), judge emoji-cnn, 20 pictures per concept",
+        "Concept set emoji20 (bb012345), judge emoji-cnn, 20 pictures per concept",
+        "Concept set emoji20, judge llava, 1 picture per concept",
+    ]
+    assert "The runs are of 3 protocols, whose numbers do not compare" in text and "of 3 protocols" in page
+    assert set(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)) == set(titles)
+    assert set(re.findall(r"<h2>(.*)</h2>", page)) == set(titles)
+    sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
+    assert "### One concept at a time" in sections[titles[0]] and "| speed |" not in sections[titles[0]]
+    for title in titles[1:]:
+        assert "| speed | 1 |" in sections[title] and "| uce |" not in sections[title]
+        assert "1 run on emoji-sd" in sections[title]
+    rows = list(csv.DictReader(io.StringIO(report_csv(runs))))
+    assert len(rows) == 8 and {row["concept_set"] for row in rows} == {"emoji20"}
+
+
+def test_a_report_says_when_by_what_and_with_which_verdict(logs: Path) -> None:
+    for method, forget, retain in (("good", 0.95, 0.98), ("bad", 0.5, 0.98), ("rough", 1.0, 0.6)):
+        for name in ("dog", "owl"):
+            change = {"per_concept": {name: ConceptScore(1 - forget, 20, 0, True)}}
+            scores(method, [name], forget, retain, **change).save(logs / method / name / "version_0" / "scores.json")
+    scores("alone", ["dog"], 0.95, 0.98, per_concept={"dog": ConceptScore(0.05, 20, 0, True)}).save(
+        logs / "alone" / "dog" / "version_0" / "scores.json"
+    )
+    runs = collect([logs])
+    text, page = report_markdown(runs), report_html(runs)
+    for line in (
+        "good: erased, and the others kept, in 2 of 2 runs. Not attacked.",
+        "bad: erased, and the others kept, in 0 of 2 runs. Not erased: dog, owl. Not attacked.",
+        "rough: erased, and the others kept, in 0 of 2 runs. Others not kept: dog, owl. Not attacked.",
+        "uce: erased, and the others kept, in 0 of 2 runs. Not erased: cat. Others not kept: dog. "
+        "The attack, concept inversion, shows the concept on 75% of the pictures.",
+        "alone: Erased: the edited model shows dog on 1 of 20 pictures of its prompts, the unedited one on 1 of 20 "
+        "(judge: emoji-cnn). Kept: other concepts are on 98.0% of their pictures, without the edit on 100.0%. "
+        "Not attacked.",
+    ):
+        assert f"- {line}\n" in text
+        assert f"<li>{line}</li>" in page
+    made = rf"Made on \d{{4}}-\d\d-\d\d at \d\d:\d\d UTC by lit-unlearn {__version__}\."
+    assert re.search(made, text) and re.search(made, page)
+
+
+def test_one_is_not_written_as_several(logs: Path) -> None:
+    numbers = {"recall": 1.0, "false_yes": 0.0, "positives": 20, "negatives": 60, "failed": 0}
+    one = scores(
+        "uce", ["owl"], 1.0, 1.0, images_per_concept=1, calibration={"owl": {**numbers, "average_precision": 1}}
+    )
+    one.save(logs / "alone" / "scores.json")
+    text = report_markdown(collect([logs / "alone"]))
+    assert "1 run on emoji-sd" in text and "1 picture per concept" in text and "1 concept: 1.000" in text
+    assert not re.search(r"\b1 (runs|concepts|pictures|attacks)\b", text + report_html(collect([logs / "alone"])))
 
 
 def test_what_is_no_set_of_runs(logs: Path, tmp_path: Path) -> None:
@@ -225,6 +296,69 @@ def test_the_paper_s_tables_stand_beside_the_challenge_s() -> None:
     # Both harmonic means of the paper's method; the second from its Tables 1 to 4.
     assert re.search(r"harmonic mean of the averages .* 0\.642 \|", text)
     assert re.search(r"average of the harmonic means .* 0\.582 \|", text)
+
+
+def shifts(axes: Any, artists: list[Any]) -> list[float]:
+    """How far artists are drawn to the right of their data, in points."""
+    zero = axes.transData.transform((0.5, 0.5))[0]
+    return [(artist.transform((0.5, 0.5))[0] - zero) * 72 / axes.figure.dpi for artist in artists]
+
+
+def test_equal_methods_stand_side_by_side(logs: Path) -> None:
+    for method in ("speed", "memit"):  # as uce's
+        for name, values in SCORES["uce"].items():
+            scores(method, [name], *values).save(logs / method / name / "version_0" / "scores.json")
+    summaries = group(collect([logs]))[0].summaries
+    assert [summary.method for summary in summaries] == ["esd", "memit", "speed", "uce"]
+    (axes,) = tradeoff_figure(summaries).axes
+    lines = [bars.lines[0] for bars in axes.containers]  # type: ignore[attr-defined]
+    assert shifts(axes, [line.get_transform() for line in lines]) == pytest.approx([0, -SIDE, 0, SIDE])
+    assert lines[1].get_xydata().tolist() == lines[3].get_xydata().tolist()  # the data stay true
+    legend = axes.get_legend()
+    assert legend is not None and legend.get_title().get_text() == SIDE_BY_SIDE
+    (axes,) = cost_figure(summaries).axes  # of equal costs; only esd has another harmonic mean
+    axes.set_xscale("linear")
+    moved = shifts(axes, [marker.get_offset_transform() for marker in axes.collections])
+    assert moved == pytest.approx([0, -SIDE, 0, SIDE])
+    (axes,) = tradeoff_figure([s for s in summaries if s.method in ("esd", "uce")]).axes
+    assert axes.get_legend().get_title().get_text() == ""  # type: ignore[union-attr]
+
+
+def test_not_attacked_is_written_and_not_drawn_as_nought(logs: Path) -> None:
+    part = group(collect([logs]))[0]
+    (axes,) = robustness_figure(part.summaries, part.attacks).axes
+    (text,) = axes.texts  # esd's; uce was attacked
+    assert (text.get_text(), round(text.get_position()[0])) == ("not attacked", 1)
+    (axes,) = robustness_figure(part.summaries, {**part.attacks, "esd": {"prompt_search": 1.0}}).axes
+    assert sorted(text.get_text() for text in axes.texts) == ["0", "not attacked", "not attacked"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1300, 400])
+def test_the_page_fits_a_window_and_a_phone(width: int, browser: Any, logs: Path, tmp_path: Path) -> None:
+    long = "a_method_with_a_long_name_for_a_phone"
+    scores(long, ["dog"], 1.0, 0.9).save(logs / long / "dog" / "version_0" / "scores.json")
+    Image.new("RGB", (1600, 800), "red").save(logs / "uce" / "dog" / "version_0" / "grid.png")
+    page = tmp_path / "report.html"
+    page.write_text(report_html(collect([logs])), encoding="utf-8")
+    # A window of Chromium is at least 500 pixels wide; a device is as wide as it says.
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(page.as_uri())
+    inner, content = browser.execute_script(
+        "const page = document.documentElement; return [page.clientWidth, page.scrollWidth]"
+    )
+    assert width - 20 <= inner == content <= width  # less a bar on the right
+    boxes = "[...document.querySelectorAll('.wide')]"
+    assert browser.execute_script(f"return {boxes}.every(b => b.getBoundingClientRect().right <= {width})")
+    scrolls = browser.execute_script(f"return {boxes}.some(b => b.scrollWidth > b.clientWidth)")
+    assert scrolls or width == 1300
+    tops = browser.execute_script(
+        "return [...document.querySelectorAll('.figures figure')].slice(0, 2).map(f => f.getBoundingClientRect().top)"
+    )
+    assert (tops[0] == tops[1]) is (width == 1300)  # two in a row fill the page
+    widths = browser.execute_script("return [...document.querySelectorAll('figure svg')].map(s => s.clientWidth)")
+    assert min(widths) > 500  # wide enough to be read
 
 
 @pytest.mark.slow

@@ -208,17 +208,22 @@ class ConceptEditor(DiffusionEditor):
         """Generate, judge and score a batch with the pretrained and with the edited weights, from the same seeds.
 
         Returns:
-            ``before`` and ``after``: pictures (B, 3, H, W), uint8.
+            ``before`` and ``after``: pictures (B, 3, H, W), uint8; ``shown_before`` and ``shown_after``: the judge's
+            answers about them, as ``score`` returns them.
         """
         prompts, seeds = [item.prompt for item in batch], [item.seed for item in batch]
         after = self.generate(prompts, seeds)
         before = self.unedited_pictures(batch)
-        self.score(self.before, before, batch)
-        self.score(self.after, after, batch)
-        return {"before": before, "after": after}
+        shown_before = self.score(self.before, before, batch)
+        shown_after = self.score(self.after, after, batch)
+        return {"before": before, "after": after, "shown_before": shown_before, "shown_after": shown_after}
 
-    def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> None:
-        """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers."""
+    def score(self, metric: Metric, pictures: Tensor, batch: list[PictureItem]) -> Tensor:
+        """Ask the judge about ``pictures`` (B, 3, H, W), uint8, and enter its answers.
+
+        Returns:
+            Whether each picture shows its prompt's concept, (B,): at least 0.5 for yes, NaN without an answer.
+        """
         asked = list(self.questions(batch))
         own, shown = [item.question for item in batch], pictures.float() / 255
         texts = [own[row] if concept is None else concept.question for row, concept in asked]
@@ -237,6 +242,7 @@ class ConceptEditor(DiffusionEditor):
                 [item.image_index for item in items],
                 concept and concept.name,
             )
+        return answers[: len(batch)]
 
     def questions(self, batch: list[PictureItem]) -> Iterator[tuple[int, Concept | None]]:
         """What the judge is asked about the pictures of ``batch``: their rows with the concepts in question.
