@@ -6,7 +6,7 @@ import argparse
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.edits.dtypes import DTYPES
-from lit_unlearn.edits.form_checks import check_form
+from lit_unlearn.edits.form_checks import Form, check_form
 from lit_unlearn.system.errors import user_errors
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     """
     with user_errors():
         check_forms(options)
-        form = "delta" if options.delta else "lora" if options.lora else options.format
+        form: Form = "delta" if options.delta else "lora" if options.lora else options.format
         check_form(form, options.lora, options.dtype, options.names, options.single_file)
     from lit_unlearn.edits.forms import export_edit  # PyTorch, which takes seconds: mistakes are told before
 
