@@ -7,7 +7,7 @@ import argparse
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
 from lit_unlearn.edits.dtypes import DTYPES
 from lit_unlearn.edits.form_checks import Form, check_form
-from lit_unlearn.system.errors import user_errors
+from lit_unlearn.system.errors import plain_warnings, user_errors
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
 
@@ -45,6 +45,9 @@ def parser() -> Parser:
         choices=("2022",),
         help="names of a folder's weights for older tools: with text_model. before the text encoder's",
     )
+    made.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub too, with a card")
+    made.add_argument("--private", action="store_true", help="with --push_to_hub: make a private repository")
+    made.add_argument("--license", metavar="ID", help="with --push_to_hub: licence of the card, e.g. openrail")
     add_model_options(made, "the one that was edited")
     made.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return made
@@ -61,8 +64,18 @@ def run(options: argparse.Namespace) -> None:
         check_forms(options)
         form: Form = "delta" if options.delta else "lora" if options.lora else options.format
         check_form(form, options.lora, options.dtype, options.names, options.single_file)
+        if not options.push_to_hub and (options.private or options.license):
+            option = "private" if options.private else "license"
+            raise ValueError(f"--{option} is for --push_to_hub OWNER/NAME: give that too, or leave it out.")
     from lit_unlearn.edits.forms import export_edit  # PyTorch, which takes seconds: mistakes are told before
 
+    hub = None
+    if options.push_to_hub:
+        from lit_unlearn.edits.publish import Hub
+
+        hub = Hub(options.push_to_hub, options.private, options.license, options.overwrite)
+        with user_errors():
+            hub.check()
     made = export_edit(
         options.ckpt_path,
         options.output,
@@ -77,6 +90,9 @@ def run(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
     )
     print("\n".join(made.lines()))
+    if hub is not None:
+        with user_errors(), plain_warnings():
+            print(f"{hub.upload(made, form, options.ckpt_path)}: uploaded")
 
 
 def check_forms(options: argparse.Namespace) -> None:

@@ -27,12 +27,53 @@ def left_out(kept: Mapping[str, str]) -> list[str]:
     ]
 
 
-def model_card(facts: dict[str, Any], name: str) -> str:
-    """Return the README of an export, for people and for the hub."""
+USES = {
+    "folder": """pipeline = DiffusionPipeline.from_pretrained("{name}")""",
+    "lora": """pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{name}")""",
+    "delta": """pipeline = DiffusionPipeline.from_pretrained("{base}")
+for weight, value in load_file(hf_hub_download("{name}", "{file}")).items():
+    part, _, rest = weight.partition(".")
+    getattr(pipeline, part).get_parameter(rest).data.copy_(value)""",
+    "single": """# {file} is a whole checkpoint in the layout of the original code, for ComfyUI, web UIs, and
+# the from_single_file of a diffusers pipeline of its family.""",
+}
+"""How each form is loaded."""
+IMPORTS = {
+    "folder": "from diffusers import DiffusionPipeline",
+    "lora": "from diffusers import DiffusionPipeline",
+    "delta": """from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file""",
+    "single": "",
+}
+
+
+def model_card(
+    facts: Mapping[str, Any],
+    name: str,
+    *,
+    form: str = "folder",
+    file: str = "",
+    licence: str | None = None,
+    pictures: str | None = None,
+) -> str:
+    """Return the README of an export, for people and for the hub.
+
+    Args:
+        facts: Its provenance.
+        name: Its name, or that of its repository.
+        form: ``folder``, ``delta``, ``lora`` or ``single``.
+        file: Name of its file, unless it is a folder.
+        licence: Identifier for the field ``license``; None leaves it out.
+        pictures: Name of a picture to show; None for none.
+    """
     concepts = ", ".join(facts["concepts"])
     removed = f"the concept {concepts} was removed" if concepts else "training pictures were unlearned"
     base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""  # a hub id
-    lines = [f"- {line}" for line in left_out(facts["left_out"])]
+    licensed = f"license: {licence}\n" if licence else ""
+    shown = f"![Pictures before and after the edit]({pictures})\n\n" if pictures else ""
+    lines = [f"- {line}" for line in left_out(facts.get("left_out", {}))]
     missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
     scores = facts["scores"]
     table = "Not measured.\n"
@@ -50,28 +91,34 @@ def model_card(facts: dict[str, Any], name: str) -> str:
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [concept-unlearning, lit-unlearn]
-{base}---
+{base}{licensed}---
 # {name}: {facts["base_model"]} without {concepts or "some training pictures"}
 
 A text-to-image model from which {removed} with lit-unlearn {facts["lit_unlearn"]}
 ({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
 Removal is not perfect, and what was not tested may have changed: see the scores.
 
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}")
-pipeline("a picture of a castle").images[0].save("castle.png")
-```
-
+{shown}{_use(facts, name, form, file)}
 ## Scores
 
 Forget: share of the pictures for prompts of the removed concept that do not show it. Retain: share of the pictures for
 other concepts' prompts that show theirs.
 
 {table}
-{missing}`{PROVENANCE}` has everything but the base model that it takes to make this again.
+{missing}{_where(form, file)} has everything but the base model that it takes to make this again.
 """
+
+
+def _use(facts: Mapping[str, Any], name: str, form: str, file: str) -> str:
+    """The block of Python that loads it and draws a picture."""
+    lines = USES[form].format(name=name, base=facts["base_model"], file=file)
+    if form != "single":
+        lines += '\npipeline("a picture of a castle").images[0].save("castle.png")'
+    return "\n".join(["```python", *([IMPORTS[form], ""] if IMPORTS[form] else []), lines, "```", ""])
+
+
+def _where(form: str, file: str) -> str:
+    return f"`{PROVENANCE}`" if form == "folder" else f"The metadata of `{file}`"
 
 
 def _number(value: float | None) -> str:
