@@ -93,6 +93,7 @@ def test_options_of_fits_and_tests_are_parsed_to_the_end(
 NOT_RUN = (
     (r"sd14|sd35|sdxl|flux|FOLDER|CompVis|v1-5|VanGogh@", "weights that do not come with the project"),
     (r"devices 4", "several GPUs"),
+    (r"^app ", "a person in front of a browser"),
     (r"emoji/|siss|logs/esd|--model\.rounds 10|^fit --config esd", "a fit of more than two minutes"),
     (r"my_package|\.\.\.|…|\bRUN\b|\bDIR\b|METHOD|my_dog|dogs/ |edited/|model\.ckpt", "files of yours"),
     (r"textual_inversion|pets\.yaml|artists|null_space_authors", "files of yours"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lit_unlearn.diffusion.pipeline import Pipeline
     from lit_unlearn.edits.checkpoint import Edit as ReadEdit
 
-Place = str | PathLike[str]
+Place = str | os.PathLike[str]
 """A path."""
 
 
@@ -36,7 +36,7 @@ class Edit:
 
     def __init__(self, path: Place) -> None:
         with user_errors():
-            check_checkpoint(fspath(path))
+            check_checkpoint(os.fspath(path))
             from lit_unlearn.edits.checkpoint import read_edit  # takes seconds
 
             self.content = read_edit(checkpoint_of(Path(path).expanduser()))
@@ -145,10 +145,10 @@ def path_of(edit: Edit | Place) -> Path:
     if isinstance(edit, Edit):
         return edit.path
     with user_errors():
-        check_checkpoint(fspath(edit))
+        check_checkpoint(os.fspath(edit))
     return checkpoint_of(Path(edit).expanduser())
 
 
 def text_of(place: Place | None) -> str | None:
     """A path as text."""
-    return None if place is None else fspath(place)
+    return None if place is None else os.fspath(place)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def edit(
         given = _options(options, folder=folder, once=once)
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"concept={concept!r} names nothing: give the name of a concept, or several.")
-        if model is not None and not isinstance(model, str | PathLike):
+        if model is not None and not isinstance(model, str | os.PathLike):
             raise ValueError("model is a pipeline that is loaded: give the folder or the name that it was loaded from.")
         beside = {"concept_set": concept_set, "config_folder": config_folder, "concepts": len(names) > 1 or None}
         if to is not None and (other := [name for name, value in beside.items() if value is not None]):
@@ -84,7 +84,7 @@ def edit(
     if to is not None:
         written = _erasure(names[0], to, kind or "object", protect, recipe, model, revision, judge, folder)
         return _fitted([*written, *given])
-    file = find_recipe(fspath(recipe) if recipe else "null_space" if model is None else "null_space_context")
+    file = find_recipe(os.fspath(recipe) if recipe else "null_space" if model is None else "null_space_context")
     settings = {"model": text_of(model), "revision": revision, "judge": judge, "config_folder": text_of(config_folder)}
     with user_errors():
         settings["concept_set"] = None if concept_set is None else _placed(concept_set, names, file, folder)
@@ -168,12 +168,12 @@ def _options(options: Mapping[str, object] | None, folder: Place | None = None, 
     """
     found = [f"--{name}" for name, value in flags.items() if value]
     if folder is not None:
-        found.append(f"--trainer.default_root_dir={fspath(folder)}")
+        found.append(f"--trainer.default_root_dir={os.fspath(folder)}")
     for key, value in (options or {}).items():
         if key in ARGUMENTS or key.endswith(".help") or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
             raise ValueError(f"options has {key!r}, which is not the key of a setting, such as edit.threshold.")
-        if isinstance(value, PathLike):
-            value = fspath(value)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         try:
             found.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
         except TypeError as error:
@@ -234,8 +234,8 @@ def _placed(concept_set: ConceptSet | Place, names: Sequence[str], recipe: Path,
         ValueError: The set does not have one of the concepts.
         UserError: A file with another set is in its place.
     """
-    if isinstance(concept_set, str | PathLike):
-        return fspath(concept_set)
+    if isinstance(concept_set, str | os.PathLike):
+        return os.fspath(concept_set)
     import yaml
 
     from lit_unlearn.training.runs import run_name

@@ -7,7 +7,6 @@ prompts and seeds, and its pictures are judged by its run's judge; the unedited 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,6 @@ from lit_unlearn.system.run_file import checkpoint_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lit_unlearn.edits.checkpoint import Edit
 
 DESCRIPTION = "show prompts with several edits side by side, on one HTML page"
 ROWS = 400
@@ -53,9 +51,10 @@ def run(options: argparse.Namespace) -> None:
         UserError: An option, an edit or the model is wrong.
         OSError: The page cannot be written.
     """
-    from lit_unlearn.edits.checkpoint import chosen_base, load_with_pretrained, read_edit, warn_unfinished
+    from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit, warn_unfinished
     from lit_unlearn.edits.drawing import draw_all
     from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
+    from lit_unlearn.edits.several import agreed, one_base, titles_of
     from lit_unlearn.judges.base import judge_questions
     from lit_unlearn.reports.comparison import Column, comparison_page
     from lit_unlearn.system.devices import explaining_memory, find_device
@@ -77,11 +76,8 @@ def run(options: argparse.Namespace) -> None:
         check_prompts(prompts)
         if len(prompts) * options.num > ROWS:
             raise ValueError(f"prompts and num give {len(prompts) * options.num} pictures a run: give at most {ROWS}.")
-        bases = [chosen_base(options.model, options.revision, edit, options.config_folder) for edit in edits]
-        if len({base.place for base in bases}) > 1:
-            names = ", ".join(dict.fromkeys(base.name for base in bases))
-            raise ValueError(f"The runs edit different models ({names}): compare edits of one model.")
-        bases[0].check_steps(int(steps), "num_inference_steps")
+        base = one_base(edits, options.model, options.revision, options.config_folder)
+        base.check_steps(int(steps), "num_inference_steps")
         judges = [
             judge_of_edit(edit, None, None, concept_set, asked)
             for edit, concept_set, asked in zip(edits, sets, concepts, strict=True)
@@ -96,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     columns = []
     ways = [f"draw fewer at once (--batch_size, now {options.batch_size})"] if options.batch_size > 1 else []
     titles = titles_of(edits)
-    for title, base, edit, asked, judge in zip(titles, bases, edits, concepts, judges, strict=True):
+    for title, edit, asked, judge in zip(titles, edits, concepts, judges, strict=True):
         with user_errors(), plain_warnings(), explaining_memory("compare", device, ways):
             pipeline, pretrained = load_with_pretrained(base, edit, device)
             drawn = draw_all(pipeline, prompts, seeds, int(steps), guidance_scale, options.batch_size)
@@ -111,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
                 seen[concept.name] = judge_questions(judge, unedited, questions)
         columns.append(Column(title, drawn, shown))
     assert unedited is not None
-    how = f"{bases[0].name}, {steps:g} denoising steps, guidance {guidance_scale:g}."
+    how = f"{base.name}, {steps:g} denoising steps, guidance {guidance_scale:g}."
     first = Column("unedited", unedited, seen)
     page = comparison_page("Edits side by side", how, rows, first, columns)
     with atomic_write(output) as page_file:
@@ -130,25 +126,3 @@ def prompts_of(given: Sequence[str]) -> list[str]:
     lists = (".txt", ".csv", ".tsv")
     found = [[row.prompt for row in read_prompts(text)] if text.endswith(lists) else [text] for text in given]
     return [prompt for prompts in found for prompt in prompts]
-
-
-def agreed(edits: Sequence[Edit], field: str, given: float | None) -> float:
-    """The value that is given, or that of the runs.
-
-    Raises:
-        ValueError: The runs have different values, and none is given.
-    """
-    values = {
-        edit.hyper_parameters.get(field, {"num_inference_steps": 15, "guidance_scale": 4.0}[field]) for edit in edits
-    }
-    if given is None and len(values) > 1:
-        raise ValueError(f"The runs have {field} {', '.join(map(str, sorted(values)))}: choose one with --{field}.")
-    return float(values.pop() if given is None else given)
-
-
-def titles_of(edits: Sequence[Edit]) -> list[str]:
-    """A heading for each edit: method and concepts, and the file where two have the same."""
-    methods = [str((edit.recipe or {}).get("method") or edit.method) for edit in edits]
-    named = [f"{name}: {', '.join(edit.concepts) or 'nothing'}" for name, edit in zip(methods, edits, strict=True)]
-    twice = Counter(named)
-    return [name if twice[name] == 1 else f"{name} ({edit.path})" for name, edit in zip(named, edits, strict=True)]

@@ -20,6 +20,7 @@ EXTRAS = {
     "nudenet": ("nudenet",),
     "fid": ("torch_fidelity",),
     "completion": ("shtab",),
+    "app": ("gradio",),
 }
 """Modules that each extra of the package brings."""
 
