@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_unlearn.attacks.base import DRAW_BATCH, AttackedModel, Draw
 from lit_unlearn.data.concepts import Concept, ConceptSet
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.image_to_image import image_to_image
 
 TARGET, EMPTY = "target prompt", "empty prompt"
 """Names of the usual controls: the edited model does the same with these prompts."""
@@ -81,15 +82,16 @@ def draw_from_references(
 
     Args:
         model: The attacked model.
-        strength: As for ``Pipeline.image_to_image``.
-        mask: As for ``Pipeline.image_to_image``.
+        strength: As for ``image_to_image``.
+        mask: As for ``image_to_image``.
         texts: From the judged prompts to the prompts that are drawn.
         is_guided: Whether to draw with the attacker's guidance; otherwise without any.
     """
 
     def part(prompts: list[str], seeds: list[int], numbers: range) -> Tensor:
         pipeline = model.pipeline
-        drawn = pipeline.image_to_image(
+        drawn = image_to_image(
+            pipeline,
             pipeline.encode(texts(prompts)),
             model.references.latents[reference_rows(model, numbers)],
             seeds,

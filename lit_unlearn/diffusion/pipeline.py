@@ -15,27 +15,24 @@ its parts, how prompts become a condition and how the denoiser is called (``fami
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.discrete_prompts import shared_words, words_of
 from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH, PromptReader
 from lit_unlearn.diffusion.quiet import quiet_libraries
+from lit_unlearn.diffusion.reads_text import ReadsText
 from lit_unlearn.diffusion.samplers import check_steps
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
 from lit_unlearn.diffusion.source import EMBEDDED
-from lit_unlearn.diffusion.text import TextEncoder, Tokens, text_settings
+from lit_unlearn.diffusion.text import text_settings
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.errors import user_errors
 
@@ -45,7 +42,7 @@ Change = Callable[[int, Tensor], Tensor]
 """From the number of a step and the latents after it to the latents that the chain continues with."""
 
 
-class Pipeline(ABC):
+class Pipeline(ReadsText):
     """Base class of the families; all parameters are frozen when loaded."""
 
     index_class: ClassVar[str]
@@ -135,21 +132,12 @@ class Pipeline(ABC):
 
     @property
     @abstractmethod
-    def texts(self) -> tuple[TextEncoder, ...]:
-        """The text encoders, each with its tokenizer."""
-
-    @property
-    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a picture's latents."""
 
     @abstractmethod
     def num_places(self, name: str) -> int:
         """Positions (height times width) that the block of the denoiser's weight ``name`` works on."""
-
-    @abstractmethod
-    def condition(self, tokens: Tokens) -> Condition:
-        """The condition for prompts, with one forward pass of each text encoder."""
 
     @abstractmethod
     def predict(
@@ -332,90 +320,6 @@ class Pipeline(ABC):
         """What the first linear maps on text read of ``condition``, (B, L, d_in) for each way; see ``text_ways``."""
         return {"tokens": condition.states}
 
-    @property
-    def reader(self) -> PromptReader:
-        """Reads prompts as the text encoders do."""
-        return PromptReader(*zip(*((text.tokenizer, text.length, text.part) for text in self.texts), strict=True))
-
-    def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """``prompts`` as each text encoder reads them; warns of prompts that are cut off."""
-        return Tokens(tuple(text.tokenize(prompts) for text in self.texts))
-
-    def tokenize_templates(self, templates: Sequence[str], count: int) -> Tokens:
-        """As ``tokenize``, for templates in which every ``{}`` stands for ``count`` learned tokens."""
-        ids, slots = zip(*(text.tokenize_templates(templates, count) for text in self.texts), strict=True)
-        return Tokens(ids, slots)
-
-    # A learned token is new in every text encoder. Its embeddings in them lie side by side, each divided by the size of
-    # its encoder's vocabulary relative to that of the first, so that one learning rate suits all: those of a T5 are
-    # much larger than those of a CLIP.
-
-    @property
-    def token_widths(self) -> list[int]:
-        """Widths of the text encoders' embeddings, whose sum D is that of a learned token."""
-        return [text.table.shape[1] for text in self.texts]
-
-    @cached_property
-    def token_scales(self) -> list[float]:
-        """Size (root mean square) of each text encoder's embeddings, relative to that of the first one's."""
-        if len(self.texts) == 1:
-            return [1.0]
-        sizes = [text.vocabulary_norm / text.table.shape[1] ** 0.5 for text in self.texts]
-        return [size / sizes[0] for size in sizes]
-
-    @property
-    def vocabulary_norms(self) -> list[float]:
-        """Mean norm of each text encoder's embeddings, in the units of learned tokens."""
-        return [text.vocabulary_norm / scale for text, scale in zip(self.texts, self.token_scales, strict=True)]
-
-    def initial_embeddings(self, count: int, words: str | None, generator: torch.Generator) -> Tensor:
-        """Initial embeddings (count, D), float32, of learned tokens; see ``TextEncoder.initial_embeddings``."""
-        found = [text.initial_embeddings(count, words, generator) for text in self.texts]
-        return torch.cat([own / scale for own, scale in zip(found, self.token_scales, strict=True)], dim=1)
-
-    def encode(self, prompts: Sequence[str] | Tokens, embeddings: Tensor | None = None) -> Condition:
-        """The condition for ``prompts``, in one forward pass.
-
-        Args:
-            prompts: Texts, or tokens from ``tokenize``.
-            embeddings: Embeddings of the learned tokens in them, (n, D); gradients flow into them.
-        """
-        tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
-        if embeddings is None:
-            return self.condition(tokens)
-        parts = embeddings.split(self.token_widths, dim=1)
-        with ExitStack() as stack:
-            for text, own, scale, slots in zip(self.texts, parts, self.token_scales, tokens.slots, strict=True):
-                stack.enter_context(text.learned(own * scale, slots))
-            return self.condition(tokens)
-
-    def whole_words(self, forbidden: Callable[[str], object] | None = None, phrases: Sequence[str] = ()) -> Tensor:
-        """Words that are one token for every text encoder, as their ids (A, E) in each; see ``shared_words``."""
-        return shared_words([text.tokenizer for text in self.texts], forbidden, phrases)
-
-    def words_of(self, words: Tensor) -> str:
-        """The text of words (k, E) from ``whole_words``."""
-        return words_of(self.texts[0].tokenizer, words[:, 0].tolist())
-
-    def encode_mixtures(self, weights: Tensor, allowed: Tensor, tokens: Tokens) -> Condition:
-        """As ``encode``, with learned tokens that are mixtures of vocabulary tokens; gradients flow into ``weights``.
-
-        Args:
-            weights: Weight of each allowed token in each learned token, (k, A).
-            allowed: Ids of the allowed tokens in each of E text encoders, (A, E).
-            tokens: Tokens from ``tokenize_templates``.
-        """
-        found = []
-        for text, ids, scale in zip(self.texts, allowed.unbind(1), self.token_scales, strict=True):
-            rows = text.table.detach()[ids.to(text.table.device)].to(weights)
-            found.append(weights @ rows / scale)
-        return self.encode(tokens, torch.cat(found, dim=1))
-
-    def encode_many(self, prompts: Sequence[str] | Tokens) -> Condition:
-        """As ``encode``, in batches if there are many prompts."""
-        tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
-        return Condition.cat([self.condition(part) for part in tokens.split(ENCODE_BATCH)])
-
     def sample(
         self,
         condition: Condition,
@@ -455,59 +359,6 @@ class Pipeline(ABC):
             return [condition]
         empty = self.unconditional() if unconditional is None else unconditional
         return [empty.expand(len(condition)), condition]
-
-    @torch.no_grad()
-    def image_to_image(
-        self,
-        condition: Condition,
-        latents: Tensor,
-        seeds: Sequence[int],
-        num_inference_steps: int,
-        guidance_scale: float,
-        strength: float,
-        unconditional: Condition | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Latents (B, C, H, W) of pictures that are noised and denoised again (SDEdit, Meng et al., 2022).
-
-        They equal those of ``StableDiffusionImg2ImgPipeline``; with ``mask``, those of
-        ``StableDiffusionInpaintPipeline`` with a model without further channels.
-
-        Args:
-            condition: Condition of B prompts.
-            latents: Latents of the pictures, (B, C, H, W).
-            seeds: Seed of each picture.
-            num_inference_steps: Steps of the sampler from noise.
-            guidance_scale: Strength of the guidance; 1 means no guidance.
-            strength: Share of the steps that are taken, in (0, 1].
-            unconditional: As for ``sample``.
-            mask: 1 where the picture is drawn anew and 0 where it stays, broadcast to (B, C, H, W); None for all of it.
-                What stays is put back after each step, with the noise of the next (blending, as in RePaint, Lugmayr et
-                al., 2022). With the whole ``strength`` the chain then begins at noise alone.
-
-        Raises:
-            ValueError: ``strength`` is less than one step.
-        """
-        noise, generators = self.start_chains(seeds)
-        latents, noise = latents.to(self.device, self.dtype), noise.to(self.device, self.dtype)
-        start: int | None = self.noise.start_step(num_inference_steps, strength)
-        if start == self.noise.start_step(num_inference_steps, 0):
-            raise ValueError(f"strength={strength} is less than one of {num_inference_steps} steps: give more of one.")
-        change = None
-        if mask is not None:
-            kept = mask.to(latents)
-
-            def change(number: int, drawn: Tensor) -> Tensor:
-                original = self.noise.at_step(latents, noise, num_inference_steps, number + 1)
-                return (1 - kept) * original + kept * drawn
-
-        if mask is not None and strength == 1:
-            start, begin = None, noise
-        else:
-            assert start is not None
-            begin = self.noise.at_step(latents, noise, num_inference_steps, start)
-        options = {"generators": generators, "start": start, "change": change}
-        return self.sample(condition, begin, num_inference_steps, guidance_scale, unconditional, **options)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def draw_latents(

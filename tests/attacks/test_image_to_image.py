@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lit_unlearn.attacks import probing
 from lit_unlearn.attacks.base import NUM_REFERENCES, AttackedModel
 from lit_unlearn.attacks.image_to_image import ImageToImage
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.image_to_image import image_to_image
 
 Attacked = Callable[..., AttackedModel]
 
@@ -26,7 +28,7 @@ def test_pictures_of_the_concept_are_drawn_again(
     own, target, empty = ("", "one dog", 4.0), ("target prompt", "one soccer ball", 4.0), ("empty prompt", "", 1.0)
     for name, prompt, scale in (own, target, empty):
         condition = pipeline.encode([prompt] * 3).detach()
-        drawn = pipeline.image_to_image(condition, latents, model.seeds, 4, scale, 0.5, negative)
+        drawn = image_to_image(pipeline, condition, latents, model.seeds, 4, scale, 0.5, negative)
         expected[name] = pipeline.decode(drawn)
     assert_close(pictures, expected[""], rtol=0, atol=1e-5)
     for name, drawn in controls.items():
@@ -39,16 +41,15 @@ def test_pictures_of_the_concept_are_drawn_again(
     assert found.report == {"taken_steps": 2}
 
 
-def test_every_picture_to_learn_from_is_used(attacked: Attacked) -> None:
+def test_every_picture_to_learn_from_is_used(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
     model = attacked(num_pictures=12)
     seen: list[torch.Tensor] = []
-    original = model.pipeline.image_to_image
 
-    def look(condition: object, latents: torch.Tensor, *arguments: object) -> torch.Tensor:
+    def look(pipeline: object, condition: object, latents: torch.Tensor, *arguments: object) -> torch.Tensor:
         seen.append(latents)
-        return original(condition, latents, *arguments)  # type: ignore[arg-type]
+        return image_to_image(pipeline, condition, latents, *arguments)  # type: ignore[arg-type]
 
-    model.pipeline.image_to_image = look  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(probing, "image_to_image", look)
     ImageToImage().search(model)
     assert [len(latents) for latents in seen] == [10, 2]
     assert torch.equal(torch.cat(seen), torch.cat([model.references.latents, model.references.latents[1:3]]))

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from lit_unlearn.attacks.base import AttackedModel
 from lit_unlearn.attacks.inpainting import Inpainting, middle
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.image_to_image import image_to_image
 
 Attacked = Callable[..., AttackedModel]
 
@@ -49,7 +50,7 @@ def test_only_the_middle_is_drawn_anew(attacked: Attacked, untouched: Callable[.
         assert ((latents - references[:3]) * mask).abs().max() > 0.1
     pipeline = model.pipeline
     condition = pipeline.encode(["one soccer ball"] * 3).detach()
-    expected = pipeline.image_to_image(condition, references[:3], model.seeds, 2, 4.0, 1.0, mask=mask)
+    expected = image_to_image(pipeline, condition, references[:3], model.seeds, 2, 4.0, 1.0, mask=mask)
     assert_close(controls["target prompt"], decode(expected), rtol=0, atol=1e-5)
     assert (controls["target prompt"] - pictures).abs().max() > 1e-3
     assert (controls["empty prompt"] - pictures).abs().max() > 1e-3

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import FAMILIES
 from lit_unlearn.diffusion.hooks import capture_inputs
+from lit_unlearn.diffusion.image_to_image import image_to_image
 from lit_unlearn.diffusion.load import check_model, load_pipeline
 from lit_unlearn.diffusion.parameters import layer_index, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -91,7 +92,7 @@ def test_image_to_image_equals_that_of_diffusers(strength: float, folder: Path, 
     theirs = getattr(diffusers, kind)(**own.components)
     theirs.set_progress_bar_config(disable=True)
     latents = pipeline.initial_noise([1, 2])
-    drawn = pipeline.image_to_image(pipeline.encode(PROMPTS).detach(), latents, SEEDS, STEPS, 4.0, strength)
+    drawn = image_to_image(pipeline, pipeline.encode(PROMPTS).detach(), latents, SEEDS, STEPS, 4.0, strength)
     expected = theirs(
         PROMPTS,
         image=latents,

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from helpers import FF, KV, LAYERS, load_copy
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.image_to_image import image_to_image
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH, encode_prompts
 from lit_unlearn.diffusion.sampling import count_forwards
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
@@ -240,7 +241,7 @@ def test_image_to_image_equals_that_of_diffusers(
     other = theirs(any_pipeline, diffusers.StableDiffusionImg2ImgPipeline, sampler)
     latents = asked()[0]
     condition = any_pipeline.encode(PROMPTS).detach()
-    drawn = any_pipeline.image_to_image(condition, latents, SEEDS, STEPS, guidance_scale, strength)
+    drawn = image_to_image(any_pipeline, condition, latents, SEEDS, STEPS, guidance_scale, strength)
     expected = other(
         PROMPTS,
         image=latents,
@@ -265,8 +266,8 @@ def test_inpainting_equals_that_of_diffusers(
     latents = asked()[0]
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 2:6, 2:7] = 1
-    drawn = any_pipeline.image_to_image(
-        any_pipeline.encode(PROMPTS).detach(), latents, SEEDS, STEPS, guidance_scale, strength, mask=mask
+    drawn = image_to_image(
+        any_pipeline, any_pipeline.encode(PROMPTS).detach(), latents, SEEDS, STEPS, guidance_scale, strength, mask=mask
     )
     expected = other(
         PROMPTS,
@@ -304,7 +305,7 @@ def test_guidance_leads_away_from_the_given_prompt(any_pipeline: StableDiffusion
 
 def test_less_than_a_step_is_refused(components: StableDiffusion) -> None:
     with pytest.raises(ValueError, match=r"strength=0\.3 is less than one of 3 steps"):
-        components.image_to_image(components.encode(PROMPTS), asked()[0], SEEDS, 3, 4.0, 0.3)
+        image_to_image(components, components.encode(PROMPTS), asked()[0], SEEDS, 3, 4.0, 0.3)
 
 
 def test_a_chain_goes_on_from_a_step_with_other_conditions(any_pipeline: StableDiffusion) -> None:
