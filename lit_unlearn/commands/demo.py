@@ -48,9 +48,7 @@ def run(options: argparse.Namespace) -> None:
     training.run(["test", *found, "--ckpt_path", ckpt_path])
     output = str(folder / "pipeline")
     _say("export", "--ckpt_path", ckpt_path, "--output", output)
-    no_options = dict.fromkeys(("delta", "lora", "names", "dtype", "overwrite", "single_file"))
-    no_options |= dict.fromkeys(("model", "revision", "config_folder"))
-    export.run(argparse.Namespace(ckpt_path=ckpt_path, output=output, format="folder", **no_options))
+    export.run(export.parser().parse_args(["--ckpt_path", ckpt_path, "--output", output]))
 
     where: dict[str, Path] = {
         "pictures before and after": folder / "grid.png",
