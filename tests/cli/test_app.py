@@ -57,14 +57,14 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def pixels(browser: Any, address: str) -> str:
-    """Content of a picture, as the browser gets it."""
+    """Content of a picture, as the browser gets it; empty if the page has replaced it meanwhile."""
     script = """
         const done = arguments[arguments.length - 1];
         fetch(arguments[0]).then(answer => answer.blob()).then(blob => {
             const reader = new FileReader();
             reader.onload = () => done(reader.result);
             reader.readAsDataURL(blob);
-        });"""
+        }).catch(() => done(""));"""
     return str(browser.execute_async_script(script, address))
 
 
@@ -89,16 +89,20 @@ def test_an_edit_is_looked_at_and_its_strength_moved(run_folder: Path, browser: 
         browser.find_element("css selector", "#prompt textarea").send_keys("a dog")
         browser.find_element("css selector", "#draw").click()
         first = until(lambda: len(pictures(browser, "after")) == 2 and pictures(browser, "after"))
-        before = pictures(browser, "before")
-        assert len(before) == 2
-        unedited, edited = pixels(browser, before[0]), pixels(browser, first[0])
+        assert len(pictures(browser, "before")) == 2
+        unedited = until(lambda: pixels(browser, pictures(browser, "before")[0]))
+        edited = until(lambda: pixels(browser, pictures(browser, "after")[0]))
         assert unedited.startswith("data:image/png") and unedited != edited
         # At strength 0 the edited model is the unedited one.
         number = browser.find_element("css selector", "#strength input[type=number]")
         number.send_keys("\ue009a\ue000", "0", "\ue004")  # select all, type, leave
         browser.find_element("css selector", "#draw").click()
-        second = until(lambda: pictures(browser, "after") != first and pictures(browser, "after"))
-        assert pixels(browser, second[0]) == unedited
+
+        def unmoved() -> bool:
+            now = pictures(browser, "after")
+            return len(now) == 2 and now != first and pixels(browser, now[0]) == unedited
+
+        until(unmoved)
         browser.set_window_size(400, 900)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
         loaded = browser.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
