@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import threading
 from importlib.util import find_spec
 
@@ -39,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("app needs Gradio: pip install 'lit-unlearn[app]'.")
     with user_errors():
         check_numbers(num_inference_steps=options.num_inference_steps, port=options.port)
+        check_address(options.host, options.port)
         files = [checkpoint_of(given) for given in options.runs]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
 
@@ -70,3 +72,23 @@ def run(options: argparse.Namespace) -> None:
         print()
     finally:
         page.close(verbose=False)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Refuse an address that cannot be listened on, before a model is loaded.
+
+    Raises:
+        ValueError: The host is not this machine's, or the port is out of range or taken.
+    """
+    if port is not None and port > 65535:
+        raise ValueError(f"port={port} must be at most 65535.")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        where = f"host={host}" if port is None else f"port={port} on host={host}"
+        raise ValueError(
+            f"{where} cannot be listened on ({error.strerror}): choose another, or leave it out."
+        ) from error

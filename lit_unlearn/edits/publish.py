@@ -71,6 +71,11 @@ class Hub:
             raise ValueError(
                 f"push_to_hub={self.name} exists on the Hub: choose another name, or pass --overwrite to add to it."
             )
+        if exists and self.private:
+            raise ValueError(
+                f"push_to_hub={self.name} exists, and --private is for a new repository: leave it out, or choose "
+                "another name."
+            )
 
     def upload(self, exported: Exported, form: Form, ckpt_path: str | Path) -> str:
         """Upload what was written; return the address of the repository.

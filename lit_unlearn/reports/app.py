@@ -63,7 +63,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, open_browser: bool) -> s
     """Start to serve ``page`` in a thread; return its address.
 
     Raises:
-        ValueError: The port is taken.
+        ValueError: The address cannot be listened on.
     """
     import gradio as gr
 
@@ -74,5 +74,5 @@ def serve(page: gr.Blocks, host: str, port: int | None, open_browser: bool) -> s
             share=False, theme=plain, footer_links=[], enable_monitoring=False, ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
-        raise ValueError(f"port={port} on {host} is taken: choose another with --port, or leave it out.") from error
+        raise ValueError(f"The page cannot be served on {host} ({error}): choose another --host or --port.") from error
     return str(address)

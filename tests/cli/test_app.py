@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ def test_without_gradio_the_extra_is_named(
     [
         (["--num_inference_steps", "0"], "num_inference_steps=0 must be at least 1."),
         (["--port", "0"], "port=0 must be at least 1."),
+        (["--port", "70000"], "port=70000 must be at most 65535."),
+        (["--host", "192.0.2.1"], "host=192.0.2.1 cannot be listened on"),  # an address of no machine
         (["--model", "nowhere"], "nowhere"),
     ],
 )
@@ -39,6 +42,16 @@ def test_bad_input(
 ) -> None:
     monkeypatch.setattr("lit_unlearn.commands.app.find_spec", lambda name: True)
     assert message in refuses("app", str(run_folder), *args)
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(
+    run_folder: Path, refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_unlearn.commands.app.find_spec", lambda name: True)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        said = refuses("app", str(run_folder), "--port", port)
+    assert said.startswith(f"port={port} on host=127.0.0.1 cannot be listened on (Address already in use)")
 
 
 def pictures(browser: Any, place: str) -> list[str]:

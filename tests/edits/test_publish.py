@@ -196,6 +196,9 @@ def test_what_exists_is_only_added_to_if_asked(hub: StandIn, run: Path, capsys: 
     assert "push_to_hub=you/dog exists on the Hub: choose another name, or pass --overwrite" in capsys.readouterr().err
     assert hub.repositories["you/dog"] == {"README.md": b"mine"}
     assert not Path("out").exists()
+    assert export(run, "--delta", "--push_to_hub", "you/dog", "--overwrite", "--private") == 2
+    assert "push_to_hub=you/dog exists, and --private is for a new repository" in capsys.readouterr().err
+    assert hub.repositories["you/dog"] == {"README.md": b"mine"}
     assert export(run, "--delta", "--push_to_hub", "you/dog", "--overwrite") == 0
     assert set(hub.repositories["you/dog"]) == {"README.md", "delta.safetensors", "grid.png"}
 
