@@ -35,7 +35,7 @@ def build(folder: Path, width: int) -> None:
 
     from lit_unlearn.diffusion.load import load_pipeline
     from lit_unlearn.diffusion.parameters import fingerprint, match_parameters
-    from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+    from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
     if (folder / "edit.ckpt").exists():
         return

@@ -195,7 +195,7 @@ def main() -> None:
 def read_forwards(run: Path) -> int:
     """UNet forwards of the fit in the run's folder."""
     from lit_unlearn.edits.checkpoint import load_checkpoint
-    from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+    from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
     return int(load_checkpoint(run / "checkpoints" / "last.ckpt")[CHECKPOINT_KEY]["cost"]["unet_forwards"])
 

@@ -92,7 +92,7 @@ class Edit:
         if self.path.suffix == ".safetensors":
             return {}
         from lit_unlearn.edits.checkpoint import load_checkpoint
-        from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+        from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
         with user_errors():
             return dict(load_checkpoint(self.path)[CHECKPOINT_KEY]["report"])

@@ -82,7 +82,7 @@ class UneditedPictures(L.Callback):
         missing = [place for place, picture in enumerate(pictures) if picture is None]
         if missing:
             # The whole batch is made again, since the last bits depend on it: an interrupted run must end like others.
-            with module.pretrained.restored():
+            with module.unedited.restored():
                 made = module.generate([item.prompt for item in batch], [item.seed for item in batch])
             for place in missing:
                 image = to_pil(made[place].float() / 255)
@@ -91,7 +91,7 @@ class UneditedPictures(L.Callback):
         return torch.stack([picture for picture in pictures if picture is not None])
 
     def _make_key(self, module: ConceptEditor) -> str:
-        with module.pretrained.restored():
+        with module.unedited.restored():
             return Drawing.of(module.pipeline, module.num_inference_steps, module.guidance_scale).key
 
     def _path(self, module: ConceptEditor, item: PictureItem) -> Path:
@@ -161,7 +161,7 @@ class EvaluationReport(L.Callback):
         self._distance = SetDistance(compared, device) if compared is not None else None
         images_per_prompt = trainer.datamodule.images_per_prompt  # type: ignore[attr-defined]
         self._curve = JudgeCurve(
-            pl_module.judge, pl_module.concepts, pl_module.edited, images_per_prompt, self.judge_negatives
+            pl_module.judge, pl_module.concepts, pl_module.every_edited, images_per_prompt, self.judge_negatives
         )
         self._curve.metric.to(pl_module.device)
 
@@ -177,7 +177,7 @@ class EvaluationReport(L.Callback):
     ) -> None:
         assert isinstance(pl_module, ConceptEditor)
         names = list(pl_module.concepts.concepts)
-        edited = {concept.name for concept in pl_module.edited}
+        edited = {concept.name for concept in pl_module.every_edited}
         others = [place for place, item in enumerate(batch) if names[item.concept_index] not in edited]
         pair = [outputs[key][others] for key in ("before", "after")]
         self._drift.update(*(pictures.float() / 255 for pictures in pair))
@@ -250,7 +250,7 @@ class EvaluationReport(L.Callback):
             method=method_name(folder, module),
             backbone=Source(module.model_id, module.base_fingerprint),
             concepts=Source(module.concepts.name, module.concepts.sha256),
-            edited=[concept.name for concept in module.edited],
+            edited=[concept.name for concept in module.every_edited],
             judge=module.judge.name,
             images_per_concept=module.after.images_per_concept,
             seed=data.seed,
@@ -264,8 +264,8 @@ class EvaluationReport(L.Callback):
             ),
             edit={
                 **module.report,
-                "weight_change_ratio": module.pretrained.change_ratio(),
-                "weight_change_norm": module.pretrained.change_norm(),
+                "weight_change_ratio": module.unedited.change_ratio(),
+                "weight_change_norm": module.unedited.change_norm(),
             },
             drift=drift or None,
             agreement=agreement,
@@ -302,12 +302,12 @@ class EvaluationGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         if self.prompts is None:
-            edited = pl_module.edited
+            edited = pl_module.every_edited
             others = [concept for concept in pl_module.concepts.concepts.values() if concept not in edited]
             self.prompts = [p for concept in edited for p in (*concept.direct[:2], *concept.indirect[:2])]
             self._edited = len(self.prompts)
             self.prompts += [concept.direct[0] for concept in others[:: max(1, len(others) // 4)][:4]]
-        with pl_module.pretrained.restored():
+        with pl_module.unedited.restored():
             self._before = self._pictures(pl_module)
         self._show(trainer, pl_module, self._before)
 
@@ -328,7 +328,7 @@ class EvaluationGrid(L.Callback):
         if not isinstance(trainer.logger, TensorBoardLogger):
             return
         assert self.prompts is not None and self._before is not None
-        names = ", ".join(concept.name for concept in module.edited)
+        names = ", ".join(concept.name for concept in module.every_edited)
         parts = {"Prompts of the recipe": slice(None)}
         if self._edited:
             parts = {f"Edited: {names}": slice(self._edited), "Other concepts": slice(self._edited, None)}

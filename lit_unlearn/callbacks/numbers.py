@@ -147,7 +147,7 @@ class CheckNumbers(L.Callback):
 
 def not_finite(module: L.LightningModule) -> str | None:
     """Name of a weight in the checkpoint's state with values that are not finite; None if all are finite."""
-    kept = {*module.edited_names, *module.own_state()} if isinstance(module, DiffusionEditor) else None
+    kept = {*module.written_names, *module.own_state()} if isinstance(module, DiffusionEditor) else None
     for name, value in module.state_dict().items():
         # A sum is finite only if all are, and one number to look at.
         if (kept is None or name in kept) and value.is_floating_point() and not torch.isfinite(value.float().sum()):

@@ -44,7 +44,7 @@ def evaluation_sheet(
         others: Number of pairs of other concepts.
     """
     concepts = list(module.concepts.concepts.values())
-    edited = {concept.name for concept in module.edited}
+    edited = {concept.name for concept in module.every_edited}
     parts: dict[str, list[Shown]] = {"edited": [], "adversarial": [], "others": []}
     for one in shown:
         concept = concepts[one.item.concept_index]

@@ -75,7 +75,7 @@ def check_output(command: str, options: argparse.Namespace) -> None:
     suffixes: Sequence[str] = ()
     if command in (endings := {"generate": ".png", "compare": ".html", "concepts": ".yaml"}):
         suffixes = [endings[command]]
-    elif command in ("export", "convert"):
+    elif command in ("export", "convert", "undo"):
         suffixes = [".safetensors"]
     check_output_name(output, suffixes, may_be_folder=command not in {*endings, "convert"})
 

@@ -12,7 +12,7 @@ TRAINER_COMMANDS = {
     "predict": "draw the evaluation pictures with a run's edited weights",
 }
 OTHER_COMMANDS = (
-    *("erase", "concepts", "plan", "generate", "compare", "app", "attack", "export", "verify", "convert"),
+    *("erase", "concepts", "plan", "generate", "compare", "app", "attack", "export", "undo", "verify", "convert"),
     *("runs", "report", "demo", "doctor", "completion"),
 )
 """Each one is a file in ``lit_unlearn/commands``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
 from lit_unlearn.diffusion.source import EMBEDDED, STEMS
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.archives import UNPICKLING_ERRORS, load_archive
+from lit_unlearn.edits.chain import Link, chain_of_checkpoint, chain_of_delta, split_weights
 from lit_unlearn.edits.older import in_todays_terms
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.system.errors import warn
 from lit_unlearn.system.run_file import unfinished
 
@@ -50,6 +52,9 @@ class Edit:
         edit: The solver and its settings, if a closed form computed the weights.
         recipe: The part of the recipe that determines the fit's result, if known.
         concept_set: The content of the concept set, as in its file, if known.
+        version: Version of lit-unlearn that made it, if known.
+        chain: What made the weights, if several edits did, the first one first (``lit_unlearn.edits.chain``).
+        overwritten: Values that a later one of them has replaced, by ``NUMBER/NAME``.
 
     Raises:
         ValueError: A field has the wrong type, or a weight is not a tensor of finite floats; no file is trusted.
@@ -67,6 +72,9 @@ class Edit:
     edit: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
     concept_set: dict[str, Any] | None = None
+    version: str | None = None
+    chain: Sequence[Link] = ()
+    overwritten: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> ValueError:
@@ -88,6 +96,8 @@ class Edit:
         for name, largest in (("num_inference_steps", 1000), ("guidance_scale", 1e6)):
             if not isinstance(value := options.get(name, 1), int | float) or not abs(value) <= largest:
                 raise refuse(f"its {name} is {value!r:.40}")
+        if not isinstance(self.version, str | None):
+            raise refuse("its version is not text")
         for name in ("revision", "config_folder"):
             if not isinstance(options.get(name), str | None):
                 raise refuse(f"its {name} is not text")
@@ -254,12 +264,11 @@ def read_edit(path: str | Path) -> Edit:
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_delta(path)
-    from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
-
     checkpoint = load_checkpoint(path)
     state = checkpoint["state_dict"]
     try:
         ours: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+        weights = {name: state[name] for name in ours["edited_names"]}
         given = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"}
         arguments, solver = in_todays_terms(ours["method"], given, ours.get("edit"))
         return Edit(
@@ -268,12 +277,14 @@ def read_edit(path: str | Path) -> Edit:
             concepts=list(ours["concepts"]),
             model=ours["model"],
             base_fingerprint=ours["base_fingerprint"],
-            weights={name: state[name] for name in ours["edited_names"]},
+            weights=weights,
             hyper_parameters=arguments,
             concept_set_sha256=ours.get("concept_set_sha256"),
             edit=solver,
             recipe=ours.get("recipe"),
             concept_set=ours.get("concept_set"),
+            version=ours.get("version"),
+            **chain_of_checkpoint(path, ours, weights, arguments, solver),
         )
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
@@ -288,13 +299,14 @@ def _read_delta(path: Path) -> Edit:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copied, because tensors mapped from the file would prevent Windows from replacing it.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, *UNPICKLING_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"ckpt_path={path} is corrupt ({reason:.200}): copy it again.") from error
+    weights, replaced = split_weights(found)
     try:
         facts = {name: json.loads(metadata[name]) for name in DELTA_FIELDS}
-        names = ("base_sha256", "concept_set_sha256", "edit", "recipe", "concept_set")
+        names = ("base_sha256", "concept_set_sha256", "edit", "recipe", "concept_set", "lit_unlearn", "chain")
         optional = {name: json.loads(metadata.get(name, "null")) for name in names}
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -321,6 +333,8 @@ def _read_delta(path: Path) -> Edit:
         solver,
         optional["recipe"],
         optional["concept_set"],
+        optional["lit_unlearn"],
+        **chain_of_delta(path, optional["chain"], replaced, weights),
     )
 
 

@@ -25,6 +25,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.card import model_card
+from lit_unlearn.edits.chain import name_of
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import Rank, low_rank
 from lit_unlearn.edits.public import Places, public_content
@@ -144,9 +145,10 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
         "packages": {name: version(name) for name in PACKAGES},
     }
     made = {"config": edit.hyper_parameters, "edit": edit.edit, "recipe": edit.recipe, "scores": scores}
+    chain = {"chain": [link.stored() for link in edit.chain]} if edit.chain else {}
     places, changed = places_of(edit, base, name), list[str]()
-    places.learn(made)
-    facts |= places.without(made, changed)
+    places.learn({**made, **chain})
+    facts |= places.without({**made, **chain}, changed)
     if revision and isinstance(base.place, Path):  # its name so far is the path of that commit
         for settings in (facts["config"], ((facts["recipe"] or {}).get("model") or {}).get("init_args") or {}):
             settings["revision"] = revision
@@ -189,10 +191,14 @@ def file_sha256(path: Path) -> str:
 def export_delta(edit: Edit, facts: dict[str, Any], output: Path, dtype: torch.dtype | None) -> None:
     """Write the changed weights (new values, not differences) as safetensors, and ``facts`` as JSON metadata.
 
+    Of edits on top of edits, values that a later one has replaced follow, with names that begin with ``overwritten.``.
+
     Raises:
         ValueError: ``dtype`` cannot hold a weight.
     """
-    weights = {name: value.to(dtype or value.dtype).contiguous() for name, value in edit.weights.items()}
+    replaced = {name_of(key): value for key, value in edit.overwritten.items()}
+    values = {**edit.weights, **replaced}
+    weights = {name: value.to(dtype or value.dtype).contiguous() for name, value in values.items()}
     _check_finite(weights, dtype)
     _write_weights(weights, {"kind": "delta", **facts}, output)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.kept import ENDINGS, INDEX, PROVENANCE, kept_of
 from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.edits.chain import name_of
 from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
 from lit_unlearn.edits.export import file_sha256, places_of, weights_sha256
 from lit_unlearn.edits.public import TEXTS, Places, public_content, without_any
@@ -103,9 +104,10 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     recorded = _mapping(facts, "weights_sha256", path)
     findings = [_compare("weights", weights_sha256(weights), recorded)]
     if facts.get("kind") == "delta":
-        names = [name for name in weights if name not in set(_names(facts, path))]
+        edit = read_edit(path)
+        known = {*_names(facts, path), *map(name_of, edit.overwritten)}
+        names = [name for name in weights if name not in known]
         findings.append(Finding("names", [f"unexpected weight {name}" for name in names], len(weights)))
-        read_edit(path)
     if base is not None:
         findings.append(_base_hashes(facts, base, path))
     return findings

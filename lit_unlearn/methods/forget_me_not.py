@@ -113,10 +113,10 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             ValueError: They belong to another concept or another model, or several concepts are edited.
         """
         embeddings, metadata = read_embeddings(path)
-        if self.edited_labels != [metadata["concept"]]:
+        if self.own_labels != [metadata["concept"]]:
             raise ValueError(
                 f"model.embeddings={path} was learned for {metadata['concept']}, but concept="
-                f"{', '.join(self.edited_labels)}: learn tokens for the concept and edit it alone."
+                f"{', '.join(self.own_labels)}: learn tokens for the concept and edit it alone."
             )
         vocabulary, width = vocabulary_of(self.model_id, self.base.config_folder)
         if vocabulary != metadata["vocabulary"] or width not in (None, embeddings.shape[1]):

@@ -82,7 +82,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         Raises:
             ValueError: ``extra`` names an edited concept, or nothing is left.
         """
-        labels = self.edited_labels
+        labels = self.own_labels
         check_retained(extra, self.edited)
         if prompts == "edit_prompts":
             texts = self.concepts.retain_prompts(labels)

@@ -27,9 +27,9 @@ from lit_unlearn.diffusion.sampling import (
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.diffusion.vocabulary import vocabulary_of
 from lit_unlearn.methods.forget_me_not import check_templates, templates_of
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.system.pixels import to_uint8
 
 

@@ -107,7 +107,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
 
     def other_prompts(self) -> list[str]:
         """Prompts for ``preserve: others``: names of the other concepts, except those that name an edited one."""
-        return self.concepts.retain_names(self.edited_labels)
+        return self.concepts.retain_names(self.own_labels)
 
     def _preserved_prompts(self, preserve: str | list[str] | None) -> list[str]:
         """Check and return the preserved prompts."""
@@ -118,7 +118,7 @@ class PhraseMap(ClosedFormMethod, ConceptEditor):
                 raise ValueError(f"model.preserve={preserve!r} is not a list: give others, or prompts such as [a cat].")
             if not (prompts := self.other_prompts()):
                 raise ValueError(
-                    f"model.preserve='others' finds no prompt besides {', '.join(self.edited_labels)} in "
+                    f"model.preserve='others' finds no prompt besides {', '.join(self.own_labels)} in "
                     f"{self.concepts.name}: edit fewer concepts at once, or set it to null."
                 )
             return prompts
@@ -246,7 +246,7 @@ class UCE(PhraseMap):
         """Prompts for ``preserve: others``: names, or edit prompts that do not name an edited concept."""
         if self.prompts == "names":
             return super().other_prompts()
-        return self.concepts.retain_prompts(self.edited_labels)
+        return self.concepts.retain_prompts(self.own_labels)
 
     def targets(self, outputs: Tensor, guide_outputs: Sequence[Tensor], rows: Tensor) -> Tensor:
         """v* (m, d_out): the guide's outputs, with ``tensor`` without their component along ``outputs``."""

@@ -105,13 +105,13 @@ class UCEDebias(PhraseMap):
         given: dict[str, list[float]] = {}
         if isinstance(ratios, dict):
             given = {self.concepts.get(name).name: shares for name, shares in ratios.items()}
-            if unknown := set(given) - set(self.edited_labels):
-                edited = ", ".join(self.edited_labels)
+            if unknown := set(given) - set(self.own_labels):
+                edited = ", ".join(self.own_labels)
                 raise ValueError(
                     f"model.ratios has {sorted(unknown)[0]!r}, but the edited concepts are {edited}: take it out."
                 )
         elif ratios is not None:
-            given = dict.fromkeys(self.edited_labels, ratios)
+            given = dict.fromkeys(self.own_labels, ratios)
         for name, shares in given.items():
             if len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
                 raise ValueError(
@@ -119,7 +119,7 @@ class UCEDebias(PhraseMap):
                     f"{', '.join(attribute.name for attribute in self.attributes)}; null takes equal shares."
                 )
         equal = [1 / count] * count
-        return torch.tensor([given.get(name, equal) for name in self.edited_labels], dtype=torch.float64)
+        return torch.tensor([given.get(name, equal) for name in self.own_labels], dtype=torch.float64)
 
     @property
     def fit_plan(self) -> FitPlan:

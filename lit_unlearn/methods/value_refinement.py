@@ -35,8 +35,9 @@ from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, check_timesteps
+from lit_unlearn.methods.shared.editor import check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.text_layers import (
     ADDS_TO_STREAM,
     TEXT_LAYER,

@@ -27,8 +27,12 @@ def checkpoint_of(given: str | os.PathLike[str]) -> Path:
     return inside if inside.is_file() else Path(given)
 
 
-def check_checkpoint(given: str | Path) -> None:
+def check_checkpoint(given: str | Path, option: str = "ckpt_path") -> None:
     """Refuse a checkpoint, delta or folder of a run that does not exist.
+
+    Args:
+        given: The path.
+        option: Name of the option that it is given as, for the message.
 
     Raises:
         ValueError: There is no such file, or the folder has no checkpoint.
@@ -37,11 +41,11 @@ def check_checkpoint(given: str | Path) -> None:
     if path.is_dir():
         found = sorted(path.rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
         runs = f"give the folder of a run, e.g. {found[-1].parents[1]}" if found else "it has no run"
-        raise ValueError(f"ckpt_path={path} is a folder without checkpoints/last.ckpt: {runs}.")
+        raise ValueError(f"{option}={path} is a folder without checkpoints/last.ckpt: {runs}.")
     if not path.is_file():
         writes = "export --delta" if path.suffix == ".safetensors" else "fit"
         what = "such a file" if path.suffix == ".safetensors" else "logs/.../checkpoints/last.ckpt"
-        raise ValueError(f"ckpt_path={path} does not exist: `lit-unlearn {writes}` writes {what}.")
+        raise ValueError(f"{option}={path} does not exist: `lit-unlearn {writes}` writes {what}.")
 
 
 def scores_files(folders: Sequence[str | Path]) -> list[Path]:

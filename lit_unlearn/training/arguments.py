@@ -28,6 +28,11 @@ OPTIONS = (
         "Checkpoints or deltas whose concepts are edited again, together with the new ones.",
         str | list[str] | None,
     ),
+    CommandOption(
+        "base_edit",
+        "Checkpoints or deltas of edits that the fit starts from and keeps: an edit on top of them.",
+        str | list[str] | None,
+    ),
     CommandOption("method", "Name of the recipe in logs/METHOD/CONCEPT/version_N.", str | None),
     CommandOption("overwrite", "Let a test replace the scores that its run already has."),
     CommandOption("fresh", "Start a new fit, though the same command was interrupted before."),

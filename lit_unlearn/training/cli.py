@@ -25,9 +25,11 @@ from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import BrokenWeightsError
+from lit_unlearn.edits.chain import links_of
 from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
-from lit_unlearn.methods.shared.editor import DiffusionEditor, check_concepts
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.stack import check_concepts
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
 from lit_unlearn.system.run_file import FINISHED, STOPPED, read_run
@@ -37,7 +39,7 @@ from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, import_all, import_named, known_classes, known_keys, prepare
 from lit_unlearn.training.early import concept_not_named
-from lit_unlearn.training.ledger import take_earlier
+from lit_unlearn.training.ledger import start_from, take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.options import check_options, given_options, ignored_by_a_checkpoint
@@ -147,7 +149,8 @@ class UnlearnCLI(LightningCLI):
         config = self.config[subcommand]
         arguments = config.model.init_args
         kind = class_of(config.model.class_path)
-        config.after = as_list(config.after)
+        config.after, config.base_edit = as_list(config.after), as_list(config.base_edit)
+        self.stack = start_from(config, kind) if subcommand == "fit" else None
         take_earlier(config, kind)
         check_options(subcommand, config, kind, self.given)
         if not issubclass(kind, DiffusionEditor):
@@ -192,7 +195,8 @@ class UnlearnCLI(LightningCLI):
             if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
                 raise UserError(
                     f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "
-                    f"{', '.join(concepts)} on top of it, pass --after {config.ckpt_path} instead."
+                    f"{', '.join(concepts)} too, pass --after {config.ckpt_path} (all of them, again) or --base_edit "
+                    f"{config.ckpt_path} (on top of it) instead."
                 )
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
             if concept_set is not None:
@@ -202,7 +206,7 @@ class UnlearnCLI(LightningCLI):
             edit.check_base(BaseModel.find(arguments.model, arguments.revision, arguments.config_folder))
             if subcommand == "fit":  # arguments come from the command line; Lightning restores the state
                 if self.run_folder is None:
-                    self.progress = Progress.of(config.ckpt_path, list(edit.weights))
+                    self.progress = Progress.of(config.ckpt_path, links_of(edit)[-1].names)
                 return
         kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
         import_named(str(edit.edit))
@@ -234,7 +238,7 @@ class UnlearnCLI(LightningCLI):
     @property
     def edited(self) -> list[Concept]:
         """The concepts that the recipe edits; empty if it trains a part of a model."""
-        return getattr(self.model, "edited", [])
+        return getattr(self.model, "every_edited", [])
 
     @property
     def concept_names(self) -> list[str]:
@@ -335,6 +339,7 @@ class UnlearnCLI(LightningCLI):
         run = self._claim()
         if isinstance(self.model, DiffusionEditor):
             self.model.recipe = deciding(yaml.safe_load(self.written))
+            self.model.earlier_edits.stack = self.stack
         try:
             self.trainer.fit(**kwargs)
         except (EmptyNullSpaceError, BrokenWeightsError) as error:

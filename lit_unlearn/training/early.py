@@ -92,6 +92,13 @@ class Asked:
         given = self.options.get("concept", self.content.get("concept"))
         return yaml.safe_load(given) if isinstance(given, str) and given.startswith("[") else given
 
+    def listed(self, name: str) -> list[str]:
+        """The values of an option of the command that takes one or a list."""
+        given = self.options.get(name)
+        if isinstance(given, str) and given.startswith("["):
+            given = yaml.safe_load(given)
+        return [text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str) and text]
+
 
 def check_early(args: Sequence[str]) -> None:
     """Refuse a command line with a name that nothing has: of a method, a key, a concept, a judge or a checkpoint.
@@ -117,6 +124,9 @@ def check_early(args: Sequence[str]) -> None:
         path = asked.options.get("ckpt_path")
         if path not in (None, "null", "last", "best", "hpc", ""):
             check_checkpoint(path)
+        for name in ("after", "base_edit"):
+            for place in asked.listed(name):
+                check_checkpoint(place, name)
 
 
 def concept_not_named(args: Sequence[str]) -> str | None:
@@ -150,10 +160,10 @@ def _concept_not_named(command: str, asked: Asked) -> str | None:
         ValueError: There is no such concept, or no such set.
     """
     kind = asked.kind("model")
-    if kind is None or not any(cls.name == "ConceptEditor" for cls in ancestors(kind)) or "after" in asked.options:
+    if kind is None or not any(cls.name == "ConceptEditor" for cls in ancestors(kind)):
         return None
     concept = asked.concept
-    if concept is None and "print_config" in asked.options:
+    if concept is None and {"print_config", "after", "base_edit"} & set(asked.options):  # these have concepts
         return None
     if concept is None:
         raise UserError(f"{command}: name the concept to edit, e.g. --concept dog.")

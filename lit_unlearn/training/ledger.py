@@ -1,20 +1,37 @@
-"""Edits one after another: ``--after CKPT`` edits the concepts of an earlier run again, together with the new ones.
+"""Edits one after another, in two ways.
 
-An edit on top of an edit undoes part of it: later targets move what earlier ones have written. So a sequence is solved
-anew from the pretrained weights, with the pairs of all concepts so far (``lit_unlearn.data.pairs``); its result is that
-of editing them all at once. What a sequence needs to know is therefore a list of concepts, which every checkpoint has.
+``--after CKPT`` edits the concepts of an earlier run again, together with the new ones. An edit on top of an edit
+undoes part of it: later targets move what earlier ones have written. So a sequence is solved anew from the pretrained
+weights, with the pairs of all concepts so far (``lit_unlearn.data.pairs``); its result is that of editing them all at
+once. What a sequence needs to know is therefore a list of concepts, which every checkpoint has.
+
+``--base_edit CKPT`` starts from the edited model (``methods.shared.stack``): of another method, of pictures, or of
+somebody whose recipe is not known. What the earlier edits have done stays, and the prompts of their concepts are
+retained as the edited model has them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.data.concepts import ConceptSet, concept_set_of, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.edits.checkpoint import read_edit
+from lit_unlearn.edits.chain import joined
+from lit_unlearn.edits.checkpoint import Edit, read_edit, warn_unfinished
+from lit_unlearn.methods.concept_ablation import ConceptAblation
+from lit_unlearn.methods.esd import ESD
+from lit_unlearn.methods.forget_me_not import ForgetMeNot
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
-from lit_unlearn.system.errors import UserError, user_errors
+from lit_unlearn.methods.shared.stack import Stack
+from lit_unlearn.methods.textual_inversion import TextualInversion
+from lit_unlearn.system.errors import UserError, user_errors, warn
+from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
+
+RETAINS_NOTHING = (ESD, ConceptAblation, ForgetMeNot)
+"""Methods without prompts to retain: nothing holds what earlier edits have done."""
 
 
 def take_earlier(config: Any, kind: type) -> None:
@@ -35,24 +52,109 @@ def take_earlier(config: Any, kind: type) -> None:
         return
     if not issubclass(kind, ConceptEditor):
         raise UserError(f"after={config.after[0]} has no effect: {kind.__name__} edits no concepts; leave it out.")
+    with user_errors():
+        concepts = load_concept_set(config.model.init_args.concept_set)
+        edits = _read(config, "after")
+        for edit in edits:
+            edit.check_set(concepts)
+            if not edit.concepts:
+                raise UserError(f"after={edit.path} edits no concept, so there is nothing to edit again: leave it out.")
+        _put_before(config, "after", edits, concepts)
+    config.after = None
+
+
+def start_from(config: Any, kind: type) -> Stack | None:
+    """The edits ``config.base_edit`` that a fit starts from; their concepts come before those of ``config.concept``.
+
+    Args:
+        config: The configuration of ``fit``.
+        kind: Class of the module.
+
+    Returns:
+        What they have left; None if the fit starts from the base model.
+
+    Raises:
+        UserError: The module cannot start from an edit; an edit is of another model, another type, or of concepts that
+            the set does not have; two of them write the same weight; or no concept is new.
+    """
+    if not config.base_edit:
+        return None
+    if not issubclass(kind, ConceptEditor) or issubclass(kind, TextualInversion):
+        why = "learns words and edits nothing" if issubclass(kind, TextualInversion) else "edits no concepts"
+        raise UserError(f"base_edit={config.base_edit[0]} has no effect: {kind.__name__} {why}; leave it out.")
+    if config.after:
+        raise UserError(
+            f"base_edit={config.base_edit[0]} and after={config.after[0]} exclude each other: one starts from an "
+            "edited model, the other edits all concepts again from the pretrained one; leave one out."
+        )
     arguments = config.model.init_args
     with user_errors():
         concepts = load_concept_set(arguments.concept_set)
-        new = [c.name for c in edited_concepts(arguments.concept, concepts)] if arguments.concept is not None else []
-        base = BaseModel.find(arguments.model, arguments.revision, arguments.config_folder)
-        earlier: list[str] = []
-        for path in config.after:
-            edit = read_edit(path)
-            edit.check_set(concepts)
-            edit.check_base(base)
-            if not edit.concepts:
-                raise UserError(f"after={path} edits no concept, so there is nothing to edit again: leave it out.")
-            earlier += edit.concepts
-    earlier = list(dict.fromkeys(earlier))
+        edits = _read(config, "base_edit")
+        for edit in edits:
+            edit.check_weights()
+            _check_concepts(edit, concepts)
+            if str(edit.dtype) != f"torch.{arguments.dtype}":
+                own = str(edit.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"base_edit={edit.path} was made in {own}, and model.dtype={arguments.dtype}: pass "
+                    f"--model.dtype {own}."
+                )
+        weights, links, overwritten = joined(edits)
+        _put_before(config, "base_edit", edits, concepts)
+    arguments.retain_earlier = True
+    config.base_edit = [str(edit.path) for edit in edits]
+    for edit in edits:
+        warn_unfinished(edit.path)
+        if not edit.concepts:
+            warn(f"{edit.path} has unlearned pictures, of which no prompt is known: nothing holds that in this fit.")
+    if arguments.earlier and issubclass(kind, RETAINS_NOTHING):
+        warn(
+            f"{kind.__name__} retains no prompts, so nothing holds the earlier edits of "
+            f"{', '.join(arguments.earlier)}: `test` says how much of them comes back."
+        )
+    return Stack(weights, [link.stored() for link in links], overwritten)
+
+
+def _read(config: Any, option: str) -> list[Edit]:
+    """The edits that an option names, checked to be of the command's base model."""
+    arguments, found = config.model.init_args, []
+    base = BaseModel.find(arguments.model, arguments.revision, arguments.config_folder)
+    for given in config[option]:
+        check_checkpoint(given, option)
+        found.append(read_edit(checkpoint_of(Path(given).expanduser())))
+        found[-1].check_base(base)
+    return found
+
+
+def _put_before(config: Any, option: str, edits: Sequence[Edit], concepts: ConceptSet) -> None:
+    """Put the concepts of earlier edits before the new ones, and name them as the module's ``earlier``."""
+    arguments = config.model.init_args
+    new = [c.name for c in edited_concepts(arguments.concept, concepts)] if arguments.concept is not None else []
+    earlier = list(dict.fromkeys(name for edit in edits for name in edit.concepts))
     if not (added := [name for name in new if name not in earlier]):
         raise UserError(
-            f"concept={', '.join(new) or None} adds nothing to what after={', '.join(config.after)} edits already "
+            f"concept={', '.join(new) or None} adds nothing to what {option}={', '.join(config[option])} edits already "
             f"({', '.join(earlier)}): name a new concept."
         )
     config.concept = arguments.concept = config.data.init_args.concept = [*earlier, *added]
-    arguments.earlier, config.after = earlier, None
+    arguments.earlier = earlier
+
+
+def _check_concepts(edit: Edit, concepts: ConceptSet) -> None:
+    """Refuse an edit whose concepts the set has not, or has with other prompts: they are retained and scored with it.
+
+    Raises:
+        ValueError: Which concept, and what to do.
+    """
+    if edit.concept_set_sha256 == concepts.sha256:
+        return
+    before = concept_set_of(edit.concept_set, edit.path).concepts if edit.concept_set is not None else None
+    for name in edit.concepts:
+        own = concepts.concepts.get(name)
+        if own is None or (before is not None and before.get(name) != own):
+            has = "does not have" if own is None else "describes otherwise"
+            raise ValueError(
+                f"base_edit={edit.path} edits {name!r}, which the concept set {concepts.name!r} ({concepts.path}) "
+                f"{has}: copy its entry from the set of that edit, since its prompts are retained and judged."
+            )

@@ -70,8 +70,8 @@ def _refused(subcommand: str, config: Any, method: type, given: Collection[str])
         yield "weights_only", "has no effect: a checkpoint is data, of which nothing is run; leave it out"
     if fits and config.overwrite:
         yield "overwrite", "has no effect: each fit has a folder of its own; --fresh starts anew, so leave it out"
-    for key in () if fits else ("fresh", "once"):
-        if config[key]:
+    for key in () if fits else ("fresh", "once", "base_edit"):
+        if config[key] and (key != "base_edit" or key in given):  # a run's recipe says what it started from
             yield key, "has no effect: it is for fit; leave it out"
     if fits and config.ckpt_path is not None:
         for key in ("fresh", "once"):

@@ -81,7 +81,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
     """Return the arguments with the recipes first, each ``--config`` followed by the path of its file.
 
     Options then override recipes wherever they stand, and can set keys that only a recipe has, such as
-    ``--edit.ridge``. If ``--concept`` is given several times, they form one list; of other options the last counts.
+    ``--edit.ridge``. Options of ``LISTS`` that are given several times form one list; of others the last counts.
     ``--model PLACE``, with a folder, a file or a hub id instead of a class, is short for ``--model.model PLACE``, and
     ``--config_folder`` for ``--model.config_folder``.
 
@@ -99,7 +99,10 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
             recipes += [arg, str(find_recipe(name))]
         else:
             options.append(arg)
-    return [*args[:1], *recipes, *_joined_concepts(_named_models(options))]
+    options = _named_models(options)
+    for name in LISTS:
+        options = _joined_lists(options, name)
+    return [*args[:1], *recipes, *options]
 
 
 def _named_models(options: Sequence[str]) -> list[str]:
@@ -124,29 +127,29 @@ def _is_place(model: str) -> bool:
     return model in SHIPPED or model[:1] in ("~", ".") or "/" in model or "\\" in model or Path(model).exists()
 
 
-def _joined_concepts(options: Sequence[str]) -> list[str]:
-    """Replace several ``--concept`` in ``options`` by one with a list."""
+LISTS = ("--concept", "--after", "--base_edit")
+"""Options that can be given several times."""
+
+
+def _joined_lists(options: Sequence[str], name: str) -> list[str]:
+    """Replace several options ``name`` by one with a list."""
     import yaml
 
     given: list[str] = []
     others: list[str] = []
     left = iter(options)
     for arg in left:
-        if arg.startswith("--concept="):
+        if arg.startswith(f"{name}="):
             given.append(arg.partition("=")[2])
-        elif arg == "--concept" and (value := next(left, None)) is not None:
+        elif arg == name and (value := next(left, None)) is not None:
             given.append(value)
         else:
             others.append(arg)
     if len(given) < 2:
         return list(options)
     lists = [yaml.safe_load(value) if value.startswith("[") else [value] for value in given]
-    names = [str(name) for names in lists for name in names]
-    return [
-        "--concept",
-        yaml.safe_dump(names, default_flow_style=True, width=10_000, allow_unicode=True).strip(),
-        *others,
-    ]
+    values = [str(value) for values in lists for value in values]
+    return [name, yaml.safe_dump(values, default_flow_style=True, width=10_000, allow_unicode=True).strip(), *others]
 
 
 @contextmanager

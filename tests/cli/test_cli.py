@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import CONFIGS, files
 from lit_unlearn import cli
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 

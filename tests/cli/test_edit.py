@@ -17,7 +17,7 @@ import yaml
 from helpers import metadata
 from lit_unlearn import cli
 from lit_unlearn.edits.checkpoint import read_edit
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 SETTINGS = {"threshold": 0.1, "rule": "mean", "minimum": 4, "ridge": 1.0, "ridge_rule": "absolute"}
 SETTINGS |= {"forget_unused": False, "tolerance": None}

@@ -20,7 +20,7 @@ from lit_unlearn import cli
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.sampling import initial_noise
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 STEPS = 2
 """Denoising steps of every picture, as in the recipe."""

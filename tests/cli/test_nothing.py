@@ -10,7 +10,7 @@ import torch
 
 from helpers import files
 from lit_unlearn import cli
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.training.runs import FINISHED, read_run
 
 

@@ -21,7 +21,7 @@ from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.single_file import names
 from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.edits.checkpoint import read_edit
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 NAMES = [*LAYERS, *KV, "text_encoder.encoder.layers.0.self_attn.v_proj.weight"]
 ENCODERS = {

@@ -15,7 +15,7 @@ from lit_unlearn import cli
 from lit_unlearn.data import concepts
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.system import strict_yaml
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training import cli as training

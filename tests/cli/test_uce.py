@@ -12,7 +12,7 @@ import torch
 from helpers import QUIET
 from lit_unlearn import cli
 from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 RECIPES = ["uce.yaml", "uce_2023.yaml", "uce_2025.yaml", "uce_moderate.yaml", "uce_debias.yaml"]
 ONLY_THE_EDIT = ["--trainer.callbacks", "[]"]

@@ -20,7 +20,7 @@ from lit_unlearn.diffusion.kept import Kept, kept_of
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.verify import verify_export
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 WEIGHTS = "safety_checker/model.safetensors"
 

@@ -16,7 +16,7 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.checkpoint import load_edited, newest_checkpoint, read_edit, run_folder
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.lora_names import fits_lora, lora_name
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 ATOL = 1e-5
 """Of pixels in [0, 1], whose edit moves them by a thousand times that: products in another order, and a cut at 1e-3."""

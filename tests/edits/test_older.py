@@ -26,7 +26,7 @@ from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.edits.checkpoint import Edit, load_edited, read_edit
 from lit_unlearn.edits.older import MOVED, in_todays_terms
 from lit_unlearn.emoji.judge import JudgeTraining
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.training.classes import class_of, known_classes, prepare
 
 OLDER = Path(__file__).parent / "older"

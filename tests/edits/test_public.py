@@ -21,7 +21,7 @@ from lit_unlearn.diffusion.public_name import hub_snapshot, public_name
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.edits.public import Places, is_place, public_content
 from lit_unlearn.edits.verify import verify_export
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 SECRET = "secret-user"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -21,7 +21,7 @@ from helpers import LAYERS, files
 from lit_unlearn import cli
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 TOKEN = "hf_of_the_test"
 

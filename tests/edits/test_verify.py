@@ -23,7 +23,7 @@ from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.edits.verify import verify_export
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 
 @pytest.fixture(scope="session")

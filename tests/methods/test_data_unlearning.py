@@ -21,7 +21,7 @@ from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.methods.data_unlearning import DataUnlearning
 from lit_unlearn.methods.one_sided import NaiveDeletion, NegGrad
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.siss import SISS, TwoPass
 
 Build = Callable[..., DataUnlearning]

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from helpers import LAYERS, Interrupted, by_null_space, changed, interrupt, weights
 from lit_unlearn.callbacks.closed_form import ClosedFormEdit
 from lit_unlearn.data.prompts import ConceptPrompts
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]

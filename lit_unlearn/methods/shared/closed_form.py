@@ -18,7 +18,8 @@ from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 Batch = TypeVar("Batch")
 

@@ -19,7 +19,8 @@ from lit_unlearn.data.prompts import PictureItem, edited_concepts, warn_of_edite
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, is_quick, judge_questions
 from lit_unlearn.judges.load import check_judge_name, load_cached_judge
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.system.errors import user_errors
 
 
@@ -57,8 +58,10 @@ class ConceptEditor(DiffusionEditor):
         judge_cache: Where answers of slow judges (all but classifiers) are kept; null keeps none.
         repair_pairs: Of several concepts, leave out pairs that name another edited one, and choose targets that are not
             edited (``lit_unlearn.data.pairs``); false takes the set's pairs as they are.
-        earlier: Those of the concepts that an earlier run has edited; set with ``--after``. Scores say how many of
-            them come back.
+        earlier: Those of the concepts that an earlier run has edited; set with ``--after`` or ``--base_edit``. Scores
+            say how many of them come back.
+        retain_earlier: Leave them as the model has them that the fit starts from, and retain their prompts; set with
+            ``--base_edit``. False edits them again.
         spontaneous: Whether a test also asks the judge if pictures of retained prompts show the edited concepts, before
             and after: one question for each picture and edited concept. Null asks only quick judges (classifiers).
         **kwargs: See ``DiffusionEditor``.
@@ -67,6 +70,12 @@ class ConceptEditor(DiffusionEditor):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
+    every_edited: list[Concept]
+    """The concepts that the edited model should not draw any more, in the order of the edits."""
+    edited: list[Concept]
+    """Those that this fit edits: all, unless it starts from a model in which earlier ones are edited already."""
+    repaired: list[Concept]
+    """The same with the pairs to edit; see ``repair_pairs``."""
     targets_of_edited: Sequence[tuple[Concept, Sequence[tuple[str, str]]]] = ()
     """The edited concepts, each with pairs of a text and the one that a fit edits it into; empty without such."""
     asks_spontaneous: bool = False
@@ -83,15 +92,20 @@ class ConceptEditor(DiffusionEditor):
         judge_cache: str | None = "logs/judged",
         repair_pairs: bool = True,
         earlier: list[str] | None = None,
+        retain_earlier: bool = False,
         spontaneous: bool | None = None,
         **kwargs: object,
     ) -> None:
         self.concepts = load_concept_set(concept_set)
-        self.edited = edited_concepts(concept, self.concepts)
+        self.every_edited = edited_concepts(concept, self.concepts)
         self.earlier = [item.name for item in edited_concepts(earlier, self.concepts)] if earlier else []
         if others := [name for name in self.earlier if name not in self.edited_labels]:
             raise ValueError(f"model.earlier names {others[0]!r}, which is not edited: take it out, or edit it too.")
-        self.repaired = repaired(self.edited, self.concepts) if repair_pairs else list(self.edited)
+        own = [place for place, c in enumerate(self.every_edited) if not (retain_earlier and c.name in self.earlier)]
+        if not own:
+            raise ValueError(f"concept={', '.join(self.edited_labels)} has nothing new to edit: name another concept.")
+        pairs = repaired(self.every_edited, self.concepts) if repair_pairs else self.every_edited
+        self.edited, self.repaired = [self.every_edited[place] for place in own], [pairs[place] for place in own]
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
         self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
         self.spontaneous = spontaneous
@@ -118,22 +132,27 @@ class ConceptEditor(DiffusionEditor):
                 check_cuts(self.pipeline.reader, self.concepts, self.edited)
 
     def prompts_to_retain(self, further: Sequence[str] | None) -> list[str]:
-        """The edit prompts of the set's other concepts, and the ``further`` ones of ``model.retain``.
+        """The edit prompts of the concepts that are not edited here, and the ``further`` ones of ``model.retain``.
 
         Raises:
             ValueError: One of ``further`` names an edited concept, or nothing is left.
         """
         check_retained(further or [], self.edited)
-        if not (prompts := self.concepts.retain_prompts(self.edited_labels) + list(further or [])):
+        if not (prompts := self.concepts.retain_prompts(self.own_labels) + list(further or [])):
             raise ValueError(
-                f"concept={', '.join(self.edited_labels)} leaves no prompt of {self.concepts.name} to retain: edit "
+                f"concept={', '.join(self.own_labels)} leaves no prompt of {self.concepts.name} to retain: edit "
                 "fewer concepts at once, or name what to keep in model.retain."
             )
         return prompts
 
     @property
     def edited_labels(self) -> list[str]:
-        """Names of the edited concepts."""
+        """Names of ``every_edited``."""
+        return [concept.name for concept in self.every_edited]
+
+    @property
+    def own_labels(self) -> list[str]:
+        """Names of ``edited``."""
         return [concept.name for concept in self.edited]
 
     def setup(self, stage: str) -> None:
@@ -232,7 +251,7 @@ class ConceptEditor(DiffusionEditor):
             first, others = answers[: len(batch)], judge_questions(second, shown, own)
             both = ~(first.isnan() | others.isnan())
             self.kappa.update(*((found[both] >= 0.5).int().to(self.device) for found in (first, others)))
-        for concept in (None, *self.edited):
+        for concept in (None, *self.every_edited):
             places = [place for place, (_, other) in enumerate(asked) if other is concept]
             items = [batch[asked[place][0]] for place in places]
             metric.update(
@@ -252,12 +271,12 @@ class ConceptEditor(DiffusionEditor):
         """
         yield from ((row, None) for row in range(len(batch)))
         concepts = list(self.concepts.concepts.values())
-        for asked in self.edited:
+        for asked in self.every_edited:
             for row, item in enumerate(batch):
                 own = concepts[item.concept_index]
                 if own.name == asked.name or item.prompt_index >= len(own.prompts):
                     continue
-                if own in self.edited or (self.asks_spontaneous and not asked.find_name(item.prompt)):
+                if own in self.every_edited or (self.asks_spontaneous and not asked.find_name(item.prompt)):
                     yield row, asked
 
     def on_validation_start(self) -> None:

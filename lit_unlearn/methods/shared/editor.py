@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_unlearn import __version__
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.condition import Condition
@@ -22,12 +21,10 @@ from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, matc
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
 from lit_unlearn.methods.shared.processes import Processes
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY, EarlierEdits, check_concepts
 from lit_unlearn.system.errors import UserError, plain_warnings
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.pixels import to_uint8
-
-CHECKPOINT_KEY = "lit_unlearn"
-"""Key in a Lightning checkpoint under which lit-unlearn stores provenance, cost and reports of an edit."""
 
 NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
 
@@ -76,6 +73,7 @@ class DiffusionEditor(L.LightningModule):
     ) -> None:
         super().__init__()
         self.processes = Processes(self)
+        self.earlier_edits = EarlierEdits(self)
         self.step_losses: dict[str, Tensor] = {}
         self._batch_weight = 1.0
         self.save_hyperparameters()
@@ -156,7 +154,7 @@ class DiffusionEditor(L.LightningModule):
     # --- set-up and checkpoints
 
     def configure_model(self) -> None:
-        """Load the pipeline's parts, frozen, and keep the pretrained values of the edited weights."""
+        """Load the pipeline's parts, frozen, write earlier edits, and keep the values of the edited weights."""
         if hasattr(self, "pipeline"):
             return
         self._check_family()
@@ -166,11 +164,27 @@ class DiffusionEditor(L.LightningModule):
             self.add_module(name, part)
         parameters = self.pipeline.named_parameters()
         self.edited_names = self.select(list(parameters))
+        self.earlier_edits.write(parameters)
         self.pretrained = PretrainedValues({name: parameters[name] for name in self.edited_names})
-        self.base_fingerprint = fingerprint(self.pretrained.values)
+        self.base_fingerprint = fingerprint(self.unedited.values)
         self.pipeline.denoiser.register_forward_pre_hook(self.forwards)
         if device:
             self.offloaded = Offload(self.pipeline.parts, device)
+
+    @property
+    def unedited(self) -> PretrainedValues:
+        """The base model's values of all weights in a checkpoint; ``pretrained`` if the fit starts from that model."""
+        return self.earlier_edits.base_values or self.pretrained
+
+    @property
+    def written_names(self) -> list[str]:
+        """Names of the weights in a checkpoint: those that the fit edits, and those of the edits it starts from."""
+        return list(found.values) if (found := self.earlier_edits.base_values) else self.edited_names
+
+    @property
+    def own_labels(self) -> list[str]:
+        """Those of ``edited_labels`` that the fit edits; the others are of edits that it starts from."""
+        return self.edited_labels
 
     @property
     def trains_text(self) -> bool:
@@ -213,7 +227,7 @@ class DiffusionEditor(L.LightningModule):
         if self.offloaded is None:
             yield
             return
-        with self.offloaded.holding(name.partition(".")[0] for name in self.edited_names):
+        with self.offloaded.holding(name.partition(".")[0] for name in self.written_names):
             yield
 
     def on_after_backward(self) -> None:
@@ -231,7 +245,7 @@ class DiffusionEditor(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store only the edited weights, and describe them."""
-        kept = {*self.edited_names, *self.own_state()}
+        kept = {*self.written_names, *self.own_state()}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
         # A class or function (an optimizer given in Python) could not be read without trusting the file.
         hyper_parameters = checkpoint.get("hyper_parameters", {})
@@ -240,8 +254,10 @@ class DiffusionEditor(L.LightningModule):
             "method": type(self).__name__,
             "concepts": self.edited_labels,
             "model": self.model_id,
-            "edited_names": self.edited_names,
+            "edited_names": self.written_names,
             "base_fingerprint": self.base_fingerprint,
+            "chain": self.earlier_edits.stored(),
+            "version": __version__,
             "concept_set_sha256": None,
             "concept_set": None,
             "recipe": self.recipe,
@@ -259,7 +275,8 @@ class DiffusionEditor(L.LightningModule):
         if ours is None:
             raise ValueError("The checkpoint was not made by lit-unlearn, since it has no provenance: give another.")
         check_concepts("The checkpoint", ours["method"], ours["concepts"], self.edited_labels)
-        if ours["edited_names"] != self.edited_names or ours["base_fingerprint"] != self.base_fingerprint:
+        self.earlier_edits.take(ours.get("chain"), ours["edited_names"])
+        if ours["edited_names"] != self.written_names or ours["base_fingerprint"] != self.base_fingerprint:
             raise ValueError(
                 f"The checkpoint was made from another base model ({ours['model']}) than model={self.model_id!r}, "
                 "or with another dtype or other edited weights: give the recipe of its own fit."
@@ -355,37 +372,14 @@ class DiffusionEditor(L.LightningModule):
         return to_uint8(pictures)
 
     def unedited_pictures(self, batch: Sequence[Any]) -> Tensor:
-        """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the pretrained weights.
+        """Pictures of ``batch`` (items with ``prompt`` and ``seed``) by the base model.
 
         If the callback ``UneditedPictures`` has set ``known_pictures``, they come from there.
         """
         if self.known_pictures is not None:
             return self.known_pictures(self, batch)
-        with self.pretrained.restored():
+        with self.unedited.restored():
             return self.generate([item.prompt for item in batch], [item.seed for item in batch])
-
-
-def check_concepts(file: str, method: str, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a checkpoint whose concepts differ from the wanted ones.
-
-    Args:
-        file: The checkpoint, as the beginning of the message.
-        method: Name of the class that made it.
-        found: Names of the concepts that it edits; empty if it unlearned pictures.
-        wanted: Names of the wanted concepts; empty if the recipe unlearns pictures.
-
-    Raises:
-        ValueError: They differ.
-    """
-    if list(found) == list(wanted):
-        return
-    names, asked = ", ".join(found), ", ".join(wanted)
-    if not found:
-        raise ValueError(f"{file} edits no concept ({method}), but concept is {asked}: give the recipe of its own fit.")
-    if not wanted:
-        raise ValueError(f"{file} edits {names}, but the recipe edits no concept: give the recipe of its own fit.")
-    option = shlex.quote(json.dumps(list(found), ensure_ascii=False) if len(found) > 1 else found[0])
-    raise ValueError(f"{file} edits {names}, but concept is {asked}: pass --concept {option}.")
 
 
 def check_timesteps(min_timestep: int, max_timestep: int) -> None:

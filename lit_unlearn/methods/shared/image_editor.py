@@ -11,7 +11,8 @@ from torch import Tensor
 from lit_unlearn.data.images import CaptionedImage, CaptionItem, KeepForgetImages, load_image
 from lit_unlearn.evaluation.memorisation import CopyCount, CopyDetector, Space, pixel_features
 from lit_unlearn.judges.load import check_judge_name, load_judge
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY, DiffusionEditor
+from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 PICTURE_BATCH = 32
 """Number of pictures that the autoencoder encodes or decodes at once."""

@@ -20,7 +20,7 @@ from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.rename_tokens import RenameTokens
 from lit_unlearn.methods.robust_erasure import RobustErasure
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
-from lit_unlearn.methods.shared.editor import check_concepts
+from lit_unlearn.methods.shared.stack import check_concepts
 from lit_unlearn.methods.speed import SPEED
 from lit_unlearn.methods.uce import UCE
 from lit_unlearn.methods.unet_value_refinement import UNetValueRefinement

@@ -16,7 +16,7 @@ from lit_unlearn.diffusion import base_model
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.sampling import count_forwards
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
-from lit_unlearn.methods.shared.editor import CHECKPOINT_KEY
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 Editor = Callable[..., ConceptEditor]
 TrainerWith = Callable[..., L.Trainer]
