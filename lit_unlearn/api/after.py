@@ -165,9 +165,12 @@ def export(
         check_form(format, rank, dtype, names, text_of(single_file), lora_names)
         check_push(push_to_hub, private, license)
     from lit_unlearn.edits.forms import export_edit
-    from lit_unlearn.edits.publish import checked_hub
 
-    hub = checked_hub(push_to_hub, private, license, overwrite) if push_to_hub else None
+    hub = None
+    if push_to_hub:
+        from lit_unlearn.edits.publish import checked_hub
+
+        hub = checked_hub(push_to_hub, private, license, overwrite)
     made = export_edit(
         path_of(edit),
         Path(output),
