@@ -138,8 +138,8 @@ def export(
         format: ``folder`` (the whole model, for diffusers), ``delta`` (the changed weights), ``lora``, or ``single`` (a
             copy of the model's single file with the edit).
         rank: Of ``lora``: the largest rank, ``exact`` for no loss, None or ``auto`` for the rank that is needed.
-        lora_names: Of ``lora``: ``diffusers`` for names that only it reads; None or ``kohya`` for those that webui,
-            Forge and ComfyUI read too.
+        lora_names: Of ``lora``: ``diffusers`` for its own names; None or ``kohya`` for those that diffusers, webui,
+            Forge and ComfyUI read.
         dtype: Type of the weights; None for the run's.
         names: ``2022`` for a folder whose weights have the names that older tools read.
         single_file: Of ``single``: the file to copy; None for the edited model, if it is one.
