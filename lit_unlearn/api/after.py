@@ -118,6 +118,7 @@ def export(
     *,
     format: Literal["folder", "delta", "lora", "single"] = "folder",
     rank: int | Literal["auto", "exact"] | None = None,
+    lora_names: Literal["kohya", "diffusers"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     names: Literal["2022"] | None = None,
     single_file: Place | None = None,
@@ -125,6 +126,9 @@ def export(
     revision: str | None = None,
     config_folder: Place | None = None,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    license: str | None = None,
 ) -> Path:
     """Write the edit for other programs, as ``lit-unlearn export`` does.
 
@@ -134,28 +138,45 @@ def export(
         format: ``folder`` (the whole model, for diffusers), ``delta`` (the changed weights), ``lora``, or ``single`` (a
             copy of the model's single file with the edit).
         rank: Of ``lora``: the largest rank, ``exact`` for no loss, None or ``auto`` for the rank that is needed.
+        lora_names: Of ``lora``: ``diffusers`` for its own names; None or ``kohya`` for those that diffusers, webui,
+            Forge and ComfyUI read.
         dtype: Type of the weights; None for the run's.
         names: ``2022`` for a folder whose weights have the names that older tools read.
         single_file: Of ``single``: the file to copy; None for the edited model, if it is one.
         model: The model that was edited, if a delta does not say where it lies.
         revision: Branch, tag or commit, if the model is a hub id.
         config_folder: What a single file does not hold, as for ``Pipeline.load``.
-        overwrite: Replace an earlier export.
+        overwrite: Replace an earlier export, or add to a repository that exists.
+        push_to_hub: ``OWNER/NAME`` of a repository of the Hugging Face Hub to upload the export to, with a card; its
+            address is printed.
+        private: Of ``push_to_hub``: make a private repository.
+        license: Of ``push_to_hub``: identifier of the card's licence, such as ``creativeml-openrail-m``.
 
     Returns:
         The folder or the file that was written.
 
     Raises:
-        UserError: An argument is wrong, the output exists, or the edit has no such form.
+        UserError: An argument is wrong, the output exists, the edit has no such form, or the Hub refuses the upload.
         OSError: The output cannot be written.
     """
+    from lit_unlearn.edits.form_checks import check_form, check_push
+
+    with user_errors():
+        check_form(format, rank, dtype, names, text_of(single_file), lora_names)
+        check_push(push_to_hub, private, license)
     from lit_unlearn.edits.forms import export_edit
 
-    return export_edit(
+    hub = None
+    if push_to_hub:
+        from lit_unlearn.edits.publish import checked_hub
+
+        hub = checked_hub(push_to_hub, private, license, overwrite)
+    made = export_edit(
         path_of(edit),
         Path(output),
         format,
         rank=rank,
+        lora_names=lora_names,
         dtype=dtype,
         names=names,
         single_file=text_of(single_file),
@@ -163,4 +184,8 @@ def export(
         revision=revision,
         config_folder=text_of(config_folder),
         overwrite=overwrite,
-    ).path
+    )
+    if hub is not None:
+        with user_errors(), plain_warnings():
+            print(f"{hub.upload(made, format, path_of(edit))}: uploaded")
+    return made.path

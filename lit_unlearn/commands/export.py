@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
+from lit_unlearn.diffusion.lora_names import NAMINGS
 from lit_unlearn.edits.dtypes import DTYPES
-from lit_unlearn.edits.form_checks import Form, check_form
+from lit_unlearn.edits.form_checks import Form, check_form, check_push
 from lit_unlearn.system.errors import plain_warnings, user_errors
 
 DESCRIPTION = "write an edited pipeline for diffusers, or its changed weights"
@@ -26,6 +27,12 @@ def parser() -> Parser:
         "--lora",
         metavar="RANK",
         help="write LoRA weights of at most this rank, of the rank they need (auto), or without a loss (exact)",
+    )
+    made.add_argument(
+        "--lora_names",
+        choices=NAMINGS,
+        help="with --lora: kohya's names, which diffusers, webui, Forge and ComfyUI read, or diffusers' own; default: "
+        "kohya",
     )
     made.add_argument(
         "--format",
@@ -63,24 +70,21 @@ def run(options: argparse.Namespace) -> None:
     with user_errors():
         check_forms(options)
         form: Form = "delta" if options.delta else "lora" if options.lora else options.format
-        check_form(form, options.lora, options.dtype, options.names, options.single_file)
-        if not options.push_to_hub and (options.private or options.license):
-            option = "private" if options.private else "license"
-            raise ValueError(f"--{option} is for --push_to_hub OWNER/NAME: give that too, or leave it out.")
+        check_form(form, options.lora, options.dtype, options.names, options.single_file, options.lora_names)
+        check_push(options.push_to_hub, options.private, options.license)
     from lit_unlearn.edits.forms import export_edit  # PyTorch, which takes seconds: mistakes are told before
 
     hub = None
     if options.push_to_hub:
-        from lit_unlearn.edits.publish import Hub
+        from lit_unlearn.edits.publish import checked_hub
 
-        hub = Hub(options.push_to_hub, options.private, options.license, options.overwrite)
-        with user_errors():
-            hub.check()
+        hub = checked_hub(options.push_to_hub, options.private, options.license, options.overwrite)
     made = export_edit(
         options.ckpt_path,
         options.output,
         form,
         rank=options.lora,
+        lora_names=options.lora_names,
         dtype=options.dtype,
         names=options.names,
         single_file=options.single_file,

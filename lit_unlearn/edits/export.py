@@ -20,6 +20,7 @@ from lit_unlearn import __version__
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.kept import INDEX, PROVENANCE, Kept, kept_of
+from lit_unlearn.diffusion.lora_names import LoraNames, Naming
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import public_name
@@ -210,15 +211,17 @@ def export_lora(
     output: Path,
     rank: Rank,
     dtype: torch.dtype | None,
+    naming: Naming = "kohya",
 ) -> dict[str, Any]:
     """Write the edit as LoRA weights (``low_rank``), with ``facts`` as metadata; return its rank and residuals.
 
     Raises:
-        ValueError: The edit changes weights that LoRA cannot represent, or ``dtype`` cannot hold the factors.
+        ValueError: The edit changes weights that diffusers does not read as LoRA, or ``dtype`` cannot hold the factors.
     """
     before = base.weights(edit.weights, edit.dtype)
     assert before is not None  # ``provenance`` has hashed them
-    factors, report = low_rank(edit.weights, before, rank, dtype or edit.dtype)
+    names = LoraNames.of(naming, {name.partition(".")[0] for name in base.weight_names()})
+    factors, report = low_rank(edit.weights, before, rank, dtype or edit.dtype, names)
     _check_finite(factors, dtype)
     _write_weights(factors, {"kind": "lora", **facts, "lora": report}, output)
     return report

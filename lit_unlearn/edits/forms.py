@@ -15,6 +15,7 @@ import torch
 
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.kept import Kept
+from lit_unlearn.diffusion.lora_names import Naming
 from lit_unlearn.edits.card import left_out
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, read_edit, warn_unfinished
 from lit_unlearn.edits.dtypes import DTYPES
@@ -71,6 +72,7 @@ def export_edit(
     form: Form = "folder",
     *,
     rank: int | str | None = None,
+    lora_names: Naming | None = None,
     dtype: str | None = None,
     names: str | None = None,
     single_file: str | Path | None = None,
@@ -87,6 +89,7 @@ def export_edit(
         form: ``folder`` (a whole diffusers folder), ``delta`` (the changed weights), ``lora``, or ``single`` (a copy
             of the model's single file).
         rank: Largest rank of LoRA weights; None or ``auto`` for the rank that they need, ``exact`` for no loss.
+        lora_names: Names of LoRA weights: ``diffusers`` for its own; None or ``kohya`` for those that UIs read too.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the run's.
         names: ``2022`` for a folder with the older names of the text encoder's weights.
         single_file: The model's single file, to copy; None for the edited model, if it was one.
@@ -101,7 +104,7 @@ def export_edit(
     """
     with user_errors(), plain_warnings():
         kind = _checked_dtype(dtype)
-        check_form(form, rank, dtype, names, single_file)
+        check_form(form, rank, dtype, names, single_file, lora_names)
         lora_rank = parse_rank(str(rank)) if form == "lora" and rank is not None else None
         source = SingleFile(single_file) if single_file else None
         edit = base = None
@@ -121,7 +124,7 @@ def export_edit(
             export_delta(edit, provenance(edit, base), path, kind)
             return Exported(path, edit, base)
         if form == "lora":
-            report = export_lora(edit, provenance(edit, base), base, path, lora_rank, kind)
+            report = export_lora(edit, provenance(edit, base), base, path, lora_rank, kind, lora_names or "kohya")
             if loss := notable_loss(report):
                 warnings.warn(loss, stacklevel=1)
             return Exported(path, edit, base, report=report)

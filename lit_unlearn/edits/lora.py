@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_unlearn.diffusion.lora_names import companion, fits_lora, lora_name
+from lit_unlearn.diffusion.lora_names import STABLE_DIFFUSION, LoraNames
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for in a folder."""
@@ -42,6 +42,7 @@ def low_rank(
     base: Mapping[str, Tensor],
     rank: Rank,
     dtype: torch.dtype = torch.float32,
+    names: LoraNames = STABLE_DIFFUSION,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Factors of the change of each weight: the truncated SVD ``W - W0 = U S V^T``, split as ``B = U S``, ``A = V^T``.
 
@@ -56,24 +57,20 @@ def low_rank(
             ``exact`` for the smallest that leaves out no more than the rounding of the stored weights. A closed form
             that maps n states has an exact rank of n at most.
         dtype: Type of the factors.
+        names: How the factors are named.
 
     Returns:
-        For each layer the tensors ``.lora_down.weight`` (rank, in[, height, width]), which is A, ``.lora_up.weight``
-        (out, rank[, 1, 1]), which is B, and ``.alpha`` (). And a report: ``rank``, ``notable_rank`` (the smallest rank
-        with which no layer misses more than ``NOTABLE_RESIDUAL``), and for each weight ``residual`` (norm of the
-        missing part divided by the norm of the change, with the factors as written) and ``needed_rank`` (the rank
-        needed for ``AUTO_RESIDUAL``).
+        For each layer A (rank, in[, height, width]), B (out, rank[, 1, 1]), and with kohya's names alpha (). And a
+        report: ``names`` (``kohya`` or ``diffusers``), ``rank``, ``notable_rank`` (the smallest rank with which no
+        layer misses more than ``NOTABLE_RESIDUAL``), and for each weight ``residual`` (norm of the missing part divided
+        by the norm of the change, with the factors as written) and ``needed_rank`` (the rank needed for
+        ``AUTO_RESIDUAL``).
 
     Raises:
-        ValueError: A weight is of another kind, such as a bias or an embedding; or the exact rank is so large that the
-            factors would have as many numbers as the weights.
+        ValueError: diffusers does not read LoRA weights of a weight, such as a bias or an embedding; or the exact rank
+            is so large that the factors would have as many numbers as the weights.
     """
-    if others := [name for name, value in edited.items() if not fits_lora(name, value)]:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise ValueError(
-            f"lora: the edit changes {others[0]}{more}, which LoRA cannot hold (only linear layers and "
-            "convolutions of a UNet, and linear layers of a CLIP): use --delta, or export the folder."
-        )
+    _check_readable(edited, names)
     parts, needed, notable = {}, {}, {}
     for name, value in edited.items():
         change = (value.double() - base[name].double()).flatten(1)
@@ -97,13 +94,31 @@ def low_rank(
         b[:, :kept], a[:kept] = us[:, :kept].to(dtype), vh[:kept].to(dtype)
         missing = (change - b.double() @ a.double()).norm()
         residual[name] = float(missing / change.norm()) if change.any() else 0.0
-        factors |= _layer(name, b, a, tuple(edited[name].shape[2:]))
-    if (found := companion(edited)) is not None:
-        unchanged, like = found
+        factors |= _layer(names, name, b, a, tuple(edited[name].shape[2:]))
+    for unchanged, like in names.companions(edited).items():
         rows, columns = edited[like].shape
         b, a = torch.zeros(rows, used, dtype=dtype), torch.zeros(used, columns, dtype=dtype)
-        factors |= _layer(unchanged, b, a, ())
-    return factors, {"rank": used, "notable_rank": max(notable.values()), "residual": residual, "needed_rank": needed}
+        factors |= _layer(names, unchanged, b, a, ())
+    report = {"names": names.naming, "rank": used, "notable_rank": max(notable.values())}
+    return factors, {**report, "residual": residual, "needed_rank": needed}
+
+
+def _check_readable(edited: Mapping[str, Tensor], names: LoraNames) -> None:
+    """Refuse weights that diffusers would not read from LoRA weights with these ``names``."""
+    others = [name for name, value in edited.items() if not names.fits(name, value)]
+    if not others:
+        return
+    found = f"{others[0]} and {len(others) - 1} more" if len(others) > 1 else others[0]
+    own = LoraNames.of("diffusers", ())
+    if all(own.fits(name, value) for name, value in edited.items()):
+        raise ValueError(
+            f"lora: the edit changes {found}, which diffusers does not read by kohya's names: pass --lora_names "
+            "diffusers, use --delta, or export the folder."
+        )
+    raise ValueError(
+        f"lora: the edit changes {found}, which LoRA cannot hold (only linear layers and convolutions of a UNet or a "
+        "transformer, and linear layers of a CLIP): use --delta, or export the folder."
+    )
 
 
 def _check_smaller(rank: int, shapes: Sequence[Sequence[int]]) -> None:
@@ -115,13 +130,13 @@ def _check_smaller(rank: int, shapes: Sequence[Sequence[int]]) -> None:
         )
 
 
-def _layer(name: str, b: Tensor, a: Tensor, kernel: Sequence[int]) -> dict[str, Tensor]:
+def _layer(names: LoraNames, name: str, b: Tensor, a: Tensor, kernel: Sequence[int]) -> dict[str, Tensor]:
     """The tensors of one layer: B (out, rank) and A (rank, in * height * width), whose kernel is (height, width)."""
     up = b.reshape(*b.shape, *(1 for _ in kernel))
     down = a.reshape(len(a), -1, *kernel)
-    layer = lora_name(name)
-    alpha = torch.tensor(float(len(a)))
-    return {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": alpha}
+    layer, (end_a, end_b, end_alpha) = names.layer(name), names.ends(name)
+    factors = {f"{layer}{end_a}": down, f"{layer}{end_b}": up}
+    return factors if end_alpha is None else {**factors, f"{layer}{end_alpha}": torch.tensor(float(len(a)))}
 
 
 def notable_loss(report: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ from lit_unlearn.edits.card import model_card
 from lit_unlearn.edits.checkpoint import run_folder
 from lit_unlearn.edits.forms import Exported, Form
 from lit_unlearn.edits.single_file import PROVENANCE as PREFIX
-from lit_unlearn.system.errors import warn
+from lit_unlearn.system.errors import user_errors, warn
 
 PICTURES = "grid.png"
 """Pictures of prompts before and after the edit, which ``test`` writes into the run's folder."""
@@ -54,7 +54,8 @@ class Hub:
         """Ask the Hub whether this can be uploaded.
 
         Raises:
-            ValueError: The name is wrong, nobody is logged in, the Hub cannot be reached, or the repository exists.
+            ValueError: The name is wrong, nobody is logged in, the token may only read, the Hub cannot be reached, or
+                the repository exists.
         """
         try:
             validate_repo_id(self.name)
@@ -65,8 +66,10 @@ class Hub:
         if get_token() is None:
             raise ValueError("push_to_hub needs a token of the Hugging Face Hub: run hf auth login, or set HF_TOKEN.")
         with _explained(self.name):
-            self.api.whoami()
+            role = ((self.api.whoami().get("auth") or {}).get("accessToken") or {}).get("role")
             exists = self.api.repo_exists(self.name)
+        if role == "read":  # what a fine-grained token may do is told at the upload: its scopes have no fixed form
+            raise ValueError(f"push_to_hub={self.name}: the token may only read: take one with the right to write.")
         if exists and not self.overwrite:
             raise ValueError(
                 f"push_to_hub={self.name} exists on the Hub: choose another name, or pass --overwrite to add to it."
@@ -118,6 +121,18 @@ class Hub:
             what = ", ".join(exported.edit.concepts) or exported.edit.method
             self.api.create_commit(self.name, operations, commit_message=f"Add an edit of {what} as {form}")
         return str(url)
+
+
+def checked_hub(name: str, private: bool, licence: str | None, overwrite: bool) -> Hub:
+    """The repository ``name``, after the Hub was asked whether this can be uploaded.
+
+    Raises:
+        UserError: As ``Hub.check``.
+    """
+    hub = Hub(name, private, licence, overwrite)
+    with user_errors():
+        hub.check()
+    return hub
 
 
 def facts_of(path: Path) -> dict[str, Any]:

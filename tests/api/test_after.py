@@ -58,9 +58,13 @@ def test_mistakes_in_attacks_are_told(arguments: dict[str, Any], message: str, e
 
 
 def test_exports_are_those_of_the_command(edit: lu.Edit) -> None:
-    for form, option in (("delta", ["--delta"]), ("lora", ["--lora", "2"])):
-        rank = 2 if form == "lora" else None
-        path = lu.export(edit, f"{form}.safetensors", format=form, rank=rank)  # type: ignore[arg-type]
+    own_names = {"format": "lora", "rank": 2, "lora_names": "diffusers"}
+    for arguments, option in (
+        ({"format": "delta"}, ["--delta"]),
+        ({"format": "lora", "rank": 2}, ["--lora", "2"]),
+        (own_names, ["--lora", "2", "--lora_names", "diffusers"]),
+    ):
+        path = lu.export(edit, "own.safetensors", overwrite=True, **arguments)  # type: ignore[arg-type]
         given = ["--ckpt_path", str(edit.path), "-o", "command.safetensors", *option, "--overwrite"]
         assert cli.main(["export", *given]) == 0
         own, command = load_file(path), load_file("command.safetensors")
@@ -80,6 +84,8 @@ def test_exports_are_those_of_the_command(edit: lu.Edit) -> None:
         ({"output": "x", "dtype": "int8"}, "dtype='int8' is not one of float32"),
         ({"output": "x", "rank": 4}, "rank=4 is for LoRA weights"),
         ({"output": "x", "format": "lora", "rank": "most"}, "lora='most' must be a rank"),
+        ({"output": "x", "format": "lora", "lora_names": "a1111"}, "lora_names='a1111' is not one of kohya, diffusers"),
+        ({"output": "x", "format": "delta", "lora_names": "kohya"}, "lora_names=kohya is for LoRA weights"),
         ({"output": "x", "format": "delta", "names": "2022"}, "--names is for folders"),
         ({"output": "x", "names": "2021"}, "names='2021' is not known"),
         ({"output": "x", "format": "single", "dtype": "float16"}, "the copy has the types of the file"),

@@ -86,6 +86,9 @@ def test_a_wrong_name_is_told_before_anything_heavy_is_imported(args: list[str],
     [
         (["--delta", "--lora", "4"], "--delta cannot be combined with --lora"),
         (["--single_file", "a.safetensors"], "needs --format single"),
+        (["--lora_names", "diffusers"], "lora_names=diffusers is for LoRA weights"),
+        (["--delta", "--lora_names", "kohya"], "lora_names=kohya is for LoRA weights"),
+        (["--private"], "--private is for --push_to_hub OWNER/NAME"),
     ],
 )
 def test_options_of_an_export_that_do_not_fit_are_told_before_pytorch(

@@ -15,7 +15,7 @@ from helpers import KV, LAYERS
 from lit_unlearn import cli
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.diffusion.lora_names import fits_lora, lora_name
+from lit_unlearn.diffusion.lora_names import NAMINGS, STABLE_DIFFUSION, LoraNames, Naming
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
@@ -103,7 +103,17 @@ def test_a_delta(export: Export, pictures: tuple[Tensor, Tensor], tiny_sd: Path)
     torch.testing.assert_close(draw(pipeline), pictures[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [("auto",), (str(RANK + 4),), ("auto", "--dtype", "float16")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("auto",),
+        (str(RANK + 4),),
+        ("auto", "--dtype", "float16"),
+        ("auto", "--lora_names", "kohya"),
+        ("auto", "--lora_names", "diffusers"),
+    ],
+    ids=" ".join,
+)
 def test_lora_weights(export: Export, pictures: tuple[Tensor, Tensor], tiny_sd: Path, options: tuple[str, ...]) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     pipeline.load_lora_weights(export("--lora", *options))
@@ -113,16 +123,35 @@ def test_lora_weights(export: Export, pictures: tuple[Tensor, Tensor], tiny_sd: 
     torch.testing.assert_close(draw(pipeline), before, rtol=0, atol=ATOL)
 
 
-def possible(components: StableDiffusion) -> list[str]:
-    return [name for name, value in components.named_parameters().items() if fits_lora(name, value)]
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_fused_lora_weights_are_the_edited_weights(
+    export: Export, ckpt_path: Path, tiny_sd: Path, naming: Naming
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.load_lora_weights(export("--lora", "exact", "--lora_names", naming))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for name, value in torch.load(ckpt_path, weights_only=True)["state_dict"].items():
+        part, _, own = name.partition(".")
+        fused = getattr(pipeline, part).get_parameter(own)
+        assert (fused - value).norm() < 1e-6 * value.norm(), name
 
 
+def possible(components: StableDiffusion, names: LoraNames = STABLE_DIFFUSION) -> list[str]:
+    return [name for name, value in components.named_parameters().items() if names.fits(name, value)]
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("group", ["attn1", "attn2", "ff.net", "resnets", "proj_", "time_emb", "conv", "self_attn"])
-def test_every_layer_that_lora_may_hold(components: StableDiffusion, tiny_sd: Path, tmp_path: Path, group: str) -> None:
+def test_every_layer_that_lora_may_hold(
+    components: StableDiffusion, tiny_sd: Path, tmp_path: Path, group: str, naming: Naming
+) -> None:
     """diffusers' converter turns kohya's names into those of layers by patterns: each must come out as what it was."""
-    names = [name for name in possible(components) if group in name]
+    found = possible(components, LoraNames.of(naming, ("unet", "text_encoder")))
+    names = [name for name in found if group in name]
     path = checkpoint(tiny_sd, names, tmp_path / "edit.ckpt")
-    assert cli.main(["export", "--ckpt_path", str(path), "-o", str(tmp_path / "out"), "--lora", "auto"]) == 0
+    options = ["--lora", "auto", "--lora_names", naming]
+    assert cli.main(["export", "--ckpt_path", str(path), "-o", str(tmp_path / "out"), *options]) == 0
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     pipeline.load_lora_weights(tmp_path / "out")
     loaded = draw(pipeline)
@@ -135,10 +164,14 @@ def test_every_layer_that_lora_may_hold(components: StableDiffusion, tiny_sd: Pa
 
 @pytest.mark.parametrize("layer", ["q_proj", "k_proj", "v_proj"])
 @pytest.mark.parametrize("beside", [[], LAYERS[:1]], ids=["alone", "beside fc2"])
-def test_one_attention_layer_of_the_text_encoder(tiny_sd: Path, tmp_path: Path, layer: str, beside: list[str]) -> None:
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_one_attention_layer_of_the_text_encoder(
+    tiny_sd: Path, tmp_path: Path, layer: str, beside: list[str], naming: Naming
+) -> None:
     names = [f"text_encoder.encoder.layers.1.self_attn.{layer}.weight", *beside]
     path = checkpoint(tiny_sd, names, tmp_path / "edit.ckpt")
-    assert cli.main(["export", "--ckpt_path", str(path), "-o", str(tmp_path / "out"), "--lora", "auto"]) == 0
+    options = ["--lora", "auto", "--lora_names", naming]
+    assert cli.main(["export", "--ckpt_path", str(path), "-o", str(tmp_path / "out"), *options]) == 0
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     pipeline.load_lora_weights(tmp_path / "out")
     merged = StableDiffusionPipeline.from_pretrained(tiny_sd)
@@ -148,9 +181,9 @@ def test_one_attention_layer_of_the_text_encoder(tiny_sd: Path, tmp_path: Path, 
 
 def test_the_converter_of_kohyas_names_knows_every_layer(components: StableDiffusion) -> None:
     names = possible(components)
-    assert len({lora_name(name) for name in names}) == len(names)
+    assert len({STABLE_DIFFUSION.layer(name) for name in names}) == len(names)
     for name in names:
-        state = {f"{lora_name(name)}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
+        state = {f"{STABLE_DIFFUSION.layer(name)}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
         found, _ = StableDiffusionPipeline.lora_state_dict(state)
         assert {key.partition(".")[0] for key in found} == {name.partition(".")[0]}
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lit_unlearn.core.uce import shared_map
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.lora_names import fits_lora, lora_name
+from lit_unlearn.diffusion.lora_names import STABLE_DIFFUSION, LoraNames, Naming
+from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.lora import AUTO_RESIDUAL, low_rank, notable_loss, parse_rank
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -34,8 +35,8 @@ def changed(base: dict[str, Tensor], ranks: dict[str, int]) -> dict[str, Tensor]
 
 
 def product(factors: dict[str, Tensor], name: str) -> Tensor:
-    a, b = (factors[f"{lora_name(name)}.lora_{side}.weight"] for side in ("down", "up"))
-    assert factors[f"{lora_name(name)}.alpha"] == len(a)  # so that a loader scales by one
+    a, b = (factors[f"{STABLE_DIFFUSION.layer(name)}.lora_{side}.weight"] for side in ("down", "up"))
+    assert factors[f"{STABLE_DIFFUSION.layer(name)}.alpha"] == len(a)  # so that a loader scales by one
     return (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
 
 
@@ -51,7 +52,7 @@ def test_base_plus_b_a_is_the_edit(base: dict[str, Tensor]) -> None:
     # One rank for all: loaders that take alpha from the first layer then scale every layer by one.
     assert {value.shape[0] for name, value in factors.items() if "lora_down" in name} == {3}
     rows, columns = base[CONVOLUTION].shape[:2]
-    layer = lora_name(CONVOLUTION)
+    layer = STABLE_DIFFUSION.layer(CONVOLUTION)
     assert factors[f"{layer}.lora_down.weight"].shape == (3, columns, 3, 3)
     assert factors[f"{layer}.lora_up.weight"].shape == (rows, 3, 1, 1)
 
@@ -143,15 +144,83 @@ def test_a_notable_loss_is_said_with_the_rank_that_has_none(base: dict[str, Tens
 @pytest.mark.parametrize("name", ["unet.conv_in.bias", "text_encoder.embeddings.token_embedding.weight"])
 def test_what_lora_cannot_hold_is_refused_by_name(components: StableDiffusion, name: str) -> None:
     value = components.named_parameters()[name]
-    assert not fits_lora(name, value)
+    assert not STABLE_DIFFUSION.fits(name, value)
     with pytest.raises(ValueError, match=rf"the edit changes {name}, which LoRA cannot hold"):
         low_rank({name: value + 1}, {name: value}, 1)
 
 
-@pytest.mark.parametrize("name", ["unet.add_embedding.linear_1.weight", "transformer.context_embedder.weight"])
-def test_layers_that_diffusers_would_drop_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"the edit changes {name}, which LoRA cannot hold"):
-        low_rank({name: torch.ones(4, 4)}, {name: torch.zeros(4, 4)}, 1)
+XL = ("unet", "text_encoder", "text_encoder_2")
+FLOW = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+CLIP_2 = "text_encoder_2.text_model.encoder.layers.3"
+
+
+@pytest.mark.parametrize(
+    ("parts", "names", "other"),
+    [
+        (XL, ["unet.add_embedding.linear_1.weight"], "unet.add_embedding.linear_1.weight"),
+        (FLOW, ["transformer.context_embedder.weight"], "transformer.context_embedder.weight"),
+        (FLOW, [TEXT, f"{CLIP_2}.mlp.fc2.weight"], f"{TEXT} and 1 more"),
+    ],
+)
+def test_what_diffusers_reads_only_by_its_own_names_is_refused_with_that_advice(
+    parts: tuple[str, ...], names: list[str], other: str
+) -> None:
+    edited, base = ({name: fill(4, 4) for name in names} for fill in (torch.ones, torch.zeros))
+    reason = (
+        f"lora: the edit changes {other}, which diffusers does not read by kohya's names: pass --lora_names diffusers"
+    )
+    with pytest.raises(ValueError, match=f"^{reason}, use --delta, or export the folder.$"):
+        low_rank(edited, base, 1, names=LoraNames.of("kohya", parts))
+    assert len(low_rank(edited, base, 1, names=LoraNames.of("diffusers", parts))[0]) == 2 * len(names)
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        (XL, "text_encoder_2.text_projection.weight"),
+        (XL, "text_encoder_2.text_model.embeddings.token_embedding.weight"),
+        (FLOW, "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo.weight"),  # the T5 of FLUX.1
+        (FLOW, "text_encoder_3.encoder.block.0.layer.1.DenseReluDense.wo.weight"),
+    ],
+)
+def test_what_diffusers_does_not_read_is_refused_by_name(naming: Naming, parts: tuple[str, ...], name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"changes {name}, which LoRA cannot hold .*: use --delta, or export the folder.$"
+    ):
+        low_rank({name: torch.ones(4, 4)}, {name: torch.zeros(4, 4)}, 1, names=LoraNames.of(naming, parts))
+
+
+def test_names_of_stable_diffusion_xl_number_the_text_encoders() -> None:
+    kohya, own = LoraNames.of("kohya", XL), LoraNames.of("diffusers", XL)
+    assert kohya.layer(TEXT) == "lora_te1_text_model_encoder_layers_1_mlp_fc2"
+    assert kohya.layer(f"{CLIP_2}.mlp.fc2.weight") == "lora_te2_text_model_encoder_layers_3_mlp_fc2"
+    assert kohya.layer(LINEAR) == STABLE_DIFFUSION.layer(LINEAR)
+    assert own.layer(TEXT) == "text_encoder.text_model.encoder.layers.1.mlp.fc2"
+    assert own.layer(f"{CLIP_2}.mlp.fc2.weight") == f"{CLIP_2}.mlp.fc2"
+    assert own.layer(LINEAR) + ".weight" == LINEAR
+
+
+def test_each_text_encoder_has_its_own_layer_by_which_diffusers_knows_it() -> None:
+    names = [f"{CLIP_2}.self_attn.k_proj.weight", TEXT]
+    edited, base = ({name: fill(4, 4) for name in names} for fill in (torch.ones, torch.zeros))
+    kohya = LoraNames.of("kohya", XL)
+    factors, _ = low_rank(edited, base, 1, names=kohya)
+    layers = [*names, f"{CLIP_2}.self_attn.out_proj.weight"]
+    assert {name.partition(".")[0] for name in factors} == {kohya.layer(name) for name in layers}
+    assert not factors[f"{kohya.layer(layers[-1])}.lora_up.weight"].any()
+
+
+def test_diffusers_own_names(base: dict[str, Tensor]) -> None:
+    edited = changed(base, {LINEAR: 1, TEXT: 1, CONVOLUTION: 1})
+    factors, report = low_rank(edited, base, 1, names=LoraNames.of("diffusers", ("unet", "text_encoder")))
+    text = "text_encoder.text_model.encoder.layers.1.mlp.fc2.lora_linear_layer"
+    denoiser = [f"{name.removesuffix('.weight')}.lora_{side}" for name in (LINEAR, CONVOLUTION) for side in "AB"]
+    assert set(factors) == {f"{name}.weight" for name in (f"{text}.down", f"{text}.up", *denoiser)}
+    assert report["names"] == "diffusers"
+    kohya, _ = low_rank(edited, base, 1)
+    own = {fingerprint({"": value}) for value in factors.values()}
+    assert own == {fingerprint({"": value}) for name, value in kohya.items() if not name.endswith(".alpha")}
 
 
 def test_an_unchanged_layer_has_no_residual(base: dict[str, Tensor]) -> None:

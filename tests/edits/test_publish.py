@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load as load_weights
 
+import lit_unlearn as lu
 from helpers import LAYERS, files
 from lit_unlearn import cli
 from lit_unlearn.diffusion.load import load_pipeline
@@ -34,6 +35,7 @@ class StandIn(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.summaries: list[str] = []
+        self.token: dict[str, Any] = {"role": "write"}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -57,7 +59,7 @@ class Answers(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid credentials"})
         elif self.path.startswith("/api/whoami"):
-            self.answer(200, {"name": "you", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+            self.answer(200, {"name": "you", "type": "user", "auth": {"accessToken": self.server.token}})
         elif name in self.server.repositories:
             self.answer(200, {"id": name, "_id": "1", "siblings": [], "tags": [], "downloads": 0, "likes": 0})
         else:
@@ -231,6 +233,48 @@ def test_without_a_right_to_write_nothing_is_exported(
     assert export(run, "--push_to_hub", "you/dog") == 2
     assert "push_to_hub needs a token" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_token_that_may_only_read_is_told_before_a_model_is_loaded(
+    hub: StandIn, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.token = {"role": "read"}
+    assert export(run, "--push_to_hub", "you/dog") == 2
+    reason = "push_to_hub=you/dog: the token may only read: take one with the right to write."
+    assert capsys.readouterr().err == f"lit-unlearn: error: {reason}\n"
+    assert hub.repositories == {} and not Path("out").exists()
+    hub.token = {"role": "fineGrained", "fineGrained": {"scoped": []}}
+    assert export(run, "--delta", "--push_to_hub", "you/dog") == 0
+
+
+def test_the_api_uploads_as_the_command_does(
+    hub: StandIn, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run, "--delta", "--push_to_hub", "you/dog", "--private", "--license", "openrail") == 0
+    command = hub.repositories["you/dog"]
+    capsys.readouterr()
+    path = lu.export(
+        run, "other", format="delta", push_to_hub="you/other", private=True, license="openrail", overwrite=True
+    )
+    assert path == Path("other/delta.safetensors")
+    assert capsys.readouterr().out.endswith("/you/other: uploaded\n")
+    own = hub.repositories["you/other"]
+    assert own.pop("README.md").decode() == command.pop("README.md").decode().replace("you/dog", "you/other")
+    assert own.keys() == command.keys() == {"delta.safetensors", "grid.png"}
+    mine, theirs = (load_weights(repository["delta.safetensors"]) for repository in (own, command))
+    assert mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert hub.private == {"you/dog": True, "you/other": True}
+    refused = {
+        "push_to_hub='dog' does not say whose repository it is": {"push_to_hub": "dog"},
+        "push_to_hub=you/dog exists on the Hub": {"push_to_hub": "you/dog"},
+        "--private is for --push_to_hub OWNER/NAME": {"private": True},
+        "--license is for --push_to_hub OWNER/NAME": {"license": "openrail"},
+    }
+    monkeypatch.setattr("lit_unlearn.edits.forms.read_edit", None)  # nothing is read before
+    for message, arguments in refused.items():
+        with pytest.raises(lu.UserError, match=message):
+            lu.export(run, "third", **arguments)
+    assert not Path("third").exists()
 
 
 def test_a_hub_that_cannot_be_reached_is_told(
