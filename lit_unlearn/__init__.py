@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["ConceptSet", "Edit", "Pipeline", "UserError", "attack", "draw", "edit", "export", "grid", "score"]
+__all__ = ["ConceptSet", "Edit", "Pipeline", "UserError", "attack", "draw", "edit", "export", "grid", "score", "undo"]
 
 if TYPE_CHECKING:
-    from lit_unlearn.api import Edit, attack, draw, edit, export, grid, score
+    from lit_unlearn.api import Edit, attack, draw, edit, export, grid, score, undo
     from lit_unlearn.data.concepts import ConceptSet
     from lit_unlearn.diffusion.pipeline import Pipeline
     from lit_unlearn.system.errors import UserError

@@ -7,6 +7,8 @@
     scores = lu.score(edit)                              # test    -> scores.json as a dictionary
     found = lu.attack(edit, "ring_a_bell")               # attack  -> results, one for each attack and concept
     lu.export(edit, "dog.safetensors", format="delta")   # export  -> path of what was written
+    more = lu.edit("owl", recipe="uce", base_edit=edit)  # on top of that edit, which stays
+    lu.undo(more, "dog", "owl.safetensors")              # undo    -> Edit: the others, in a delta
 
 Data flow: ``edit`` writes a run's folder as ``lit-unlearn fit`` does and returns an ``Edit``, which stands for the
 checkpoint in it. All others take an ``Edit``, or the path of a run's folder, of a checkpoint or of a delta. ``draw``
@@ -20,9 +22,9 @@ switches off the advice that transformers and diffusers print on import, unless 
 ``DIFFUSERS_VERBOSITY`` are set.
 """
 
-from lit_unlearn.api.after import attack, export
+from lit_unlearn.api.after import attack, export, undo
 from lit_unlearn.api.edited import Edit
 from lit_unlearn.api.fitting import edit, score
 from lit_unlearn.api.pictures import draw, grid
 
-__all__ = ["Edit", "attack", "draw", "edit", "export", "grid", "score"]
+__all__ = ["Edit", "attack", "draw", "edit", "export", "grid", "score", "undo"]

@@ -1,4 +1,4 @@
-"""What is done with an edit: attacks, and exports."""
+"""What is done with an edit: attacks, exports, and taking it out again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_unlearn.api.edited import Edit, Place, path_of, text_of
+from lit_unlearn.api.edited import Edit, Place, edit_of, path_of, text_of
 from lit_unlearn.system.errors import plain_warnings, user_errors
 
 if TYPE_CHECKING:
@@ -189,3 +189,48 @@ def export(
         with user_errors(), plain_warnings():
             print(f"{hub.upload(made, format, path_of(edit))}: uploaded")
     return made.path
+
+
+def undo(
+    edit: Edit | Place,
+    which: int | str,
+    output: Place,
+    *,
+    model: Place | None = None,
+    revision: str | None = None,
+    config_folder: Place | None = None,
+    overwrite: bool = False,
+) -> Edit:
+    """Take one edit out of several that lie on top of each other, as ``lit-unlearn undo`` does.
+
+    Args:
+        edit: The last of them, or the path of its run's folder, of its checkpoint or of a delta.
+        which: The edit to take out: its place, counted from 1, or a concept that it edited.
+        output: Delta to write.
+        model: The model that was edited, if a delta does not say where it lies.
+        revision: Branch, tag or commit, if the model is a hub id.
+        config_folder: What a single file does not hold, as for ``Pipeline.load``.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        The others, in the delta.
+
+    Raises:
+        UserError: There is no such edit, a later one has changed its weights, or the output exists.
+        OSError: The output cannot be written.
+    """
+    from lit_unlearn.edits.chain import links_of
+    from lit_unlearn.edits.undo import find_link, write_without
+
+    content = edit_of(edit).content
+    with user_errors(), plain_warnings():
+        written, _ = write_without(
+            content,
+            find_link(links_of(content), which),
+            output,
+            model=text_of(model),
+            revision=revision,
+            config_folder=text_of(config_folder),
+            overwrite=overwrite,
+        )
+    return Edit(written)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_unlearn.api.edited import Edit, Place, edit_of, text_of
+from lit_unlearn.api.edited import Edit, Place, edit_of, path_of, text_of
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
 from lit_unlearn.training.early import check_early
 from lit_unlearn.training.recipes import find_recipe, resolve_recipes
@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from lit_unlearn.data.concepts import ConceptSet
     from lit_unlearn.training.cli import UnlearnCLI
 
-ARGUMENTS = {"config", "concept", "ckpt_path", "once", "fresh", "overwrite", "model", "print_config", "help"}
+ARGUMENTS = {
+    "config",
+    "concept",
+    "ckpt_path",
+    "once",
+    "fresh",
+    "overwrite",
+    "model",
+    "base_edit",
+    "print_config",
+    "help",
+}
 """Options of the commands that are arguments of the functions here, or that print something and end the program."""
 
 
@@ -33,6 +44,7 @@ def edit(
     concept_set: ConceptSet | Place | None = None,
     kind: str | None = None,
     protect: Sequence[str] = (),
+    base_edit: Edit | Place | Sequence[Edit | Place] = (),
     judge: str | None = None,
     options: Mapping[str, object] | None = None,
     folder: Place | None = None,
@@ -54,6 +66,7 @@ def edit(
             the folder of the runs.
         kind: With ``to``: object (the default), person, character, style, scene, action or content.
         protect: With ``to``: neighbours that must stay, which are judged too.
+        base_edit: Earlier edits to start from and to keep.
         judge: The judge of the run; None for the usual one. With ``to``, ``none`` leaves out the look at the unedited
             model.
         options: Further settings of the recipe, by their keys, as on the command line: ``{"edit.threshold": 0.02}``.
@@ -68,6 +81,8 @@ def edit(
         OSError: The run's folder cannot be written.
     """
     names = [concept] if isinstance(concept, str) else list(concept)
+    below = [base_edit] if isinstance(base_edit, str | os.PathLike | Edit) else base_edit
+    earlier = [str(path_of(one)) for one in below]
     with user_errors():
         given = _options(options, folder=folder, once=once)
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
@@ -82,13 +97,14 @@ def edit(
             what = f"kind={kind!r}" if kind is not None else f"protect={protect!r}"
             raise ValueError(f"{what} is for a concept that is in no set: say what to draw in its place, with to.")
     if to is not None:
-        written = _erasure(names[0], to, kind or "object", protect, recipe, model, revision, judge, folder)
+        written = _erasure(names[0], to, kind or "object", protect, recipe, model, revision, judge, folder, earlier)
         return _fitted([*written, *given])
     file = find_recipe(os.fspath(recipe) if recipe else "null_space" if model is None else "null_space_context")
     settings = {"model": text_of(model), "revision": revision, "judge": judge, "config_folder": text_of(config_folder)}
     with user_errors():
         settings["concept_set"] = None if concept_set is None else _placed(concept_set, names, file, folder)
     more = [f"--model.{name}={value}" for name, value in settings.items() if value is not None]
+    more += [f"--base_edit={place}" for place in earlier]
     return _fitted(["--config", str(file), f"--concept={_listed(names)}", *more, *given])
 
 
@@ -193,6 +209,7 @@ def _erasure(
     revision: str | None,
     judge: str | None,
     folder: Place | None,
+    earlier: Sequence[str],
 ) -> list[str]:
     """Write a concept set and a recipe for a concept that is in no set; the arguments of its fit.
 
@@ -213,6 +230,7 @@ def _erasure(
             revision=revision,
             judge=judge,
             folder=text_of(folder),
+            base_edit=earlier,
         )
         check_request(request)
         plan = plan_of(request)

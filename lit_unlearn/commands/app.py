@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print()
     finally:
+        if page.server is not None:
+            page.server.force_exit = True  # it would wait until the browser closes the page
         page.close(verbose=False)
 
 

@@ -44,6 +44,9 @@ def parser() -> Parser:
     made.add_argument("--method", help="recipe; default: null_space, and null_space_context if a model is named")
     made.add_argument("--model", help="diffusers folder or hub id; default: emoji-sd, which is embedded")
     made.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
+    made.add_argument(
+        "--base_edit", action="append", default=[], metavar="EDIT", help="run or delta of an earlier edit to start from"
+    )
     made.add_argument("--judge", help="judge, or none; default: emoji for the embedded models, else clip")
     made.add_argument("--question", help="question to the judge; yes means that the picture shows the concept")
     made.add_argument("--images_per_prompt", type=int, help="pictures of each prompt; default: 2 of emoji-sd, else 1")

@@ -39,7 +39,7 @@ from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
 from lit_unlearn.training.classes import class_of, import_all, import_named, known_classes, known_keys, prepare
 from lit_unlearn.training.early import concept_not_named
-from lit_unlearn.training.ledger import start_from, take_earlier
+from lit_unlearn.training.ledger import name_all, start_from, take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.options import check_options, given_options, ignored_by_a_checkpoint
@@ -192,6 +192,7 @@ class UnlearnCLI(LightningCLI):
             edit = read_edit(config.ckpt_path)
             if subcommand != "fit":
                 warn_unfinished(config.ckpt_path)
+                concepts = name_all(config, edit, concepts)
             if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
                 raise UserError(
                     f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "

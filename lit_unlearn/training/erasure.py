@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from lit_unlearn.data.kinds import KINDS
 from lit_unlearn.data.names import bare, name_key
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors, warn
+from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
 from lit_unlearn.training.recipes import find_recipe
 
 if TYPE_CHECKING:
     from lit_unlearn.data.concepts import Concept, ConceptSet
     from lit_unlearn.diffusion.base_model import BaseModel
+    from lit_unlearn.edits.checkpoint import Edit
     from lit_unlearn.judges.base import Judge
 
 DRAWN = 0.2
@@ -53,6 +55,7 @@ class Request:
         delta: Whether only the changed weights will be exported.
         anyway: Whether to edit even if the model does not draw the concept.
         folder: Folder of the runs; None for the recipe's.
+        base_edit: Earlier edits to start from: folders of runs, checkpoints or deltas.
     """
 
     concept: str
@@ -73,6 +76,7 @@ class Request:
     delta: bool = False
     anyway: bool = False
     folder: str | None = None
+    base_edit: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,10 @@ class Plan:
         size = sum(file.stat().st_size for file in self.base.folder.rglob("*")) if self.base.folder else 0
         space = "the changed weights" if self.request.delta else f"the edited model ({size / 1e6:,.0f} MB)"
         judged = "" if self.judge is None else ", which are judged too"
+        below = ", ".join(self.recipe.get("base_edit", ()))
         return [
             f"erase     {self.concept.name} ({self.concept.kind}), to draw {self.concept.target} instead",
-            f"model     {self.base.name}",
+            f"model     {self.base.name}{f', as edited by {below}' if below else ''}",
             f"method    {self.recipe['method']}",
             f"judge     {self.why}",
             f"prompts   {len(self.concept.edit_prompts)} to edit, {len(self.concept.prompts)} to judge",
@@ -203,15 +208,20 @@ def plan_of(request: Request) -> Plan:
         wish = Wish(request.concept, request.to or "", request.kind, also, question, prompts)
         judged = set(known.values()) if known else None
         concepts = set_of([wish], draft, protect=protect, retain=retain, judged=judged)
+    edits = _earlier(request.base_edit, base)
+    concepts = _with_earlier(concepts, name, edits)
     concept = concepts.concepts[name]
     if judge is not None:
         check_judge_name(judge, {}, concepts)
     arguments, data = recipe["model"].setdefault("init_args", {}), recipe["data"].setdefault("init_args", {})
     if request.folder is not None:
         recipe["trainer"]["default_root_dir"] = Path(request.folder).as_posix()
-    folder = Path(recipe["trainer"].get("default_root_dir", "logs"), run_name(recipe["method"], [name], concepts))
+    every = [*dict.fromkeys(earlier for edit in edits for earlier in edit.concepts), name]
+    folder = Path(recipe["trainer"].get("default_root_dir", "logs"), run_name(recipe["method"], every, concepts))
     path = folder / "concepts.yaml"
     recipe["concept"] = name
+    if edits:
+        recipe["base_edit"] = [edit.path.as_posix() for edit in edits]
     arguments |= {"model": model, "concept_set": path.as_posix(), "judge": judge or ("emoji" if embedded else "clip")}
     if request.revision:
         arguments["revision"] = request.revision
@@ -228,6 +238,41 @@ def plan_of(request: Request) -> Plan:
     return Plan(placed, concept, base, recipe, judge, why, embedded, request)
 
 
+def _earlier(places: Sequence[str], base: BaseModel) -> list[Edit]:
+    """Read the edits to start from.
+
+    Raises:
+        ValueError: A file is missing, no edit, or one of another model.
+    """
+    from lit_unlearn.edits.checkpoint import read_edit
+
+    found = []
+    for place in places:
+        check_checkpoint(place, "base_edit")
+        found.append(read_edit(checkpoint_of(Path(place).expanduser())))
+        found[-1].check_base(base)
+    return found
+
+
+def _with_earlier(concepts: ConceptSet, name: str, edits: Sequence[Edit]) -> ConceptSet:
+    """The set with the concepts of earlier edits as those were made with them, so that they are kept and judged.
+
+    Raises:
+        ValueError: One of them is the concept to erase, or its edit does not say how it was described.
+    """
+    from lit_unlearn.data.concepts import concept_set_of
+
+    content = concepts.content()
+    for edit in edits:
+        for earlier in edit.concepts:
+            described = ((edit.concept_set or {}).get("concepts") or {}).get(earlier)
+            if earlier == name or described is None:
+                why = "already: erase something else" if earlier == name else "and does not say with which prompts"
+                raise ValueError(f"base_edit={edit.path} edits {earlier!r} {why}.")
+            content["concepts"][earlier] = described
+    return concept_set_of(content, concepts.path)
+
+
 def check_request(request: Request) -> None:
     """Refuse what can be refused before anything large is imported.
 
@@ -242,6 +287,8 @@ def check_request(request: Request) -> None:
             raise ValueError(f"{option}={value!r} has nothing that can be read: give a word or a phrase.")
     if request.to is not None and name_key(bare(request.to)) == name_key(bare(request.concept)):
         raise ValueError(f"to={request.to!r} is the concept itself: name what to draw in its place.")
+    for place in request.base_edit:
+        check_checkpoint(place, "base_edit")
     if request.to is None and request.model:
         raise ValueError('to is missing: say what to draw in its place, such as --to "a cartoon mouse".')
     for option in ("images_per_prompt", "num_inference_steps"):

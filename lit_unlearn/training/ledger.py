@@ -116,6 +116,23 @@ def start_from(config: Any, kind: type) -> Stack | None:
     return Stack(weights, [link.stored() for link in links], overwritten)
 
 
+def name_all(config: Any, edit: Edit, concepts: list[str]) -> list[str]:
+    """Name the concepts of all edits in a checkpoint that is evaluated, if ``config`` names those of the last one.
+
+    Args:
+        config: The configuration of ``test``, ``validate`` or ``predict``.
+        edit: The edit in the checkpoint.
+        concepts: The concepts that the configuration names.
+
+    Returns:
+        The concepts that it names now.
+    """
+    if not edit.chain or concepts != edit.chain[-1].concepts:
+        return concepts
+    config.concept = config.model.init_args.concept = config.data.init_args.concept = list(edit.concepts)
+    return list(edit.concepts)
+
+
 def _read(config: Any, option: str) -> list[Edit]:
     """The edits that an option names, checked to be of the command's base model."""
     arguments, found = config.model.init_args, []
