@@ -37,12 +37,13 @@ from lit_unlearn.training.arguments import OPTIONS
 from lit_unlearn.training.callbacks import callbacks_of
 from lit_unlearn.training.checkpoint_io import AtomicCheckpointIO
 from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_that_it_edits, fetch_base
-from lit_unlearn.training.classes import class_of, import_all, import_named, known_classes, known_keys, prepare
+from lit_unlearn.training.classes import class_of, import_all, known_classes, known_keys, prepare
 from lit_unlearn.training.early import concept_not_named
+from lit_unlearn.training.evaluated import as_its_fit_made_it
 from lit_unlearn.training.ledger import name_all, start_from, take_earlier
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
-from lit_unlearn.training.options import check_options, given_options, ignored_by_a_checkpoint
+from lit_unlearn.training.options import check_options, given_options
 from lit_unlearn.training.recipes import check_method, utf8_recipes
 from lit_unlearn.training.run_config import SaveRunConfig
 from lit_unlearn.training.runs import Run, RunLogger, config_sha256, deciding, newest_edit, newest_run, run_name
@@ -55,10 +56,6 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,  # it counts the parts of the model, not what is edited
     "num_sanity_val_steps": 0,  # a validation of an edit draws pictures
 }
-FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "config_folder", "copy_quantile"}
-FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache", "spontaneous"}
-FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale", "offload"}
-"""Arguments of a model that say what is evaluated and how; all others belong to the edit and are in its checkpoint."""
 
 
 class UnlearnCLI(LightningCLI):
@@ -196,8 +193,8 @@ class UnlearnCLI(LightningCLI):
             if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
                 raise UserError(
                     f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "
-                    f"{', '.join(concepts)} too, pass --after {config.ckpt_path} (all of them, again) or --base_edit "
-                    f"{config.ckpt_path} (on top of it) instead."
+                    f"{', '.join(concepts)} too, give that file as --after (all of them are edited again) or as "
+                    "--base_edit (the fit starts from it) instead."
                 )
             check_concepts(str(edit.path), edit.method, edit.concepts, concepts)
             if concept_set is not None:
@@ -209,12 +206,7 @@ class UnlearnCLI(LightningCLI):
                 if self.run_folder is None:
                     self.progress = Progress.of(config.ckpt_path, links_of(edit)[-1].names)
                 return
-        kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
-        import_named(str(edit.edit))
-        solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None
-        if ignored := ignored_by_a_checkpoint(config, self.given, kept, edit.edit):
-            warn(f"{edit.path} is {subcommand}ed as its fit has made it, whatever is asked: {', '.join(ignored)}.")
-        made = {"model": {"class_path": config.model.class_path, "init_args": kept}, "edit": solver}
+        made = as_its_fit_made_it(subcommand, config, edit, self.given)
         try:
             self.config = self.parser.parse_object({subcommand: made}, self.config)
         except ArgumentError as error:

@@ -12,6 +12,7 @@ import yaml
 from lit_unlearn import cli
 from lit_unlearn.commands.erase import parser, request_of
 from lit_unlearn.data.concepts import load_concept_set
+from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.training.erasure import check_drawn, plan_of
 from lit_unlearn.training.recipes import resolve_recipes
 
@@ -135,6 +136,24 @@ def test_concept_outside_of_the_set_is_erased(capsys: pytest.CaptureFixture[str]
     assert content["retain"] >= content["before"]["retain"] - 0.02
     assert (scores.parent / "pipeline" / "model_index.json").is_file()
     assert (scores.parents[1] / "concepts.yaml").is_file()
+
+
+def test_erasing_on_top_of_an_edit_keeps_and_names_its_concept(
+    tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(tiny_sd), "--method", "uce", "--judge", "none", "--num_inference_steps", "2", "--delta"]
+    mouse = ["Mickey Mouse", "--to", "a cartoon mouse", "--kind", "character", *given]
+    assert cli.main(["erase", *mouse, "--output", "mickey"]) == 0
+    assert cli.main(["erase", *mouse, "--base_edit", "mickey/delta.safetensors", "--dry_run"]) == 2
+    assert "base_edit=mickey/delta.safetensors edits 'Mickey Mouse' already" in capsys.readouterr().err
+    duck = ["Donald Duck", "--to", "a cartoon duck", "--kind", "character", *given]
+    assert cli.main(["erase", *duck, "--base_edit", "mickey/delta.safetensors", "--output", "both"]) == 0
+    assert "as edited by mickey/delta.safetensors" in capsys.readouterr().out
+    both, mickey = read_edit("both/delta.safetensors"), read_edit("mickey/delta.safetensors")
+    assert [link.concepts for link in both.chain] == [["Mickey Mouse"], ["Donald Duck"]]
+    assert all(torch.equal(both.overwritten[f"1/{name}"], value) for name, value in mickey.weights.items())
+    (recipe,) = Path("logs/uce").glob("Mickey*Donald*/recipe.yaml")
+    assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["base_edit"] == ["mickey/delta.safetensors"]
 
 
 @pytest.mark.slow

@@ -63,8 +63,8 @@ def test_a_fit_on_another_edit_says_how_to_edit_on_top(
     file = str(run_folder / "checkpoints/last.ckpt")
     message = refuses("fit", "--config", str(recipe), "--concept", "cat", "--ckpt_path", file)
     assert message == (
-        f"fit: {file} edits dog, and --ckpt_path goes on with that: to edit cat on top of it, pass --after {file} "
-        "instead."
+        f"fit: {file} edits dog, and --ckpt_path goes on with that: to edit cat too, give that file as --after "
+        "(all of them are edited again) or as --base_edit (the fit starts from it) instead."
     )
 
 

@@ -50,7 +50,7 @@ def test_a_recipe_takes_two_steps(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["esd", "esd_2025"])
+@pytest.mark.parametrize("recipe", ["esd_2025"])
 def test_two_processes_train_what_one_does(recipe: str, tiny_sd: Path, tmp_path: Path) -> None:
     weights = []
     for processes in (1, 2):

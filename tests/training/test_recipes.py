@@ -84,6 +84,8 @@ def test_names_of_recipes_are_those_that_are_found(empty_folder: Path) -> None:
         (["fit", "--concept", "null_space.yaml"], ["fit", "--concept", "null_space.yaml"]),
         (["fit", "--model", "emoji-dit"], ["fit", "--model.model", "emoji-dit"]),
         (["fit", "--model=owner/name"], ["fit", "--model.model=owner/name"]),
+        (["fit", "--after=[a, b]", "--after", "c"], ["fit", "--after", "[a, b, c]"]),
+        (["fit", "--base_edit", "a", "--base_edit=b c"], ["fit", "--base_edit", "[a, b c]"]),
         (["fit", "--model", "~/sd", "--concept", "a"], ["fit", "--model.model", "~/sd", "--concept", "a"]),
         (["fit", "--model", "configs"], ["fit", "--model.model", "configs"]),  # a folder that is there
         (["fit", "--model", "UCE"], ["fit", "--model", "UCE"]),

@@ -47,6 +47,33 @@ def test_the_same_concepts_are_taken() -> None:
     check_concepts("a.ckpt", "SISS", [], [])
 
 
+@pytest.mark.parametrize("kind", [ValueRefinement, UCE, SPEED, RobustErasure])
+def test_prompts_of_earlier_edits_are_retained_on_top_of_them_and_edited_again_without(
+    kind: type[ConceptEditor],
+) -> None:
+    arguments: dict[str, Any] = {"concept": ["dog", "owl"], "earlier": ["dog"], "model": "emoji-sd"}
+    if kind in (UCE, SPEED):
+        arguments["prompts"] = "edit_prompts"
+    if kind is UCE:
+        arguments["preserve"] = "others"
+    on_top, again = kind(**arguments, retain_earlier=True), kind(**arguments)
+    prompts = [p for p in load_concept_set("emoji20").get("dog").edit_prompts if "owl" not in p]
+    kept = [set(next(getattr(m, n) for n in KEPT if hasattr(m, n))) for m in (on_top, again)]
+    assert kept[0] >= set(prompts) and not kept[1] & set(prompts)
+    assert (on_top.own_labels, on_top.edited_labels) == (["owl"], ["dog", "owl"])
+    assert (again.own_labels, again.edited_labels) == (["dog", "owl"], ["dog", "owl"])
+    assert [c.name for c, _ in on_top.targets_of_edited] == ["owl"]
+
+
+KEPT = ("retain_prompts", "preserved", "retained_texts", "preserved_prompts")
+"""Where methods have the texts that they retain."""
+
+
+def test_earlier_edits_alone_leave_nothing_to_edit() -> None:
+    with pytest.raises(ValueError, match="concept=dog has nothing new to edit: name another concept"):
+        UCE(concept="dog", earlier=["dog"], retain_earlier=True)
+
+
 EMOJI: dict[str, Any] = {"concept": ["dog", "cat"], "model": "emoji-sd", "concept_set": "emoji20"}
 MUTUAL = "Targets name concepts that are edited themselves: dog \u2192 cat"
 
