@@ -32,13 +32,17 @@ USES = {
     "lora": """pipeline = DiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("{name}")""",
     "delta": """pipeline = DiffusionPipeline.from_pretrained("{base}")
-for weight, value in load_file(hf_hub_download("{name}", "{file}")).items():
+for weight, value in load_file(hf_hub_download("{name}", "{file}")).items():{skip}
     part, _, rest = weight.partition(".")
     getattr(pipeline, part).get_parameter(rest).data.copy_(value)""",
     "single": """# {file} is a whole checkpoint in the layout of the original code, for ComfyUI, web UIs, and
 # the from_single_file of a diffusers pipeline of its family.""",
 }
 """How each form is loaded."""
+SKIP = """
+    if weight.startswith("overwritten."):  # what an earlier edit had left, for `lit-unlearn undo`
+        continue"""
+"""Comes into the loop over the tensors of a delta of several edits."""
 IMPORTS = {
     "folder": "from diffusers import DiffusionPipeline",
     "lora": "from diffusers import DiffusionPipeline",
@@ -73,6 +77,8 @@ def model_card(
     base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""  # a hub id
     licensed = f"license: {licence}\n" if licence else ""
     shown = f"![Pictures before and after the edit]({pictures})\n\n" if pictures else ""
+    chain = [f"{', '.join(link['concepts']) or 'pictures'} ({link['method']})" for link in facts.get("chain") or ()]
+    stacked = f"These edits lie on top of each other, the first one first: {'; '.join(chain)}.\n" if chain else ""
     lines = [f"- {line}" for line in left_out(facts.get("left_out", {}))]
     missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
     scores = facts["scores"]
@@ -96,7 +102,7 @@ tags: [concept-unlearning, lit-unlearn]
 
 A text-to-image model from which {removed} with lit-unlearn {facts["lit_unlearn"]}
 ({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
-Removal is not perfect, and what was not tested may have changed: see the scores.
+{stacked}Removal is not perfect, and what was not tested may have changed: see the scores.
 
 {shown}{_use(facts, name, form, file)}
 ## Scores
@@ -111,7 +117,8 @@ other concepts' prompts that show theirs.
 
 def _use(facts: Mapping[str, Any], name: str, form: str, file: str) -> str:
     """The block of Python that loads it and draws a picture."""
-    lines = USES[form].format(name=name, base=facts["base_model"], file=file)
+    skip = SKIP if facts.get("chain") else ""
+    lines = USES[form].format(name=name, base=facts["base_model"], file=file, skip=skip)
     if form != "single":
         lines += '\npipeline("a picture of a castle").images[0].save("castle.png")'
     return "\n".join(["```python", *([IMPORTS[form], ""] if IMPORTS[form] else []), lines, "```", ""])
