@@ -46,7 +46,7 @@ from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.options import check_options, given_options
 from lit_unlearn.training.recipes import check_method, utf8_recipes
 from lit_unlearn.training.run_config import SaveRunConfig
-from lit_unlearn.training.runs import Run, RunLogger, config_sha256, deciding, newest_edit, newest_run, run_name
+from lit_unlearn.training.runs import RunLogger, claim, config_sha256, deciding, newest_edit, newest_run, run_name
 from lit_unlearn.training.terminal import progress_bars, say_scores, say_where
 
 TRAINER_DEFAULTS = {
@@ -329,7 +329,7 @@ class UnlearnCLI(LightningCLI):
                 raise UserError(f"fit: {done}, or --fresh without --ckpt_path for a new fit.")
             print(f"{done}.")
             return
-        run = self._claim()
+        run = claim(self.trainer, self.sha256, goes_on=self.run_folder is not None)
         if isinstance(self.model, DiffusionEditor):
             self.model.recipe = deciding(yaml.safe_load(self.written))
             self.model.earlier_edits.stack = self.stack
@@ -358,27 +358,6 @@ class UnlearnCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # A checkpoint is data: no code in it is run.
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
-
-    def _claim(self) -> Run | None:
-        """Lock the run's folder for the first process of the job; None in the other processes.
-
-        None also if the recipe has another kind of logger, which decides itself where the run is kept.
-        """
-        logger = self.trainer.logger
-        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger) or not self.sha256:
-            return None
-        while True:
-            run = Run(Path(self.trainer.log_dir or self.trainer.default_root_dir), self.sha256)
-            try:
-                run.claim()
-            except UserError:
-                if self.run_folder is not None or not isinstance(logger, RunLogger):
-                    raise
-                if read_run(run.folder).get("config_sha256") == self.sha256:
-                    raise  # the same command is already running
-                logger.next_version()  # another command has taken this version in the meantime
-            else:
-                return run
 
     def test(self, **kwargs: Any) -> None:
         """Run the test; the report's table replaces Lightning's."""

@@ -176,3 +176,34 @@ class Run:
     def _write(self, state: str, **more: str) -> None:
         content = {"state": state, "config_sha256": self.sha256, "process": f"process {os.getpid()}", **more}
         write_json(self.folder / RUN_FILE, content)
+
+
+def claim(trainer: Any, sha256: str, goes_on: bool) -> Run | None:
+    """Lock the run's folder for the first process of the job; None in the other processes.
+
+    None also if the recipe has another kind of logger, which decides itself where the run is kept.
+
+    Args:
+        trainer: A Lightning trainer.
+        sha256: Hash of the configuration; empty if no run is kept.
+        goes_on: Whether the folder is that of an earlier run.
+
+    Raises:
+        UserError: Another process writes the run.
+        WriteError: The folder cannot be written to.
+    """
+    logger = trainer.logger
+    if not trainer.is_global_zero or not isinstance(logger, TensorBoardLogger) or not sha256:
+        return None
+    while True:
+        run = Run(Path(trainer.log_dir or trainer.default_root_dir), sha256)
+        try:
+            run.claim()
+        except UserError:
+            if goes_on or not isinstance(logger, RunLogger):
+                raise
+            if read_run(run.folder).get("config_sha256") == sha256:
+                raise  # the same command is already running
+            logger.next_version()  # another command has taken this version in the meantime
+        else:
+            return run
