@@ -28,12 +28,14 @@ from lit_unlearn.core.solvers import LeastSquares, RidgeMap
 from lit_unlearn.data.prompts import ConceptPrompts
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.prompts import encode_prompts
 from lit_unlearn.diffusion.samplers import set_steps
 from lit_unlearn.diffusion.single_file.names import Keys, Namer
 from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -99,6 +101,32 @@ def weights(source: DiffusionEditor | StableDiffusion) -> dict[str, Tensor]:
     """Copies of all weights of a pipeline by name, as they are now."""
     components = source if isinstance(source, StableDiffusion) else source.pipeline
     return {name: parameter.detach().clone() for name, parameter in components.named_parameters().items()}
+
+
+def edit_content(
+    folder: str | Path,
+    change: Callable[[Tensor], Tensor],
+    names: Sequence[str] = LAYERS,
+    arguments: Mapping[str, Any] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Content of a checkpoint of an edit of ``dog`` in a model.
+
+    Args:
+        folder: Folder of the model.
+        change: The new value of a weight, from its value in the model.
+        names: The edited weights.
+        arguments: Arguments of the method besides ``dtype``.
+        **facts: Further provenance, or other one.
+    """
+    parameters = load_pipeline(str(folder)).named_parameters()
+    values = {name: parameters[name].detach().clone() for name in names}
+    ours = {"method": "ValueRefinement", "concepts": ["dog"], "model": str(folder), "edited_names": list(names)}
+    return {
+        "state_dict": {name: change(value) for name, value in values.items()},
+        "hyper_parameters": {"dtype": "float32", **(arguments or {})},
+        CHECKPOINT_KEY: {**ours, "base_fingerprint": fingerprint(values), **facts},
+    }
 
 
 def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:

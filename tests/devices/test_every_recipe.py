@@ -35,6 +35,8 @@ from lit_unlearn.cli import TOLD_TO_STOP
 slow = (pytest.mark.slow, pytest.mark.exhaustive)
 OF_EACH_METHOD = list({CONTENT[name]["model"]["class_path"]: name for name in reversed(EDITS)}.values())
 """The first recipe of each class: these are in the quick tests, on a device without float64."""
+OF_EACH_KIND = [*OF_EACH_METHOD, "null_space_refined", "memit_descent", "concept_ablation_noise", "esd_2025"]
+"""These, and recipes whose fits save something else than the first one of their class."""
 LONG = ["emoji/text_to_image", "emoji/dit"]  # draw and encode each of 320 combinations
 
 
@@ -76,7 +78,7 @@ def test_trainings_of_the_embedded_model(name: str, kind: str, finished: Finishe
     assert all(value.isfinite().all() for value in found.values())
 
 
-@pytest.mark.parametrize(("name", "kind"), each_kind(EDITS, quick=[]))
+@pytest.mark.parametrize(("name", "kind"), each_kind(OF_EACH_METHOD, quick=[]))
 def test_what_follows_a_fit(
     name: str, kind: str, finished: Finished, workers: Workers, stock: Stock, tmp_path: Path
 ) -> None:
@@ -119,7 +121,7 @@ def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:
     return commands
 
 
-@pytest.mark.parametrize(("name", "kind"), each_kind([*EDITS, *TRAININGS], quick=[]))
+@pytest.mark.parametrize(("name", "kind"), each_kind([*OF_EACH_KIND, *TRAININGS], quick=[]))
 def test_an_interrupted_fit_goes_on(
     name: str, kind: str, finished: Finished, workers: Workers, stock: Stock, tmp_path: Path
 ) -> None:

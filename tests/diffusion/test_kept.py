@@ -13,14 +13,11 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 
-from helpers import LAYERS
+from helpers import edit_content
 from lit_unlearn import cli
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.kept import Kept, kept_of
-from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.verify import verify_export
-from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 WEIGHTS = "safety_checker/model.safetensors"
 
@@ -90,15 +87,7 @@ def export(tmp_path: Path) -> Callable[..., Path]:
     """Exports an edit of a base model as a folder."""
 
     def run(base: Path, *options: str) -> Path:
-        parameters = load_pipeline(str(base)).named_parameters()
-        values = {name: parameters[name].detach().clone() for name in LAYERS}
-        ours = {"method": "ValueRefinement", "concepts": ["dog"], "model": str(base), "edited_names": LAYERS}
-        content = {
-            "state_dict": {name: value + 0.5 for name, value in values.items()},
-            "hyper_parameters": {"dtype": "float32"},
-            CHECKPOINT_KEY: {**ours, "base_fingerprint": fingerprint(values)},
-        }
-        torch.save(content, tmp_path / "edit.ckpt")
+        torch.save(edit_content(base, lambda value: value + 0.5), tmp_path / "edit.ckpt")
         command = ["export", "--ckpt_path", str(tmp_path / "edit.ckpt"), "-o", str(tmp_path / "out"), *options]
         assert cli.main(command) == 0
         return tmp_path / "out"

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import LAYERS
+from helpers import LAYERS, edit_content
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.checkpoint import load_edited, newest_checkpoint, read_edit, run_folder
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
@@ -22,18 +21,7 @@ from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 @pytest.fixture
 def content(components: StableDiffusion, tiny_sd: Path) -> dict[str, Any]:
     """A checkpoint as a run writes it: two weights, one larger."""
-    values = {name: components.named_parameters()[name].detach().clone() for name in LAYERS}
-    return {
-        "state_dict": {name: value + 1 for name, value in values.items()},
-        "hyper_parameters": {"rounds": 1, "dtype": "float32", "_instantiator": "x"},
-        CHECKPOINT_KEY: {
-            "method": "ValueRefinement",
-            "concepts": ["dog"],
-            "model": str(tiny_sd),
-            "edited_names": LAYERS,
-            "base_fingerprint": fingerprint(values),
-        },
-    }
+    return edit_content(tiny_sd, lambda value: value + 1, arguments={"rounds": 1, "_instantiator": "x"})
 
 
 @pytest.fixture

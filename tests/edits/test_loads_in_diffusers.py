@@ -11,13 +11,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers import KV, LAYERS
+from helpers import KV, LAYERS, edit_content
 from lit_unlearn import cli
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.lora_names import NAMINGS, STABLE_DIFFUSION, LoraNames, Naming
-from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 ATOL = 1e-5
 """Of pixels in [0, 1], whose edit moves them by a thousand times that: products in another order, and a cut at 1e-3."""
@@ -35,22 +32,14 @@ def ckpt_path(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: p
 
 def checkpoint(model: Path, names: list[str], path: Path) -> Path:
     """Write a checkpoint whose edit changes the weights ``names`` by matrices of rank three."""
-    parameters = load_pipeline(str(model)).named_parameters()
-    base = {name: parameters[name].detach().clone() for name in names}
     generator = torch.Generator().manual_seed(0)
-    edited = {}
-    for name, value in base.items():
+
+    def edited(value: Tensor) -> Tensor:
         rows, columns = value.flatten(1).shape
         change = torch.randn(rows, RANK, generator=generator) @ torch.randn(RANK, columns, generator=generator)
-        edited[name] = value + (change * value.norm() / change.norm()).reshape(value.shape)
-    ours = {
-        "method": "ValueRefinement",
-        "concepts": ["dog"],
-        "model": str(model),
-        "edited_names": names,
-        "base_fingerprint": fingerprint(base),
-    }
-    torch.save({"state_dict": edited, "hyper_parameters": {"dtype": "float32"}, CHECKPOINT_KEY: ours}, path)
+        return value + (change * value.norm() / change.norm()).reshape(value.shape)
+
+    torch.save(edit_content(model, edited, names), path)
     return path
 
 

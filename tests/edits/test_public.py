@@ -12,16 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import LAYERS, files, metadata
+from helpers import edit_content, files, metadata
 from lit_unlearn import cli
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.public_name import hub_snapshot, public_name
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.edits.public import Places, is_place, public_content
 from lit_unlearn.edits.verify import verify_export
-from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 SECRET = "secret-user"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -39,10 +36,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ckpt_of(model: str, place: Path, path: Path, **facts: Any) -> Path:
     """Write a checkpoint of an edit of ``model``, which lies at ``place``, that names paths wherever one can stand."""
-    parameters = load_pipeline(str(place)).named_parameters()
-    values = {name: parameters[name].detach().clone() for name in LAYERS}
     private = str(place.parent)
-    arguments = {"dtype": "float32", "model": model, "revision": None, "judge": f"{private}/a judge", "num": 3}
+    arguments = {"model": model, "revision": None, "judge": f"{private}/a judge", "num": 3}
     recipe = {
         "model": {"class_path": "ValueRefinement", "init_args": {**arguments, "judge_cache": "logs/judged"}},
         "trainer": {"default_root_dir": f"{private}/runs", "logger": {"save_dir": f"~/{SECRET}/logs"}},
@@ -51,18 +46,9 @@ def ckpt_of(model: str, place: Path, path: Path, **facts: Any) -> Path:
         },
         "windows": rf"C:\Users\{SECRET}\base",
     }
-    ours = {
-        "method": "ValueRefinement",
-        "concepts": ["dog"],
-        "model": model,
-        "edited_names": LAYERS,
-        "base_fingerprint": fingerprint(values),
-        "recipe": recipe,
-        "concept_set": {"name": "pets", "concepts": {"dog": {"direct": ["a dog / a cat", "and/or a dog"]}}},
-        **facts,
-    }
-    edited = {name: value + 0.5 for name, value in values.items()}
-    torch.save({"state_dict": edited, "hyper_parameters": arguments, CHECKPOINT_KEY: ours}, path)
+    pets = {"name": "pets", "concepts": {"dog": {"direct": ["a dog / a cat", "and/or a dog"]}}}
+    facts = {"model": model, "recipe": recipe, "concept_set": pets, **facts}
+    torch.save(edit_content(place, lambda value: value + 0.5, arguments=arguments, **facts), path)
     return path
 
 

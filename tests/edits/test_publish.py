@@ -18,11 +18,8 @@ from PIL import Image
 from safetensors.torch import load as load_weights
 
 import lit_unlearn as lu
-from helpers import LAYERS, files
+from helpers import LAYERS, edit_content, files
 from lit_unlearn import cli
-from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.diffusion.parameters import fingerprint
-from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 TOKEN = "hf_of_the_test"
 
@@ -120,19 +117,7 @@ def run(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "run.json").write_text('{"state": "finished"}', encoding="utf-8")
-    parameters = load_pipeline(str(tiny_sd)).named_parameters()
-    values = {name: parameters[name].detach().clone() for name in LAYERS}
-    content = {
-        "state_dict": {name: value + 0.5 for name, value in values.items()},
-        "hyper_parameters": {"dtype": "float32", "concept_set": "emoji20"},
-        CHECKPOINT_KEY: {
-            "method": "ValueRefinement",
-            "concepts": ["dog"],
-            "model": str(tiny_sd),
-            "edited_names": LAYERS,
-            "base_fingerprint": fingerprint(values),
-        },
-    }
+    content = edit_content(tiny_sd, lambda value: value + 0.5, arguments={"concept_set": "emoji20"})
     torch.save(content, folder / "checkpoints/last.ckpt")
     Image.new("RGB", (8, 8), "red").save(folder / "grid.png")
     return folder

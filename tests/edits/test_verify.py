@@ -14,35 +14,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import LAYERS
+from helpers import LAYERS, edit_content
 from lit_unlearn import cli
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import load_pipeline
-from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.checkpoint import read_edit
 from lit_unlearn.edits.verify import verify_export
-from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 
 @pytest.fixture(scope="session")
 def exports(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``folder``, ``delta.safetensors`` and ``lora.safetensors`` of one edit; not to be written to."""
     root = tmp_path_factory.mktemp("exports")
-    parameters = load_pipeline(str(tiny_sd)).named_parameters()
-    values = {name: parameters[name].detach().clone() for name in LAYERS}
-    content = {
-        "state_dict": {name: value + 0.5 for name, value in values.items()},  # of rank 1
-        "hyper_parameters": {"dtype": "float32", "concept_set": "emoji20"},
-        CHECKPOINT_KEY: {
-            "method": "ValueRefinement",
-            "concepts": ["dog"],
-            "model": str(tiny_sd),
-            "edited_names": LAYERS,
-            "base_fingerprint": fingerprint(values),
-        },
-    }
+    content = edit_content(tiny_sd, lambda value: value + 0.5, arguments={"concept_set": "emoji20"})  # of rank 1
     torch.save(content, root / "edit.ckpt")
     export = ["export", "--ckpt_path", str(root / "edit.ckpt"), "-o"]
     assert cli.main([*export, str(root / "folder")]) == 0
