@@ -136,8 +136,8 @@ def edit_of(edit: Edit | Place) -> Edit:
     return edit if isinstance(edit, Edit) else Edit(edit)
 
 
-def path_of(edit: Edit | Place) -> Path:
-    """The checkpoint or the delta of an edit.
+def path_of(edit: Edit | Place, option: str = "ckpt_path") -> Path:
+    """The checkpoint or the delta of an edit, given as ``option``.
 
     Raises:
         UserError: There is no such file.
@@ -145,7 +145,7 @@ def path_of(edit: Edit | Place) -> Path:
     if isinstance(edit, Edit):
         return edit.path
     with user_errors():
-        check_checkpoint(os.fspath(edit))
+        check_checkpoint(os.fspath(edit), option)
     return checkpoint_of(Path(edit).expanduser())
 
 

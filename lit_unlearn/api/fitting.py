@@ -44,7 +44,7 @@ def edit(
     concept_set: ConceptSet | Place | None = None,
     kind: str | None = None,
     protect: Sequence[str] = (),
-    base_edit: Edit | Place | Sequence[Edit | Place] = (),
+    base_edit: Edit | Place | Sequence[Edit | Place] | None = None,
     judge: str | None = None,
     options: Mapping[str, object] | None = None,
     folder: Place | None = None,
@@ -66,7 +66,7 @@ def edit(
             the folder of the runs.
         kind: With ``to``: object (the default), person, character, style, scene, action or content.
         protect: With ``to``: neighbours that must stay, which are judged too.
-        base_edit: Earlier edits to start from and to keep.
+        base_edit: Earlier edits to start from and to keep; None starts from the model.
         judge: The judge of the run; None for the usual one. With ``to``, ``none`` leaves out the look at the unedited
             model.
         options: Further settings of the recipe, by their keys, as on the command line: ``{"edit.threshold": 0.02}``.
@@ -81,8 +81,8 @@ def edit(
         OSError: The run's folder cannot be written.
     """
     names = [concept] if isinstance(concept, str) else list(concept)
-    below = [base_edit] if isinstance(base_edit, str | os.PathLike | Edit) else base_edit
-    earlier = [str(path_of(one)) for one in below]
+    below = [base_edit] if isinstance(base_edit, str | os.PathLike | Edit) else base_edit or []
+    earlier = [str(path_of(one, "base_edit")) for one in below]
     with user_errors():
         given = _options(options, folder=folder, once=once)
         if not names or not all(isinstance(name, str) and name.strip() for name in names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import threading
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
         print()
     finally:
         if page.server is not None:
+            logging.getLogger("uvicorn.error").disabled = True  # of requests that are cut off
             page.server.force_exit = True  # it would wait until the browser closes the page
         page.close(verbose=False)
 

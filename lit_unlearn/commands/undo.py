@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> None:
     with user_errors(), plain_warnings():
         edit = read_edit(path)
         links = links_of(edit)
+        if options.edit is None and options.output is not None:
+            raise UserError(f"undo: name the edit to take out with --edit, for output={options.output}.")
         if options.edit is None:
             print("\n".join(f"{number}  {link.title()}" for number, link in enumerate(links, 1)))
             print("Name the one to take out with --edit, and the delta to write with --output.")

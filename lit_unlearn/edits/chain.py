@@ -7,7 +7,7 @@ one had written, these are kept too (``overwritten``), so that the last edit can
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,8 @@ class Link:
     concept_set_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("method", "sha256") if not isinstance(getattr(self, name), str)]
+        wrong = [] if self.names else ["names"]
+        wrong += [name for name in ("method", "sha256") if not isinstance(getattr(self, name), str)]
         for name in ("concepts", "names"):
             value = getattr(self, name)
             if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -118,7 +119,7 @@ def chain_of_checkpoint(
     own = {name: ours.get(name) for name in ("method", "version", "recipe", "concept_set", "concept_set_sha256")}
     own |= {"concepts": stored["concepts"], "names": stored["names"], "config": arguments, "edit": solver}
     own["sha256"] = fingerprint({name: weights[name] for name in stored["names"]})
-    return _checked(path, [*stored["links"], own], stored["overwritten"], weights)
+    return _checked(path, [*stored["links"], own], stored["overwritten"], weights, ours["concepts"])
 
 
 def split_weights(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -138,7 +139,7 @@ def name_of(key: str) -> str:
 
 
 def chain_of_delta(
-    path: Path, links: object, overwritten: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    path: Path, links: object, overwritten: Mapping[str, Tensor], weights: Mapping[str, Tensor], concepts: object
 ) -> dict[str, Any]:
     """As ``chain_of_checkpoint``, for a delta, whose ``links`` are those of all its edits, or None.
 
@@ -147,14 +148,17 @@ def chain_of_delta(
     """
     if links is None and not overwritten:
         return {}
-    return _checked(path, links, overwritten, weights)
+    return _checked(path, links, overwritten, weights, concepts)
 
 
 def _checked(
-    path: Path, links: object, overwritten: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    path: Path, links: object, overwritten: Mapping[str, Tensor], weights: Mapping[str, Tensor], concepts: object
 ) -> dict[str, Any]:
     try:
-        return {"chain": _links(links, overwritten, weights), "overwritten": dict(overwritten)}
+        chain = _links(links, overwritten, weights)
+        if [*dict.fromkeys(name for link in chain for name in link.concepts)] != concepts:
+            raise ValueError("its concepts are not those of the edits in its chain")
+        return {"chain": chain, "overwritten": dict(overwritten)}
     except ValueError as error:
         raise ValueError(f"ckpt_path={path} is no valid edit ({error}): get it from its author again.") from error
 
@@ -177,7 +181,22 @@ def _links(links: object, overwritten: Mapping[str, Tensor], weights: Mapping[st
         like = weights[key.partition("/")[2]]
         if value.shape != like.shape or not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"the replaced value {key!r:.100} does not fit its weight")
+    for number, (link, values) in enumerate(zip(chain, left_by(chain, weights, overwritten), strict=True), 1):
+        if fingerprint(values) != link.sha256:
+            raise ValueError(f"its edit {number} does not have the hash that its chain says")
     return chain
+
+
+def left_by(
+    chain: Sequence[Link], weights: Mapping[str, Tensor], overwritten: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """For each edit of a chain, the values of its weights right after it."""
+    for number, link in enumerate(chain):
+        found = {}
+        for name in link.names:
+            later = (n for n in range(number + 1, len(chain)) if f"{n}/{name}" in overwritten)
+            found[name] = overwritten[f"{n}/{name}"] if (n := next(later, None)) is not None else weights[name]
+        yield found
 
 
 def link_of(edit: Edit) -> Link:
@@ -213,10 +232,13 @@ def joined(edits: Sequence[Edit]) -> tuple[dict[str, Tensor], list[Link], dict[s
     for number, edit in enumerate(edits):
         if both := [name for name in edit.weights if name in weights]:
             other = next(other for other in edits[:number] if both[0] in other.weights)
+            if other.path == edit.path:
+                raise ValueError(f"base_edit={edit.path} is given twice: once is enough.")
             raise ValueError(
-                f"base_edit={other.path} and {edit.path} both write {both[0]}"
-                f"{f' and {len(both) - 1} more weights' if len(both) > 1 else ''}, so they do not go together: give "
-                "one of them, and edit the concepts of the other on top of it."
+                f"base_edit={other.path} ({', '.join(other.concepts)}) and {edit.path} ({', '.join(edit.concepts)}) do "
+                f"not go together, since both write {both[0]}"
+                f"{f' and {len(both) - 1} more weights' if len(both) > 1 else ''}: give one of them, and edit the "
+                "concepts of the other on top of it."
             )
         for key, value in edit.overwritten.items():
             old, _, name = key.partition("/")

@@ -306,12 +306,14 @@ def _read_delta(path: Path) -> Edit:
     weights, replaced = split_weights(found)
     try:
         facts = {name: json.loads(metadata[name]) for name in DELTA_FIELDS}
-        names = ("base_sha256", "concept_set_sha256", "edit", "recipe", "concept_set", "lit_unlearn", "chain")
+        names = ("base_sha256", "concept_set_sha256", "edit", "recipe", "concept_set", "version", "chain")
         optional = {name: json.loads(metadata.get(name, "null")) for name in names}
-    except (KeyError, ValueError, RecursionError) as error:
+    except KeyError as error:
         raise ValueError(
             f"ckpt_path={path} was not made by `lit-unlearn export --delta`: it lacks {error!s:.100}."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"ckpt_path={path} is corrupt (metadata: {error!s:.100}): copy it again.") from error
     if metadata.get("kind") == '"lora"':
         raise ValueError(
             f"ckpt_path={path} holds LoRA weights, for diffusers and other programs: give the run's checkpoint, or a "
@@ -333,8 +335,8 @@ def _read_delta(path: Path) -> Edit:
         solver,
         optional["recipe"],
         optional["concept_set"],
-        optional["lit_unlearn"],
-        **chain_of_delta(path, optional["chain"], replaced, weights),
+        optional["version"],
+        **chain_of_delta(path, optional["chain"], replaced, weights, facts["concepts"]),
     )
 
 

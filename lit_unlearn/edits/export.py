@@ -26,7 +26,7 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.card import model_card
-from lit_unlearn.edits.chain import name_of
+from lit_unlearn.edits.chain import left_by, name_of
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import Rank, low_rank
 from lit_unlearn.edits.public import Places, public_content
@@ -143,6 +143,7 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
         "concept_set": edit.concept_set,
         "concept_set_sha256": edit.concept_set_sha256 or _concept_set_sha256(edit, scores),
         "lit_unlearn": __version__,
+        "version": edit.version,
         "packages": {name: version(name) for name in PACKAGES},
     }
     made = {"config": edit.hyper_parameters, "edit": edit.edit, "recipe": edit.recipe, "scores": scores}
@@ -201,6 +202,11 @@ def export_delta(edit: Edit, facts: dict[str, Any], output: Path, dtype: torch.d
     values = {**edit.weights, **replaced}
     weights = {name: value.to(dtype or value.dtype).contiguous() for name, value in values.items()}
     _check_finite(weights, dtype)
+    if edit.chain:  # the hashes are those of the values as they are written
+        old = {key: weights[name_of(key)] for key in edit.overwritten}
+        hashes = map(fingerprint, left_by(edit.chain, weights, old))
+        links = [{**link, "sha256": sha256} for link, sha256 in zip(facts["chain"], hashes, strict=True)]
+        facts = {**facts, "chain": links}
     _write_weights(weights, {"kind": "delta", **facts}, output)
 
 

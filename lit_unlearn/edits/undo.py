@@ -24,13 +24,15 @@ def find_link(links: Sequence[Link], wanted: int | str) -> int:
     """
     there = "; ".join(f"{number} {link.title()}" for number, link in enumerate(links, 1))
     text = str(wanted)
+    if len(links) == 1:
+        raise ValueError(f"edit={wanted!r}: there is one edit, {links[0].title()}; without it, the base model is left.")
     if text.isascii() and text.isdigit() and 1 <= int(text) <= len(links):
         return int(text) - 1
     found = [n for n, link in enumerate(links) if name_key(text) in map(name_key, link.concepts)]
     if len(found) == 1:
         return found[0]
-    what = "is of several edits" if found else "is none of them"
-    raise ValueError(f"edit={wanted!r} {what}: give the place of one ({there}).")
+    what = "is of several edits" if found else "is not there"
+    raise ValueError(f"edit={wanted!r} {what}: give the number or a concept of one ({there}).")
 
 
 def write_without(

@@ -161,6 +161,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         ValueError: A field is wrong; found before any weight is loaded.
     """
 
+    changes_weights = False
     num_pairs: int
 
     def __init__(

@@ -40,7 +40,7 @@ from lit_unlearn.training.checks import as_list, check_edit, check_paths, check_
 from lit_unlearn.training.classes import class_of, import_all, known_classes, known_keys, prepare
 from lit_unlearn.training.early import concept_not_named
 from lit_unlearn.training.evaluated import as_its_fit_made_it
-from lit_unlearn.training.ledger import name_all, start_from, take_earlier
+from lit_unlearn.training.ledger import check_start, name_all, start_from, take_earlier, warn_of_what_nothing_holds
 from lit_unlearn.training.length import OWN_LENGTH, GoOn, Progress, how_to_go_on, steps_per_epoch, stopped_early
 from lit_unlearn.training.on_device import on_its_device
 from lit_unlearn.training.options import check_options, given_options
@@ -181,7 +181,7 @@ class UnlearnCLI(LightningCLI):
                 folder = Path(config.trainer.default_root_dir, self._run_name(concepts))
                 config.ckpt_path = str(newest_edit(folder, subcommand, concepts))
             if subcommand == "fit":
-                self.sha256 = config_sha256(config.as_dict())
+                self.sha256 = config_sha256(config.as_dict(), self.stack)
                 if config.ckpt_path is None:
                     self._find_earlier_run(concepts)
             if config.ckpt_path is None:
@@ -190,6 +190,8 @@ class UnlearnCLI(LightningCLI):
             if subcommand != "fit":
                 warn_unfinished(config.ckpt_path)
                 concepts = name_all(config, edit, concepts)
+            if subcommand == "fit":
+                check_start(edit, self.stack, config.base_edit)
             if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
                 raise UserError(
                     f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "
@@ -333,6 +335,8 @@ class UnlearnCLI(LightningCLI):
         if isinstance(self.model, DiffusionEditor):
             self.model.recipe = deciding(yaml.safe_load(self.written))
             self.model.earlier_edits.stack = self.stack
+        if isinstance(self.model, ConceptEditor) and self.trainer.is_global_zero:
+            warn_of_what_nothing_holds(self.model)
         try:
             self.trainer.fit(**kwargs)
         except (EmptyNullSpaceError, BrokenWeightsError) as error:

@@ -97,7 +97,8 @@ class Asked:
         given = self.options.get(name)
         if isinstance(given, str) and given.startswith("["):
             given = yaml.safe_load(given)
-        return [text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str) and text]
+        texts = given if isinstance(given, list) else [given]
+        return [text for text in texts if isinstance(text, str) and text not in ("", "null")]
 
 
 def check_early(args: Sequence[str]) -> None:
@@ -124,6 +125,11 @@ def check_early(args: Sequence[str]) -> None:
         path = asked.options.get("ckpt_path")
         if path not in (None, "null", "last", "best", "hpc", ""):
             check_checkpoint(path)
+            if path.endswith(".safetensors"):
+                raise UserError(
+                    f"{command}: ckpt_path={path} is a delta, without the run that it belongs to: give a run's "
+                    "checkpoint; `generate`, `compare`, `export` and `attack --output` take a delta."
+                )
         for name in ("after", "base_edit"):
             for place in asked.listed(name):
                 check_checkpoint(place, name)

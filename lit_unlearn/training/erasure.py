@@ -92,6 +92,7 @@ class Plan:
         why: Why that judge, or none.
         embedded: Whether the model is one that ships with the project.
         request: What is asked for.
+        edits: The edits to start from.
     """
 
     concepts: ConceptSet
@@ -102,6 +103,7 @@ class Plan:
     why: str
     embedded: bool
     request: Request
+    edits: Sequence[Edit] = ()
 
     @property
     def steps(self) -> int:
@@ -181,6 +183,7 @@ def plan_of(request: Request) -> Plan:
     from lit_unlearn.diffusion.source import EMBEDDED, SHIPPED, shipped_folder
     from lit_unlearn.emoji.concepts import emoji_set
     from lit_unlearn.judges.load import check_judge_name, find_judge
+    from lit_unlearn.training.ledger import checked_together
     from lit_unlearn.training.runs import run_name
 
     protect, also = split_names(request.protect), tuple(split_names(request.also, "also"))
@@ -209,6 +212,7 @@ def plan_of(request: Request) -> Plan:
         judged = set(known.values()) if known else None
         concepts = set_of([wish], draft, protect=protect, retain=retain, judged=judged)
     edits = _earlier(request.base_edit, base)
+    checked_together(edits, recipe["model"].get("init_args", {}).get("dtype", "float32"))
     concepts = _with_earlier(concepts, name, edits)
     concept = concepts.concepts[name]
     if judge is not None:
@@ -222,7 +226,7 @@ def plan_of(request: Request) -> Plan:
     recipe["concept"] = name
     if edits:
         recipe["base_edit"] = [edit.path.as_posix() for edit in edits]
-    arguments |= {"model": model, "concept_set": path.as_posix(), "judge": judge or ("emoji" if embedded else "clip")}
+    arguments |= {"model": model, "concept_set": path.as_posix(), "judge": judge or "clip"}
     if request.revision:
         arguments["revision"] = request.revision
     if not embedded:
@@ -235,7 +239,7 @@ def plan_of(request: Request) -> Plan:
         data["images_per_prompt"] = request.images_per_prompt
     base.check_steps(arguments["num_inference_steps"], "num_inference_steps")
     placed = concept_set_of(concepts.content(), path)
-    return Plan(placed, concept, base, recipe, judge, why, embedded, request)
+    return Plan(placed, concept, base, recipe, judge, why, embedded, request, tuple(edits))
 
 
 def _earlier(places: Sequence[str], base: BaseModel) -> list[Edit]:
@@ -251,6 +255,7 @@ def _earlier(places: Sequence[str], base: BaseModel) -> list[Edit]:
         check_checkpoint(place, "base_edit")
         found.append(read_edit(checkpoint_of(Path(place).expanduser())))
         found[-1].check_base(base)
+        found[-1].check_whole(base)
     return found
 
 
@@ -270,7 +275,15 @@ def _with_earlier(concepts: ConceptSet, name: str, edits: Sequence[Edit]) -> Con
                 why = "already: erase something else" if earlier == name else "and does not say with which prompts"
                 raise ValueError(f"base_edit={edit.path} edits {earlier!r} {why}.")
             content["concepts"][earlier] = described
-    return concept_set_of(content, concepts.path)
+    found = concept_set_of(content, concepts.path)
+    for edit in edits:
+        for earlier in edit.concepts:
+            if found.concepts[earlier].find_name(concepts.concepts[name].target):
+                raise ValueError(
+                    f"to={concepts.concepts[name].target!r} is edited by base_edit={edit.path} ({earlier}): name what "
+                    "the edited model still draws."
+                )
+    return found
 
 
 def check_request(request: Request) -> None:
@@ -351,11 +364,14 @@ def check_drawn(plan: Plan) -> Plan:
     prompts = list(plan.concept.prompts)
     with user_errors(), plain_warnings(), explaining_memory("erase", device, ["draw on the processor"]):
         pipeline = plan.base.load(device=device)
+        for edit in plan.edits:
+            edit.apply(pipeline, plan.base)
         batch = 8 if plan.embedded else 2
         pictures = draw_all(pipeline, prompts, [0], plan.steps, plan.guidance_scale, batch)
         answers = judge_questions(judge, pictures.cpu(), [plan.concept.question] * len(prompts))
     shown = int((answers >= 0.5).sum())
-    found = f"the unedited model shows {plan.concept.name} on {shown} of {len(prompts)} pictures of its prompts"
+    which = "the model, as edited so far," if plan.edits else "the unedited model"
+    found = f"{which} shows {plan.concept.name} on {shown} of {len(prompts)} pictures of its prompts"
     print(f"{found[0].upper()}{found[1:]} (judge: {judge.name}).")
     if shown < DRAWN * len(prompts) and not plan.request.anyway:
         raise UserError(

@@ -21,17 +21,10 @@ from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.edits.chain import joined
 from lit_unlearn.edits.checkpoint import Edit, read_edit, warn_unfinished
-from lit_unlearn.methods.concept_ablation import ConceptAblation
-from lit_unlearn.methods.esd import ESD
-from lit_unlearn.methods.forget_me_not import ForgetMeNot
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.stack import Stack
-from lit_unlearn.methods.textual_inversion import TextualInversion
 from lit_unlearn.system.errors import UserError, user_errors, warn
 from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
-
-RETAINS_NOTHING = (ESD, ConceptAblation, ForgetMeNot)
-"""Methods without prompts to retain: nothing holds what earlier edits have done."""
 
 
 def take_earlier(config: Any, kind: type) -> None:
@@ -77,30 +70,25 @@ def start_from(config: Any, kind: type) -> Stack | None:
         UserError: The module cannot start from an edit; an edit is of another model, another type, or of concepts that
             the set does not have; two of them write the same weight; or no concept is new.
     """
+    arguments = config.model.init_args
     if not config.base_edit:
+        if arguments.get("retain_earlier"):
+            raise UserError("model.retain_earlier=true is set by --base_edit: give the edit to start from instead.")
         return None
-    if not issubclass(kind, ConceptEditor) or issubclass(kind, TextualInversion):
-        why = "learns words and edits nothing" if issubclass(kind, TextualInversion) else "edits no concepts"
+    if not issubclass(kind, ConceptEditor) or not kind.changes_weights:
+        why = "edits no concepts" if not issubclass(kind, ConceptEditor) else "learns words and edits nothing"
         raise UserError(f"base_edit={config.base_edit[0]} has no effect: {kind.__name__} {why}; leave it out.")
     if config.after:
         raise UserError(
             f"base_edit={config.base_edit[0]} and after={config.after[0]} exclude each other: one starts from an "
             "edited model, the other edits all concepts again from the pretrained one; leave one out."
         )
-    arguments = config.model.init_args
     with user_errors():
         concepts = load_concept_set(arguments.concept_set)
         edits = _read(config, "base_edit")
         for edit in edits:
-            edit.check_weights()
             _check_concepts(edit, concepts)
-            if str(edit.dtype) != f"torch.{arguments.dtype}":
-                own = str(edit.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"base_edit={edit.path} was made in {own}, and model.dtype={arguments.dtype}: pass "
-                    f"--model.dtype {own}."
-                )
-        weights, links, overwritten = joined(edits)
+        weights, links, overwritten = checked_together(edits, arguments.dtype)
         _put_before(config, "base_edit", edits, concepts)
     arguments.retain_earlier = True
     config.base_edit = [str(edit.path) for edit in edits]
@@ -108,12 +96,64 @@ def start_from(config: Any, kind: type) -> Stack | None:
         warn_unfinished(edit.path)
         if not edit.concepts:
             warn(f"{edit.path} has unlearned pictures, of which no prompt is known: nothing holds that in this fit.")
-    if arguments.earlier and issubclass(kind, RETAINS_NOTHING):
-        warn(
-            f"{kind.__name__} retains no prompts, so nothing holds the earlier edits of "
-            f"{', '.join(arguments.earlier)}: `test` says how much of them comes back."
-        )
     return Stack(weights, [link.stored() for link in links], overwritten)
+
+
+def checked_together(edits: Sequence[Edit], dtype: str) -> tuple[Any, Any, Any]:
+    """The weights, links and replaced values of edits that a fit starts from (``chain.joined``).
+
+    Args:
+        edits: Of one base model.
+        dtype: Type of the weights in the fit.
+
+    Raises:
+        ValueError: An edit changes nothing, is of another type, or two of them write the same weight.
+    """
+    for edit in edits:
+        edit.check_weights()
+        if str(edit.dtype) != f"torch.{dtype}":
+            own = str(edit.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"base_edit={edit.path} was made in {own}, and model.dtype={dtype}: pass --model.dtype {own}."
+            )
+    return joined(edits)
+
+
+def check_start(edit: Edit, stack: Stack | None, base_edit: Sequence[str]) -> None:
+    """Refuse to go on with a fit that has started from other edits.
+
+    Args:
+        edit: The edit in its checkpoint.
+        stack: What the command starts from.
+        base_edit: Where that lies.
+
+    Raises:
+        UserError: They differ; the message says what to give.
+    """
+    before = edit.chain[:-1]
+    now = [(link["sha256"], link["concepts"]) for link in stack.links] if stack is not None else []
+    if [(link.sha256, link.concepts) for link in before] == now:
+        return
+    on = f"on top of {'; '.join(link.title() for link in before)}" if before else "on the base model"
+    if stack is None:
+        raise UserError(f"fit: {edit.path} was made {on}: to go on with it, give the --base_edit of its fit.")
+    raise UserError(
+        f"fit: {edit.path} was made {on}, and base_edit={', '.join(base_edit)} is something else: give what its fit "
+        "had, or start a new one with --fresh."
+    )
+
+
+def warn_of_what_nothing_holds(module: ConceptEditor) -> None:
+    """Say of which earlier edits a fit retains no prompt and no name."""
+    if not module.retain_earlier:
+        return
+    kept = set(module.kept_texts)
+    earlier = [concept for concept in module.every_edited if concept.name in module.earlier]
+    if lost := [concept.name for concept in earlier if not kept & {*concept.edit_prompts, *concept.names}]:
+        warn(
+            f"{type(module).__name__} retains no prompt of {', '.join(lost)} here, so nothing holds the earlier edit: "
+            "`test` says how much of it comes back."
+        )
 
 
 def name_all(config: Any, edit: Edit, concepts: list[str]) -> list[str]:
@@ -138,9 +178,17 @@ def _read(config: Any, option: str) -> list[Edit]:
     arguments, found = config.model.init_args, []
     base = BaseModel.find(arguments.model, arguments.revision, arguments.config_folder)
     for given in config[option]:
-        check_checkpoint(given, option)
+        try:
+            check_checkpoint(given, option)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).removesuffix('.')}. A fit needs the edits that it starts from; the paths in a run's "
+                "config.yaml are relative to the folder in which it was made."
+            ) from error
         found.append(read_edit(checkpoint_of(Path(given).expanduser())))
         found[-1].check_base(base)
+        if option == "base_edit":
+            found[-1].check_whole(base)
     return found
 
 
@@ -154,6 +202,9 @@ def _put_before(config: Any, option: str, edits: Sequence[Edit], concepts: Conce
             f"concept={', '.join(new) or None} adds nothing to what {option}={', '.join(config[option])} edits already "
             f"({', '.join(earlier)}): name a new concept."
         )
+    again = [name for name in new if name in earlier]
+    if again and option == "base_edit" and not arguments.retain_earlier:  # not the recipe of such a run
+        warn(f"{', '.join(again)}: edited in {', '.join(config[option])} already, and left as it is there.")
     config.concept = arguments.concept = config.data.init_args.concept = [*earlier, *added]
     arguments.earlier = earlier
 

@@ -34,6 +34,7 @@ from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.esd import ESD
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
+from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.value_refinement import ValueRefinement
@@ -44,8 +45,6 @@ from lit_unlearn.training.plan_table import DTYPES, Memory, Plan, Sites
 
 EDITED_TEXTS = ("edit_prompts", "phrases", "edited_texts", "pairs")
 """Where a method has the texts that it edits; it has as many that they are edited into."""
-RETAINED_TEXTS = ("retain_prompts", "preserved", "retained_texts")
-"""Where a method has the texts whose outputs should not change."""
 ONE_STATE = ("last_subject",)
 """Values of ``tokens`` that edit one state of a text."""
 SCRATCH = 4
@@ -111,8 +110,7 @@ class _Planner:
         self.module.edited_names = self.names = self.module.select(base.names)
         self.dtype = str(self.module.weights_dtype).removeprefix("torch.")
         self.edited = next((len(getattr(self.module, name)) for name in EDITED_TEXTS if hasattr(self.module, name)), 0)
-        kept = [getattr(self.module, name) for name in RETAINED_TEXTS if hasattr(self.module, name)]
-        self.retained = len(kept[0]) if kept else 0
+        self.retained = len(self.module.kept_texts) if isinstance(self.module, ConceptEditor) else 0
         self.descends = isinstance(self.module, GradientEditor) or (
             isinstance(self.module, ValueRefinement) and self.module.value_choice == "refined"
         )

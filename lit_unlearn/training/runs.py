@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_unlearn.data.concepts import ConceptSet, load_concept_set
 from lit_unlearn.edits.checkpoint import newest_checkpoint
+from lit_unlearn.methods.shared.stack import Stack
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.files import WriteError, naming, remove, remove_if_possible
 from lit_unlearn.system.json_files import write_json
@@ -55,9 +57,10 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
-    """SHA-256 of ``deciding(config)``."""
-    return hashlib.sha256(json.dumps(deciding(config), sort_keys=True, default=str).encode()).hexdigest()
+def config_sha256(config: Mapping[str, Any], stack: Stack | None = None) -> str:
+    """SHA-256 of ``deciding(config)``, and of the edits that the fit starts from."""
+    content = deciding(config) | ({"stack": [link["sha256"] for link in stack.links]} if stack is not None else {})
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def run_name(method: str, concepts: Sequence[str], concept_set: ConceptSet) -> str:
@@ -99,11 +102,13 @@ def newest_edit(folder: Path, command: str, concepts: Sequence[str]) -> Path:
     path = newest_checkpoint(folder)
     if path is None:
         label = folder.name.partition("@")[0]
-        beside = sorted(other for other in folder.parent.glob("*") if other.name.partition("@")[0] == label)
-        others = [other.as_posix() for other in beside if other != folder and newest_checkpoint(other)]
+        same = [other for other in folder.parent.glob("*") if other.name.partition("@")[0] == label and other != folder]
+        more = list(folder.parent.glob(f"*+{glob.escape(label)}"))  # on top of other edits
+        kinds = {other: "another concept set" for other in same} | {other: "other concepts too" for other in more}
+        beside = next((other for other in sorted(kinds) if newest_checkpoint(other)), None)
         raise UserError(
             f"{command} needs a run, and {folder} has none"
-            f"{f' ({others[0]} is of another concept set)' if others else ''}: run `lit-unlearn fit` first, "
+            f"{f' ({beside.as_posix()} is of {kinds[beside]})' if beside else ''}: run `lit-unlearn fit` first, "
             "or give another run's file with --ckpt_path."
         )
     print(f"The newest run{' of ' if concepts else ''}{', '.join(concepts)}: {path}")

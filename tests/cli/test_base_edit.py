@@ -108,25 +108,73 @@ def test_one_that_is_under_another_is_refused(owl: Path, refuses: Callable[..., 
     assert "edit 2, owl (ValueRefinement), started from its" in said and not Path("x.safetensors").exists()
     said = refuses("undo", "--ckpt_path", str(owl), "--edit", "cat", "-o", "x.safetensors")
     assert said == (
-        "edit='cat' is none of them: give the place of one (1 dog (ValueRefinement); 2 owl (ValueRefinement))."
+        "edit='cat' is not there: give the number or a concept of one (1 dog (ValueRefinement); "
+        "2 owl (ValueRefinement))."
     )
+    said = refuses("undo", "--ckpt_path", str(owl), "-o", "x.safetensors")
+    assert said == "undo: name the edit to take out with --edit, for output=x.safetensors."
     assert refuses("undo", "--ckpt_path", str(owl), "--edit", "2") == "undo: name the delta to write with --output."
     assert "does not exist" in refuses("undo", "--ckpt_path", "nothing.safetensors")
 
 
-def test_a_method_without_retained_prompts_says_so(
-    run_folder: Path, recipe: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+def test_a_method_without_retained_prompts_says_so_and_goes_on(
+    run_folder: Path, esd: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["--config", str(CONFIGS / "esd.yaml"), "--model", str(tiny_sd), "--data.steps", "1"]
-    args += ["--model.num_chain_steps", "2", "--model.judge", str(recipe.parent / "judge"), "--trainer.max_epochs", "2"]
-    run("fit", *args, "--concept", "cat", "--base_edit", str(run_folder), "--trainer.max_steps", "1")
+    args = [*esd, "--concept", "cat", "--base_edit", str(run_folder)]
+    run(*args)
     said = " ".join(capsys.readouterr().err.split())
-    assert "ESD retains no prompts, so nothing holds the earlier edits of dog" in said
-    run("fit", *args, "--concept", "cat", "--base_edit", str(run_folder), "--ckpt_path", "last")
-    folder = Path("logs/esd/dog+cat/version_0")
-    edit = edit_in(folder)
+    assert "ESD retains no prompt of dog here, so nothing holds the earlier edit" in said
+    run(*args[: args.index("--trainer.max_steps")], *args[-4:], "--ckpt_path", "last")
+    edit = edit_in("logs/esd/dog+cat/version_0")
     assert [link.concepts for link in edit.chain] == [["dog"], ["cat"]]
     assert all(torch.equal(edit.weights[name], value) for name, value in edit_in(run_folder).weights.items())
+
+
+@pytest.fixture
+def esd(recipe: Path, tiny_sd: Path) -> list[str]:
+    """A fit of two steps that is stopped after one."""
+    judge = str(recipe.parent / "judge")
+    args = ["fit", "--config", str(CONFIGS / "esd.yaml"), "--model", str(tiny_sd), "--model.judge", judge]
+    args += ["--model.num_chain_steps", "2", "--data.steps", "1", "--trainer.max_epochs", "2"]
+    return [*args, "--trainer.max_steps", "1"]
+
+
+def test_to_go_on_the_same_edits_are_needed(
+    run_folder: Path, recipe: Path, esd: list[str], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base_edit = ["--base_edit", "dog.safetensors"]
+    run("export", "--ckpt_path", str(run_folder), "--delta", "-o", "dog.safetensors")
+    run(*esd, "--concept", "cat", *base_edit)
+    run("fit", "--config", str(recipe), "--concept", "dog", "--model.first_layer", "-1")
+    run("export", "--ckpt_path", "logs/null_space/dog/version_1", "--delta", "-o", "dog.safetensors", "--overwrite")
+    capsys.readouterr()
+    run(*esd, "--concept", "cat", *base_edit, "--once")
+    assert "nothing to do" not in capsys.readouterr().out  # the same command, with another edit in the file
+    edits = [edit_in(f"logs/esd/dog+cat/version_{number}") for number in (0, 1)]
+    assert [len(edit.chain[0].names) for edit in edits] == [2, 1]
+    refuses: Callable[..., str] = request.getfixturevalue("refuses")
+    on = f"fit: {edits[0].path} was made on top of dog (ValueRefinement)"
+    for concept in ("cat", "[dog, cat]"):
+        said = refuses(*esd, "--concept", concept, "--ckpt_path", str(edits[0].path))
+        assert said == f"{on}: to go on with it, give the --base_edit of its fit."
+    said = refuses(*esd, "--concept", "cat", *base_edit, "--ckpt_path", str(edits[0].path))
+    assert said.startswith(f"{on}, and base_edit=dog.safetensors is something else")
+
+
+def test_what_is_left_as_it_is_follows_from_what_a_fit_starts_from(
+    run_folder: Path, recipe: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", "--config", str(recipe), "--concept", "[dog, owl]"]
+    run(*fit, "--base_edit", str(run_folder))
+    assert "dog: edited in logs/null_space/dog/version_0" in " ".join(capsys.readouterr().err.split())
+    said = request.getfixturevalue("refuses")(*fit, "--model.earlier", "[dog]", "--model.retain_earlier", "true")
+    assert said == "model.retain_earlier=true is set by --base_edit: give the edit to start from instead."
+
+
+def test_a_delta_is_not_scored(run_folder: Path, recipe: Path, refuses: Callable[..., str]) -> None:
+    run("export", "--ckpt_path", str(run_folder), "--delta", "-o", "dog.safetensors")
+    said = refuses("test", "--config", str(recipe), "--ckpt_path", "dog.safetensors")
+    assert said.startswith("test: ckpt_path=dog.safetensors is a delta, without the run that it belongs to")
 
 
 def test_what_cannot_be_started_from_is_refused(
@@ -139,7 +187,7 @@ def test_what_cannot_be_started_from_is_refused(
     said = refuses(*fit, "--concept", "owl", "--base_edit", "nothing.ckpt")
     assert said.startswith("base_edit=nothing.ckpt does not exist")
     said = refuses(*fit, "--concept", "owl", "--base_edit", earlier, "--base_edit", earlier)
-    assert said.startswith(f"base_edit={earlier} and {earlier} both write text_encoder.")
+    assert said == f"base_edit={earlier} is given twice: once is enough."
     said = refuses(*fit, "--concept", "owl", "--base_edit", earlier, "--after", earlier)
     assert said.startswith(f"base_edit={earlier} and after={earlier} exclude each other")
     said = refuses(*fit, "--concept", "owl", "--base_edit", earlier, "--model.dtype", "bfloat16")

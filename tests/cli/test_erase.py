@@ -146,6 +146,9 @@ def test_erasing_on_top_of_an_edit_keeps_and_names_its_concept(
     assert cli.main(["erase", *mouse, "--output", "mickey"]) == 0
     assert cli.main(["erase", *mouse, "--base_edit", "mickey/delta.safetensors", "--dry_run"]) == 2
     assert "base_edit=mickey/delta.safetensors edits 'Mickey Mouse' already" in capsys.readouterr().err
+    other = ["Donald Duck", "--to", "Mickey Mouse", "--kind", "character", *given]
+    assert cli.main(["erase", *other, "--base_edit", "mickey/delta.safetensors", "--dry_run"]) == 2
+    assert "to='Mickey Mouse' is edited by base_edit=mickey/delta.safetensors" in capsys.readouterr().err
     duck = ["Donald Duck", "--to", "a cartoon duck", "--kind", "character", *given]
     assert cli.main(["erase", *duck, "--base_edit", "mickey/delta.safetensors", "--output", "both"]) == 0
     assert "as edited by mickey/delta.safetensors" in capsys.readouterr().out

@@ -124,8 +124,11 @@ def test_edits_side_by_side(base: BaseModel, values: dict[str, Tensor], three: E
     assert overwritten == {}
     _, links, overwritten = joined([three])
     assert len(links) == 3 and set(overwritten) == {f"1/{first}", f"2/{second}"}
-    with pytest.raises(ValueError, match=r"base_edit=a.ckpt and a.ckpt both write .* and 1 more weights"):
-        joined([three, replace(three)])
+    message = r"base_edit=a.ckpt \(dog, cat, owl\) and b.ckpt \(dog, cat, owl\) do not go .* and 1 more weights"
+    with pytest.raises(ValueError, match=message):
+        joined([three, replace(three, path=Path("b.ckpt"))])
+    with pytest.raises(ValueError, match=r"base_edit=a.ckpt is given twice: once is enough"):
+        joined([three, three])
 
 
 def test_a_delta_says_what_each_edit_was(base: BaseModel, three: Edit, tmp_path: Path) -> None:
@@ -141,10 +144,19 @@ def test_a_delta_says_what_each_edit_was(base: BaseModel, three: Edit, tmp_path:
     assert without(read, 2, base).concepts == ["dog", "cat"]
 
 
+def test_hashes_are_those_of_the_values_as_they_are_written(base: BaseModel, three: Edit, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    export_delta(three, provenance(three, base), path, torch.float16)
+    read = read_edit(path)
+    assert [one.sha256 for one in read.chain] != [one.sha256 for one in three.chain]
+    assert read.chain[-1].sha256 == fingerprint({LAYERS[1]: three.weights[LAYERS[1]].half()})
+    assert read.version is None  # that of the fit, which is not known here
+
+
 def broken(change: Callable[[list[dict[str, Any]], dict[str, Tensor]], None], three: Edit) -> None:
     links, overwritten = [one.stored() for one in three.chain], dict(three.overwritten)
     change(links, overwritten)
-    chain_of_delta(Path("a.safetensors"), links, overwritten, three.weights)
+    chain_of_delta(Path("a.safetensors"), links, overwritten, three.weights, three.concepts)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +168,9 @@ def broken(change: Callable[[list[dict[str, Any]], dict[str, Tensor]], None], th
         (lambda links, old: links[0].update(shell="rm"), "other fields than this version knows"),
         (lambda links, old: links[0].pop("method"), "lacks a field"),
         (lambda links, old: links[0].update(names=["unet.a"]), "its weights are not those of the edits in its chain"),
+        (lambda links, old: links[0].update(sha256="0" * 64), "its edit 1 does not have the hash that its chain says"),
+        (lambda links, old: links[1].update(concepts=["owl"]), "its concepts are not those of the edits in its chain"),
+        (lambda links, old: links[0].update(names=[]), "the names of an edit in its chain is of the wrong type"),
         (lambda links, old: old.pop(f"1/{LAYERS[0]}"), "is missing, or is no value that an edit in its chain"),
         (lambda links, old: old.update({f"7/{LAYERS[0]}": torch.zeros(1)}), "is missing, or is no value"),
         (lambda links, old: old.update({f"1/{LAYERS[0]}": torch.zeros(1)}), "does not fit its weight"),

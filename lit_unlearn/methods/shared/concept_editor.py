@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,6 +22,9 @@ from lit_unlearn.judges.load import check_judge_name, load_cached_judge
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.system.errors import user_errors
+
+KEPT_TEXTS = ("retain_prompts", "preserved", "retained_texts")
+"""Where methods have the texts whose outputs should not change."""
 
 
 def check_retained(prompts: Sequence[str], edited: Sequence[Concept], field: str = "retain") -> None:
@@ -78,6 +81,8 @@ class ConceptEditor(DiffusionEditor):
     """The same with the pairs to edit; see ``repair_pairs``."""
     targets_of_edited: Sequence[tuple[Concept, Sequence[tuple[str, str]]]] = ()
     """The edited concepts, each with pairs of a text and the one that a fit edits it into; empty without such."""
+    changes_weights: ClassVar[bool] = True
+    """Whether a fit edits weights of the model; else it only learns something about it."""
     asks_spontaneous: bool = False
     """Whether the judge is asked about edited concepts on pictures of retained prompts."""
 
@@ -106,6 +111,7 @@ class ConceptEditor(DiffusionEditor):
             raise ValueError(f"concept={', '.join(self.edited_labels)} has nothing new to edit: name another concept.")
         pairs = repaired(self.every_edited, self.concepts) if repair_pairs else self.every_edited
         self.edited, self.repaired = [self.every_edited[place] for place in own], [pairs[place] for place in own]
+        self.retain_earlier = retain_earlier
         self.judge_path, self.judge_options, self.judge_cache = judge, judge_options or {}, judge_cache
         self.second_judge_path, self.second_judge_options = second_judge, second_judge_options or {}
         self.spontaneous = spontaneous
@@ -154,6 +160,11 @@ class ConceptEditor(DiffusionEditor):
     def own_labels(self) -> list[str]:
         """Names of ``edited``."""
         return [concept.name for concept in self.edited]
+
+    @property
+    def kept_texts(self) -> list[str]:
+        """Texts whose outputs the method retains; empty if it retains none."""
+        return next((list(getattr(self, name)) for name in KEPT_TEXTS if hasattr(self, name)), [])
 
     def setup(self, stage: str) -> None:
         """Before anything is loaded, say which pairs and targets are replaced, and which are edited all the same."""
