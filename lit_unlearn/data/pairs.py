@@ -86,6 +86,23 @@ def resolved_target(concept: Concept, edited: Sequence[Concept], concepts: Conce
     return Target("" if concept.kind in ATTRIBUTES else concept.target, None if concept.kind in ATTRIBUTES else concept)
 
 
+def edited_into(earlier: Sequence[Concept], new: Sequence[Concept], concepts: ConceptSet) -> list[Concept]:
+    """Those of ``earlier`` that became one of ``new``: if cats go now, so must the cats that dogs have become.
+
+    Args:
+        earlier: Concepts that were edited one after the other, in this order, each time with those that had become it.
+        new: Concepts that are edited now.
+        concepts: Their set.
+    """
+    became: dict[str, str] = {}
+    for number, concept in enumerate(earlier, 1):
+        again = [name for name, target in became.items() if concept.find_name(target)]
+        for own in earlier[:number]:
+            if own is concept or own.name in again:
+                became[own.name] = resolved_target(own, earlier[:number], concepts).name
+    return [concept for concept in earlier if _named(became[concept.name], new)]
+
+
 def said_of(edited: Sequence[Concept], made: Sequence[Concept]) -> str:
     """What ``repaired`` changed when it made ``made`` of ``edited``, in a sentence or two; "" for nothing."""
     said = []

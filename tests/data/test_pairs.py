@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
-from lit_unlearn.data.pairs import FEW_PAIRS, repaired, resolved_target, said_of, split
+from lit_unlearn.data.pairs import FEW_PAIRS, edited_into, repaired, resolved_target, said_of, split
 
 TEN = ("dog", "castle", "apple", "owl", "sketch", "cartoon", "rain", "sunset", "walking", "surfing")
 EMOJI = load_concept_set("emoji20")
@@ -143,3 +143,29 @@ def test_a_phrase_has_its_articles_and_prepositions(
     start, phrase, rest = split(text, other, kind)
     assert (" ".join(phrase.before), " ".join(phrase.words), " ".join(rest)) == (before, words, end)
     assert " ".join((*start, *phrase.before, *phrase.words, *rest)) == text
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_after_the_other_nothing_is_left_as_what_goes_later(seed: int) -> None:
+    emoji = load_concept_set("emoji20")
+    order = list(emoji.concepts.values())
+    random.Random(seed).shuffle(order)
+    became: dict[str, str] = {}
+    before: dict[str, str] = {}
+    for number, new in enumerate(order):
+        again = edited_into(order[:number], [new], emoji)
+        for own in (new, *again):
+            became[own.name] = resolved_target(own, order[: number + 1], emoji).name
+        left = [c.name for c in order[:number] if c not in again and new.find_name(became[c.name])]
+        assert left == []  # whoever became it is edited again
+        assert all(new.find_name(before[c.name]) for c in again)
+        before = dict(became)
+
+
+def test_a_dog_that_became_a_cat_goes_with_the_cats() -> None:
+    emoji = load_concept_set("emoji20")
+    dog, owl, cat, lemon = (emoji.get(name) for name in ("dog", "owl", "cat", "lemon"))
+    assert edited_into([dog, owl], [cat], emoji) == [dog]
+    assert edited_into([dog, owl], [lemon], emoji) == []
+    assert edited_into([dog, cat], [owl], emoji) == [dog, cat]  # both became an owl, since they are a circle
+    assert edited_into([dog, cat], [lemon], emoji) == []

@@ -14,7 +14,7 @@ from torchmetrics.classification import BinaryCohenKappa
 
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.cut_prompts import check_cuts
-from lit_unlearn.data.pairs import repaired, said_of
+from lit_unlearn.data.pairs import edited_into, repaired, said_of
 from lit_unlearn.data.prompts import PictureItem, edited_concepts, warn_of_edited_targets
 from lit_unlearn.evaluation.metrics import ForgetRetain
 from lit_unlearn.judges.base import Judge, is_quick, judge_questions
@@ -63,8 +63,8 @@ class ConceptEditor(DiffusionEditor):
             edited (``lit_unlearn.data.pairs``); false takes the set's pairs as they are.
         earlier: Those of the concepts that an earlier run has edited; set with ``--after`` or ``--base_edit``. Scores
             say how many of them come back.
-        retain_earlier: Leave them as the model has them that the fit starts from, and retain their prompts; set with
-            ``--base_edit``. False edits them again.
+        retain_earlier: Leave them as the model has them that the fit starts from, and retain their prompts, except what
+            has become a concept that is edited now; set with ``--base_edit``. False edits them again.
         spontaneous: Whether a test also asks the judge if pictures of retained prompts show the edited concepts, before
             and after: one question for each picture and edited concept. Null asks only quick judges (classifiers).
         **kwargs: See ``DiffusionEditor``.
@@ -75,8 +75,12 @@ class ConceptEditor(DiffusionEditor):
 
     every_edited: list[Concept]
     """The concepts that the edited model should not draw any more, in the order of the edits."""
+    new: list[Concept]
+    """Those that no edit which the fit starts from has edited: all, if it starts from the base model."""
+    edited_again: list[Concept]
+    """Those that such an edit has made into one of ``new``."""
     edited: list[Concept]
-    """Those that this fit edits: all, unless it starts from a model in which earlier ones are edited already."""
+    """Those that this fit edits: ``new`` and ``edited_again``."""
     repaired: list[Concept]
     """The same with the pairs to edit; see ``repair_pairs``."""
     targets_of_edited: Sequence[tuple[Concept, Sequence[tuple[str, str]]]] = ()
@@ -106,9 +110,12 @@ class ConceptEditor(DiffusionEditor):
         self.earlier = [item.name for item in edited_concepts(earlier, self.concepts)] if earlier else []
         if others := [name for name in self.earlier if name not in self.edited_labels]:
             raise ValueError(f"model.earlier names {others[0]!r}, which is not edited: take it out, or edit it too.")
-        own = [place for place, c in enumerate(self.every_edited) if not (retain_earlier and c.name in self.earlier)]
-        if not own:
+        kept = [c for c in self.every_edited if retain_earlier and c.name in self.earlier]
+        self.new = [c for c in self.every_edited if c not in kept]
+        if not self.new:
             raise ValueError(f"concept={', '.join(self.edited_labels)} has nothing new to edit: name another concept.")
+        self.edited_again = edited_into(kept, self.new, self.concepts) if repair_pairs else []
+        own = [n for n, c in enumerate(self.every_edited) if c in self.new or c in self.edited_again]
         pairs = repaired(self.every_edited, self.concepts) if repair_pairs else self.every_edited
         self.edited, self.repaired = [self.every_edited[place] for place in own], [pairs[place] for place in own]
         self.retain_earlier = retain_earlier
@@ -157,6 +164,11 @@ class ConceptEditor(DiffusionEditor):
         return [concept.name for concept in self.every_edited]
 
     @property
+    def new_labels(self) -> list[str]:
+        """Names of ``new``."""
+        return [concept.name for concept in self.new]
+
+    @property
     def own_labels(self) -> list[str]:
         """Names of ``edited``."""
         return [concept.name for concept in self.edited]
@@ -169,6 +181,9 @@ class ConceptEditor(DiffusionEditor):
     def setup(self, stage: str) -> None:
         """Before anything is loaded, say which pairs and targets are replaced, and which are edited all the same."""
         if stage == TrainerFn.FITTING:
+            if self.edited_again:
+                names, now = (", ".join(c.name for c in part) for part in (self.edited_again, self.new))
+                rank_zero_info(f"Edited again, since an earlier edit made it what is edited now ({now}): {names}.")
             if said := said_of(self.edited, self.repaired):
                 rank_zero_info(said)
             warn_of_edited_targets(self.targets_of_edited)

@@ -182,8 +182,8 @@ class DiffusionEditor(L.LightningModule):
         return list(found.values) if (found := self.earlier_edits.base_values) else self.edited_names
 
     @property
-    def own_labels(self) -> list[str]:
-        """Those of ``edited_labels`` that the fit edits; the others are of edits that it starts from."""
+    def new_labels(self) -> list[str]:
+        """Those of ``edited_labels`` that are not of edits which the fit starts from."""
         return self.edited_labels
 
     @property

@@ -76,7 +76,7 @@ class EarlierEdits:
         return {
             "links": [dict(link) for link in self.stack.links],
             "names": list(own),
-            "concepts": list(self.module.own_labels),
+            "concepts": list(self.module.new_labels),
             "overwritten": {**self.stack.overwritten, **replaced},
         }
 

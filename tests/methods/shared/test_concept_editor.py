@@ -69,6 +69,21 @@ KEPT = ("retain_prompts", "preserved", "retained_texts", "preserved_prompts")
 """Where methods have the texts that they retain."""
 
 
+def test_what_an_earlier_edit_made_into_a_new_concept_is_edited_again(caplog: pytest.LogCaptureFixture) -> None:
+    emoji = load_concept_set("emoji20")
+    assert [emoji.get(name).target for name in ("dog", "cat", "owl")] == ["cat", "dog", "parrot"]
+    arguments: dict[str, Any] = {"concept": ["dog", "owl", "cat"], "earlier": ["dog", "owl"], "retain_earlier": True}
+    module = ValueRefinement(**arguments, model="emoji-sd")
+    assert (module.new_labels, module.own_labels) == (["cat"], ["dog", "cat"])  # the dog became a cat
+    assert not any("dog" in prompt or "cat" in prompt for prompt in module.retain_prompts)
+    targets = dict(zip(module.edit_prompts, module.target_prompts, strict=True))
+    assert len(targets) > 20 and not any(
+        emoji.get(name).find_name(into) for into in targets.values() for name in ("dog", "cat", "owl")
+    )
+    module.setup("fit")
+    assert "Edited again, since an earlier edit made it what is edited now (cat): dog." in caplog.text
+
+
 def test_earlier_edits_alone_leave_nothing_to_edit() -> None:
     with pytest.raises(ValueError, match="concept=dog has nothing new to edit: name another concept"):
         UCE(concept="dog", earlier=["dog"], retain_earlier=True)
