@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 COUNTS = ("encodes", "positions", "factorised", "forwards", "pictures")
-FACTORISATIONS = ("inv", "solve", "cholesky_ex", "eigh", "eigvalsh", "svd")
+FACTORISATIONS = ("inv", "solve", "cholesky_ex", "eigh", "eigvalsh", "svd", "svdvals")
 
 
 @dataclass

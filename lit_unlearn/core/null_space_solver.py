@@ -83,7 +83,7 @@ class NullSpace(Solver):
             names.setdefault(own, name)
         found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
         spaces = [NullSpaceBasis(basis, values, cutoff, self.rule == "soft") for basis, values, cutoff in found]
-        self.null_spaces = dict(zip(names, spaces, strict=True))
+        self.null_spaces, self.outputs = dict(zip(names, spaces, strict=True)), RetainedOutputs()
         if weights is not None and not self.forget_unused:
             sizes = [partial(_known_of, weights[name], own, solving_device(device)) for name, own in retained.items()]
             self.outputs.remember(dict(zip(retained, share(sizes), strict=True)))
