@@ -30,7 +30,6 @@ CARRIED = 2e-6
 """Bound on the share of ||W K0||^2 that may be lost when it is carried over an edit: 1e-6 of the leak."""
 
 
-
 def energy(matrix: Tensor, moment: Tensor, dtype: torch.dtype = torch.float64) -> float:
     """``||A K0||^2 = tr(A M A^T)`` with the products in ``dtype`` and the sums of blocks in float64.
 
