@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
+from textwrap import fill
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 COUNTS = ("encodes", "positions", "factorised", "forwards", "pictures")
-FACTORISATIONS = ("inv", "solve", "cholesky_ex", "eigh", "eigvalsh", "svd")
+FACTORISATIONS = ("inv", "solve", "cholesky_ex", "eigh", "eigvalsh", "svd", "svdvals")
 
 
 @dataclass
@@ -112,18 +113,24 @@ def compared(
 
 def table(rows: Sequence[Row], command: str, threads: str, repeats: int) -> str:
     """The table in Markdown."""
+    made = (
+        f"Made on {date.today()} by `{command}`, {threads} thread(s), {platform.machine()}, no GPU. The machine was "
+        "shared, so these are seconds of the processor, and they wander still; both sides of a row ran in turn, "
+        f"best of {repeats}."
+    )
+    meaning = (
+        "*Theirs* is a restatement of the cost structure of the code at the commit named, not that code; see the head "
+        "of the benchmark. Encodes are prompts, positions their tokens; *factorised* counts inversions, factorisations "
+        "and decompositions; forwards are pictures that the denoiser reads, *pictures* those that the autoencoder "
+        "encodes. Sizes are those of Stable Diffusion 1.4 with random weights; those of the gradient methods are the "
+        "embedded model's."
+    )
     lines = [
         "# Costs beside those of the authors' codes",
         "",
-        f"Made on {date.today()} by `{command}`, {threads} thread(s), {platform.machine()}, no GPU. The machine was",
-        "shared, so these are seconds of the processor, and they wander still; both sides of a row ran in turn, best",
-        f"of {repeats}.",
+        fill(made, 120, break_long_words=False, break_on_hyphens=False),
         "",
-        "*Theirs* is a restatement of the cost structure of the code at the commit named, not that code; see the head",
-        "of the benchmark. Encodes are prompts, positions their tokens; *factorised* counts inversions, factorisations",
-        "and decompositions; forwards are pictures that the denoiser reads, *pictures* those that the autoencoder",
-        "encodes. Sizes are those of Stable Diffusion 1.4 with random weights; those of the gradient methods are the",
-        "embedded model's.",
+        fill(meaning, 120),
         "",
         "| case | restates | seconds, theirs / ours | **ratio** | "
         "encodes | positions | factorised | forwards | pictures |",
@@ -137,5 +144,5 @@ def table(rows: Sequence[Row], command: str, threads: str, repeats: int) -> str:
         ]
         seconds = f"{a.seconds:.2f} / {b.seconds:.2f}"
         lines.append(f"| {row.case} | {row.restates} | {seconds} | {row.ratio:.2f} | {' | '.join(cells)} |")
-    notes = [f"- {row.case}: {row.notes}." for row in rows if row.notes]
+    notes = [fill(f"- {row.case}: {row.notes}.", 120, subsequent_indent="  ") for row in rows if row.notes]
     return "\n".join([*lines, "", *notes]) + "\n"

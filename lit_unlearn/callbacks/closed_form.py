@@ -57,7 +57,9 @@ class ClosedFormEdit(L.Callback):
         assert isinstance(pl_module, ClosedFormMethod)
         pl_module.before_writes()
         try:
-            spaces = self.solver.prepare(pl_module.retained, pl_module.processes.solved_once, pl_module.device)
+            weights = {name: layer.weight for name, layer in pl_module.layers.items()}
+            share = pl_module.processes.solved_once
+            spaces = self.solver.prepare(pl_module.retained, share, pl_module.device, weights)
         except UnsolvableError as error:
             raise NumericalError(str(error)) from error
         if spaces:

@@ -39,6 +39,7 @@ from lit_unlearn.core.null_space import (
     null_space_from_keys,
 )
 from lit_unlearn.core.null_space_system import NullSpaceSystem, RidgeRule
+from lit_unlearn.core.retained_outputs import leak as leak_of
 
 __all__ = [
     "EmptyNullSpaceError",
@@ -50,6 +51,7 @@ __all__ = [
     "least_squares_condition",
     "least_squares_update",
     "null_space",
+    "null_space_coefficients",
     "null_space_from_keys",
     "null_space_update",
     "ridge_map_update",
@@ -107,12 +109,21 @@ def null_space_update(
     Raises:
         ValueError: Shapes do not match, values are not finite, or the ridge is negative or too small to solve with.
     """
+    if sums is None:
+        _, keys, values = _checked_edit(weight, keys, values)
+    moment = None if sums is None else sums.moment
+    system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment, moment)
+    return system.change(null_space_coefficients(weight, keys, values, system, sums)).to(weight)
+
+
+def null_space_coefficients(
+    weight: Tensor, keys: Tensor, values: Tensor, system: NullSpaceSystem, sums: KeySums | None = None
+) -> Tensor:
+    """The left factor of Delta, from which ``system.change`` makes it; arguments are those of `null_space_update`."""
     if sums is not None:
-        system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment, sums.moment)
-        return system.solve_sums(sums.residual).to(weight)
-    weight64, keys, values = _checked_edit(weight, keys, values)
-    system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment)
-    return system.solve((values - keys @ weight64.mT).mT).to(weight)
+        return system.coefficients_of_sums(sums.residual)
+    weight, keys, values = _checked_edit(weight, keys, values)
+    return system.coefficients((values - keys @ weight.mT).mT)
 
 
 def least_squares_update(
@@ -218,6 +229,7 @@ def edit_report(
     previous_moment: Tensor | None = None,
     sums: KeySums | None = None,
     system: NullSpaceSystem | None = None,
+    leak: float | None = None,
 ) -> dict[str, float]:
     """Measure how well a result of `null_space_update` keeps ``P K0 = 0`` and ``Delta K0 = 0``.
 
@@ -232,6 +244,7 @@ def edit_report(
         previous_moment: As passed to `null_space_update`.
         sums: As passed to `null_space_update`.
         system: The system that ``delta`` was solved from, if it is known, instead of the arguments before.
+        leak: ``leak``, if it is known already (see `retained_outputs`).
 
     Returns:
         ``null_space_dimension``, k; ``keys_kept``, ||P K1|| / ||K1||: how much of the edited keys the projection keeps;
@@ -250,18 +263,15 @@ def edit_report(
             keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
         system = NullSpaceSystem(keys, null_space, ridge, ridge_rule, previous_moment, edited)
     eigenvalues = null_space.eigenvalues.to(weight)
-    free = null_space.basis.to(weight).square().sum(0)  # 1 with a cut, else the share of a direction that is free
+    free = null_space.free.to(weight)  # 1 with a cut, else the share of a direction that is free
     kept = (free * eigenvalues[: len(free)]).sum() / eigenvalues.sum()
-
-    def energy(matrix: Tensor, dtype: torch.dtype) -> float:
-        matrix = matrix.to(dtype)
-        return float(((matrix @ moment.to(dtype)) * matrix).sum(dtype=torch.float64).clamp(min=0.0))  # ||matrix K0||^2
-
+    if leak is None:
+        leak = leak_of(delta, weight, moment, torch.float32)
     return {
         "null_space_dimension": float(null_space.dimension),
         "keys_kept": system.keys_kept,
         "retained_kept": float(kept.clamp(min=0.0).sqrt()),
-        "leak": math.sqrt(energy(delta, torch.float64) / energy(weight, torch.float32)),
+        "leak": leak,
         "relative_norm": float(delta.norm() / weight.norm()),
         "condition_number": system.condition_number,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -40,6 +41,11 @@ class NullSpaceBasis:
     def dimension(self) -> int:
         """Number of free directions k; those of a soft null space are counted if they are at least half free."""
         return int((self.eigenvalues < self.cutoff).sum()) if self.is_soft else self.basis.shape[1]
+
+    @cached_property
+    def free(self) -> Tensor:
+        """Share of each direction of the basis that is free, (k,): 1 with a cut."""
+        return self.basis.square().sum(0)
 
     @property
     def projection(self) -> Tensor:

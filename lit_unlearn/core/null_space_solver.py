@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import NullSpaceSystem, RidgeRule, edit_report, null_space_update
+from lit_unlearn.core.closed_form import NullSpaceSystem, RidgeRule, edit_report, null_space_coefficients
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.null_space import NullSpaceBasis, null_space, soft_null_space
+from lit_unlearn.core.retained_outputs import Known, RetainedOutputs, Solution, known_of
 from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight
 from lit_unlearn.system.devices import solving_device
 
@@ -66,9 +67,14 @@ class NullSpace(Solver):
         self.ridge, self.ridge_rule = ridge, ridge_rule
         self.forget_unused, self.tolerance = forget_unused, tolerance
         self.null_spaces: dict[Retained, NullSpaceBasis] = {}
+        self.outputs = RetainedOutputs()
 
     def prepare(
-        self, retained: Mapping[str, Retained], share: Share, device: torch.device
+        self,
+        retained: Mapping[str, Retained],
+        share: Share,
+        device: torch.device,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Mapping[Retained, NullSpaceBasis]:
         """Find the null spaces, once: edits within them do not change the retained outputs, so K0 stays valid."""
         super().prepare(retained, share, device)
@@ -77,7 +83,10 @@ class NullSpace(Solver):
             names.setdefault(own, name)
         found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
         spaces = [NullSpaceBasis(basis, values, cutoff, self.rule == "soft") for basis, values, cutoff in found]
-        self.null_spaces = dict(zip(names, spaces, strict=True))
+        self.null_spaces, self.outputs = dict(zip(names, spaces, strict=True)), RetainedOutputs()
+        if weights is not None and not self.forget_unused:
+            sizes = [partial(_known_of, weights[name], own, solving_device(device)) for name, own in retained.items()]
+            self.outputs.remember(dict(zip(retained, share(sizes), strict=True)))
         return self.null_spaces
 
     def _null_space_of(self, name: str, retained: Retained, device: torch.device) -> tuple[Tensor, Tensor, float]:
@@ -104,12 +113,15 @@ class NullSpace(Solver):
         if self.tolerance is not None:
             space = self._within_tolerance(write, space)
         place = id(write.keys), write.retained
-        change, system = self._change(write, space, systems.get(place))
+        change, solution = self._change(write, space, systems.get(place))
         if self.tolerance is None:  # otherwise each map has its own null space
-            systems[place] = system
-        moment = write.retained.moment
-        assert moment is not None
-        report = edit_report(write.weight, write.rounded(change), write.keys, moment, space, system=system)
+            systems[place] = solution.system
+        assert write.retained.moment is not None
+        delta, moment = write.rounded(change), write.retained.moment.to(write.weight)
+        leak = None
+        if not self.forget_unused:  # which changes the weight by more than the solution
+            leak = self.outputs.leak(write.name, write.weight, delta, moment, solution)
+        report = edit_report(write.weight, delta, write.keys, moment, space, system=solution.system, leak=leak)
         if self.tolerance is not None:
             report["cutoff"] = space.cutoff / float(space.eigenvalues.mean())
         return Solved(change, report)
@@ -119,8 +131,8 @@ class NullSpace(Solver):
 
     def _change(
         self, write: Write, space: NullSpaceBasis, system: NullSpaceSystem | None = None
-    ) -> tuple[Tensor, NullSpaceSystem]:
-        """The change (d_out, d_in) within ``space``, and the ``system`` that it was solved from."""
+    ) -> tuple[Tensor, Solution]:
+        """The change of the weight (d_out, d_in), and the part of it that was solved, within ``space``."""
         weight = write.weight
         if self.forget_unused:
             factor = space.basis.to(weight)
@@ -130,8 +142,9 @@ class NullSpace(Solver):
         if system is None:
             keys, moment = write.keys.to(weight.device), None if sums is None else sums.moment
             system = NullSpaceSystem(keys, space, self._ridge(space), self.ridge_rule, moment=moment)
-        change = null_space_update(weight, write.keys, values, space, sums=sums, system=system)
-        return (change + (weight - write.weight) if self.forget_unused else change), system
+        coefficients = null_space_coefficients(weight, write.keys, values, system, sums)
+        solution = Solution(system.change(coefficients), coefficients, system, space)
+        return (solution.change + (weight - write.weight) if self.forget_unused else solution.change), solution
 
     def _within_tolerance(self, write: Write, widest: NullSpaceBasis) -> NullSpaceBasis:
         """The widest null space, up to ``widest``, whose change moves the retained outputs by at most ``tolerance``.
@@ -165,3 +178,9 @@ class NullSpace(Solver):
                 "moves the retained outputs: raise it, or retain fewer prompts"
             )
         return widest.narrowed(cutoffs[least])
+
+
+def _known_of(weight: Tensor, retained: Retained, device: torch.device) -> Known:
+    """The size of the outputs of W at the retained keys, before any edit."""
+    assert retained.moment is not None
+    return known_of(weight.detach().to(device).double(), retained.moment.to(device))

@@ -90,19 +90,35 @@ class NullSpaceSystem:
         Raises:
             SingularSystemError: The ridge is too small.
         """
-        d_out, (num_keys, dimension), d_in = len(residual), self.reduced.shape, len(self.factor)
-        right = residual if self.by_keys else residual @ self.reduced
-        solved = torch.cholesky_solve(right.mT, self.lower).mT
-        if not self.by_keys:
-            return solved @ self.factor.mT
-        # Of the two orders of the product the one with fewer operations.
-        if num_keys * d_in * (dimension + d_out) < d_out * dimension * (num_keys + d_in):
-            return solved @ self.projected
-        return (solved @ self.reduced) @ self.factor.mT
+        return self.change(self.coefficients(residual))
 
     def solve_sums(self, residual: Tensor) -> Tensor:
         """As ``solve``, from R K1^T (d_out, d_in)."""
-        return torch.cholesky_solve((residual @ self.factor).mT, self.lower).mT @ self.factor.mT
+        return self.change(self.coefficients_of_sums(residual))
+
+    def coefficients(self, residual: Tensor) -> Tensor:
+        """The left factor of Delta, (d_out, n) over the projected keys or (d_out, k) over the basis; as ``solve``."""
+        right = residual if self.by_keys else residual @ self.reduced
+        return torch.cholesky_solve(right.mT, self.lower).mT
+
+    def coefficients_of_sums(self, residual: Tensor) -> Tensor:
+        """As ``coefficients``, from R K1^T (d_out, d_in)."""
+        return torch.cholesky_solve((residual @ self.factor).mT, self.lower).mT
+
+    def in_basis(self, coefficients: Tensor) -> Tensor:
+        """A (d_out, k) of ``Delta = A U^T``."""
+        return coefficients @ self.reduced if self.by_keys else coefficients
+
+    def change(self, coefficients: Tensor, scales: Tensor | None = None) -> Tensor:
+        """``Delta = A U^T``, or ``A S U^T`` with the diagonal S = ``scales`` (k,)."""
+        if not self.by_keys:
+            return (coefficients if scales is None else coefficients * scales) @ self.factor.mT
+        d_out, (num_keys, dimension), d_in = len(coefficients), self.reduced.shape, len(self.factor)
+        reduced = self.reduced if scales is None else self.reduced * scales
+        # Of the two orders of the product the one with fewer operations.
+        if num_keys * d_in * (dimension + d_out) < d_out * dimension * (num_keys + d_in):
+            return coefficients @ (self.projected if scales is None else reduced @ self.factor.mT)
+        return (coefficients @ reduced) @ self.factor.mT
 
 
 def _projection_factor(projection: NullSpaceBasis | Tensor, keys: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from lit_unlearn.core.closed_form import (
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
+from lit_unlearn.core.retained_outputs import leak
 from lit_unlearn.core.uce import SharedReport, map_condition, map_report, map_updates, shared_map
 
 Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
@@ -150,7 +151,11 @@ class Solver(ABC):
         return {"class_path": type(self).__name__, "init_args": {name: getattr(self, name) for name in arguments}}
 
     def prepare(
-        self, retained: Mapping[str, Retained], share: Share, device: torch.device
+        self,
+        retained: Mapping[str, Retained],
+        share: Share,
+        device: torch.device,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Mapping[Retained, NullSpaceBasis]:
         """Compute what all solves share.
 
@@ -158,6 +163,7 @@ class Solver(ABC):
             retained: What should not change, by the name of the weight.
             share: Divides the work among processes.
             device: Device of the weights.
+            weights: The weights as they are now, by name, if something of them is worth computing once.
 
         Returns:
             Null spaces whose spectra should be plotted, if there are any.
@@ -240,9 +246,8 @@ class LeastSquares(Solver):
         settings = moment, self.ridge, self.retain_weight
         change = least_squares_update(write.weight, write.keys, values, *settings, sums=sums)
         delta, weight, total = write.rounded(change), write.weight, total.to(write.weight)
-        leak = ((delta @ total) * delta).sum().clamp_min(0).sqrt() / ((weight @ total) * weight).sum().sqrt()
         report = {
-            "leak": float(leak),
+            "leak": leak(delta, weight, total),
             "relative_norm": float(delta.norm() / weight.norm()),
             "condition_number": least_squares_condition(write.keys, *settings, sums=sums),
         }

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lit_unlearn.core.closed_form import least_squares_condition, least_squares_system, least_squares_update
 from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, checked_moment, solve_positive_definite
+from lit_unlearn.core.retained_outputs import leak
 
 
 def map_updates(
@@ -241,11 +242,11 @@ def map_report(
         "residual_before": before.norm() / targets.norm(),
         "residual": (before + keys @ delta.mT).norm() / targets.norm(),
     }
+    numbers = {name: float(value) for name, value in report.items()}
     if preserved_moment is not None:
         moment = checked_moment("preserved_moment", preserved_moment, weight.shape[1], weight.device)
-        energy = [((matrix @ moment) * matrix).sum().clamp(min=0.0) for matrix in (delta, weight)]
-        report["leak"] = (energy[0] / energy[1]).sqrt()
-    return {name: float(value) for name, value in report.items()}
+        numbers["leak"] = leak(delta, weight, moment)
+    return numbers
 
 
 def without_component(targets: Tensor, outputs: Tensor, phrases: Tensor) -> Tensor:
