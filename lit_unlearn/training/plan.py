@@ -104,6 +104,7 @@ class _Planner:
         self.module: Any = cli.model
         self.data: Any = cli.datamodule
         self.trainer: Any = cli.trainer
+        self.stack = cli.stack
         base = self.module.base
         assert isinstance(base, DescribedModel)
         self.base = base
@@ -275,6 +276,9 @@ class _Planner:
     def _counts(self) -> dict[str, str]:
         module, plan = self.module, self.module.fit_plan
         found = {}
+        if self.stack is not None:
+            below = [f"{', '.join(link['concepts']) or 'pictures'} ({link['method']})" for link in self.stack.links]
+            found["edits that it starts from"] = "; ".join(below)
         if self.edited:
             texts = f"{self.edited} edited, {self.edited} targets, {self.retained} retained"
             found["prompts encoded at the start"] = f"{2 * self.edited + self.retained:,} ({texts})"

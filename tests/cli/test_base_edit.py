@@ -200,3 +200,10 @@ def test_what_cannot_be_started_from_is_refused(
         "fit", "--config", "textual_inversion.yaml", "--concept", "owl", "--model", str(tiny_sd), "--base_edit", earlier
     )
     assert "TextualInversion learns words and edits nothing; leave it out." in said
+
+
+def test_a_plan_names_the_edits_that_it_starts_from(
+    run_folder: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("plan", "--config", str(recipe), "--concept", "owl", "--base_edit", str(run_folder))
+    assert "edits that it starts from dog (ValueRefinement)" in " ".join(capsys.readouterr().out.split())
