@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_unlearn.diffusion.kept import PROVENANCE
+from lit_unlearn.edits.chain import title_of
 
 SHOWN = 5
 """Maximum number of names in a line about files that are left out."""
@@ -77,7 +78,7 @@ def model_card(
     base = f"base_model: {facts['base_model']}\n" if facts["base_model"].count("/") == 1 else ""  # a hub id
     licensed = f"license: {licence}\n" if licence else ""
     shown = f"![Pictures before and after the edit]({pictures})\n\n" if pictures else ""
-    chain = [f"{', '.join(link['concepts']) or 'pictures'} ({link['method']})" for link in facts.get("chain") or ()]
+    chain = [title_of(link["concepts"], link["method"]) for link in facts.get("chain") or ()]
     stacked = f"These edits lie on top of each other, the first one first: {'; '.join(chain)}.\n" if chain else ""
     lines = [f"- {line}" for line in left_out(facts.get("left_out", {}))]
     missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""

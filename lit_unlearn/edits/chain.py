@@ -8,7 +8,7 @@ one had written, these are kept too (``overwritten``), so that the last edit can
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class Link:
         method: Name of the method's class.
         concepts: Names of the concepts that it edited.
         names: Full names of the weights that it wrote.
+        again: Names of earlier concepts that it has edited again.
         sha256: Hash of these weights' values right after it, as ``fingerprint``.
         config: Arguments of the method.
         version: Version of lit-unlearn that made it, if known.
@@ -56,11 +57,12 @@ class Link:
     recipe: dict[str, Any] | None = None
     concept_set: dict[str, Any] | None = None
     concept_set_sha256: str | None = None
+    again: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         wrong = [] if self.names else ["names"]
         wrong += [name for name in ("method", "sha256") if not isinstance(getattr(self, name), str)]
-        for name in ("concepts", "names"):
+        for name in ("concepts", "names", "again"):
             value = getattr(self, name)
             if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
                 wrong.append(name)
@@ -83,8 +85,10 @@ class Link:
             ValueError: It is something else.
         """
         known = {item.name for item in fields(cls)}
-        if not isinstance(stored, Mapping) or not set(stored) <= known or "names" not in stored:
-            raise ValueError("an edit in its chain has other fields than this version knows")
+        if not isinstance(stored, Mapping):
+            raise ValueError("an edit in its chain is no mapping")
+        if further := sorted(map(str, set(stored) - known)):
+            raise ValueError(f"an edit in its chain has the field {further[0]!r:.40}, which this version does not know")
         try:
             return cls(**stored)
         except TypeError as error:
@@ -92,7 +96,12 @@ class Link:
 
     def title(self) -> str:
         """``dog (UCE)``."""
-        return f"{', '.join(self.concepts) or 'what it has unlearned'} ({self.method})"
+        return title_of(self.concepts, self.method)
+
+
+def title_of(concepts: Sequence[str], method: str) -> str:
+    """``dog (UCE)``, or ``pictures (SISS)``."""
+    return f"{', '.join(concepts) or 'pictures'} ({method})"
 
 
 def chain_of_checkpoint(
@@ -117,7 +126,7 @@ def chain_of_checkpoint(
     if (stored := ours.get("chain")) is None:
         return {}
     own = {name: ours.get(name) for name in ("method", "version", "recipe", "concept_set", "concept_set_sha256")}
-    own |= {"concepts": stored["concepts"], "names": stored["names"], "config": arguments, "edit": solver}
+    own |= {name: stored[name] for name in ("concepts", "names", "again")} | {"config": arguments, "edit": solver}
     own["sha256"] = fingerprint({name: weights[name] for name in stored["names"]})
     return _checked(path, [*stored["links"], own], stored["overwritten"], weights, ours["concepts"])
 
@@ -165,7 +174,7 @@ def _checked(
 
 def _links(links: object, overwritten: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Link]:
     if not isinstance(links, list) or not 1 < len(links) <= LARGEST:
-        raise ValueError("its chain is no list of edits")
+        raise ValueError("its chain is not a list of edits")
     chain = [Link.read(link) for link in links]
     if {name for link in chain for name in link.names} != set(weights):
         raise ValueError("its weights are not those of the edits in its chain")
@@ -176,7 +185,7 @@ def _links(links: object, overwritten: Mapping[str, Tensor], weights: Mapping[st
         if any(name in earlier.names for earlier in chain[:number])
     }
     if other := sorted(wanted ^ set(overwritten)):
-        raise ValueError(f"{other[0]!r:.100} is missing, or is no value that an edit in its chain has replaced")
+        raise ValueError(f"{other[0]!r:.100} is missing, or not a value that an edit in its chain has replaced")
     for key, value in overwritten.items():
         like = weights[key.partition("/")[2]]
         if value.shape != like.shape or not value.is_floating_point() or not value.isfinite().all():
@@ -220,6 +229,11 @@ def links_of(edit: Edit) -> list[Link]:
     return list(edit.chain) or [link_of(edit)]
 
 
+def written_last(edit: Edit) -> list[str]:
+    """Names of the weights that the last edit in a file has written."""
+    return edit.chain[-1].names if edit.chain else list(edit.weights)
+
+
 def joined(edits: Sequence[Edit]) -> tuple[dict[str, Tensor], list[Link], dict[str, Tensor]]:
     """The weights, the links and the replaced values of edits of one base model, side by side.
 
@@ -240,11 +254,15 @@ def joined(edits: Sequence[Edit]) -> tuple[dict[str, Tensor], list[Link], dict[s
                 f"{f' and {len(both) - 1} more weights' if len(both) > 1 else ''}: give one of them, and edit the "
                 "concepts of the other on top of it."
             )
-        for key, value in edit.overwritten.items():
-            old, _, name = key.partition("/")
-            overwritten[f"{len(links) + int(old)}/{name}"] = value
-        weights |= edit.weights
-        links += links_of(edit)
+        own = {name: value.to(edit.dtype) for name, value in edit.weights.items()}  # a delta may be rounded
+        old = {key: value.to(edit.dtype) for key, value in edit.overwritten.items()}
+        chain = links_of(edit)
+        hashes = map(fingerprint, left_by(chain, own, old))
+        for key, value in old.items():
+            place, _, name = key.partition("/")
+            overwritten[f"{len(links) + int(place)}/{name}"] = value
+        weights |= own
+        links += [replace(link, sha256=sha256) for link, sha256 in zip(chain, hashes, strict=True)]
     return weights, links, overwritten
 
 
@@ -265,13 +283,18 @@ def without(edit: Edit, number: int, base: BaseModel) -> Edit:
     links = links_of(edit)
     own, later = links[number], links[number + 1 :]
     if len(links) == 1:
-        raise ValueError(f"{edit.path} holds one edit, {own.title()}: without it, what is left is the base model.")
+        raise ValueError(f"{edit.path} holds one edit, {own.title()}: to be without it, use the base model itself.")
     for place, other in enumerate(later, number + 2):
         if both := [name for name in own.names if name in set(other.names)]:
             raise ValueError(
                 f"edit {number + 1}, {own.title()}, cannot be taken out of {edit.path}: edit {place}, {other.title()}, "
                 f"started from its {both[0]}{f' and {len(both) - 1} more weights' if len(both) > 1 else ''} and has "
                 f"changed them further; take out edit {place} first, or fit {other.title()} again without the other."
+            )
+        if again := [name for name in own.concepts if name in other.again]:
+            raise ValueError(
+                f"edit {number + 1}, {own.title()}, cannot be taken out of {edit.path}: edit {place}, {other.title()}, "
+                f"has edited {', '.join(again)} again; take out edit {place} first."
             )
     weights = dict(edit.weights)
     for name in own.names:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lit_unlearn.data.names import name_key
 from lit_unlearn.edits.chain import Link, without
-from lit_unlearn.edits.checkpoint import Edit, chosen_base
+from lit_unlearn.edits.checkpoint import Edit, chosen_base, warn_unfinished
 from lit_unlearn.edits.export import export_delta, output_path, provenance
 
 
@@ -24,8 +24,6 @@ def find_link(links: Sequence[Link], wanted: int | str) -> int:
     """
     there = "; ".join(f"{number} {link.title()}" for number, link in enumerate(links, 1))
     text = str(wanted)
-    if len(links) == 1:
-        raise ValueError(f"edit={wanted!r}: there is one edit, {links[0].title()}; without it, the base model is left.")
     if text.isascii() and text.isdigit() and 1 <= int(text) <= len(links):
         return int(text) - 1
     found = [n for n, link in enumerate(links) if name_key(text) in map(name_key, link.concepts)]
@@ -64,6 +62,7 @@ def write_without(
         OSError: The output cannot be written.
     """
     path = output_path(Path(output).expanduser(), "delta.safetensors", overwrite)
+    warn_unfinished(edit.path)
     base = chosen_base(model, revision, edit, config_folder)
     left = without(edit, number, base)
     facts = provenance(left, base)

@@ -25,7 +25,7 @@ from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import BrokenWeightsError
-from lit_unlearn.edits.chain import links_of
+from lit_unlearn.edits.chain import written_last
 from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
@@ -206,7 +206,7 @@ class UnlearnCLI(LightningCLI):
             edit.check_base(BaseModel.find(arguments.model, arguments.revision, arguments.config_folder))
             if subcommand == "fit":  # arguments come from the command line; Lightning restores the state
                 if self.run_folder is None:
-                    self.progress = Progress.of(config.ckpt_path, links_of(edit)[-1].names)
+                    self.progress = Progress.of(config.ckpt_path, written_last(edit))
                 return
         made = as_its_fit_made_it(subcommand, config, edit, self.given)
         try:

@@ -272,7 +272,9 @@ def _with_earlier(concepts: ConceptSet, name: str, edits: Sequence[Edit]) -> Con
         for earlier in edit.concepts:
             described = ((edit.concept_set or {}).get("concepts") or {}).get(earlier)
             if earlier == name or described is None:
-                why = "already: erase something else" if earlier == name else "and does not say with which prompts"
+                why = "already: erase something else"
+                if described is None:
+                    why = "and does not say with which prompts: use fit, with a set that has it, and --base_edit"
                 raise ValueError(f"base_edit={edit.path} edits {earlier!r} {why}.")
             content["concepts"][earlier] = described
     found = concept_set_of(content, concepts.path)

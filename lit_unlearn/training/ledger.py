@@ -18,11 +18,11 @@ from typing import Any
 
 from lit_unlearn.data.concepts import ConceptSet, concept_set_of, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
-from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.described import DescribedModel
 from lit_unlearn.edits.chain import joined
 from lit_unlearn.edits.checkpoint import Edit, read_edit, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
-from lit_unlearn.methods.shared.stack import Stack
+from lit_unlearn.methods.shared.stack import Stack, hashes_of
 from lit_unlearn.system.errors import UserError, user_errors, warn
 from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
 
@@ -47,7 +47,7 @@ def take_earlier(config: Any, kind: type) -> None:
         raise UserError(f"after={config.after[0]} has no effect: {kind.__name__} edits no concepts; leave it out.")
     with user_errors():
         concepts = load_concept_set(config.model.init_args.concept_set)
-        edits = _read(config, "after")
+        edits = _read(config, "after", kind)
         for edit in edits:
             edit.check_set(concepts)
             if not edit.concepts:
@@ -85,7 +85,7 @@ def start_from(config: Any, kind: type) -> Stack | None:
         )
     with user_errors():
         concepts = load_concept_set(arguments.concept_set)
-        edits = _read(config, "base_edit")
+        edits = _read(config, "base_edit", kind)
         for edit in edits:
             _check_concepts(edit, concepts)
         weights, links, overwritten = checked_together(edits, arguments.dtype)
@@ -114,7 +114,8 @@ def checked_together(edits: Sequence[Edit], dtype: str) -> tuple[Any, Any, Any]:
         if str(edit.dtype) != f"torch.{dtype}":
             own = str(edit.dtype).removeprefix("torch.")
             raise ValueError(
-                f"base_edit={edit.path} was made in {own}, and model.dtype={dtype}: pass --model.dtype {own}."
+                f"base_edit={edit.path} was made in {own}, and the fit is in {dtype}: give a recipe with "
+                f"model.dtype: {own}."
             )
     return joined(edits)
 
@@ -131,15 +132,15 @@ def check_start(edit: Edit, stack: Stack | None, base_edit: Sequence[str]) -> No
         UserError: They differ; the message says what to give.
     """
     before = edit.chain[:-1]
-    now = [(link["sha256"], link["concepts"]) for link in stack.links] if stack is not None else []
-    if [(link.sha256, link.concepts) for link in before] == now:
+    if hashes_of([link.stored() for link in before]) == hashes_of(stack.links if stack is not None else []):
         return
     on = f"on top of {'; '.join(link.title() for link in before)}" if before else "on the base model"
     if stack is None:
         raise UserError(f"fit: {edit.path} was made {on}: to go on with it, give the --base_edit of its fit.")
+    remedy = "give what its fit had" if before else "leave out --base_edit"
     raise UserError(
-        f"fit: {edit.path} was made {on}, and base_edit={', '.join(base_edit)} is something else: give what its fit "
-        "had, or start a new one with --fresh."
+        f"fit: {edit.path} was made {on}, and base_edit={', '.join(base_edit)} is something else: {remedy}, or leave "
+        "out --ckpt_path for a new fit."
     )
 
 
@@ -148,7 +149,7 @@ def warn_of_what_nothing_holds(module: ConceptEditor) -> None:
     if not module.retain_earlier:
         return
     kept = set(module.kept_texts)
-    earlier = [concept for concept in module.every_edited if concept.name in module.earlier]
+    earlier = [c for c in module.every_edited if c.name in module.earlier and c not in module.edited_again]
     if lost := [concept.name for concept in earlier if not kept & {*concept.edit_prompts, *concept.names}]:
         warn(
             f"{type(module).__name__} retains no prompt of {', '.join(lost)} here, so nothing holds the earlier edit: "
@@ -173,21 +174,27 @@ def name_all(config: Any, edit: Edit, concepts: list[str]) -> list[str]:
     return list(edit.concepts)
 
 
-def _read(config: Any, option: str) -> list[Edit]:
+def _read(config: Any, option: str, kind: type[ConceptEditor]) -> list[Edit]:
     """The edits that an option names, checked to be of the command's base model."""
     arguments, found = config.model.init_args, []
-    base = BaseModel.find(arguments.model, arguments.revision, arguments.config_folder)
+    base = kind.find_base(arguments.model, arguments.revision, arguments.config_folder)
+    planned = isinstance(base, DescribedModel)  # of which no weight is read
+    if option == "base_edit" and not planned:
+        base.fetch()  # to compare weights, not only names
     for given in config[option]:
         try:
             check_checkpoint(given, option)
         except ValueError as error:
+            if option != "base_edit":
+                raise
             raise ValueError(
-                f"{str(error).removesuffix('.')}. A fit needs the edits that it starts from; the paths in a run's "
-                "config.yaml are relative to the folder in which it was made."
+                f"{str(error).removesuffix('.')} (the paths in a run's config.yaml are relative to the folder in which "
+                "it was made)."
             ) from error
         found.append(read_edit(checkpoint_of(Path(given).expanduser())))
-        found[-1].check_base(base)
-        if option == "base_edit":
+        if not planned:
+            found[-1].check_base(base)
+        if option == "base_edit" and not planned:
             found[-1].check_whole(base)
     return found
 

@@ -31,6 +31,7 @@ from lit_unlearn.diffusion.parameters import match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.text_ways import way_of
+from lit_unlearn.edits.chain import title_of
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.esd import ESD
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
@@ -277,7 +278,7 @@ class _Planner:
         module, plan = self.module, self.module.fit_plan
         found = {}
         if self.stack is not None:
-            below = [f"{', '.join(link['concepts']) or 'pictures'} ({link['method']})" for link in self.stack.links]
+            below = [title_of(link["concepts"], link["method"]) for link in self.stack.links]
             found["edits that it starts from"] = "; ".join(below)
         if self.edited:
             texts = f"{self.edited} edited, {self.edited} targets, {self.retained} retained"

@@ -50,6 +50,18 @@ def test_it_edits_the_edited_model(run_folder: Path, recipe: Path) -> None:
     assert on_top.overwritten.keys() == {f"1/{name}" for name in alone.weights}
 
 
+def test_a_delta_in_half_precision_is_started_from_as_it_is(
+    run_folder: Path, recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("export", "--ckpt_path", str(run_folder), "--delta", "--dtype", "float16", "-o", "half.safetensors")
+    run("fit", "--config", str(recipe), "--concept", "cat", "--base_edit", "half.safetensors")
+    edit, half = edit_in("logs/null_space/dog+cat/version_0"), read_edit("half.safetensors")
+    assert all(torch.equal(edit.overwritten[f"1/{name}"], value.float()) for name, value in half.weights.items())
+    # A dog has become a cat, and cats go.
+    assert "may have made it what goes now (cat): dog" in caplog.text
+    assert edit.chain[1].again == ["dog"]
+
+
 def test_scores_are_against_the_base_model_and_say_what_comes_back(owl: Path, recipe: Path) -> None:
     run("test", "--config", str(recipe), "--concept", "owl", "--ckpt_path", str(owl))
     scores = json.loads((owl / "scores.json").read_text(encoding="utf-8"))
@@ -120,13 +132,13 @@ def test_one_that_is_under_another_is_refused(owl: Path, refuses: Callable[..., 
 def test_a_method_without_retained_prompts_says_so_and_goes_on(
     run_folder: Path, esd: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [*esd, "--concept", "cat", "--base_edit", str(run_folder)]
+    args = [*esd, "--concept", "castle", "--base_edit", str(run_folder)]
     run(*args)
     said = " ".join(capsys.readouterr().err.split())
     assert "ESD retains no prompt of dog here, so nothing holds the earlier edit" in said
     run(*args[: args.index("--trainer.max_steps")], *args[-4:], "--ckpt_path", "last")
-    edit = edit_in("logs/esd/dog+cat/version_0")
-    assert [link.concepts for link in edit.chain] == [["dog"], ["cat"]]
+    edit = edit_in("logs/esd/dog+castle/version_0")
+    assert [link.concepts for link in edit.chain] == [["dog"], ["castle"]]
     assert all(torch.equal(edit.weights[name], value) for name, value in edit_in(run_folder).weights.items())
 
 
@@ -191,7 +203,7 @@ def test_what_cannot_be_started_from_is_refused(
     said = refuses(*fit, "--concept", "owl", "--base_edit", earlier, "--after", earlier)
     assert said.startswith(f"base_edit={earlier} and after={earlier} exclude each other")
     said = refuses(*fit, "--concept", "owl", "--base_edit", earlier, "--model.dtype", "bfloat16")
-    assert "was made in float32, and model.dtype=bfloat16: pass --model.dtype float32." in said
+    assert "was made in float32, and the fit is in bfloat16: give a recipe with model.dtype: float32." in said
     said = refuses(*fit, "--concept", "Eating", "--model.concept_set", "paper20", "--base_edit", earlier)
     assert "edits 'dog', which the concept set 'paper20'" in said and "does not have" in said
     said = refuses("test", "--config", str(recipe), "--ckpt_path", earlier, "--base_edit", earlier)

@@ -109,9 +109,22 @@ def test_an_edit_that_later_ones_have_changed_stays(base: BaseModel, three: Edit
         without(three, number, base)
 
 
+def test_an_edit_whose_concept_was_edited_again_stays(base: BaseModel, values: dict[str, Tensor]) -> None:
+    first, second = LAYERS
+    weights = {first: values[first] + 1, second: values[second] + 1}
+    chain = [
+        link("dog", {first: weights[first]}),
+        replace(link("cat", {second: weights[second]}), again=["dog"]),
+    ]
+    edit = edit_of(base, values, weights, concepts=["dog", "cat"], chain=chain)
+    with pytest.raises(ValueError, match=r"edit 2, cat \(UCE\), has edited dog again; take out edit 2 first"):
+        without(edit, 0, base)
+    assert without(edit, 1, base).concepts == ["dog"]
+
+
 def test_the_only_edit_stays(base: BaseModel, values: dict[str, Tensor]) -> None:
     edit = edit_of(base, values, {LAYERS[0]: values[LAYERS[0]] + 1})
-    with pytest.raises(ValueError, match=r"a.ckpt holds one edit, dog \(UCE\): without it, what is left is the base"):
+    with pytest.raises(ValueError, match=r"a.ckpt holds one edit, dog \(UCE\): to be without it, use the base"):
         without(edit, 0, base)
 
 
@@ -162,17 +175,17 @@ def broken(change: Callable[[list[dict[str, Any]], dict[str, Tensor]], None], th
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda links, old: links.pop(), "its weights are not those|is missing, or is no value"),
-        (lambda links, old: links.clear(), "its chain is no list of edits"),
+        (lambda links, old: links.pop(), "its weights are not those|is missing, or not a value"),
+        (lambda links, old: links.clear(), "its chain is not a list of edits"),
         (lambda links, old: links[0].update(names="all"), "the names of an edit in its chain is of the wrong type"),
-        (lambda links, old: links[0].update(shell="rm"), "other fields than this version knows"),
+        (lambda links, old: links[0].update(shell="rm"), "has the field 'shell', which this version does not know"),
         (lambda links, old: links[0].pop("method"), "lacks a field"),
         (lambda links, old: links[0].update(names=["unet.a"]), "its weights are not those of the edits in its chain"),
         (lambda links, old: links[0].update(sha256="0" * 64), "its edit 1 does not have the hash that its chain says"),
         (lambda links, old: links[1].update(concepts=["owl"]), "its concepts are not those of the edits in its chain"),
         (lambda links, old: links[0].update(names=[]), "the names of an edit in its chain is of the wrong type"),
-        (lambda links, old: old.pop(f"1/{LAYERS[0]}"), "is missing, or is no value that an edit in its chain"),
-        (lambda links, old: old.update({f"7/{LAYERS[0]}": torch.zeros(1)}), "is missing, or is no value"),
+        (lambda links, old: old.pop(f"1/{LAYERS[0]}"), "is missing, or not a value that an edit in its chain"),
+        (lambda links, old: old.update({f"7/{LAYERS[0]}": torch.zeros(1)}), "is missing, or not a value"),
         (lambda links, old: old.update({f"1/{LAYERS[0]}": torch.zeros(1)}), "does not fit its weight"),
         (lambda links, old: old[f"1/{LAYERS[0]}"].__setitem__(0, torch.nan), "does not fit its weight"),
     ],

@@ -169,6 +169,11 @@ class ConceptEditor(DiffusionEditor):
         return [concept.name for concept in self.new]
 
     @property
+    def again_labels(self) -> list[str]:
+        """Names of ``edited_again``."""
+        return [concept.name for concept in self.edited_again]
+
+    @property
     def own_labels(self) -> list[str]:
         """Names of ``edited``."""
         return [concept.name for concept in self.edited]
@@ -183,7 +188,7 @@ class ConceptEditor(DiffusionEditor):
         if stage == TrainerFn.FITTING:
             if self.edited_again:
                 names, now = (", ".join(c.name for c in part) for part in (self.edited_again, self.new))
-                rank_zero_info(f"Edited again, since an earlier edit made it what is edited now ({now}): {names}.")
+                rank_zero_info(f"Edited again, since an earlier edit may have made it what goes now ({now}): {names}.")
             if said := said_of(self.edited, self.repaired):
                 rank_zero_info(said)
             warn_of_edited_targets(self.targets_of_edited)

@@ -187,6 +187,11 @@ class DiffusionEditor(L.LightningModule):
         return self.edited_labels
 
     @property
+    def again_labels(self) -> list[str]:
+        """Concepts of earlier edits that the fit edits again."""
+        return []
+
+    @property
     def trains_text(self) -> bool:
         """Whether weights of a text encoder are edited: if not, prompts are encoded once."""
         parts = {text.part for text in self.pipeline.texts}

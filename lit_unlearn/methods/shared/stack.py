@@ -42,6 +42,11 @@ class Stack:
     overwritten: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def hashes_of(links: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What tells edits from each other: the weights that each has left, by their hash, and its concepts."""
+    return [(link["sha256"], *link["concepts"]) for link in links]
+
+
 class EarlierEdits:
     """The edits that a module's fit starts from, or that the checkpoint holds which it evaluates.
 
@@ -77,6 +82,7 @@ class EarlierEdits:
             "links": [dict(link) for link in self.stack.links],
             "names": list(own),
             "concepts": list(self.module.new_labels),
+            "again": list(self.module.again_labels),
             "overwritten": {**self.stack.overwritten, **replaced},
         }
 
@@ -91,7 +97,7 @@ class EarlierEdits:
             ValueError: A fit goes on that starts from other edits.
         """
         if self.stack is not None:
-            if chain is None or chain["links"] != [dict(link) for link in self.stack.links]:
+            if chain is None or hashes_of(chain["links"]) != hashes_of(self.stack.links):
                 raise ValueError("The checkpoint was made on top of other edits than base_edit: give those of its fit.")
         elif chain is not None and chain["names"] == self.module.edited_names:
             self._chain = chain
