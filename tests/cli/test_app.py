@@ -91,6 +91,8 @@ def test_an_edit_is_looked_at_and_its_strength_moved(run_folder: Path, browser: 
             stdout=said,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # Ctrl-C is ignored by what runs in the background of a script, and so by the tests there.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         address = until(
@@ -122,4 +124,7 @@ def test_an_edit_is_looked_at_and_its_strength_moved(run_folder: Path, browser: 
         assert [one for one in loaded if not one.startswith((address[0], "data:", "blob:"))] == []
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0  # though the page is still open
+        try:
+            assert server.wait(60) == 0  # though the page is still open
+        finally:
+            server.kill()
