@@ -85,8 +85,9 @@ def run(options: argparse.Namespace) -> int:
 
     plan = check_drawn(plan)
     recipe = plan.write()
-    _say("fit", "--config", str(recipe))
-    fit = training.run(["fit", "--config", str(recipe)])
+    args = ["fit", "--config", str(recipe), "--concept", plan.concept.name]
+    _say(*args)
+    fit = training.run(args)
     folder = Path(fit.trainer.log_dir or "")
     ckpt_path = str(folder / "checkpoints" / "last.ckpt")
     if plan.judge is not None:
