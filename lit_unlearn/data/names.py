@@ -204,7 +204,8 @@ def _goes_on(first: str, character: str) -> bool:
 @lru_cache(maxsize=1 << 12)
 def _folded(sign: str) -> str:
     """A character and its marks in the form in which they are compared."""
-    seen = "".join(character for character in sign if not _is_invisible(character)).translate(APOSTROPHES)
+    seen = "".join(character for character in sign if not _is_invisible(character))
+    seen = unicodedata.normalize("NFC", seen).translate(APOSTROPHES)  # some Greek accents are stored as apostrophes
     letters = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", seen).casefold()).strip()
     if unicodedata.name(letters[:1] or " ", "").startswith(WITHOUT_MARKS):
         letters = "".join(letter for letter in letters if unicodedata.category(letter) != "Mn")
