@@ -8,7 +8,7 @@
     found = lu.attack(edit, "ring_a_bell")               # attack  -> results, one for each attack and concept
     lu.export(edit, "dog.safetensors", format="delta")   # export  -> path of what was written
     more = lu.edit("owl", recipe="uce", base_edit=edit)  # on top of that edit, which stays
-    lu.undo(more, "dog", "owl.safetensors")              # undo    -> Edit: the others, in a delta
+    lu.undo(more, "owl", "dog.safetensors")              # undo    -> Edit: the others, in a delta
 
 Data flow: ``edit`` writes a run's folder as ``lit-unlearn fit`` does and returns an ``Edit``, which stands for the
 checkpoint in it. All others take an ``Edit``, or the path of a run's folder, of a checkpoint or of a delta. ``draw``

@@ -19,7 +19,7 @@ def parser() -> Parser:
     made.add_argument(
         "--edit", metavar="NUMBER|CONCEPT", help="the edit to take out: its place, from 1, or a concept that it edited"
     )
-    made.add_argument("-o", "--output", metavar="FILE", help="delta to write: FILE, or FILE/delta.safetensors")
+    made.add_argument("-o", "--output", metavar="FILE", help="delta to write, or a folder for delta.safetensors")
     add_model_options(made, "the one that was edited")
     made.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return made

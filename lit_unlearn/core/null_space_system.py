@@ -84,20 +84,15 @@ class NullSpaceSystem:
         """K1^T P, (n, d_in)."""
         return self.reduced @ self.factor.mT
 
-    def solve(self, residual: Tensor) -> Tensor:
-        """Delta (d_out, d_in) for the residual R (d_out, n), float64.
+    def coefficients(self, residual: Tensor) -> Tensor:
+        """The left factor of Delta, (d_out, n) over the projected keys or (d_out, k) over the basis; see ``change``.
+
+        Args:
+            residual: R, (d_out, n), float64.
 
         Raises:
             SingularSystemError: The ridge is too small.
         """
-        return self.change(self.coefficients(residual))
-
-    def solve_sums(self, residual: Tensor) -> Tensor:
-        """As ``solve``, from R K1^T (d_out, d_in)."""
-        return self.change(self.coefficients_of_sums(residual))
-
-    def coefficients(self, residual: Tensor) -> Tensor:
-        """The left factor of Delta, (d_out, n) over the projected keys or (d_out, k) over the basis; as ``solve``."""
         right = residual if self.by_keys else residual @ self.reduced
         return torch.cholesky_solve(right.mT, self.lower).mT
 

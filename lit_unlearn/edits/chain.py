@@ -267,7 +267,9 @@ def joined(edits: Sequence[Edit]) -> tuple[dict[str, Tensor], list[Link], dict[s
 
 
 def without(edit: Edit, number: int, base: BaseModel) -> Edit:
-    """The edit without one of its edits, exactly as if that had never been made or had been the last one.
+    """The edit without one of its edits, whose weights get the values that they had before it.
+
+    Of the others the weights stay as they are, though those after it were fitted on the model with it.
 
     Args:
         edit: An edit with a chain.

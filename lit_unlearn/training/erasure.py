@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lit_unlearn.data.kinds import KINDS
 from lit_unlearn.data.names import bare, name_key
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors, warn
-from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
+from lit_unlearn.system.run_file import check_checkpoint
 from lit_unlearn.training.recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def plan_of(request: Request) -> Plan:
     from lit_unlearn.diffusion.source import EMBEDDED, SHIPPED, shipped_folder
     from lit_unlearn.emoji.concepts import emoji_set
     from lit_unlearn.judges.load import check_judge_name, find_judge
-    from lit_unlearn.training.ledger import checked_together
+    from lit_unlearn.training.ledger import checked_together, read_earlier
     from lit_unlearn.training.runs import run_name
 
     protect, also = split_names(request.protect), tuple(split_names(request.also, "also"))
@@ -211,7 +211,7 @@ def plan_of(request: Request) -> Plan:
         wish = Wish(request.concept, request.to or "", request.kind, also, question, prompts)
         judged = set(known.values()) if known else None
         concepts = set_of([wish], draft, protect=protect, retain=retain, judged=judged)
-    edits = _earlier(request.base_edit, base)
+    edits = [read_earlier(place, base) for place in request.base_edit]
     checked_together(edits, recipe["model"].get("init_args", {}).get("dtype", "float32"))
     concepts = _with_earlier(concepts, name, edits)
     concept = concepts.concepts[name]
@@ -240,23 +240,6 @@ def plan_of(request: Request) -> Plan:
     base.check_steps(arguments["num_inference_steps"], "num_inference_steps")
     placed = concept_set_of(concepts.content(), path)
     return Plan(placed, concept, base, recipe, judge, why, embedded, request, tuple(edits))
-
-
-def _earlier(places: Sequence[str], base: BaseModel) -> list[Edit]:
-    """Read the edits to start from.
-
-    Raises:
-        ValueError: A file is missing, no edit, or one of another model.
-    """
-    from lit_unlearn.edits.checkpoint import read_edit
-
-    found = []
-    for place in places:
-        check_checkpoint(place, "base_edit")
-        found.append(read_edit(checkpoint_of(Path(place).expanduser())))
-        found[-1].check_base(base)
-        found[-1].check_whole(base)
-    return found
 
 
 def _with_earlier(concepts: ConceptSet, name: str, edits: Sequence[Edit]) -> ConceptSet:

@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lit_unlearn.data.concepts import ConceptSet, concept_set_of, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
+from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.described import DescribedModel
-from lit_unlearn.edits.chain import joined
+from lit_unlearn.edits.chain import Link, joined
 from lit_unlearn.edits.checkpoint import Edit, read_edit, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.stack import Stack, hashes_of
@@ -99,7 +102,7 @@ def start_from(config: Any, kind: type) -> Stack | None:
     return Stack(weights, [link.stored() for link in links], overwritten)
 
 
-def checked_together(edits: Sequence[Edit], dtype: str) -> tuple[Any, Any, Any]:
+def checked_together(edits: Sequence[Edit], dtype: str) -> tuple[dict[str, Tensor], list[Link], dict[str, Tensor]]:
     """The weights, links and replaced values of edits that a fit starts from (``chain.joined``).
 
     Args:
@@ -191,12 +194,25 @@ def _read(config: Any, option: str, kind: type[ConceptEditor]) -> list[Edit]:
                 f"{str(error).removesuffix('.')} (the paths in a run's config.yaml are relative to the folder in which "
                 "it was made)."
             ) from error
+        if option == "base_edit" and not planned:
+            found.append(read_earlier(given, base))
+            continue
         found.append(read_edit(checkpoint_of(Path(given).expanduser())))
         if not planned:
             found[-1].check_base(base)
-        if option == "base_edit" and not planned:
-            found[-1].check_whole(base)
     return found
+
+
+def read_earlier(place: str, base: BaseModel) -> Edit:
+    """Read an edit to start from: the folder of a run, a checkpoint or a delta.
+
+    Raises:
+        ValueError: It is no edit, or one of another model.
+    """
+    edit = read_edit(checkpoint_of(Path(place).expanduser()))
+    edit.check_base(base)
+    edit.check_whole(base)
+    return edit
 
 
 def _put_before(config: Any, option: str, edits: Sequence[Edit], concepts: ConceptSet) -> None:
