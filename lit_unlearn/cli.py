@@ -15,6 +15,7 @@ from lit_unlearn import __version__
 from lit_unlearn.commands.parser import check_output
 from lit_unlearn.commands.registry import OTHER_COMMANDS, TRAINER_COMMANDS, command_modules
 from lit_unlearn.judges.names import check_short_name
+from lit_unlearn.system.collector import collecting_rarely
 from lit_unlearn.system.environment import prepare_libraries
 from lit_unlearn.system.errors import UserError, closest, essence, plain_threads, user_errors
 from lit_unlearn.system.run_file import check_checkpoint, checkpoint_of
@@ -43,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _say_everything()
     try:
-        with plain_threads():
+        with plain_threads(), collecting_rarely():
             code = _run(list(sys.argv[1:] if args is None else args))
             sys.stdout.flush()  # here, where a closed pipe can still be caught
             return code

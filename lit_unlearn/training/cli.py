@@ -30,6 +30,7 @@ from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder,
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.stack import check_concepts
+from lit_unlearn.system.collector import collect_as_usual
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
 from lit_unlearn.system.run_file import FINISHED, STOPPED, read_run
@@ -276,8 +277,7 @@ class UnlearnCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         self.written = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         self.save_config_kwargs = {**self.save_config_kwargs, "written": self.written}
-        name = self.run_name
-        root = Path(config["default_root_dir"])
+        name, root = self.run_name, Path(config["default_root_dir"])
         if config["logger"] in (None, True):
             if self.run_folder is not None:
                 kwargs["logger"] = TensorBoardLogger(
@@ -312,6 +312,7 @@ class UnlearnCLI(LightningCLI):
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # Errors of TensorBoard and other writers do not name the folder.
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
+        collect_as_usual()
         with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
             super()._run_subcommand(subcommand)
         if self.trainer.is_global_zero and self.finished_before is None:
@@ -339,12 +340,10 @@ class UnlearnCLI(LightningCLI):
             warn_of_what_nothing_holds(self.model)
         try:
             self.trainer.fit(**kwargs)
-        except (EmptyNullSpaceError, BrokenWeightsError) as error:
-            if run is not None and self.run_folder is None:
+        except (EmptyNullSpaceError, BrokenWeightsError, NumericalError) as error:
+            if run is not None and self.run_folder is None and not isinstance(error, NumericalError):
                 run.release()
                 remove_if_possible(run.folder)
-            raise UserError(essence(error)) from error
-        except NumericalError as error:
             raise UserError(essence(error)) from error
         else:
             check_that_it_edits(self.trainer, self.model)

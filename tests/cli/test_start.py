@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from lit_unlearn import cli
+from lit_unlearn.system.collector import RARELY
 
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "torchmetrics", "matplotlib", "jsonargparse", "tensorboard"}
 SAY_MODULES = """
@@ -151,3 +153,27 @@ def test_the_configuration_is_written_from_one_dump(
     assert cli.main(["fit", "--config", str(recipe)]) == 0
     assert len(dumps) == 1
     assert "concept: dog" in Path("logs/null_space/dog/version_0/config.yaml").read_text(encoding="utf-8")
+
+
+def test_garbage_is_collected_rarely_only_until_the_fit(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_unlearn.methods.value_refinement import ValueRefinement
+    from lit_unlearn.training import cli as training
+
+    seen = []
+    start, init = ValueRefinement.on_fit_start, training.UnlearnCLI.__init__
+
+    def note(run: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.append(gc.get_threshold())
+            return run(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(training.UnlearnCLI, "__init__", note(init))
+    monkeypatch.setattr(ValueRefinement, "on_fit_start", note(start))
+    monkeypatch.chdir(tmp_path)
+    usual = gc.get_threshold()
+    assert cli.main(["fit", "--config", str(recipe)]) == 0
+    assert seen == [RARELY, usual]
