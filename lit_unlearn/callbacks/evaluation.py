@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
@@ -23,6 +22,7 @@ from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
 from lit_unlearn.callbacks.sheets import Shown, evaluation_sheet
 from lit_unlearn.data.prompts import PictureItem
 from lit_unlearn.diffusion.drawing import Drawing
+from lit_unlearn.emoji.unedited import shipped_pictures
 from lit_unlearn.evaluation.grids import Section, sheet
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
 from lit_unlearn.evaluation.scores import Cost, Measurement, Relapse, Scores, Source
@@ -30,6 +30,7 @@ from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.reports.tables import scores_table
 from lit_unlearn.system.devices import float64_device
+from lit_unlearn.system.kept_pictures import read_kept, save_kept
 from lit_unlearn.system.pixels import save_png, to_pil
 
 TEST_SCORES = (
@@ -52,7 +53,7 @@ class UneditedPictures(L.Callback):
 
     They lie in ``folder`` under a key of everything that determines them (``Drawing``: base weights, sampler, steps,
     precision, device, versions of libraries, ...), each with that key and a hash of its pixels in it. A file that is
-    damaged, or of another key, is made anew.
+    damaged, or of another key, is made anew. Those of the embedded model come with it, under the same key.
 
     Args:
         folder: Folder that keeps them.
@@ -61,6 +62,7 @@ class UneditedPictures(L.Callback):
     def __init__(self, folder: str = "logs/unedited") -> None:
         self.folder = Path(folder).expanduser()
         self._key: str | None = None
+        self._shipped: Mapping[str, Tensor] = {}
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -77,8 +79,10 @@ class UneditedPictures(L.Callback):
         """Pictures (B, 3, H, W), uint8, of ``batch``: read if they exist, else generated and kept."""
         if self._key is None:
             self._key = self._make_key(module)
+            self._shipped = self._read_shipped(self._key)
         paths = [self._path(module, item) for item in batch]
-        pictures = [self._read(path) for path in paths]
+        shipped = [self._shipped.get(path.stem) for path in paths]
+        pictures = [self._read(path) if known is None else known for path, known in zip(paths, shipped, strict=True)]
         missing = [place for place, picture in enumerate(pictures) if picture is None]
         if missing:
             # The whole batch is made again, since the last bits depend on it: an interrupted run must end like others.
@@ -86,9 +90,15 @@ class UneditedPictures(L.Callback):
                 made = module.generate([item.prompt for item in batch], [item.seed for item in batch])
             for place in missing:
                 image = to_pil(made[place].float() / 255)
-                save_png(paths[place], image, {"key": self._note(paths[place]), "content": _content(image)})
+                save_kept(paths[place], image, self._key)
                 pictures[place] = made[place]
         return torch.stack([picture for picture in pictures if picture is not None])
+
+    @staticmethod
+    def _read_shipped(key: str) -> Mapping[str, Tensor]:
+        if shipped := shipped_pictures(key):
+            rank_zero_info(f"Pictures of the unedited model: {len(shipped)} come with the embedded model.")
+        return shipped
 
     def _make_key(self, module: ConceptEditor) -> str:
         with module.unedited.restored():
@@ -100,26 +110,17 @@ class UneditedPictures(L.Callback):
         assert self._key is not None
         return self.folder / self._key[:16] / f"{name}.png"
 
-    def _note(self, path: Path) -> str:
-        return f"{self._key}/{path.stem}"
-
     def _read(self, path: Path) -> Tensor | None:
         if not path.is_file():
             return None
         try:
-            with Image.open(path) as file:
-                image, notes = file.convert("RGB"), file.info
-            if (notes.get("key"), notes.get("content")) != (self._note(path), _content(image)):
+            key, picture = read_kept(path)
+            if key != self._key:
                 raise ValueError("it holds another picture")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of damage
+        except ValueError as error:
             rank_zero_info(f"{path} is damaged ({error}): it is made anew.")
             return None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def _content(image: Image.Image) -> str:
-    """Hash of a picture's size and pixels."""
-    return hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
+        return picture
 
 
 class EvaluationReport(L.Callback):

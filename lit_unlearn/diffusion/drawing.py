@@ -13,6 +13,7 @@ import torch
 import lit_unlearn
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.system.devices import device_name
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Drawing:
         num_inference_steps: Denoising steps.
         guidance_scale: Strength of classifier-free guidance.
         device: Type of device, such as ``cuda``.
+        processor: Which one: its name, or the instructions that a CPU has, such as ``AVX512``.
         default_dtype: PyTorch's type of new tensors, which Lightning changes in some of its precisions.
         autocast: Type that autocast computes in where this object is made; None without autocast.
         matmul: Precision of float32 matrix products, such as ``highest``, or ``high`` (TF32).
@@ -36,6 +38,7 @@ class Drawing:
     num_inference_steps: int
     guidance_scale: float
     device: str
+    processor: str
     default_dtype: str
     autocast: str | None
     matmul: str
@@ -53,12 +56,14 @@ class Drawing:
         """
         parameters = pipeline.named_parameters()
         device = pipeline.device.type
+        kernels = torch.backends.cpu.get_cpu_capability() if device == "cpu" else device_name(pipeline.device)
         return cls(
             fingerprint({name: p for name, p in parameters.items() if decoded or not name.startswith("vae.")}),
             pipeline.settings(),
             num_inference_steps,
             guidance_scale,
             device,
+            kernels,
             str(torch.get_default_dtype()),
             str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
             torch.get_float32_matmul_precision(),

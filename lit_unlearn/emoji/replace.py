@@ -5,7 +5,8 @@
 
 The new model is made beside the old one: a copy in which the parts of the runs, in order, replace its own. The whole
 model is measured, which takes about three minutes on two cores, and then replaces the old one in one step, or nothing
-is changed. The model card and the picture of samples are kept; renew them by hand (docs/emoji_sd.md).
+is changed. The model card and the picture of samples are kept; renew them by hand (docs/emoji_sd.md). Pictures of the
+unedited model that another model has drawn are left out; ``lit_unlearn.emoji.unedited`` makes them anew.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.source import EMBEDDED, resolve_model
 from lit_unlearn.emoji.figures import figures_of_parts, figures_of_pictures, worse
 from lit_unlearn.emoji.parts import FOLDER
+from lit_unlearn.emoji.unedited import FILE
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.emoji import EmojiJudge
 from lit_unlearn.system.errors import UserError, user_errors
 from lit_unlearn.system.files import copy_into, replaced_folder
+
+JUDGES = {"judge", "second_judge"}
+"""Parts that draw nothing."""
 
 
 def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
@@ -48,6 +53,8 @@ def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
         copy_into(model, folder)
         for run in runs:
             copy_into(run / FOLDER, folder)
+        if {path.name for run in runs for path in (run / FOLDER).iterdir()} - JUDGES:
+            (folder / FILE).unlink(missing_ok=True)
         own = folder / "judge"
         pipeline, judge = load_pipeline(str(folder)), ClassifierJudge(own) if own.is_dir() else EmojiJudge()
         _refuse_worse(worse(figures_of_parts(pipeline, judge), published), model)

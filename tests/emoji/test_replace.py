@@ -76,6 +76,15 @@ def test_what_is_as_good_takes_the_place_of_its_part(shipped: Path, monkeypatch:
     assert after["judge/model.safetensors"] == (run / "pretrained/judge/model.safetensors").read_bytes()
 
 
+def test_pictures_of_another_model_do_not_stay(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(VAETraining(), Path("run"))
+    for name, found in (("figures_of_parts", PUBLISHED), ("figures_of_pictures", (PUBLISHED, {}))):
+        monkeypatch.setattr(replace, name, lambda *_, found=found: found)
+    before = files(shipped)
+    assert replace.main(["run", "--figures", str(CONFIGS.parent / "docs/results/emoji_sd.json")]) == 0
+    assert before - files(shipped) == {"unedited.safetensors"}
+
+
 def test_a_run_that_has_trained_nothing_is_refused(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert replace.main(["logs", "--figures", str(CONFIGS.parent / "docs/results/emoji_sd.json")]) == 2
     assert "logs has no pretrained with weights" in capsys.readouterr().err
