@@ -300,8 +300,6 @@ class EvaluationGrid(L.Callback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ConceptEditor)
-        if not trainer.is_global_zero:
-            return
         if self.prompts is None:
             edited = pl_module.every_edited
             others = [concept for concept in pl_module.concepts.concepts.values() if concept not in edited]
@@ -317,16 +315,21 @@ class EvaluationGrid(L.Callback):
         assert isinstance(pl_module, ConceptEditor)
         last = trainer.current_epoch + 1 == trainer.max_epochs
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.is_global_zero and (last or due) and self._before is not None:
+        if (last or due) and self._before is not None:
             self._show(trainer, pl_module, self._pictures(pl_module))
 
     def _pictures(self, module: ConceptEditor) -> Tensor:
         assert self.prompts is not None
+        prompts = self.prompts
+
+        def make(places: list[int]) -> Tensor:
+            return module.generate([prompts[place] for place in places], [self.seed + place for place in places])
+
         with _uncounted(module):
-            return module.generate(self.prompts, [self.seed + i for i in range(len(self.prompts))]).float() / 255
+            return module.processes.made_once(len(prompts), make).cpu().float() / 255
 
     def _show(self, trainer: L.Trainer, module: ConceptEditor, after: Tensor) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger):
+        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
             return
         assert self.prompts is not None and self._before is not None
         names = ", ".join(concept.name for concept in module.every_edited)

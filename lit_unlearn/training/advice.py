@@ -7,6 +7,7 @@ import warnings
 
 IGNORED_WARNINGS = (
     r".*isinstance.treespec, LeafSpec.. is deprecated",
+    "torch.distributed.nn.functional.all_gather is deprecated",  # called by Lightning 2.6
     ".*does not have many workers",
     "The number of training batches",
     "The `srun` command is available on your system but is not used",
