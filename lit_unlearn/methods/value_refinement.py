@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -29,8 +29,7 @@ from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
-from lit_unlearn.diffusion.parameters import layer_index
+from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
@@ -44,11 +43,13 @@ from lit_unlearn.methods.shared.text_layers import (
     TEXT_LAYER,
     Stretch,
     TokenPairs,
-    by_part,
     chosen_layers,
     ends,
+    inputs_and_condition,
+    inputs_of,
     part_of,
     stretches,
+    unmoved_layers,
 )
 from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
 from lit_unlearn.system.devices import for_solving
@@ -271,19 +272,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
         The same forward passes give the outputs that should not change.
         """
-
-        def read(part: Tokens) -> tuple[dict[str, Tensor], list[Tensor]]:
-            with capture_inputs(self.layers) as captured:
-                condition = self.pipeline.condition(part)
-            for text, ids in zip(self.pipeline.texts, part.ids, strict=True):
-                for name, keys in captured.items():
-                    if part_of(name) == text.part and name in self.stretch_of(name).only_end:
-                        captured[name] = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
-            return captured, outputs_of(condition)
+        read = partial(inputs_and_condition, self.pipeline, self.layers, self.stretches)
 
         def inputs(part: Tokens) -> Mapping[str, Tensor]:
-            keys, outputs = read(part)
-            self.unmoved += outputs
+            keys, condition = read(part)
+            self.unmoved += outputs_of(condition)
             return keys
 
         tokens = self.pipeline.tokenize(self.retain_prompts)
@@ -422,28 +415,10 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
         Those that no edit of this fit moves are computed once for all rounds.
         """
-        if self.rounds > 1 and name in self.unmoved_layers:
-            return self.kept_keys.of(name, input_ids, self._captured_keys)
-        return self._captured_keys(name, input_ids)
-
-    @cached_property
-    def unmoved_layers(self) -> set[str]:
-        """Names of edited layers that no edited layer comes before: one for each text encoder at most."""
-        parts = by_part(self.edited_names).values()
-        return {own[0] for own in parts if len(own) == 1 or layer_index(own[0]) < layer_index(own[1])}
-
-    def _captured_keys(self, name: str, input_ids: Tensor) -> Tensor:
-        text, found = self.pairs_for(name).text, None
-        for start in range(0, len(input_ids), ENCODE_BATCH):
-            part = input_ids[start : start + ENCODE_BATCH]
-            with capture_inputs({name: self.layers[name]}) as captured:
-                text.states(part)
-            keys = captured[name]
-            if found is None:  # filled part by part, since to join the parts takes twice the memory
-                found = keys.new_empty(len(input_ids), *keys.shape[1:], dtype=torch.float32)
-            found[start : start + len(part)] = keys
-        assert found is not None
-        return found
+        compute = partial(inputs_of, self.pairs_for(name).text, name, self.layers[name])
+        if self.rounds > 1 and name in unmoved_layers(self.edited_names):
+            return self.kept_keys.of(name, input_ids, compute)
+        return compute(input_ids)
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""

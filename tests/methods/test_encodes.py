@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers import LAYERS, by_null_space
 from lit_unlearn.methods.shared import layer_state
+from lit_unlearn.methods.shared.text_layers import unmoved_layers
 from lit_unlearn.methods.unet_value_refinement import UNetValueRefinement
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
@@ -49,7 +50,7 @@ def test_layers_behind_an_edited_one_read_their_prompts_in_every_round(refinemen
     module = refinement(values="target", first_layer=1, rounds=2)
     with encodes(module) as found:
         fit(module, by_null_space(), steps=1)
-    assert module.edited_names == LAYERS and module.unmoved_layers == {LAYERS[0]}
+    assert module.edited_names == LAYERS and unmoved_layers(module.edited_names) == {LAYERS[0]}
     # Two lists of pairs: of the first layer once, of the second in each of two rounds.
     assert sum(found) == 2 * (1 + 2) * module.num_pairs + 2 * len(module.retain_prompts)
 
@@ -57,7 +58,7 @@ def test_layers_behind_an_edited_one_read_their_prompts_in_every_round(refinemen
 def test_a_layer_with_two_edited_weights_keeps_nothing(refinement: Refinement) -> None:
     module = refinement(edited_parameters=r"mlp\.fc\d\.weight", values="target", first_layer=2, rounds=2)
     module.configure_model()
-    assert len(module.edited_names) == 2 and module.unmoved_layers == set()
+    assert len(module.edited_names) == 2 and unmoved_layers(module.edited_names) == set()
 
 
 @pytest.mark.parametrize("kind", [ValueRefinement, UNetValueRefinement])
@@ -81,15 +82,15 @@ def test_what_is_kept_changes_no_bit(
 
 
 def test_keys_beyond_the_bound_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+    made: list[int] = []
 
-    def compute(name: str, ids: Tensor) -> Tensor:
-        made.append(name)
+    def compute(ids: Tensor) -> Tensor:
+        made.append(len(ids))
         return ids.float()
 
-    kept, ids, other = layer_state.KeptKeys(), torch.ones(2, 4), torch.ones(2, 4)
+    kept, ids, other = layer_state.KeptKeys(), torch.ones(2, 4), torch.ones(3, 4)
     monkeypatch.setattr(layer_state, "MOST_KEPT_BYTES", ids.float().nbytes)
     for _ in range(2):
         kept.of("a", ids, compute)
-        kept.of("a", other, compute)  # equal, but not the same tensor
-    assert len(made) == 3
+        kept.of("a", other, compute)
+    assert made == [2, 3, 3]

@@ -67,13 +67,13 @@ class KeptKeys:
     found: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, name: str, input_ids: Tensor, compute: Callable[[str, Tensor], Tensor]) -> Tensor:
+    def of(self, name: str, input_ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys (n, L, d_in) of the layer ``name`` for the very tensor ``input_ids`` (n, L), by ``compute`` if new."""
         own = self.found.setdefault(name, [])
         for ids, keys in own:
             if ids is input_ids:
                 return keys
-        keys = compute(name, input_ids)
+        keys = compute(input_ids)
         held = sum(kept.nbytes for pairs in self.found.values() for _, kept in pairs)
         if held + keys.nbytes <= MOST_KEPT_BYTES:
             own.append((input_ids, keys))
