@@ -27,28 +27,30 @@ class KeySums(NamedTuple):
     num_keys: int
 
     @classmethod
-    def of(cls, weight: Tensor, keys: Tensor, values: Tensor) -> KeySums:
+    def of(cls, weight: Tensor, keys: Tensor, values: Tensor, moment: Tensor | None = None) -> KeySums:
         """Sum up ``keys`` and ``values``, converting at most d_in rows to float64 at a time.
 
         Args:
             weight: W, (d_out, d_in).
             keys: K1 transposed, (n, d_in).
             values: V1 transposed, (n, d_out).
+            moment: K1 K1ᵀ (d_in, d_in), if it is known already.
 
         Raises:
             ValueError: Shapes do not match, or values are not finite.
         """
         weight = checked_matrix("weight", weight, (None, None))
         d_out, d_in = weight.shape
-        moment, residual = weight.new_zeros(d_in, d_in), torch.zeros_like(weight)
+        total, residual = weight.new_zeros(d_in, d_in) if moment is None else moment, torch.zeros_like(weight)
         for some_keys, some_values in zip(keys.split(d_in), values.split(d_in), strict=True):
             rows = checked_matrix("keys", some_keys, (None, d_in), weight.device)
             wished = checked_matrix("values", some_values, (len(rows), d_out), weight.device)
-            moment += rows.mT @ rows
+            if moment is None:
+                total += rows.mT @ rows
             residual += (wished - rows @ weight.mT).mT @ rows
-        return cls(moment, residual, len(keys))
+        return cls(total, residual, len(keys))
 
     @classmethod
-    def of_many(cls, weight: Tensor, keys: Tensor, values: Tensor) -> KeySums | None:
+    def of_many(cls, weight: Tensor, keys: Tensor, values: Tensor, moment: Tensor | None = None) -> KeySums | None:
         """As ``of``, or None if there are so few keys that they need less memory than their sums."""
-        return cls.of(weight, keys, values) if len(keys) > MANY * keys.shape[-1] else None
+        return cls.of(weight, keys, values, moment) if len(keys) > MANY * keys.shape[-1] else None

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lit_unlearn.core.closed_form import NullSpaceSystem, RidgeRule, edit_report, null_space_coefficients
 from lit_unlearn.core.key_sums import KeySums
@@ -22,6 +23,27 @@ from lit_unlearn.core.null_space import NullSpaceBasis, null_space, soft_null_sp
 from lit_unlearn.core.retained_outputs import Known, RetainedOutputs, Solution, known_of
 from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight
 from lit_unlearn.system.devices import solving_device
+
+
+class SharedSystem(NamedTuple):
+    """The system of some keys and retained keys, for every solve with these very tensors, while the keys are there.
+
+    Attributes:
+        keys: K1, (m, d_in).
+        retained: The retained keys.
+        system: The system.
+        moment: K1 K1ᵀ, (d_in, d_in), float64, if the keys are many.
+    """
+
+    keys: TensorWeakRef
+    retained: Retained
+    system: NullSpaceSystem
+    moment: Tensor | None
+
+    def suits(self, write: Write) -> bool:
+        """Whether ``write`` has this system."""
+        same = self.keys() is write.keys and self.retained is write.retained
+        return same and self.system.factor.device == write.weight.device
 
 
 class NullSpace(Solver):
@@ -68,6 +90,7 @@ class NullSpace(Solver):
         self.forget_unused, self.tolerance = forget_unused, tolerance
         self.null_spaces: dict[Retained, NullSpaceBasis] = {}
         self.outputs = RetainedOutputs()
+        self.systems: list[SharedSystem] = []
 
     def prepare(
         self,
@@ -84,6 +107,7 @@ class NullSpace(Solver):
         found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
         spaces = [NullSpaceBasis(basis, values, cutoff, self.rule == "soft") for basis, values, cutoff in found]
         self.null_spaces, self.outputs = dict(zip(names, spaces, strict=True)), RetainedOutputs()
+        self.systems = []
         if weights is not None and not self.forget_unused:
             sizes = [partial(_known_of, weights[name], own, solving_device(device)) for name, own in retained.items()]
             self.outputs.remember(dict(zip(retained, share(sizes), strict=True)))
@@ -104,18 +128,24 @@ class NullSpace(Solver):
         return self.null_spaces[retained].cut()
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
-        """See ``Solver.solve``; maps with the same keys and retained keys share the system, which is built once."""
-        systems: dict[tuple[int, Retained], NullSpaceSystem] = {}
-        return each(writes, partial(self._solve, systems))
+        """See ``Solver.solve``; maps with the same keys and retained keys share the system, which is built once.
 
-    def _solve(self, systems: dict[tuple[int, Retained], NullSpaceSystem], write: Write) -> Solved:
+        So do further calls, such as those for the other maps that read text and for further rounds.
+        """
+        return each(writes, self._solve)
+
+    def _solve(self, write: Write) -> Solved:
         space = self.null_spaces[write.retained]
-        if self.tolerance is not None:
+        if self.tolerance is not None:  # each map has its own null space
             space = self._within_tolerance(write, space)
-        place = id(write.keys), write.retained
-        change, solution = self._change(write, space, systems.get(place))
-        if self.tolerance is None:  # otherwise each map has its own null space
-            systems[place] = solution.system
+            change, solution, _ = self._change(write, space)
+        else:
+            self.systems = [shared for shared in self.systems if shared.keys() is not None]
+            known = next((shared for shared in self.systems if shared.suits(write)), None)
+            change, solution, sums = self._change(write, space, known)
+            if known is None:
+                moment = None if sums is None else sums.moment
+                self.systems.append(SharedSystem(TensorWeakRef(write.keys), write.retained, solution.system, moment))
         assert write.retained.moment is not None
         delta, moment = write.rounded(change), write.retained.moment.to(write.weight)
         leak = None
@@ -130,21 +160,24 @@ class NullSpace(Solver):
         return space.cutoff if self.ridge is None else self.ridge
 
     def _change(
-        self, write: Write, space: NullSpaceBasis, system: NullSpaceSystem | None = None
-    ) -> tuple[Tensor, Solution]:
-        """The change of the weight (d_out, d_in), and the part of it that was solved, within ``space``."""
+        self, write: Write, space: NullSpaceBasis, known: SharedSystem | None = None
+    ) -> tuple[Tensor, Solution, KeySums | None]:
+        """The change of the weight (d_out, d_in), the part of it that was solved, within ``space``, and the sums."""
         weight = write.weight
         if self.forget_unused:
             factor = space.basis.to(weight)
             weight = weight - (weight @ factor) @ factor.mT
         values = write.wanted()
-        sums = KeySums.of_many(weight, write.keys, values)
-        if system is None:
+        sums = KeySums.of_many(weight, write.keys, values, known and known.moment)
+        if known is None:
             keys, moment = write.keys.to(weight.device), None if sums is None else sums.moment
             system = NullSpaceSystem(keys, space, self._ridge(space), self.ridge_rule, moment=moment)
+        else:
+            system = known.system
         coefficients = null_space_coefficients(weight, write.keys, values, system, sums)
         solution = Solution(system.change(coefficients), coefficients, system, space)
-        return (solution.change + (weight - write.weight) if self.forget_unused else solution.change), solution
+        whole = solution.change + (weight - write.weight) if self.forget_unused else solution.change
+        return whole, solution, sums
 
     def _within_tolerance(self, write: Write, widest: NullSpaceBasis) -> NullSpaceBasis:
         """The widest null space, up to ``widest``, whose change moves the retained outputs by at most ``tolerance``.
@@ -161,7 +194,7 @@ class NullSpace(Solver):
 
         def leak(cutoff: float) -> float:
             try:
-                change, _ = self._change(write, widest.narrowed(cutoff))
+                change, _, _ = self._change(write, widest.narrowed(cutoff))
             except ValueError:  # so narrow that no edited key has a part in it
                 return 0.0
             return float(((change @ moment) * change).sum().clamp_min(0).sqrt() / present)

@@ -97,10 +97,16 @@ class UNetValueRefinement(ValueRefinement):
 
     # --- set-up
 
+    @property
+    def needs_goal(self) -> bool:
+        """Always: V1 is made from the target prompts' states, too."""
+        return True
+
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
         self.edit_keys = self.inputs(self.edit_condition)
+        self.edited_keys: dict[str, Tensor] = {}  # of each way, one tensor for all maps and rounds
         parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
         self.state_pairs = StatePairs.of(parts, self.num_positions())
         super().gather()
@@ -136,7 +142,9 @@ class UNetValueRefinement(ValueRefinement):
         mask = self.state_pairs.mask
         if way_of(name) == "pooled":
             mask = torch.ones_like(mask[:, :1])
-        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+        state = LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+        state.rows = self.edited_keys.setdefault(str(way_of(name)), state.edited(keys))
+        return state
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """Which edited keys (m,) can have seen the concept, see ``StatePairs``; None: all, as every pooled vector."""
@@ -233,6 +241,11 @@ class UNetFeedForwardRefinement(ValueRefinement):
         """Largest number of positions of any edited layer."""
         length = self.pipeline.unconditional().states.shape[1]
         return max(length if name.endswith(OF_TEXT) else self.pipeline.num_places(name) for name in self.edited_names)
+
+    @property
+    def needs_goal(self) -> bool:
+        """Always: the prediction to reach is made from it."""
+        return True
 
     def gather(self) -> None:
         """Also fix x_t and t of every item, and the prediction to reach there."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -29,14 +29,14 @@ from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
+from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
-from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerState, outputs_of, per_item
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.text_layers import (
     ADDS_TO_STREAM,
@@ -45,8 +45,11 @@ from lit_unlearn.methods.shared.text_layers import (
     TokenPairs,
     chosen_layers,
     ends,
+    inputs_and_condition,
+    inputs_of,
     part_of,
     stretches,
+    unmoved_layers,
 )
 from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
 from lit_unlearn.system.devices import for_solving
@@ -126,6 +129,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.errors: list[Tensor] = []  # one for each step of this layer
         self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written
         self.retained: dict[str, Retained] = {}
+        self.unmoved: list[Tensor] = []
+        self.kept_keys = KeptKeys()
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
@@ -205,6 +210,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.token_pairs = {
             text.part: TokenPairs.of(text, edit, target, self.positions, self.device) for text, edit, target in tokens
         }
+        self.unmoved, self.kept_keys = [], KeptKeys()
         with self.pretrained.restored(), torch.no_grad():
             self.gather()
 
@@ -242,6 +248,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return self.token_pairs.get(part_of(name), self.token_pairs[self.pipeline.texts[0].part])
 
     @property
+    def needs_goal(self) -> bool:
+        """Whether the condition for the target prompts is read: by the descent only."""
+        return self.value_choice == "refined"
+
+    @property
     def epochs_per_round(self) -> int:
         """Number of epochs to edit every layer once."""
         return len(self.edited_names)
@@ -249,33 +260,29 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.gather_moments()
-        self.goal = self.pipeline.encode_many(self.target_tokens)
+        if self.needs_goal:
+            self.goal = self.pipeline.encode_many(self.target_tokens)
         if self.start == "residual":
             self.goal_residuals = {stretch: self.target_stream(stretch) for stretch in self.stretches}
         if self.value_choice == "refined":
             self.latents = self.edit_latents()
 
     def gather_moments(self) -> None:
-        """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys."""
+        """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys.
+
+        The same forward passes give the outputs that should not change.
+        """
+        read = partial(inputs_and_condition, self.pipeline, self.layers, self.stretches)
 
         def inputs(part: Tokens) -> Mapping[str, Tensor]:
-            found: dict[str, Tensor] = {}
-            for text, ids in zip(self.pipeline.texts, part.ids, strict=True):
-                own = {name: layer for name, layer in self.layers.items() if part_of(name) == text.part}
-                if not own:
-                    continue
-                with capture_inputs(own) as captured:
-                    text.states(ids)
-                for name, keys in captured.items():
-                    if name in self.stretch_of(name).only_end:
-                        keys = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
-                    found[name] = keys
-            return found
+            keys, condition = read(part)
+            self.unmoved += outputs_of(condition)
+            return keys
 
         tokens = self.pipeline.tokenize(self.retain_prompts)
         self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
         if len(self.pipeline.texts) > 1 if self.retain_empty is None else self.retain_empty:
-            for name, found in inputs(self.pipeline.tokenize([""])).items():
+            for name, found in read(self.pipeline.tokenize([""]))[0].items():
                 keys, own = found.flatten(0, 1), self.retained[name]
                 assert own.moment is not None and own.largest_norm is not None
                 self.retained[name] = replace(
@@ -310,12 +317,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """
         tokens = self.pipeline.tokenize(self.retain_prompts)
         read = [self.pipeline.condition(part) for part in self.processes.own_share(list(tokens.split(ENCODE_BATCH)))]
-        return [
-            tensor.float()
-            for condition in read
-            for tensor in (condition.states, condition.pooled)
-            if tensor is not None
-        ]
+        return [tensor for condition in read for tensor in outputs_of(condition)]
 
     def retained_drift(self, before: Sequence[Tensor]) -> float:
         """Norm of the difference of ``retained_outputs`` from ``before``, relative to the norm of ``before``."""
@@ -353,6 +355,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         state = LayerState(name, self.layers[name], keys, keys @ weight.mT, pairs.mask)
         if name in self.stretch_of(name).only_end:
             state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
+        self.kept_keys.share_rows(state)
         return state
 
     # --- writes at the end of an epoch
@@ -362,9 +365,10 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return self.progress["applied"]
 
     def before_writes(self) -> None:
-        """Remember the outputs of the retained prompts before the edit."""
-        with self.pretrained.restored():
-            self.unmoved = self.retained_outputs()
+        """Remember the outputs of the retained prompts before the edit, unless ``gather_moments`` has seen them."""
+        if not self.unmoved:
+            with self.pretrained.restored():
+                self.unmoved = self.retained_outputs()
 
     def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
         """Layers and V1 (n, L, d_out) to write at the end of ``epoch``; each is computed after the write before."""
@@ -375,7 +379,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """Each of ``edits`` as a group of its own."""
         for state, values in self.edits(epoch):
             weight = state.layer.weight.detach()
-            keys, wished = state.edited(state.keys), state.edited(values)
+            keys, wished = state.edited_keys, state.edited(values)
             retained = self.retained[state.name]
             concept = self.concept_keys(state)
             old = for_solving(weight).clone()
@@ -395,6 +399,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.state = None
         self.progress["applied"] = epoch + 1
         if is_last:  # before the last checkpoint, which holds the report
+            self.kept_keys = KeptKeys()
             self.report["retained_state_drift"] = self.retained_drift(self.unmoved)
             super().after_writes(epoch, is_last)
 
@@ -406,13 +411,14 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return self.values[items, :length, :d_out]
 
     def capture_keys(self, name: str, input_ids: Tensor) -> Tensor:
-        """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L)."""
-        text, parts = self.pairs_for(name).text, []
-        for part in input_ids.split(ENCODE_BATCH):
-            with capture_inputs({name: self.layers[name]}) as captured:
-                text.states(part)
-            parts.append(captured[name].float())
-        return torch.cat(parts)
+        """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L).
+
+        Those that no edit of this fit moves are computed once for all rounds.
+        """
+        compute = partial(inputs_of, self.pairs_for(name).text, name, self.layers[name])
+        if self.rounds > 1 and name in unmoved_layers(self.edited_names):
+            return self.kept_keys.of(name, input_ids, compute)
+        return compute(input_ids)
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""

@@ -75,7 +75,10 @@ def test_help_names_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
         (["--edit", "NulSpace"], "edit: there is no class or file 'NulSpace' (closest: NullSpace)."),
         (["--edit.treshold", "1"], "edit: NullSpace has no option 'treshold' (closest: threshold)."),
         (["--trainer.callbacks+=JudgCurve"], "trainer.callbacks: there is no class or file 'JudgCurve'"),
-        (["--model.concept_set", "emoji21"], "There is no concept set 'emoji21'; the package has: emoji20, paper20."),
+        (
+            ["--model.concept_set", "emoji21"],
+            "There is no concept set 'emoji21'; the package has: emoji20, hundred, paper20.",
+        ),
         (["--model.edited_parameters", "xyz"], "edited_parameters='xyz' selects no parameter"),
         (["--model.init_args.model", "nowhere"], "model='nowhere' is no folder and no hub id"),
         (["--trainer.accelerator", "abacus"], "You selected an invalid accelerator name"),

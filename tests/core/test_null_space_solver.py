@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from lit_unlearn.core import null_space_solver
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.null_space import null_space, soft_null_space
 from lit_unlearn.core.null_space_solver import NullSpace
+from lit_unlearn.core.null_space_system import NullSpaceSystem
 from lit_unlearn.core.solvers import Retained, Solved, UnsolvableError, Write
 
 D_IN, D_OUT = 10, 6
@@ -35,6 +37,52 @@ def solve(solver: NullSpace, kept: Tensor) -> Solved:
     solver.prepare({"a.weight": retained}, lambda calls: [call() for call in calls], torch.device("cpu"))
     (solved,) = solver.solve([write])
     return solved
+
+
+@pytest.mark.parametrize("num_keys", [5, 50])  # an own system, and sums over many keys
+def test_solves_with_the_same_tensor_of_keys_share_its_system_bit_for_bit(
+    num_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retained = Retained(second_moment(KEPT), len(KEPT))
+    keys, values = normal(num_keys, D_IN, seed=6), normal(num_keys, D_OUT, seed=7)
+    built: list[int] = []
+
+    def counting(*args: Any, **settings: Any) -> NullSpaceSystem:
+        built.append(1)
+        return NullSpaceSystem(*args, **settings)
+
+    monkeypatch.setattr(null_space_solver, "NullSpaceSystem", counting)
+
+    def changes(one_tensor: bool) -> list[Tensor]:
+        solver, weight, found = NullSpace(0.1, ridge=0.1), WEIGHT, []
+        solver.prepare({"a.weight": retained}, lambda calls: [call() for call in calls], torch.device("cpu"))
+        for _ in range(3):  # rounds, each with a call of its own
+            own = keys if one_tensor else keys.clone()
+            (solved,) = solver.solve([Write("a.weight", weight, torch.float64, own, values, retained)])
+            found.append(solved.change)
+            weight = weight + solved.change
+        return found
+
+    apart = changes(one_tensor=False)
+    assert len(built) == 3
+    shared = changes(one_tensor=True)
+    assert len(built) == 4
+    assert all(torch.equal(one, other) for one, other in zip(apart, shared, strict=True))
+    assert not torch.equal(apart[0], apart[1])
+
+
+def test_a_system_is_forgotten_with_its_keys_or_for_other_retained_keys() -> None:
+    solver = NullSpace(0.1)
+    retained = [Retained(second_moment(kept), len(kept)) for kept in (KEPT, RANK_4)]
+    sites = dict(zip("ab", retained, strict=True))
+    solver.prepare(sites, lambda calls: [call() for call in calls], torch.device("cpu"))
+    keys = KEYS.clone()
+    for name, own in sites.items():
+        solver.solve([Write(name, WEIGHT, torch.float64, keys, VALUES, own)])
+    assert [shared.retained for shared in solver.systems] == retained
+    del keys
+    solver.solve([Write("a", WEIGHT, torch.float64, KEYS, VALUES, retained[0])])
+    assert len(solver.systems) == 1
 
 
 def gradient(change: Tensor, objective: Any) -> Tensor:

@@ -32,7 +32,7 @@ def test_pairs_that_name_another_edited_concept_are_left_out(names: tuple[str, .
     assert sum(len(concept.edit_prompts) for concept in made(*names).values()) == left
 
 
-@pytest.mark.parametrize("name", ["emoji20", "paper20"])
+@pytest.mark.parametrize("name", ["emoji20", "hundred", "paper20"])
 def test_no_pair_keeps_or_brings_back_an_edited_concept(name: str) -> None:
     concepts, draw = load_concept_set(name), random.Random(0)
     for _ in range(60):

@@ -1,10 +1,16 @@
-"""One layer while its values are refined, and means over the positions that are edited."""
+"""One layer while its values are refined: its keys, kept between rounds, and means over the edited positions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from lit_unlearn.diffusion.condition import Condition
+
+MOST_KEPT_BYTES = 2**30
+"""Keys that are kept between rounds take at most this much memory; the rest is computed anew."""
 
 
 @dataclass
@@ -18,6 +24,8 @@ class LayerState:
         initial: W K1, (n, L, d_out), where V1 starts.
         mask: Positions that are edited, (n, L) bool.
         weight: How often each edited position counts.
+        rows: Keys at the edited positions (m, d_in), if layers or rounds share them: one tensor, by which a solver
+            knows that they are the same.
     """
 
     name: str
@@ -26,6 +34,12 @@ class LayerState:
     initial: Tensor
     mask: Tensor
     weight: int = 1
+    rows: Tensor | None = None
+
+    @property
+    def edited_keys(self) -> Tensor:
+        """K1 at the edited positions, (m, d_in)."""
+        return self.edited(self.keys) if self.rows is None else self.rows
 
     def edited(self, rows: Tensor) -> Tensor:
         """``rows`` (n, L, ...) at the edited positions, (m, ...), without a copy if all positions are edited once."""
@@ -39,3 +53,39 @@ def per_item(rows: Tensor, mask: Tensor) -> Tensor:
     Each item has the same weight, however many positions it has, so that processes can share a batch.
     """
     return ((rows * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
+
+
+@dataclass
+class KeptKeys:
+    """Inputs of layers that are the same in every round, each computed once.
+
+    Attributes:
+        found: Keys (n, L, d_in) by the name of their layer, with the ``input_ids`` (n, L) that they belong to.
+        rows: The same as rows (n L, d_in), where all are edited, by the name of the layer.
+    """
+
+    found: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, name: str, input_ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Keys (n, L, d_in) of the layer ``name`` for the very tensor ``input_ids`` (n, L), by ``compute`` if new."""
+        own = self.found.setdefault(name, [])
+        for ids, keys in own:
+            if ids is input_ids:
+                return keys
+        keys = compute(input_ids)
+        held = sum(kept.nbytes for pairs in self.found.values() for _, kept in pairs)
+        if held + keys.nbytes <= MOST_KEPT_BYTES:
+            own.append((input_ids, keys))
+        return keys
+
+    def share_rows(self, state: LayerState) -> None:
+        """Give ``state`` the rows of an earlier round, if its keys are kept and all of them are edited once."""
+        kept = any(keys is state.keys for _, keys in self.found.get(state.name, []))
+        if kept and state.weight == 1 and state.mask.all():
+            state.rows = self.rows.setdefault(state.name, state.edited(state.keys))
+
+
+def outputs_of(condition: Condition) -> list[Tensor]:
+    """What the denoiser reads, float32: states (B, L, D), and pooled vectors (B, P) if there are any."""
+    return [part.float() for part in (condition.states, condition.pooled) if part is not None]

@@ -18,11 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_unlearn.core.alignment import Positions, align_tokens, from_first_difference, positions_mask
+from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.diffusion.hooks import capture_inputs
 from lit_unlearn.diffusion.parameters import layer_index
-from lit_unlearn.diffusion.text import TextEncoder
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 TEXT_LAYER = re.compile(r"text_encoder(_\d)?\..*(layers\.\d+|encoder\.block\.\d+)\..*weight$")
 """Full names of the weights of numbered layers, of a CLIP and of a T5."""
@@ -58,6 +62,57 @@ def by_part(names: Sequence[str]) -> dict[str, list[str]]:
     for name in names:
         found.setdefault(part_of(name), []).append(name)
     return {part: sorted(own, key=layer_index) for part, own in found.items()}
+
+
+def unmoved_layers(edited: Sequence[str]) -> set[str]:
+    """Weights among ``edited`` whose inputs none of the edits moves: the first of an encoder, if alone in its layer."""
+    parts = by_part(edited).values()
+    return {own[0] for own in parts if len(own) == 1 or layer_index(own[0]) < layer_index(own[1])}
+
+
+def inputs_of(text: TextEncoder, name: str, layer: nn.Module, input_ids: Tensor) -> Tensor:
+    """Inputs (n, L, d_in), float32, of the ``layer`` of ``text`` that has the weight ``name``.
+
+    Args:
+        text: The text encoder.
+        name: Full name of the weight.
+        layer: The layer.
+        input_ids: Tokens, (n, L).
+    """
+    found: Tensor | None = None
+    for start in range(0, len(input_ids), ENCODE_BATCH):
+        part = input_ids[start : start + ENCODE_BATCH]
+        with capture_inputs({name: layer}) as captured:
+            text.states(part)
+        keys = captured[name]
+        if found is None:  # filled part by part, since to join the parts takes twice the memory
+            found = keys.new_empty(len(input_ids), *keys.shape[1:], dtype=torch.float32)
+        found[start : start + len(part)] = keys
+    assert found is not None
+    return found
+
+
+def inputs_and_condition(
+    pipeline: Pipeline, layers: Mapping[str, nn.Module], edited: Sequence[Stretch], tokens: Tokens
+) -> tuple[dict[str, Tensor], Condition]:
+    """Inputs (B, L, d_in) of ``layers`` at prompts, and the condition for these, from the same forward passes.
+
+    Args:
+        pipeline: The pipeline.
+        layers: Layers of text encoders by the full names of their weights.
+        edited: The stretches that they belong to; of layers that act only at the end of a text, each position gets the
+            input there.
+        tokens: The prompts, B.
+    """
+    with capture_inputs(layers) as captured:
+        condition = pipeline.condition(tokens)
+    only_end = {name for stretch in edited for name in stretch.only_end}
+    for text, ids in zip(pipeline.texts, tokens.ids, strict=True):
+        for name in only_end & captured.keys():
+            if part_of(name) == text.part:
+                keys = captured[name]
+                captured[name] = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
+    return captured, condition
 
 
 def chosen_layers(
