@@ -64,6 +64,10 @@ class Pipeline(ReadsText):
     read_after: ClassVar[Mapping[str, Mapping[str, int]]]
     """For each text encoder, the layer after which each way of the text reads it (``text_ways``), counted from the last
     (-1); layers behind all of them act on nothing."""
+    ways: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
+    """The ways (``text_ways``) on which text may enter the denoiser."""
+    loads_lora: ClassVar[bool] = True
+    """Whether diffusers' pipeline loads LoRA weights."""
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
 
