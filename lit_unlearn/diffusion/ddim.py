@@ -191,7 +191,9 @@ class DDIM:
         empty = [tensor.detach().clone() for tensor in tensors]
 
         def after(number: int, x: Tensor, empty: list[Tensor], for_prompt: Tensor) -> Tensor:
-            for_empty = self.prediction(x, self.timesteps[number], [replace(unconditional, **dict(zip(fields, empty, strict=True)))], 1.0)
+            for_empty = self.prediction(
+                x, self.timesteps[number], [replace(unconditional, **dict(zip(fields, empty, strict=True)))], 1.0
+            )
             guided = for_empty + guidance_scale * (for_prompt - for_empty)
             return self.move(x, guided, levels[number], levels[number + 1])
 

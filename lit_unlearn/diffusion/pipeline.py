@@ -57,6 +57,8 @@ class Pipeline(ReadsText):
     """Name of the denoiser among ``parts``."""
     cross_attention: ClassVar[bool] = True
     """Whether the picture attends to the text alone in layers of their own, ``attn2``, as in a UNet."""
+    begins: ClassVar[bool] = True
+    """Whether the picture attends to a token that begins every prompt, as CLIP's do and T5's do not."""
     flow: ClassVar[bool] = False
     """Whether the denoiser is trained with flow matching, see ``Flow``."""
     takes_guidance: ClassVar[bool] = False

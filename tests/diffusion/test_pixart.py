@@ -74,5 +74,5 @@ def test_pictures_equal_those_of_diffusers(guidance_scale: float, folder: Path) 
     print("DIFF", float((drawn - drawn_by(folder, pipeline, guidance_scale)).abs().max()))
     assert_close(drawn, drawn_by(folder, pipeline, guidance_scale), rtol=0, atol=1e-4)
     moved = (drawn - pipeline.draw(PROMPTS[::-1], SEEDS, STEPS, guidance_scale)).abs()
-    print("MOVED", moved.amax(dim=(1,2,3)))
+    print("MOVED", moved.amax(dim=(1, 2, 3)))
     assert moved.amax(dim=(1, 2, 3)).min() > 1e-2

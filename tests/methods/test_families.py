@@ -28,7 +28,9 @@ from lit_unlearn.methods.siss import SISS, Bernoulli, TwoPass
 from lit_unlearn.methods.textual_inversion import TextualInversion
 from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement, UNetValueRefinement
 
-FAMILIES = ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux"]
+FAMILIES = ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux", "tiny_pixart"]
+JOINT = FAMILIES[1:4]
+"""With joint attention, and so without cross-attention to the prompt alone."""
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2)}
 FREE: dict[str, Any] = {"threshold": 24, "rule": "count"}  # without a T5, 8 of 48 inputs are always zero
 IN_BLOCKS = r"transformer_blocks\.0\.(attn\.add_[kv]_proj|ff\.net\.2)\.weight"
@@ -94,7 +96,7 @@ def test_every_method_changes_what_it_selects(name: str, folder: Path, pets: str
     kind, arguments, free = CONCEPTS[name]
     if kind is ConceptAblation:
         arguments = {"anchor_folder": str(tmp_path / "anchors"), **arguments}
-    if kind in (ESD, ConceptAblation) and "sdxl" not in folder.name:
+    if kind in (ESD, ConceptAblation) and not folder.name.startswith(("tiny-sdxl", "tiny-pixart")):
         arguments = {"edited_parameters": "joint-kv", **arguments}
     if free and "flux" in folder.name:
         free = {**free, "threshold": 8}  # its pooled vector has 16 numbers
@@ -209,8 +211,10 @@ def test_names_are_renamed_in_every_vocabulary(model: str, pets: str, fit: Fit, 
     assert torch.equal(last.table[token], module.pretrained.values[module.edited_names[-1]][last.words("soccer")[0]])
 
 
-def test_attention_of_sdxl_is_resteered(pets: str, tiny_sdxl: Path, fit: Fit) -> None:
-    module = build(ForgetMeNot, tiny_sdxl, pets, num_images=2, edited_parameters=r"attn2\.to_k", **ADAM)
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_pixart"])
+def test_attention_is_resteered(model: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    module = build(ForgetMeNot, folder, pets, num_images=2, edited_parameters=r"attn2\.to_k.weight", **ADAM)
     run(module, fit)
     check_changed(module)
 
@@ -223,7 +227,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("loaded"))
 
 
-@pytest.mark.parametrize("model", FAMILIES[1:])
+@pytest.mark.parametrize("model", JOINT)
 def test_attention_is_resteered_only_where_it_is_to_the_prompt_alone(
     model: str, pets: str, nothing_loads: None, request: pytest.FixtureRequest
 ) -> None:

@@ -66,6 +66,7 @@ class PixArtAlpha(Pipeline):
     """Whether diffusers tells transformers with latents of ``TOLD_SIDE`` the size and shape of a picture."""
     declared: ClassVar[Mapping[str, Part]] = declare(120)
     denoiser_part: ClassVar[str] = "transformer"
+    begins: ClassVar[bool] = False
     read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {"text_encoder": {"tokens": -1}}
     ways: ClassVar[tuple[str, ...]] = ("tokens", "projected")
     loads_lora: ClassVar[bool] = False
@@ -126,11 +127,14 @@ class PixArtAlpha(Pipeline):
         """See ``Pipeline.num_places``; all blocks work on the same patches."""
         return (self.transformer.config.sample_size // self.transformer.config.patch_size) ** 2
 
+    def read_positions(self, tokens: Tokens) -> Tensor:
+        """See ``ReadsText.read_positions``: without padding."""
+        return self.texts[0].reads(tokens.ids[0])
+
     def condition(self, tokens: Tokens) -> Condition:
         """See ``Pipeline.condition``; states of padding are 0."""
-        (text,), (ids,) = self.texts, tokens.ids
-        states = text.states(ids)
-        mask = text.reads(ids).to(states.device)
+        states = self.texts[0].states(tokens.ids[0])
+        mask = self.read_positions(tokens).to(states.device)
         return Condition(states * mask.unsqueeze(-1), mask=mask)
 
     def first_inputs(self, condition: Condition) -> dict[str, Tensor]:
@@ -161,7 +165,7 @@ class PixArtAlpha(Pipeline):
             return {"resolution": None, "aspect_ratio": None}
         height, width = self.picture_size
         told = ("resolution", [height, width]), ("aspect_ratio", [height / width])
-        kind = {"dtype": condition.states.dtype, "device": condition.states.device}
+        kind: Any = {"dtype": condition.states.dtype, "device": condition.states.device}
         return {name: torch.tensor([values], **kind).repeat(len(condition), 1) for name, values in told}
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:

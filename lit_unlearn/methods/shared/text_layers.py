@@ -163,11 +163,11 @@ class TokenPairs:
     def of(
         cls, text: TextEncoder, edit_ids: Tensor, target_ids: Tensor, positions: Positions, device: torch.device
     ) -> TokenPairs:
-        """Align the prompts; the mask of the edited ``positions`` is on ``device``."""
+        """Align the prompts; the mask of the edited ``positions``, as far as they are read, is on ``device``."""
         pairs = zip(edit_ids.tolist(), target_ids.tolist(), strict=True)
         alignment = torch.tensor([align_tokens(e, t, text.eos, text.begins) for e, t in pairs])
-        mask = positions_mask(edit_ids, text.eos, positions, text.begins).to(device)
-        return cls(text, edit_ids, target_ids, mask, alignment)
+        mask = positions_mask(edit_ids, text.eos, positions, text.begins) & text.reads(edit_ids)
+        return cls(text, edit_ids, target_ids, mask.to(device), alignment)
 
     def align(self, rows: Tensor) -> Tensor:
         """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
