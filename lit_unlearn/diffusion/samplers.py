@@ -33,7 +33,7 @@ SAMPLERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-"""Samplers of the noise process of Stable Diffusion and PixArt; if their steps draw noise, it comes from ``generator``."""
+"""Samplers of Stable Diffusion's and PixArt's noise process; if their steps draw noise, it is from ``generator``."""
 
 FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler",)
 """Samplers of flow matching, as Stable Diffusion 3 and FLUX use it."""

@@ -35,6 +35,7 @@ FAMILIES = {
     "tiny_sd3": "context_embedder.weight",
     "tiny_sd3_without_t5": "attn.add_v_proj.weight",
     "tiny_flux": "context_embedder.weight",
+    "tiny_pixart": "attn2.to_v",
 }
 """The models, and what of each is edited."""
 

@@ -85,7 +85,7 @@ class TextKeys:
         """The inputs (m, d_in) at positions ``places`` (m,) of the prompts ``rows`` (m,)."""
         return self.states[self.index[rows], places]
 
-    def all(self) -> Tensor:
+    def read(self) -> Tensor:
         """The inputs (m, d_in) at all positions that are read, of one prompt after the other."""
         found = self.states[self.index]
         return found.flatten(0, 1) if self.mask is None else found[self.mask.to(found.device)]
@@ -218,7 +218,7 @@ def retained_inputs(
             if last_subject:
                 keys = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])
             else:
-                keys = found[way].all()
+                keys = found[way].read()
             moments[way].append(weight * second_moment(keys))
             counts[way], longest[way] = counts[way] + weight * len(keys), max(longest[way], largest_norm(keys))
             if counts[way] < keys.shape[1]:
