@@ -19,8 +19,8 @@ from lit_unlearn.system.errors import plain_warnings
 
 GROUPS: dict[str, str] = {
     "xattn": r"^(unet|transformer)\..*attn2\.",
-    "xattn-kv": r"^(unet|transformer)\..*attn2\.to_[kv]\.",
-    "xattn-v": r"^(unet|transformer)\..*attn2\.to_v\.",
+    "xattn-kv": r"^(unet|transformer)\..*attn2\.to_[kv]\.weight$",
+    "xattn-v": r"^(unet|transformer)\..*attn2\.to_v\.weight$",
     "noxattn": r"^unet\.(?!conv_norm_out\.|conv_out\.|time_embedding\.|.*attn2\.)",
     "esd-u": r"^unet\.(?!.*(attn2\.|norm))",
     "selfattn": r"^(unet|transformer)\..*attn1\.",

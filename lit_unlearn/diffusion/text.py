@@ -123,7 +123,9 @@ class TextEncoder:
         return text.flip(-1).cumsum(-1).flip(-1) > 0  # up to the last token that is not padding
 
     def _attention_mask(self, input_ids: Tensor) -> Tensor | None:
-        return self.reads(input_ids).to(self.model.device) if self.masked else None
+        if not self.masked or input_ids.is_meta:  # transformers asks for the values of a mask; a plan has none
+            return None
+        return self.reads(input_ids).to(self.model.device)
 
     def states(self, input_ids: Tensor) -> Tensor:
         """States (B, L, D) for ``input_ids`` (B, L), which the denoiser attends to."""

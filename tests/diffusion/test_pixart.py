@@ -188,8 +188,8 @@ def test_sites_of_the_groups(tiny_pixart: Path) -> None:
     expected = {
         "context": {"transformer.caption_projection.linear_1.weight"},
         "xattn": {name for name in names if ".attn2." in name},
-        "xattn-kv": {f"{b}.attn2.to_{k}.{end}" for b in blocks for k in "kv" for end in ("weight", "bias")},
-        "xattn-v": {f"{block}.attn2.to_v.{end}" for block in blocks for end in ("weight", "bias")},
+        "xattn-kv": {f"{block}.attn2.to_{kind}.weight" for block in blocks for kind in "kv"},
+        "xattn-v": {f"{block}.attn2.to_v.weight" for block in blocks},
         "selfattn": {name for name in names if ".attn1." in name},
         "text-fc2": {f"text_encoder.encoder.block.{n}.layer.1.DenseReluDense.wo.weight" for n in range(2)},
         "embedding": {"text_encoder.shared.weight"},

@@ -190,7 +190,7 @@ WRITTEN_BY = {
 }
 
 
-@pytest.mark.parametrize(("pattern", "way", "count"), [("context", "tokens", 1), (PROJECTED, "projected", 4)])
+@pytest.mark.parametrize(("pattern", "way", "count"), [("context", "tokens", 1), ("xattn-kv", "projected", 4)])
 @pytest.mark.parametrize("kind", WRITTEN_BY)
 def test_projection_and_cross_attention_are_edited_alike(
     kind: Any, pattern: str, way: str, count: int, pets: str, tiny_pixart: Path, fit: Fit
