@@ -40,6 +40,8 @@ ARCHITECTURES = {
     "stabilityai/stable-diffusion-3.5-large": "sd35_large",
     "black-forest-labs/FLUX.1-dev": "flux1_dev",
     "black-forest-labs/FLUX.1-schnell": "flux1_schnell",
+    "PixArt-alpha/PixArt-XL-2-1024-MS": "pixart_alpha",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart_sigma",
 }
 """The architecture of models of the hub, which need not be downloaded for a plan."""
 T5_LENGTH = 512

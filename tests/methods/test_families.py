@@ -184,7 +184,7 @@ def test_values_are_found_on_both_ways(
     assert all(layer["last_error"] < layer["first_error"] * 1.5 for layer in module.report["layers"].values())
 
 
-@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3"])
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_pixart"])
 def test_a_token_is_learned_in_every_encoder(model: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
     arguments = {"num_tokens": 2, "num_images": 2, "norm_decay": 0.5, **ADAM}
     module: TextualInversion = build(TextualInversion, request.getfixturevalue(model), pets, **arguments)
@@ -199,7 +199,7 @@ def test_a_token_is_learned_in_every_encoder(model: str, pets: str, fit: Fit, re
     assert vocabulary_of(module.model_id)[1] == sum(widths)
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_pixart"])
 def test_names_are_renamed_in_every_vocabulary(model: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
     module: RenameTokens = build(RenameTokens, request.getfixturevalue(model), pets)
     run(module, fit)
