@@ -166,7 +166,7 @@ def subject_places(
     """Rows (m,) and positions (m,) of the edited states of ``phrases``, and positions (m,) in each of the guides.
 
     They are those of ``subject_positions`` for each text encoder in turn, as far as the denoiser reads them; the only
-    one of a pooled vector.
+    one of a pooled vector. A guide that is read to an earlier position gives the state at its last one.
     """
     if not phrases.ids:
         rows = torch.arange(len(phrases))
@@ -182,6 +182,8 @@ def subject_places(
     if phrases.mask is not None:
         read = phrases.mask[rows, places]
         rows, places, guide_places = rows[read], places[read], [found[read] for found in guide_places]
+        last = [guide.mask.sum(1) - 1 for guide in guides if guide.mask is not None]  # read from the first one on
+        guide_places = [found.minimum(end[rows]) for found, end in zip(guide_places, last, strict=True)]
     return rows, places, guide_places
 
 

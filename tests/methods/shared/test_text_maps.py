@@ -114,3 +114,13 @@ def test_padding_that_nothing_reads_is_neither_edited_nor_retained(way: str, tin
     assert kept.count == tokens[0] + tokens[1] + 3
     weights = torch.tensor([*[1.0] * (len(rows) - 1), 3.0], dtype=torch.float64).unsqueeze(1)
     assert_close(kept.moment, rows.double().mT @ (weights * rows.double()), rtol=0, atol=1e-4)
+
+
+def test_no_goal_is_padding_that_nothing_reads(tiny_pixart: Path) -> None:
+    pipeline = load_pipeline(str(tiny_pixart))
+    edited, guides = text_keys(pipeline, ["dog", "dog"], ["", "the cat at sunset"], ways=["tokens"])
+    rows, places, (goals,) = subject_places(pipeline, edited["tokens"], [guides["tokens"]], "from_subject")
+    dog, cat = (len(ids) for ids in pipeline.texts[0].tokenizer(["dog", "the cat at sunset"]).input_ids)
+    assert rows.tolist() == [0, 0, 1, 1]
+    assert places.tolist() == [dog - 2, dog - 1] * 2  # the last token of the name, and the end of the text
+    assert goals.tolist() == [0, 0, cat - 2, cat - 1]  # of the empty prompt its end, which is all that is read
