@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_families import build_flux, build_sd3, build_sdxl
+from tiny_families import build_flux, build_pixart, build_sd3, build_sdxl
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -167,6 +167,18 @@ def tiny_sd3_without_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of the form of FLUX.1 dev; its pictures are large, and it is not to be written to."""
     return build_flux(tmp_path_factory.mktemp("models") / "tiny-flux", guidance_embeds=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of the form of PixArt-Alpha for 512 pixels or fewer; not to be written to."""
+    return build_pixart(tmp_path_factory.mktemp("models") / "tiny-pixart", alpha=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_sigma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of the form of PixArt-Sigma; not to be written to."""
+    return build_pixart(tmp_path_factory.mktemp("models") / "tiny-pixart-sigma", alpha=False)
 
 
 @pytest.fixture(scope="session")

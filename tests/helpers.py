@@ -92,6 +92,8 @@ def load_copy(model: str | Path, *options: Any) -> StableDiffusion:
     if model not in SHARED:
         return load_pipeline(model, *options)
     loaded = load_once(model, *options)
+    if not isinstance(loaded.tokenizer, CLIPTokenizer):
+        return copy.deepcopy(loaded)
     # A copied tokenizer does not decode as the original.
     tokenizer = CLIPTokenizer.from_pretrained(resolve_model(model), subfolder="tokenizer")
     return replace(copy.deepcopy(replace(loaded, tokenizer=None)), tokenizer=tokenizer)  # type: ignore[arg-type]

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -206,6 +210,33 @@ def build_flux(output: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
     draw_weights(transformer, 3, gain=1.0)
     sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
     FluxPipeline(sampler, vae, first, tokenizer, second, tokenizer_2, transformer).save_pretrained(output)
+    SHARED.add(str(output))
+    return output
+
+
+def build_pixart(output: Path, alpha: bool, sample_size: int = 8, **config: Any) -> Path:
+    """Write a pipeline in the layout of PixArt-Alpha, or PixArt-Sigma; its pictures have 16 by 16 pixels."""
+    tokenizer, width = t5_tokenizer(), 48
+    with torch.random.fork_rng():
+        encoder = t5(tokenizer, 2, width)
+        transformer = PixArtTransformer2DModel(
+            sample_size=sample_size,
+            num_layers=2,
+            num_attention_heads=4,
+            attention_head_dim=6,
+            cross_attention_dim=24,
+            caption_channels=width,
+            **{"out_channels": 8, **config},
+        )
+        vae = autoencoder(4, scaling_factor=0.18215 if alpha else 0.13025)
+    draw_weights(transformer, 3, gain=1.0)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight")):
+                weight.mul_(4)  # at that size a prompt would hardly matter
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    kind: Any = PixArtAlphaPipeline if alpha else PixArtSigmaPipeline
+    kind(tokenizer, encoder, vae, transformer, scheduler).save_pretrained(output)
     SHARED.add(str(output))
     return output
 

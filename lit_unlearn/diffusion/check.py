@@ -197,7 +197,18 @@ def load_tokenizer(path: Path, part: str, declared: Part, model: str, text_confi
             f"model={model!r}: the {part} knows {last + 1} tokens, and {who} embeds vocab_size="
             f"{text_config.vocab_size}: give config_folder=FOLDER with the {part} of that model."
         )
+    if declared.lowers:
+        _lower(tokenizer)
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _lower(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer make what it reads lower case; the places of its tokens in a text stay known."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = Sequence([Lowercase(), *own])
 
 
 def read_tokenizers(path: Path, model: str) -> dict[str, PreTrainedTokenizerBase]:

@@ -52,7 +52,7 @@ def names_mask(
     return mask
 
 
-def difference_mask(input_ids: Tensor, target_ids: Tensor, eos_token_id: int) -> Tensor:
+def difference_mask(input_ids: Tensor, target_ids: Tensor, eos_token_id: int, begins: bool = True) -> Tensor:
     """Mark the tokens in which each prompt differs from its target: those between their shared beginning and end.
 
     In a prompt that describes a concept without its name, these tokens refer to the concept.
@@ -61,24 +61,26 @@ def difference_mask(input_ids: Tensor, target_ids: Tensor, eos_token_id: int) ->
         input_ids: Tokenized edit prompts, (B, L).
         target_ids: Tokenized target prompts, (B, L).
         eos_token_id: Token that ends a prompt.
+        begins: Whether every prompt begins with a token of its own.
 
     Returns:
         (B, L) bool; all false for a prompt whose target only adds words.
     """
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    lengths = [positions_mask(ids, eos_token_id, "content").sum(-1).tolist() for ids in (input_ids, target_ids)]
+    first = int(begins)
+    lengths = [positions_mask(ids, eos_token_id, "content", begins).sum(-1).tolist() for ids in (input_ids, target_ids)]
     for row, (length, target_length) in enumerate(zip(*lengths, strict=True)):
-        text = input_ids[row, 1 : 1 + length].tolist()
-        target = target_ids[row, 1 : 1 + target_length].tolist()
+        text = input_ids[row, first : first + length].tolist()
+        target = target_ids[row, first : first + target_length].tolist()
         shortest = min(length, target_length)
         prefix = next((i for i in range(shortest) if text[i] != target[i]), shortest)
         rest = shortest - prefix
         suffix = next((i for i in range(rest) if text[-1 - i] != target[-1 - i]), rest)
-        mask[row, 1 + prefix : 1 + length - suffix] = True
+        mask[row, first + prefix : first + length - suffix] = True
     return mask
 
 
-def eot_mask(input_ids: Tensor, eos_token_id: int, padding: Padding = "first_eot") -> Tensor:
+def eot_mask(input_ids: Tensor, eos_token_id: int, padding: Padding = "first_eot", begins: bool = True) -> Tensor:
     """Mark the end of the text in each prompt, (B, L) bool.
 
     Args:
@@ -87,7 +89,9 @@ def eot_mask(input_ids: Tensor, eos_token_id: int, padding: Padding = "first_eot
         padding: ``first_eot``: only the first one, with any padding token. ``all_eot``: every one of them. Stable
             Diffusion 2.x pads with another token, so both are the same there; 1.x pads with the end-of-text token
             itself, so ``all_eot`` marks all of the padding.
+        begins: Whether every prompt begins with a token of its own.
     """
     eot = input_ids == eos_token_id
-    eot[:, 0] = False  # the first token begins the text, and may have the same id
+    if begins:
+        eot[:, 0] = False  # the first token begins the text, and may have the same id
     return eot if padding == "all_eot" else eot & (eot.cumsum(-1) == 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -186,11 +186,14 @@ class DDIM:
             learning_rate: Its learning rate.
         """
         levels, x = self.levels, chain[0]
-        tensors = [unconditional.states, *([] if unconditional.pooled is None else [unconditional.pooled])]
+        fields = ["states", *([] if unconditional.pooled is None else ["pooled"])]
+        tensors = [getattr(unconditional, field) for field in fields]
         empty = [tensor.detach().clone() for tensor in tensors]
 
         def after(number: int, x: Tensor, empty: list[Tensor], for_prompt: Tensor) -> Tensor:
-            for_empty = self.prediction(x, self.timesteps[number], [Condition(*empty)], 1.0)
+            for_empty = self.prediction(
+                x, self.timesteps[number], [replace(unconditional, **dict(zip(fields, empty, strict=True)))], 1.0
+            )
             guided = for_empty + guidance_scale * (for_prompt - for_empty)
             return self.move(x, guided, levels[number], levels[number + 1])
 

@@ -40,6 +40,8 @@ ARCHITECTURES = {
     "stabilityai/stable-diffusion-3.5-large": "sd35_large",
     "black-forest-labs/FLUX.1-dev": "flux1_dev",
     "black-forest-labs/FLUX.1-schnell": "flux1_schnell",
+    "PixArt-alpha/PixArt-XL-2-1024-MS": "pixart_alpha",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart_sigma",
 }
 """The architecture of models of the hub, which need not be downloaded for a plan."""
 T5_LENGTH = 512
@@ -140,7 +142,7 @@ class DescribedModel(BaseModel):
         for name, part in declared_parts(self.folder, self.name).items():
             if part.encoder:
                 positions = getattr(parts[part.encoder].config, "max_position_embeddings", None)
-                parts[name] = SimpleNamespace(model_max_length=positions or T5_LENGTH)
+                parts[name] = SimpleNamespace(model_max_length=positions or T5_LENGTH, pad_token_id=0)
         family: Any = self.family
         index = read_config(self.folder / "model_index.json")
         scheduler = load_scheduler(self.folder, self.name)

@@ -23,7 +23,7 @@ def whole_words(
     included.
 
     Args:
-        tokenizer: Byte-pair tokenizer whose words end in ``</w>``.
+        tokenizer: Byte-pair tokenizer whose words end in ``</w>``, or unigram tokenizer whose words begin with ``▁``.
         forbidden: Returns whether a word should be left out.
         phrases: Texts whose tokens should all be left out.
 
@@ -37,9 +37,9 @@ def whole_words(
     for ids in token_ids(tokenizer, phrases):
         left_out |= set(ids)
     words = {
-        number: token.removesuffix("</w>")
+        number: word
         for token, number in tokenizer.get_vocab().items()
-        if token.endswith("</w>") and number not in left_out
+        if (word := _word(token)) and number not in left_out
     }
     found = []
     if words:
@@ -61,7 +61,7 @@ def shared_words(
     So a searched prompt means the same places to all text encoders, and can be typed.
 
     Args:
-        tokenizers: E tokenizers, the first of them a byte-pair tokenizer whose words end in ``</w>``.
+        tokenizers: E tokenizers, each as for ``whole_words``.
         forbidden: As for ``whole_words``.
         phrases: As for ``whole_words``, for each of the tokenizers.
 
@@ -88,4 +88,9 @@ def shared_words(
 
 def words_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of tokens from ``whole_words``."""
-    return " ".join(token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(list(ids)))
+    return " ".join(map(_word, tokenizer.convert_ids_to_tokens(list(ids))))
+
+
+def _word(token: str) -> str:
+    """The word that a token of a vocabulary stands for; empty if it is a part of a word."""
+    return token.removesuffix("</w>") if token.endswith("</w>") else token[1:] if token.startswith("▁") else ""

@@ -1,7 +1,7 @@
 """Noise processes: how a picture becomes noise, what a denoiser learns to predict, and the sampler that removes noise.
 
-``DDPM`` is the process of Stable Diffusion 1, 2 and XL; its denoiser predicts noise or velocity. ``Flow`` is that of
-Stable Diffusion 3 and FLUX. Both have the same interface.
+``DDPM`` is the process of Stable Diffusion 1, 2 and XL and of PixArt; its denoiser predicts noise or velocity. ``Flow``
+is that of Stable Diffusion 3 and FLUX. Both have the same interface.
 """
 
 from __future__ import annotations

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.text_ways import WAYS
+from lit_unlearn.diffusion.text_ways import FIRST, WAYS
 from lit_unlearn.system.errors import plain_warnings
 
 GROUPS: dict[str, str] = {
-    "xattn": r"^unet\..*attn2\.",
-    "xattn-kv": r"^unet\..*attn2\.to_[kv]\.",
-    "xattn-v": r"^unet\..*attn2\.to_v\.",
+    "xattn": r"^(unet|transformer)\..*attn2\.",
+    "xattn-kv": r"^(unet|transformer)\..*attn2\.to_[kv]\.weight$",
+    "xattn-v": r"^(unet|transformer)\..*attn2\.to_v\.weight$",
     "noxattn": r"^unet\.(?!conv_norm_out\.|conv_out\.|time_embedding\.|.*attn2\.)",
     "esd-u": r"^unet\.(?!.*(attn2\.|norm))",
-    "selfattn": r"^unet\..*attn1\.",
+    "selfattn": r"^(unet|transformer)\..*attn1\.",
     "full": r"^(unet|transformer)\.",
     "joint-kv": r"^transformer\..*\.attn\.add_[kv]_proj\.weight$",
-    "context": "|".join(WAYS.values()),
+    "context": "|".join(WAYS[way] for way in FIRST),
     "embedding": r"^text_encoder(_\d)?\.(.*token_embedding|shared)\.weight$",
     "text-fc1": r"^text_encoder(_\d)?\..*(mlp\.fc1|DenseReluDense\.wi(_\d)?)\.weight$",
     "text-fc2": r"^text_encoder(_\d)?\..*(mlp\.fc2|DenseReluDense\.wo)\.weight$",
@@ -36,16 +36,23 @@ GROUPS: dict[str, str] = {
 ``xattn``, ``noxattn``, ``selfattn`` and ``full`` are those of ESD's code of 2023, where ``conv_norm_out`` and
 ``conv_out`` are called ``out.``, and ``time_embedding`` is called ``time_embed``. ``esd-u`` is that of its code of
 2025: all linear layers and convolutions outside cross-attention, including those of the time embedding and the output.
-Its ``esd-x`` equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``. The groups of a UNet select nothing in a
-transformer, except ``full``. ``joint-kv`` is what turns text into keys and values of joint attention. ``context`` is
-every first linear map on the text encoders' outputs: K and V of a UNet's cross-attention, or ``context_embedder``; and
-the first map on the pooled vector, if there is one. ``text-fc1`` and ``text-fc2`` are the linear layers of the
-feed-forward networks of all text encoders (``wi`` and ``wo`` in a T5).
+Its ``esd-x`` equals ``xattn``, its ``esd-x-strict`` equals ``xattn-kv``. ``noxattn`` and ``esd-u`` select
+nothing in a transformer; those of cross- and self-attention do in one that has both, such as PixArt's, and nothing in
+one with joint attention, whose ``attn2`` is between parts of the picture. ``joint-kv`` is what turns text into keys and
+values of joint attention. ``context`` is every first linear map on the text encoders' outputs: K and V of a UNet's
+cross-attention, ``context_embedder``, or the first layer of ``caption_projection``; and the first map on the pooled
+vector, if there is one. ``text-fc1`` and ``text-fc2`` are the linear layers of the feed-forward networks of all text
+encoders (``wi`` and ``wo`` in a T5).
 """
+CROSS_ATTENTION = ("xattn", "xattn-kv", "xattn-v")
+"""The groups of cross-attention to the prompt."""
+JOINT = re.compile(r"^transformer\..*\.attn\.add_k_proj\.")
+"""Names of weights by which a transformer has joint attention."""
 
 
 LABELS = {
     "context_embedder": "context",
+    "caption_projection.linear_1": "context",
     "time_text_embed.text_embedder.linear_1": "pooled",
     "add_embedding.linear_1": "pooled",
 }
@@ -66,13 +73,14 @@ def match_parameters(pattern: str, names: Iterable[str], unread: Collection[str]
         ValueError: The expression is invalid, or selects nothing, or only weights that are not read.
     """
     names = list(names)
+    joint = pattern in CROSS_ATTENTION and any(JOINT.match(name) for name in names)
     try:
         expression = re.compile(GROUPS.get(pattern, pattern))
     except re.error as error:
         raise ValueError(
             f"edited_parameters={pattern!r} is not a regular expression ({error}): give a group or correct it."
         ) from error
-    matched = [name for name in names if expression.search(name)]
+    matched = [] if joint else [name for name in names if expression.search(name)]
     selected = [name for name in matched if name not in unread]
     left_out = [name for name in matched if name in unread]
     if left_out and not selected:
@@ -121,14 +129,14 @@ def layer_label(name: str) -> str:
     """Short name of the layer of the weight ``name`` for figures: ``layer 3``, ``down 1.0 K``, ``mid 0 FF``.
 
     Layers of a second or third text encoder are ``encoder 2 layer 3``; the maps of ``context`` are ``context`` and
-    ``pooled``; those of joint attention are ``block 3 K``.
+    ``pooled``; those of joint attention, and of a transformer's cross-attention, are ``block 3 K``.
     """
     part, _, inside = name.removesuffix(".weight").partition(".")
-    if found := LABELS.get(inside):
-        return found
+    if label := LABELS.get(inside):
+        return label
     if part == "transformer":
-        joint = re.fullmatch(r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", inside)
-        return f"block {joint[1]} {joint[2].upper()}" if joint else inside
+        found = re.fullmatch(r"transformer_blocks\.(\d+)\.(?:attn\.add|attn2\.to)_([qkv])(?:_proj)?", inside)
+        return f"block {found[1]} {found[2].upper()}" if found else inside
     if part != "unet":
         number = part.removeprefix("text_encoder").removeprefix("_")
         return f"encoder {number} layer {layer_index(name)}" if number else f"layer {layer_index(name)}"
@@ -141,7 +149,7 @@ def layer_label(name: str) -> str:
     return f"{place} {'.'.join(numbers)} {kind}"
 
 
-CALLED = ("add", "time", "context", "down", "mid", "up", "transformer", "single")
+CALLED = ("add", "time", "adaln", "context", "caption", "down", "mid", "up", "transformer", "single")
 """How names of a denoiser's layers begin, in the order in which these are called."""
 
 

@@ -22,12 +22,14 @@ class Part:
         optional: Whether the pipeline can do without it.
         encoder: Of a tokenizer: the name of its text encoder; empty for other parts.
         length: Of a tokenizer: most tokens that its text encoder reads, if the tokenizer has no lower limit of its own.
+        lowers: Of a tokenizer: whether the pipeline makes prompts lower case before it reads them.
     """
 
     kinds: tuple[str, ...] = ()
     optional: bool = False
     encoder: str = ""
     length: int | None = None
+    lowers: bool = False
 
     @property
     def has_weights(self) -> bool:
@@ -73,6 +75,7 @@ KINDS: dict[str, Kind] = {
     "UNet2DConditionModel": Kind("diffusers"),
     "SD3Transformer2DModel": Kind("diffusers"),
     "FluxTransformer2DModel": Kind("diffusers"),
+    "PixArtTransformer2DModel": Kind("diffusers"),
     # Names that diffusers changes when it loads an autoencoder of 2022.
     "AutoencoderKL": Kind(
         "diffusers",

@@ -57,6 +57,8 @@ class Pipeline(ReadsText):
     """Name of the denoiser among ``parts``."""
     cross_attention: ClassVar[bool] = True
     """Whether the picture attends to the text alone in layers of their own, ``attn2``, as in a UNet."""
+    begins: ClassVar[bool] = True
+    """Whether the picture attends to a token that begins every prompt, as CLIP's do and T5's do not."""
     flow: ClassVar[bool] = False
     """Whether the denoiser is trained with flow matching, see ``Flow``."""
     takes_guidance: ClassVar[bool] = False
@@ -64,6 +66,10 @@ class Pipeline(ReadsText):
     read_after: ClassVar[Mapping[str, Mapping[str, int]]]
     """For each text encoder, the layer after which each way of the text reads it (``text_ways``), counted from the last
     (-1); layers behind all of them act on nothing."""
+    ways: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
+    """The ways (``text_ways``) on which text may enter the denoiser."""
+    loads_lora: ClassVar[bool] = True
+    """Whether diffusers' pipeline loads LoRA weights."""
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that diffusers' pipeline changes in configurations of 2022 when it loads them, by part."""
 

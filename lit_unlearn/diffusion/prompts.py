@@ -128,31 +128,49 @@ def _beginnings(text: str) -> list[str]:
 _WARNED_OF: set[tuple[str, str, int]] = set()
 
 
-def encode(text_encoder: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Return ``encoder_hidden_states`` (B, L, D), which the UNet attends to, for ``input_ids`` (B, L)."""
-    return text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
+def encode(text_encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return ``encoder_hidden_states`` (B, L, D), which the UNet attends to, for ``input_ids`` (B, L).
+
+    Args:
+        text_encoder: The text encoder.
+        input_ids: The tokens.
+        mask: Positions that the encoder itself reads, (B, L) bool; None for all.
+    """
+    return text_encoder(input_ids.to(text_encoder.device), attention_mask=mask).last_hidden_state
 
 
-def residual_stream(text_encoder: PreTrainedModel, input_ids: Tensor, layer: int = -1) -> Tensor:
-    """Output (n, L, D), float32, of ``layer`` (default: the last) for ``input_ids`` (n, L), before any final norm."""
+def residual_stream(
+    text_encoder: PreTrainedModel, input_ids: Tensor, layer: int = -1, mask: Tensor | None = None
+) -> Tensor:
+    """Output (n, L, D), float32, of ``layer`` (default: the last) for ``input_ids`` (n, L), before any final norm.
+
+    Args:
+        text_encoder: The text encoder.
+        input_ids: The tokens.
+        layer: Number of the layer, from 0 or, counted from the last, -1.
+        mask: As for ``encode``, (n, L).
+    """
     number = layer + 1 if layer >= 0 else layer  # the first of the hidden states are the embeddings
+    ids = input_ids.split(ENCODE_BATCH)
+    masks = [None] * len(ids) if mask is None else mask.split(ENCODE_BATCH)
     parts = [
-        _hidden_states(text_encoder, part.to(text_encoder.device))[number].float()
-        for part in input_ids.split(ENCODE_BATCH)
+        _hidden_states(text_encoder, part.to(text_encoder.device), own)[number].float()
+        for part, own in zip(ids, masks, strict=True)
     ]
     return torch.cat(parts)
 
 
-def _hidden_states(text_encoder: PreTrainedModel, input_ids: Tensor) -> Sequence[Tensor]:
+def _hidden_states(text_encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
     """The embeddings and the output of each layer, before any final norm, (n, L, D) each; gradients flow."""
     # Of a T5, transformers gives the last one after the norm.
     norm = getattr(getattr(text_encoder, "encoder", None), "final_layer_norm", None)
     if norm is None:
-        return text_encoder(input_ids, output_hidden_states=True).hidden_states  # type: ignore[no-any-return]
+        found = text_encoder(input_ids, attention_mask=mask, output_hidden_states=True)
+        return found.hidden_states  # type: ignore[no-any-return]
     last: list[Tensor] = []
     handle = norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
     try:
-        *states, _ = text_encoder(input_ids, output_hidden_states=True).hidden_states
+        *states, _ = text_encoder(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
     finally:
         handle.remove()
     return [*states, *last]

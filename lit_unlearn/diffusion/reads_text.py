@@ -33,6 +33,10 @@ class ReadsText(ABC):
         """Reads prompts as the text encoders do."""
         return PromptReader(*zip(*((text.tokenizer, text.length, text.part) for text in self.texts), strict=True))
 
+    def read_positions(self, tokens: Tokens) -> Tensor | None:
+        """Positions of the states of ``tokens`` that the denoiser reads, (B, L) bool; None for all."""
+        return None
+
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """``prompts`` as each text encoder reads them; warns of prompts that are cut off."""
         return Tokens(tuple(text.tokenize(prompts) for text in self.texts))

@@ -33,7 +33,7 @@ SAMPLERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-"""Samplers with Stable Diffusion's noise process; if their steps draw noise, it comes from ``generator``."""
+"""Samplers of Stable Diffusion's and PixArt's noise process; if their steps draw noise, it is from ``generator``."""
 
 FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler",)
 """Samplers of flow matching, as Stable Diffusion 3 and FLUX use it."""
@@ -67,7 +67,7 @@ def make_sampler(name: object, config: Mapping[str, Any], model: str, flow: bool
     import diffusers
 
     if name not in (FLOW_SAMPLERS if flow else SAMPLERS):
-        why = "is not for models of flow matching" if flow else "is not for Stable Diffusion 1, 2 and XL"
+        why = "is not for models of flow matching" if flow else "is not for models that predict noise or velocity"
         if name in _BROWNIAN:
             why = "draws noise that is not a picture's own"
         if not isinstance(name, str) or not hasattr(diffusers, name):
@@ -101,8 +101,8 @@ def _check_settings(config: Mapping[str, Any], model: str) -> None:
     if str(config.get("variance_type") or "").startswith("learned") or config.get("use_flow_sigmas"):
         field = "use_flow_sigmas" if config.get("use_flow_sigmas") else "variance_type"
         raise ValueError(
-            f"model={model!r} has {field}={config[field]!r} in scheduler/scheduler_config.json, which is for other "
-            "models than Stable Diffusion 1, 2 and XL: remove it."
+            f"model={model!r} has {field}={config[field]!r} in scheduler/scheduler_config.json, which the "
+            "denoiser's predictions do not fit: remove it."
         )
 
 

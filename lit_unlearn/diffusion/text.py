@@ -64,6 +64,7 @@ class TextEncoder:
         layer: Number of the hidden states that the denoiser attends to, counted from the last (-1), without a final
             norm; None for the last ones after the final norm.
         positions: Number of positions that the encoder reads, L; None takes the tokenizer's ``model_max_length``.
+        masked: Whether nothing reads the padding behind a text: neither the encoder nor the denoiser.
     """
 
     part: str
@@ -71,6 +72,7 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     layer: int | None = None
     positions: int | None = None
+    masked: bool = False
 
     @property
     def length(self) -> int:
@@ -113,10 +115,22 @@ class TextEncoder:
         """The tokens as text, as they are in the vocabulary."""
         return list(self.tokenizer.convert_ids_to_tokens(list(tokens)))
 
+    def reads(self, input_ids: Tensor) -> Tensor:
+        """Positions of ``input_ids`` (B, L) that are read, (B, L) bool: all, or without padding if it is masked."""
+        if not self.masked:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        text = input_ids != self.tokenizer.pad_token_id
+        return text.flip(-1).cumsum(-1).flip(-1) > 0  # up to the last token that is not padding
+
+    def _attention_mask(self, input_ids: Tensor) -> Tensor | None:
+        if not self.masked or input_ids.is_meta:  # transformers asks for the values of a mask; a plan has none
+            return None
+        return self.reads(input_ids).to(self.model.device)
+
     def states(self, input_ids: Tensor) -> Tensor:
         """States (B, L, D) for ``input_ids`` (B, L), which the denoiser attends to."""
         if self.layer is None:
-            return encode(self.model, input_ids)
+            return encode(self.model, input_ids, self._attention_mask(input_ids))
         return self.read(input_ids)[0]
 
     def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +139,11 @@ class TextEncoder:
         The pooled vectors of a ``CLIPTextModelWithProjection`` are ``text_embeds``, those of a ``CLIPTextModel`` are
         ``pooler_output``; a T5 has none.
         """
-        output = self.model(input_ids.to(self.model.device), output_hidden_states=self.layer is not None)
+        output = self.model(
+            input_ids.to(self.model.device),
+            attention_mask=self._attention_mask(input_ids),
+            output_hidden_states=self.layer is not None,
+        )
         pooled = output.get("text_embeds", output.get("pooler_output"))
         return output.last_hidden_state if self.layer is None else output.hidden_states[self.layer], pooled
 
@@ -139,7 +157,7 @@ class TextEncoder:
         """
         if layer is None:
             layer = -1 if self.layer is None else self.layer
-        return residual_stream(self.model, input_ids, layer)
+        return residual_stream(self.model, input_ids, layer, self._attention_mask(input_ids))
 
     @contextmanager
     def learned(self, embeddings: Tensor, slots: Tensor) -> Iterator[None]:

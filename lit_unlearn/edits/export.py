@@ -222,8 +222,14 @@ def export_lora(
     """Write the edit as LoRA weights (``low_rank``), with ``facts`` as metadata; return its rank and residuals.
 
     Raises:
-        ValueError: The edit changes weights that diffusers does not read as LoRA, or ``dtype`` cannot hold the factors.
+        ValueError: The edit changes weights that diffusers does not read as LoRA, or ``dtype`` cannot hold the factors;
+            or diffusers reads no LoRA weights for the family.
     """
+    if not (family := base.family).loads_lora:
+        raise ValueError(
+            f"lora: diffusers reads no LoRA weights for {family.title} ({family.index_class}): use --delta, or export "
+            "the folder."
+        )
     before = base.weights(edit.weights, edit.dtype)
     assert before is not None  # ``provenance`` has hashed them
     names = LoraNames.of(naming, {name.partition(".")[0] for name in base.weight_names()})

@@ -113,10 +113,10 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         self.anchor_guidance_scale = self.guidance_scale if anchor_guidance_scale is None else anchor_guidance_scale
         self.anchor_folder, self.anchor_batch_size = anchor_folder, anchor_batch_size
         self.prior_weight, self.augmentation = prior_weight, augmentation
-        if freeze_bos and self.base.names and not self.base.family.cross_attention:
+        if freeze_bos and self.base.names and not self.base.family.begins:
             raise ValueError(
-                "model.freeze_bos=true stops a gradient in keys and values of cross-attention, which "
-                f"{self.base.family.title} does not have: set it to false."
+                "model.freeze_bos=true stops a gradient in keys and values of cross-attention to the token that begins "
+                f"every prompt, which {self.base.family.title} does not have: set it to false."
             )
         self.freeze_bos, self.scale_lr = freeze_bos, scale_lr
         self.pairs = [ablation_pairs(concept, prompts) for concept in self.repaired]

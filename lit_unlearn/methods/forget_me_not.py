@@ -146,7 +146,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
 
     def prepare_prompts(self) -> None:
         """Tokenize the prompts and mark the concept's tokens: ``prompts`` and ``mask`` (n, L)."""
-        pipeline = self.pipeline
+        pipeline, text = self.pipeline, self.pipeline.texts[0]
         if self.embeddings is not None:
             self.prompts = pipeline.tokenize_templates(self.edit_prompts, len(self.embeddings))
             mask = self.prompts.slots[0] >= 0
@@ -154,7 +154,7 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             self.prompts = pipeline.tokenize(self.edit_prompts)
             mask = self.concept_mask(self.prompts.ids[0])
         if self.include_eot:
-            mask |= eot_mask(self.prompts.ids[0], pipeline.texts[0].eos, self.padding)
+            mask |= eot_mask(self.prompts.ids[0], text.eos, self.padding, text.begins)
         self.mask = mask.to(self.device)
         self.known: dict[int, Condition] = {}
 
@@ -172,9 +172,9 @@ class ForgetMeNot(GradientEditor, ReferenceImages):
             mask[rows] = text.names_mask(prompts, concept.occurrences)
         if not self.named:
             targets = text.tokenize([prompt for concept in self.repaired for prompt in concept.target_prompts])
-            differs = difference_mask(input_ids, targets, text.eos)
+            differs = difference_mask(input_ids, targets, text.eos, text.begins)
             mask = torch.where(mask.any(-1, keepdim=True), mask, differs)
-        content = positions_mask(input_ids, text.eos, "content")
+        content = positions_mask(input_ids, text.eos, "content", text.begins)
         return torch.where(mask.any(-1, keepdim=True), mask, content)
 
     def texts(self, number: int) -> list[str]:

@@ -20,7 +20,7 @@ from nothing in FLUX.1) there is no such edit, and the fit says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import pairs_of
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
-from lit_unlearn.methods.shared.text_maps import by_way, select_first_maps
+from lit_unlearn.methods.shared.text_maps import by_way, flattened, select_first_maps
 from lit_unlearn.system.devices import for_solving
 
 
@@ -159,12 +159,12 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         self.ways = by_way(self.edited_names)
         self.keys, self.target_keys = self.edited_states(self.pairs)
         self.carrying = self.carrying_states()
-        empty = {way: inputs[0] for way, inputs in self.inputs(self.pipeline.tokenize([""])).items()}
-        retained = self.inputs(self.pipeline.tokenize(self.retain_prompts))
-        push = self.push() if self.pushed else {}
+        nothing, others = self.pipeline.tokenize([""]), self.pipeline.tokenize(self.retain_prompts)
+        empty, retained = (self.flat(tokens, self.inputs(tokens)) for tokens in (nothing, others))
+        push = self.flat(nothing, self.push()) if self.pushed else {}
         found: dict[str, Retained] = {}
         for way, names in self.ways.items():
-            kept = retained[way].flatten(0, 1)
+            kept = retained[way]
             moment, count, longest = second_moment(kept).cpu(), len(kept), largest_norm(kept)
             if self.pushed:
                 # As many empty prompts as there are pairs, since each picture of a pair has one in its guidance.
@@ -174,7 +174,8 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
                 self.target_keys[way] = torch.cat([self.target_keys[way], scale * goal])
             else:
                 moment = moment + len(self.retain_prompts) * second_moment(empty[way]).cpu()
-                count, longest = 2 * count, max(longest, largest_norm(empty[way]))
+                count += len(self.retain_prompts) * len(empty[way])
+                longest = max(longest, largest_norm(empty[way]))
             own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
             found |= dict.fromkeys(names, own)
         self.retained = found
@@ -196,17 +197,19 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         return {way: found.float() for way, found in pipeline.first_inputs(condition).items() if way in self.ways}
 
     def edited_states(self, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """K1 and K1* of each way, (n L, D) float32: inputs at edit prompts, and at aligned places of targets."""
+        """K1 and K1* of each way, (m, D) float32: inputs at edit prompts, and at aligned places of targets."""
         tokens, targets = (self.pipeline.tokenize([pair[side] for pair in pairs]) for side in (0, 1))
-        goals = self.goals(tokens, targets)
-        return {way: found.flatten(0, 1) for way, found in self.inputs(tokens).items()}, goals
+        return self.flat(tokens, self.inputs(tokens)), self.flat(tokens, self.goals(tokens, targets))
+
+    def flat(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``inputs`` (n, L, D) of each way at the positions of ``tokens`` that are read, (m, D)."""
+        return flattened(self.pipeline, tokens, inputs)
 
     def goals(self, tokens: Tokens, targets: Tokens) -> dict[str, Tensor]:
-        """K1* of each way, (n L, D) float32: inputs at ``targets``, at the positions of ``tokens`` aligned."""
-        goals = self.inputs(targets)
-        if "tokens" in goals:
-            goals["tokens"] = taken(goals["tokens"], self.aligned(tokens, targets))
-        return {way: found.flatten(0, 1) for way, found in goals.items()}
+        """K1* of each way, (n, L, D) float32: inputs at ``targets``, at the positions of ``tokens`` aligned."""
+        aligned = self.aligned(tokens, targets)
+        goals = self.inputs(targets).items()
+        return {way: found if way == "pooled" else taken(found, aligned) for way, found in goals}
 
     def aligned(self, tokens: Tokens, targets: Tokens) -> Tensor:
         """For each position of ``tokens``, the position of ``targets`` whose output it gets, (n, L)."""
@@ -219,17 +222,18 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         return torch.cat(parts, dim=1)
 
     def carrying_states(self) -> dict[str, Tensor]:
-        """Which inputs (n L,) at edit prompts can have seen the concept: all, if an encoder reads both directions."""
+        """Which inputs (m,) at edit prompts can have seen the concept: all, if an encoder reads both directions."""
         tokens, targets = (self.pipeline.tokenize([pair[side] for pair in self.pairs]) for side in (0, 1))
         masks = []
         for number in self.pipeline.token_order:
             ids, others = tokens.ids[number], targets.ids[number]
             causal = self.pipeline.texts[number].causal
             masks.append(from_first_difference(ids, others) if causal else torch.ones_like(ids, dtype=torch.bool))
-        return {"tokens": torch.cat(masks, dim=1).flatten(), "pooled": torch.ones(len(tokens), dtype=torch.bool)}
+        states, vectors = torch.cat(masks, dim=1), torch.ones(len(tokens), 1, dtype=torch.bool)
+        return self.flat(tokens, {way: vectors if way == "pooled" else states for way in self.ways})
 
     def push(self) -> dict[str, Tensor]:
-        """The directions of all pushed concepts on each way, (L, D): edit minus target inputs, a mean each.
+        """The directions of all pushed concepts on each way, (1, L, D): edit minus target inputs, a mean each.
 
         Of states it is the mean after the text, for each text encoder; the first token of a CLIP is the same in every
         prompt and has none.
@@ -237,11 +241,11 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         total: dict[str, Tensor] = {}
         for concept in self.pushed:
             pairs = pairs_of(concept)
-            keys, goals = self.edited_states(pairs)
-            tokens = self.pipeline.tokenize([text for text, _ in pairs])
-            for way, found in keys.items():
-                missing = (found - goals[way]).unflatten(0, (len(pairs), -1))
-                total[way] = total.get(way, torch.zeros(1)).to(found) + self._direction(way, missing, tokens)
+            tokens, targets = (self.pipeline.tokenize([pair[side] for pair in pairs]) for side in (0, 1))
+            goals = self.goals(tokens, targets)
+            for way, found in self.inputs(tokens).items():
+                own = self._direction(way, found - goals[way], tokens)
+                total[way] = total.get(way, torch.zeros(1)).to(found) + own.unsqueeze(0)
         return total
 
     def _direction(self, way: str, missing: Tensor, tokens: Tokens) -> Tensor:
@@ -251,7 +255,7 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         parts, start = [], 0
         for number in self.pipeline.token_order:
             text, ids = self.pipeline.texts[number], tokens.ids[number]
-            after = positions_mask(ids, text.eos, "eot", text.begins).flatten().to(missing.device)
+            after = (positions_mask(ids, text.eos, "eot", text.begins) & text.reads(ids)).flatten().to(missing.device)
             own = missing[:, start : start + ids.shape[1]].flatten(0, 1)[after].mean(0)
             parts.append(own.expand(ids.shape[1], -1).clone())
             if text.begins:
@@ -335,10 +339,10 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         """Keys that the attacks up to ``epoch`` have found on each way, and the keys whose outputs they get, (m, D)."""
         keys, goals = ({way: [found[:0]] for way, found in self.keys.items()} for _ in range(2))
         for number, prompts in enumerate(self.prompts if epoch else ()):
-            goal = self.goals(prompts.tokens, prompts.targets)
+            goal = self.flat(prompts.tokens, self.goals(prompts.tokens, prompts.targets))
             for embedding in self.values[:epoch, number]:
-                for way, found in self.inputs(prompts.tokens, embedding[None]).items():
-                    keys[way].append(found.flatten(0, 1))
+                for way, found in self.flat(prompts.tokens, self.inputs(prompts.tokens, embedding[None])).items():
+                    keys[way].append(found)
                     goals[way].append(goal[way])
         scale = (self.found_weight / len(self.edited)) ** 0.5  # together they weigh as those of one concept do
         return {way: (scale * torch.cat(keys[way]), scale * torch.cat(goals[way])) for way in keys}
@@ -359,13 +363,24 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
                 group.append(Write(name, weight, layer.weight.dtype, keys, values, kept, concept_keys=carrying))
             yield group
 
+    def _num_found(self) -> Iterator[int]:
+        """Number of keys on each way that the attacks of a round find."""
+        length = sum(self.pipeline.texts[number].length for number in self.pipeline.token_order)
+        for way in self.keys:
+            every = [
+                (prompts.tokens, torch.ones(len(prompts.tokens), 1 if way == "pooled" else length))
+                for prompts in (self.prompts if self.rounds else ())
+            ]
+            yield sum(len(self.flat(tokens, {way: ones})[way]) for tokens, ones in every)
+
     def after_writes(self, epoch: int, is_last: bool) -> None:
         """Report the number of keys, and how much the weights have changed."""
-        prompts = sum(len(prompts.tokens) for prompts in self.prompts) if epoch else 0
-        texts = self.pipeline.texts
-        lengths = {"tokens": sum(texts[number].length for number in self.pipeline.token_order), "pooled": 1}
-        counts = {way: len(keys) + epoch * prompts * lengths[way] for way, keys in self.keys.items()}
-        self.report["edited_states"] = counts["tokens"] if list(counts) == ["tokens"] else counts
+        counts = {
+            way: len(keys) + epoch * found
+            for (way, keys), found in zip(self.keys.items(), self._num_found(), strict=True)
+        }
+        (first, *others) = counts.values()
+        self.report["edited_states"] = first if not others and "pooled" not in counts else counts
         super().after_writes(epoch, is_last)
 
 

@@ -161,7 +161,8 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         """The invariants K2 of the ``empty`` prompt, as rows (k, d_in), float64, or None."""
         if self.invariants is None or empty is None:
             return None
-        start, padding = for_solving(empty.states[0, :1]), for_solving(empty.states[0, 1:])
+        states = for_solving(empty.read())
+        start, padding = states[:1], states[1:]
         if self.invariants == 0 or not len(padding):
             return start
         return torch.cat([start, k_means(padding, self.invariants, seeded(self.seed, "centres"))])

@@ -28,7 +28,7 @@ from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import call_order
 from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.layer_state import LayerState
-from lit_unlearn.methods.shared.text_maps import by_way, select_first_maps
+from lit_unlearn.methods.shared.text_maps import by_way, flattened, select_first_maps
 from lit_unlearn.methods.shared.unet_layers import (
     Query,
     StatePairs,
@@ -116,16 +116,21 @@ class UNetValueRefinement(ValueRefinement):
         """What the maps of each way read, (n, L, d_in) float32: of a pooled vector L is 1."""
         return {way: found.float() for way, found in self.pipeline.first_inputs(condition).items()}
 
+    def retained_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the maps of each way read of ``prompts``, (m, d_in)."""
+        tokens = self.pipeline.tokenize(prompts)
+        return flattened(self.pipeline, tokens, self.pipeline.first_inputs(self.pipeline.encode_many(tokens)))
+
     def gather_moments(self) -> None:
         """Sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys: the retained prompts' inputs on each way."""
-        retained = self.pipeline.first_inputs(self.pipeline.encode_many(self.retain_prompts))
-        empty = self.pipeline.first_inputs(self.pipeline.encode_many([""])) if self.retain_empty else {}
+        retained = self.retained_inputs(self.retain_prompts)
+        empty = self.retained_inputs([""]) if self.retain_empty else {}
         for way, names in by_way(self.edited_names).items():
-            states = retained[way].flatten(0, 1)
+            states = retained[way]
             moment, count, longest = second_moment(states).cpu(), len(states), largest_norm(states)
             if empty:
-                rows = empty[way][0]
-                moment, count = moment + len(self.retain_prompts) * second_moment(rows).cpu(), 2 * count
+                rows, weight = empty[way], len(self.retain_prompts)
+                moment, count = moment + weight * second_moment(rows).cpu(), count + weight * len(rows)
                 longest = max(longest, largest_norm(rows))
             own = Retained(moment, count, prompts=len(self.retain_prompts), largest_norm=longest)
             self.retained |= dict.fromkeys(names, own)

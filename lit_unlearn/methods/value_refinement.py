@@ -76,7 +76,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             ``names`` (the bare name of the concept and that of its target, as in the authors' code).
         retain: Further prompts to retain, besides the edit prompts of the set's other concepts.
         retain_empty: Also retain the empty prompt, with the weight of all retained prompts together, since
-            classifier-free guidance uses it with each of them; null does so in models with several text encoders.
+            classifier-free guidance uses it with each of them; null does so in models with several text encoders or
+            with a T5, which reads in both directions.
         pull: Weight of the mean squared distance of V1 from ``W K1``, relative to the noise-prediction error.
         min_timestep: Smallest timestep at which the UNet's predictions are compared.
         max_timestep: Largest timestep, exclusive.
@@ -281,7 +282,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
         tokens = self.pipeline.tokenize(self.retain_prompts)
         self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
-        if len(self.pipeline.texts) > 1 if self.retain_empty is None else self.retain_empty:
+        by_default = len(self.pipeline.texts) > 1 or not self.pipeline.texts[0].causal
+        if by_default if self.retain_empty is None else self.retain_empty:
             for name, found in read(self.pipeline.tokenize([""]))[0].items():
                 keys, own = found.flatten(0, 1), self.retained[name]
                 assert own.moment is not None and own.largest_norm is not None

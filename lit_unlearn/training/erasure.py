@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 DRAWN = 0.2
 """Least share of the unedited model's pictures that must show the concept."""
 STEPS = 30
-GUIDANCE = {"FluxPipeline": 3.5, "StableDiffusion3Pipeline": 7.0, "StableDiffusionXLPipeline": 5.0}
+GUIDANCE = {
+    **{"FluxPipeline": 3.5, "StableDiffusion3Pipeline": 7.0, "StableDiffusionXLPipeline": 5.0},
+    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), 4.5),
+}
 """Denoising steps and guidance for models that are not the embedded ones; 7.5 for other families."""
 
 

@@ -230,7 +230,8 @@ class _Planner:
             count += self.retained
         if any(way_of(name) for name in self.names):
             config: Any = pipeline.denoiser.config
-            width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+            fields = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
+            width = next(found for field in fields if (found := config.get(field)))
             width = width if isinstance(width, int) else max(width)
             length = sum(pipeline.texts[number].length for number in pipeline.token_order)
             return count * length * width * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,3 +114,22 @@ def test_type_and_gradient_change_in_all_parts(pooled: bool) -> None:
     apart = given.detach()
     assert_parts(apart, given.states, given.pooled)
     assert not apart.states.requires_grad
+
+
+def test_a_mask_goes_with_its_rows_and_stays_a_mask() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, False, False]])
+    given = replace(condition(False), mask=mask)
+
+    def found(part: Condition) -> list[list[bool]]:
+        assert part.mask is not None and part.mask.dtype == torch.bool
+        return part.mask.tolist()
+
+    assert found(given[[2, 0]]) == mask[[2, 0]].tolist()
+    assert found(given[1:2].expand(3)) == mask[[1, 1, 1]].tolist()
+    assert found(given.detach()) == mask.tolist()
+    assert [found(part) for part in given.split([1, 3])] == [mask[:1].tolist(), mask[1:].tolist()]
+    assert found(Condition.cat([given[:1], given])) == torch.cat([mask[:1], mask]).tolist()
+    chosen = torch.tensor([True, False, False, True])
+    assert found(Condition.where(chosen, given, given[[1, 0, 0, 0]])) == mask[[0, 0, 0, 3]].tolist()
+    moved = given.to(torch.float16)
+    assert moved.states.dtype == torch.float16 and found(moved) == mask.tolist()

@@ -17,7 +17,7 @@ from lit_unlearn.diffusion.sampling import count_forwards, seeded
 PROMPTS, SEEDS, STEPS = ["a dog at sunset", "an owl"], [11, 5], 4
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sd2"])
+@pytest.fixture(params=["tiny_sd", "tiny_sd2", "tiny_pixart"])
 def any_pipeline(request: pytest.FixtureRequest) -> StableDiffusion:
     return load_copy(str(request.getfixturevalue(request.param)))
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import t5_tokenizer
 from torch.testing import assert_close
 
 from lit_unlearn.diffusion.discrete_prompts import whole_words, words_of
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.prompts import encode_prompts
+from lit_unlearn.diffusion.prompts import encode_prompts, token_ids
 
 
 def test_any_words_are_read_as_the_tokens_they_are(components: StableDiffusion) -> None:
@@ -47,3 +48,12 @@ def test_a_mixture_of_one_token_is_that_token(components: StableDiffusion) -> No
     assert gradient.shape == weights.shape
     assert gradient.abs().min() > 0
     assert all(parameter.grad is None for parameter in text_encoder.parameters())
+
+
+def test_words_of_a_unigram_tokenizer() -> None:
+    tokenizer = t5_tokenizer()
+    found = whole_words(tokenizer, lambda word: word == "cat", ["dog"])
+    words = [words_of(tokenizer, [number]) for number in found.tolist()]
+    assert "owl" in words and not {"cat", "dog", "", "a b"} & set(words) and len(words) > 50
+    chosen = found[torch.tensor([5, 0, 9])].tolist()
+    assert token_ids(tokenizer, [words_of(tokenizer, chosen)]) == [chosen]

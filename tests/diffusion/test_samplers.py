@@ -234,8 +234,8 @@ def test_all_that_is_accepted_is_in_diffusers() -> None:
     ("settings", "sentence"),
     [
         ({"_class_name": "DPMSolverSDEScheduler"}, "draws noise that is not a picture's own: put the files"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is not for Stable Diffusion 1, 2 and XL: put the files"),
-        ({"_class_name": "SchedulerMixin"}, "is not for Stable Diffusion"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is not for models that predict noise or velocity: put"),
+        ({"_class_name": "SchedulerMixin"}, "is not for models that predict noise or velocity"),
         ({"_class_name": "NoScheduler"}, "'NoScheduler', which is not in diffusers"),
         ({"_class_name": None}, "lacks scheduler"),
         ({"_class_name": ["DDIMScheduler"]}, r"\['DDIMScheduler'\], which is not in diffusers"),

@@ -139,3 +139,26 @@ def test_transformers_are_read_by_diffusers_own_names(
     assert cli.main(arguments) == 2
     assert "which diffusers does not read by kohya's names: pass --lora_names diffusers" in capsys.readouterr().err
     assert not (tmp_path / "kohya").exists()
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_pixart_is_exported_in_the_forms_that_diffusers_reads(
+    naming: Naming, tiny_pixart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = r"transformer\.caption_projection\.linear_1\.weight|text_encoder\..*\.wo\.weight"
+    path, edited = checkpoint(tiny_pixart, pattern, tmp_path / "edit.ckpt")
+    assert len(edited) == 3
+    arguments = ["export", "--ckpt_path", str(path), "-o"]
+    for options, message in (
+        (["--lora", "auto", "--lora_names", naming], "lora: diffusers reads no LoRA weights for PixArt-Alpha"),
+        (["--format", "single"], "is no single file"),
+    ):
+        assert cli.main([*arguments, str(tmp_path / "out"), *options]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert cli.main([*arguments, str(tmp_path / "folder")]) == 0
+    whole = DiffusionPipeline.from_pretrained(tmp_path / "folder")
+    assert cli.main([*arguments, str(tmp_path / "delta.safetensors"), "--delta"]) == 0
+    assert load_file(tmp_path / "delta.safetensors").keys() == edited.keys()
+    for name, value in load_pipeline(str(tiny_pixart)).named_parameters().items():
+        assert torch.equal(parameter(whole, name), edited.get(name, value)), name

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import KV, PROMPTS, TARGETS, by_null_space, by_ridge_map, states
+from helpers import KV, PROMPTS, TARGETS, by_null_space, by_refined_null_space, by_ridge_map, states
 from lit_unlearn.diffusion import base_model
+from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.context_edit import ContextEdit
+from lit_unlearn.methods.speed import SPEED
 from lit_unlearn.methods.uce import UCE
 
 Build = Callable[..., ContextEdit]
@@ -167,3 +169,50 @@ def test_uce_takes_targets_without_the_bias(family: str, pets: str, fit: Fit, re
     before = mapped.guides[0] @ module.pretrained.values[name].double().mT + layer.bias.double()
     with torch.no_grad():
         assert_close(layer(mapped.keys.float()).double(), before, rtol=1e-3, atol=1e-4)  # what the guide had
+
+
+# --- a family with a projection of the text, and cross-attention behind it
+
+
+def largest_move(module: Any, prompts: list[str]) -> float:
+    """The largest difference of a pixel of ``prompts`` from the unedited model, with guidance."""
+    with torch.no_grad():
+        edited = module.pipeline.draw(prompts, [1, 2], 2, 4.5)
+        with module.pretrained.restored():
+            return float((module.pipeline.draw(prompts, [1, 2], 2, 4.5) - edited).abs().max())
+
+
+PROJECTED = r"attn2\.to_[kv]\.weight"
+WRITTEN_BY = {
+    ContextEdit: by_null_space(threshold=1e-9, rule="max", ridge=1e-6),
+    UCE: by_ridge_map(lamb=1e-3),
+    SPEED: by_refined_null_space(),
+}
+
+
+@pytest.mark.parametrize(("pattern", "way", "count"), [("context", "tokens", 1), ("xattn-kv", "projected", 4)])
+@pytest.mark.parametrize("kind", WRITTEN_BY)
+def test_projection_and_cross_attention_are_edited_alike(
+    kind: Any, pattern: str, way: str, count: int, pets: str, tiny_pixart: Path, fit: Fit
+) -> None:
+    module = edit_of(kind, tiny_pixart, pets, edited_parameters=pattern)
+    fit(module, WRITTEN_BY[kind])
+    assert len(module.edited_names) == count
+    assert {way_of(name) for name in module.edited_names} == {way}
+    assert largest_move(module, PROMPTS) > 1e-2
+    if kind is ContextEdit:  # few positions are read, so that retained prompts leave something free
+        assert largest_move(module, KEPT) < 1e-4
+        read = sum(len(ids) for ids in module.pipeline.tokenizer(PROMPTS).input_ids)
+        assert module.report["edited_states"] == {way: read}
+
+
+@pytest.mark.parametrize("kind", WRITTEN_BY)
+def test_maps_of_which_one_feeds_the_other_are_not_edited_at_once(
+    kind: Any, pets: str, tiny_pixart: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("a model was loaded"))
+    both = rf"caption_projection\.linear_1\.weight|{PROJECTED}"
+    with pytest.raises(ValueError, match=r"selects transformer\.caption_projection.* moves what .*attn2\.to_k\.weight"):
+        edit_of(kind, tiny_pixart, pets, edited_parameters=both)
+    with pytest.raises(ValueError, match="edits only the maps that read text first"):
+        edit_of(kind, tiny_sd3, pets, edited_parameters=PROJECTED)  # its attn2 is between parts of the picture

@@ -28,7 +28,9 @@ from lit_unlearn.methods.siss import SISS, Bernoulli, TwoPass
 from lit_unlearn.methods.textual_inversion import TextualInversion
 from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement, UNetValueRefinement
 
-FAMILIES = ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux"]
+FAMILIES = ["tiny_sdxl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux", "tiny_pixart"]
+JOINT = FAMILIES[1:4]
+"""With joint attention, and so without cross-attention to the prompt alone."""
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2)}
 FREE: dict[str, Any] = {"threshold": 24, "rule": "count"}  # without a T5, 8 of 48 inputs are always zero
 IN_BLOCKS = r"transformer_blocks\.0\.(attn\.add_[kv]_proj|ff\.net\.2)\.weight"
@@ -94,7 +96,7 @@ def test_every_method_changes_what_it_selects(name: str, folder: Path, pets: str
     kind, arguments, free = CONCEPTS[name]
     if kind is ConceptAblation:
         arguments = {"anchor_folder": str(tmp_path / "anchors"), **arguments}
-    if kind in (ESD, ConceptAblation) and "sdxl" not in folder.name:
+    if kind in (ESD, ConceptAblation) and not folder.name.startswith(("tiny-sdxl", "tiny-pixart")):
         arguments = {"edited_parameters": "joint-kv", **arguments}
     if free and "flux" in folder.name:
         free = {**free, "threshold": 8}  # its pooled vector has 16 numbers
@@ -182,7 +184,7 @@ def test_values_are_found_on_both_ways(
     assert all(layer["last_error"] < layer["first_error"] * 1.5 for layer in module.report["layers"].values())
 
 
-@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3"])
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3", "tiny_pixart"])
 def test_a_token_is_learned_in_every_encoder(model: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
     arguments = {"num_tokens": 2, "num_images": 2, "norm_decay": 0.5, **ADAM}
     module: TextualInversion = build(TextualInversion, request.getfixturevalue(model), pets, **arguments)
@@ -197,20 +199,26 @@ def test_a_token_is_learned_in_every_encoder(model: str, pets: str, fit: Fit, re
     assert vocabulary_of(module.model_id)[1] == sum(widths)
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_pixart"])
 def test_names_are_renamed_in_every_vocabulary(model: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
     module: RenameTokens = build(RenameTokens, request.getfixturevalue(model), pets)
     run(module, fit)
     check_changed(module)
     assert len(module.edited_names) == len(module.pipeline.texts)
-    assert module.report["renamed"]["text_encoder"] == {"dog</w>": "soccer</w>"}
+    renamed = module.report["renamed"]
+    if len(module.pipeline.texts) > 1:
+        assert renamed["text_encoder"] == {"dog</w>": "soccer</w>"}
+    else:
+        assert renamed == {"▁dog": "▁soccer"}
     last = module.pipeline.texts[-1]
     (token,) = last.words("dog")
     assert torch.equal(last.table[token], module.pretrained.values[module.edited_names[-1]][last.words("soccer")[0]])
 
 
-def test_attention_of_sdxl_is_resteered(pets: str, tiny_sdxl: Path, fit: Fit) -> None:
-    module = build(ForgetMeNot, tiny_sdxl, pets, num_images=2, edited_parameters=r"attn2\.to_k", **ADAM)
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_pixart"])
+def test_attention_is_resteered(model: str, pets: str, fit: Fit, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    module = build(ForgetMeNot, folder, pets, num_images=2, edited_parameters=r"attn2\.to_k.weight", **ADAM)
     run(module, fit)
     check_changed(module)
 
@@ -223,7 +231,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model, "load_parts", lambda *_: pytest.fail("loaded"))
 
 
-@pytest.mark.parametrize("model", FAMILIES[1:])
+@pytest.mark.parametrize("model", JOINT)
 def test_attention_is_resteered_only_where_it_is_to_the_prompt_alone(
     model: str, pets: str, nothing_loads: None, request: pytest.FixtureRequest
 ) -> None:
@@ -240,3 +248,13 @@ def test_groups_of_a_unet_find_nothing_in_a_transformer(
         assert build(kind, tiny_sdxl, pets).base.names
     with pytest.raises(ValueError, match=r"freeze_bos=true stops a gradient .* Stable Diffusion 3 and 3\.5 does not"):
         build(ConceptAblation, tiny_sd3, pets, freeze_bos=True, edited_parameters="joint-kv")
+
+
+def test_a_gradient_is_not_stopped_at_a_token_that_prompts_do_not_have(
+    pets: str, tiny_pixart: Path, nothing_loads: None
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"freeze_bos=true stops a gradient .* PixArt-Alpha does not have: set it to f"
+    ):
+        build(ConceptAblation, tiny_pixart, pets, freeze_bos=True)
+    assert build(ConceptAblation, tiny_pixart, pets).edited_parameters == "xattn-kv"

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tiny_families import build_flux
+from tiny_families import build_flux, build_pixart
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -42,6 +42,7 @@ LAST = {
         "text_encoder_3.encoder.block.1.layer.1.DenseReluDense.wo",
     ],
     "flux": ["text_encoder.encoder.layers.2.mlp.fc2", "text_encoder_2.encoder.block.1.layer.1.DenseReluDense.wo"],
+    "pixart": ["text_encoder.encoder.block.1.layer.1.DenseReluDense.wo"],
 }
 """The last layers that the states are read after, and the ones behind them that act on the pooled vector."""
 
@@ -61,6 +62,7 @@ def folders(tiny_sdxl: Path, tiny_sd3: Path, tmp_path_factory: pytest.TempPathFa
     shutil.copytree(tiny_sd3, copied)
     flux = build_flux(tmp_path_factory.mktemp("models") / "flux", guidance_embeds=True)
     found = {"sdxl": tiny_sdxl, "sd3": with_short_t5(copied, "tokenizer_3"), "flux": with_short_t5(flux, "tokenizer_2")}
+    found["pixart"] = build_pixart(tmp_path_factory.mktemp("models") / "pixart", alpha=True)
     SHARED.update(map(str, found.values()))
     return found
 
@@ -175,6 +177,21 @@ def test_the_null_space_keeps_pictures_and_moves_the_concepts(family: str, edit:
     assert moved(free, KEPT) > 1e-3
 
 
+@pytest.mark.parametrize("retain_empty", [None, True, False])
+def test_padding_that_nothing_reads_has_no_keys(retain_empty: bool | None, edit: Edit, fit: Fit) -> None:
+    module = edit("pixart", retain_empty=retain_empty)
+    fit(module, by_null_space(threshold=1e-9, rule="max", ridge=1e-3), steps=1)
+    (name,), (pairs,) = module.edited_names, module.token_pairs.values()
+    text = module.pipeline.texts[0]
+    edited, kept = (
+        [len(ids) for ids in text.tokenizer(prompts).input_ids]  # with the end of the text
+        for prompts in (PROMPTS, KEPT)
+    )
+    assert pairs.mask.sum(1).tolist() == edited and max(edited) < 20 < text.length
+    # The empty prompt has one position that is read; it weighs as much as all retained prompts together.
+    assert module.retained[name].count == sum(kept) + (0 if retain_empty is False else len(KEPT))
+
+
 # --- values
 
 
@@ -270,7 +287,7 @@ def test_only_a_t5_s_states_all_carry_the_concept(edit: Edit, fit: Fit) -> None:
     assert carrying["text_encoder_3"].all()
 
 
-SLOW = [("sdxl", ValueRefinement), ("sd3", MEMIT), ("flux", MEMIT)]
+SLOW = [("sdxl", ValueRefinement), ("sd3", MEMIT), ("flux", MEMIT), ("pixart", MEMIT)]
 
 
 def same_noise(module: ValueRefinement, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +302,7 @@ def same_noise(module: ValueRefinement, monkeypatch: pytest.MonkeyPatch) -> None
         ("sdxl", MEMIT),
         ("sd3", ValueRefinement),
         ("flux", ValueRefinement),
+        ("pixart", ValueRefinement),
         *(pytest.param(*slow, marks=pytest.mark.slow) for slow in SLOW),
     ],
 )
@@ -315,7 +333,7 @@ def test_the_other_edited_encoders_read_the_target_meanwhile(edit: Edit, fit: Fi
 @pytest.mark.parametrize("family", LAST)
 def test_memit_reaches_the_goal_of_each_stretch(family: str, edit: Edit, fit: Fit) -> None:
     module = edit(family, MEMIT, first_layer=0)
-    assert module.fit_plan.epochs == {"sdxl": 3, "sd3": 5, "flux": 2}[family]
+    assert module.fit_plan.epochs == {"sdxl": 3, "sd3": 5, "flux": 2, "pixart": 1}[family]
     goals = {}
     keep = hook("on_train_start", lambda *_: goals.update({own: module.target_stream(own) for own in module.stretches}))
     with torch.no_grad():
@@ -337,6 +355,7 @@ def test_memit_reaches_the_goal_of_each_stretch(family: str, edit: Edit, fit: Fi
     ("family", "recipe"),
     [
         ("sd3", "null_space"),
+        pytest.param("pixart", "null_space", marks=pytest.mark.slow),
         pytest.param("sdxl", "null_space", marks=pytest.mark.slow),
         pytest.param("flux", "null_space", marks=pytest.mark.slow),
         pytest.param("sd3", "memit", marks=pytest.mark.slow),

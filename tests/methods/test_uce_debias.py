@@ -204,3 +204,11 @@ def test_mistakes_are_found_before_a_weight_is_loaded(
     monkeypatch.setattr("lit_unlearn.diffusion.base_model.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         debias(**arguments)
+
+
+def test_cross_attention_of_a_transformer(debias: Build, tiny_pixart: Path, fit: Fit) -> None:
+    module = debias(model=str(tiny_pixart), rounds=1)
+    fit(module, by_ridge_map())
+    assert len(module.report["rounds"]) == 2
+    assert module.edited_names and all(".attn2.to_" in name for name in module.edited_names)
+    assert not module.pretrained.unchanged()

@@ -66,6 +66,21 @@ def test_a_descent(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert plain.optimizer == count * (4 + 4)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "kind", "inputs"), [("null_space_context", "caption_projection.linear_1", 48), ("uce", "attn2.to_k", 24)]
+)
+def test_a_family_with_a_projection(
+    recipe: str, kind: str, inputs: int, tiny_pixart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned(recipe, tiny_pixart)
+    assert plan.title == "PixArt-Alpha" and kind in {one.kind for one in plan.sites}
+    assert plan.counts["solves"] == f"1 (with {inputs} inputs)"
+    assert plan.counts["denoiser: forwards of one picture"] == "0"
+    # The T5 has layers of 48 and 96 numbers, and reads no more than 120 positions.
+    assert 0 < plan.memory["float32"]["encode"].resident - plan.memory["float32"]["load"].resident < 1 << 26
+
+
 def test_layers_that_nothing_reads_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = build_sdxl(tmp_path / "model")

@@ -62,6 +62,7 @@ class Flux(Pipeline):
     }
     denoiser_part: ClassVar[str] = "transformer"
     cross_attention: ClassVar[bool] = False
+    begins: ClassVar[bool] = False
     read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "text_encoder": {"pooled": -1},
         "text_encoder_2": {"tokens": -1},

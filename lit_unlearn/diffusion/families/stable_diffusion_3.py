@@ -69,6 +69,7 @@ class StableDiffusion3(Pipeline):
     }
     denoiser_part: ClassVar[str] = "transformer"
     cross_attention: ClassVar[bool] = False
+    begins: ClassVar[bool] = False
     read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "text_encoder": {"tokens": -2, "pooled": -1},
         "text_encoder_2": {"tokens": -2, "pooled": -1},

@@ -3,7 +3,8 @@
 Sources: the configurations of Stable Diffusion 3's encoders and of the autoencoders of XL, 3 and FLUX.1 are those in
 ``configs/`` of SD.Next (github.com/vladmandic/automatic at 6e01d510, e5a5f8a8 and 64a0d1ae); the transformers of 3.5
 those in a loader of fp8 files by Tenstorrent (Apache-2.0); the others are what diffusers' conversion scripts build.
-Every size is compared with the published lists of names and shapes in a test.
+Every size is compared with the published lists of names and shapes in a test, except those of PixArt, which has no
+single file: they serve a plan.
 """
 
 from __future__ import annotations

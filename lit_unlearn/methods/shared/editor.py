@@ -105,7 +105,7 @@ class DiffusionEditor(L.LightningModule):
         if self.needs_cross_attention and not family.cross_attention:
             raise ValueError(
                 f"model={self.model_id!r} is of {family.title}, without cross-attention to the prompt alone, which "
-                f"{type(self).__name__} changes: choose another method, or a model of Stable Diffusion 1.x, 2.x or XL."
+                f"{type(self).__name__} changes: choose another method, or Stable Diffusion 1.x, 2.x, XL or PixArt."
             )
 
     @property

@@ -97,6 +97,8 @@ def inputs_and_condition(
 ) -> tuple[dict[str, Tensor], Condition]:
     """Inputs (B, L, d_in) of ``layers`` at prompts, and the condition for these, from the same forward passes.
 
+    Where a text's padding is not read, inputs are those at the m positions that are: (1, m, d_in).
+
     Args:
         pipeline: The pipeline.
         layers: Layers of text encoders by the full names of their weights.
@@ -108,10 +110,12 @@ def inputs_and_condition(
         condition = pipeline.condition(tokens)
     only_end = {name for stretch in edited for name in stretch.only_end}
     for text, ids in zip(pipeline.texts, tokens.ids, strict=True):
-        for name in only_end & captured.keys():
+        for name, keys in captured.items():
             if part_of(name) == text.part:
-                keys = captured[name]
-                captured[name] = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
+                if name in only_end:
+                    captured[name] = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
+                elif text.masked:
+                    captured[name] = keys[text.reads(ids).to(keys.device)].unsqueeze(0)
     return captured, condition
 
 
@@ -218,11 +222,11 @@ class TokenPairs:
     def of(
         cls, text: TextEncoder, edit_ids: Tensor, target_ids: Tensor, positions: Positions, device: torch.device
     ) -> TokenPairs:
-        """Align the prompts; the mask of the edited ``positions`` is on ``device``."""
+        """Align the prompts; the mask of the edited ``positions``, as far as they are read, is on ``device``."""
         pairs = zip(edit_ids.tolist(), target_ids.tolist(), strict=True)
         alignment = torch.tensor([align_tokens(e, t, text.eos, text.begins) for e, t in pairs])
-        mask = positions_mask(edit_ids, text.eos, positions, text.begins).to(device)
-        return cls(text, edit_ids, target_ids, mask, alignment)
+        mask = positions_mask(edit_ids, text.eos, positions, text.begins) & text.reads(edit_ids)
+        return cls(text, edit_ids, target_ids, mask.to(device), alignment)
 
     def align(self, rows: Tensor) -> Tensor:
         """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""

@@ -6,7 +6,7 @@ map's bias is no part of its values: ``V1 = W K1*``, and the bias is added to bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +29,17 @@ def select_first_maps(method: DiffusionEditor, names: Sequence[str]) -> list[str
     """Weights of the first linear maps on text that the pattern of ``method`` selects among ``names``.
 
     Raises:
-        ValueError: It selects another weight.
+        ValueError: It selects another weight, or maps of which one edit would move the inputs of others.
     """
     known = "attn2.to_k and attn2.to_v of a UNet, and context and pooled embedders"
     why = f": this method edits only the maps that read text first, {known}; choose xattn-kv, context or a part of it."
-    return method.select_only(names, lambda name: way_of(name) is not None, why)
+    selected = method.select_only(names, lambda name: way_of(name) in method.base.family.ways, why)
+    if {"tokens", "projected"} <= (ways := by_way(selected)).keys():
+        raise ValueError(
+            f"edited_parameters={method.edited_parameters!r} selects {ways['tokens'][0]}, and an edit of it moves what "
+            f"{ways['projected'][0]} reads: choose context or xattn-kv, and edit the one after the other."
+        )
+    return selected
 
 
 def select_keys_and_values(method: DiffusionEditor, names: Sequence[str]) -> list[str]:
@@ -64,11 +70,13 @@ class TextKeys:
         index: Number of each prompt among the distinct ones, (n,).
         ids: ``input_ids`` (n, L_e) of each text encoder whose positions follow one another in ``states``; empty if a
             prompt has one vector that is no token's.
+        mask: Which positions of each prompt the denoiser reads, (n, L) bool; None for all.
     """
 
     states: Tensor
     index: Tensor
     ids: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -77,9 +85,10 @@ class TextKeys:
         """The inputs (m, d_in) at positions ``places`` (m,) of the prompts ``rows`` (m,)."""
         return self.states[self.index[rows], places]
 
-    def all(self) -> Tensor:
-        """The inputs (n, L, d_in) at all prompts."""
-        return self.states[self.index]
+    def read(self) -> Tensor:
+        """The inputs (m, d_in) at all positions that are read, of one prompt after the other."""
+        found = self.states[self.index]
+        return found.flatten(0, 1) if self.mask is None else found[self.mask.to(found.device)]
 
 
 @torch.no_grad()
@@ -114,8 +123,9 @@ def text_keys(
     inputs = _inputs(pipeline, distinct, ways, which)
     found = []
     for part, places in zip(tokens, index, strict=True):
-        ids = tuple(part.ids[number] for number in pipeline.token_order)
-        found.append({way: TextKeys(states, places, ids if way == "tokens" else ()) for way, states in inputs.items()})
+        ids, mask = tuple(part.ids[number] for number in pipeline.token_order), pipeline.read_positions(part)
+        own = {way: (places, *(((), None) if way == "pooled" else (ids, mask))) for way in inputs}
+        found.append({way: TextKeys(states, *own[way]) for way, states in inputs.items()})
     return found
 
 
@@ -141,12 +151,22 @@ def _inputs(pipeline: Pipeline, tokens: Tokens, ways: Sequence[str], which: Subj
     return inputs
 
 
+def flattened(pipeline: Pipeline, tokens: Tokens, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ``inputs`` (n, L, d_in) of each way at n prompts, at all positions that the denoiser reads, (m, d_in)."""
+    mask = pipeline.read_positions(tokens)
+    return {
+        way: found.flatten(0, 1) if mask is None or way == "pooled" else found[mask.to(found.device)]
+        for way, found in inputs.items()
+    }
+
+
 def subject_places(
     pipeline: Pipeline, phrases: TextKeys, guides: Sequence[TextKeys], which: SubjectTokens
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Rows (m,) and positions (m,) of the edited states of ``phrases``, and positions (m,) in each of the guides.
 
-    They are those of ``subject_positions`` for each text encoder in turn; the only one of a pooled vector.
+    They are those of ``subject_positions`` for each text encoder in turn, as far as the denoiser reads them; the only
+    one of a pooled vector. A guide that is read to an earlier position gives the state at its last one.
     """
     if not phrases.ids:
         rows = torch.arange(len(phrases))
@@ -159,6 +179,11 @@ def subject_places(
         parts.append((rows, places + start, *(found + start for found in guide_places)))
         start += ids.shape[1]
     rows, places, *guide_places = (torch.cat(found) for found in zip(*parts, strict=True))
+    if phrases.mask is not None:
+        read = phrases.mask[rows, places]
+        rows, places, guide_places = rows[read], places[read], [found[read] for found in guide_places]
+        last = [guide.mask.sum(1) - 1 for guide in guides if guide.mask is not None]  # read from the first one on
+        guide_places = [found.minimum(end[rows]) for found, end in zip(guide_places, last, strict=True)]
     return rows, places, guide_places
 
 
@@ -195,7 +220,7 @@ def retained_inputs(
             if last_subject:
                 keys = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])
             else:
-                keys = found[way].all().flatten(0, -2)
+                keys = found[way].read()
             moments[way].append(weight * second_moment(keys))
             counts[way], longest[way] = counts[way] + weight * len(keys), max(longest[way], largest_norm(keys))
             if counts[way] < keys.shape[1]:

@@ -82,7 +82,7 @@ def test_the_whole_window_is_read_where_it_is_needed(
     (found,) = text_keys(pipeline, NAMES, ways=ways, which=which)  # type: ignore[arg-type]
     assert read == [(3, pipeline.texts[0].length)]
     assert set(found) == set(ways)
-    assert_close(found["tokens"].all(), states, rtol=0, atol=1e-5)
+    assert_close(found["tokens"].read(), states.flatten(0, 1), rtol=0, atol=1e-5)
 
 
 def test_retained_prompts_count_as_often_as_they_are_listed(tiny_sd: Path) -> None:
@@ -94,3 +94,33 @@ def test_retained_prompts_count_as_often_as_they_are_listed(tiny_sd: Path) -> No
     assert (kept.count, kept.prompts, kept.keys) == (5 * 32, 4, None)
     assert_close(kept.moment, rows.mT @ rows, rtol=0, atol=1e-4)
     assert retained_inputs(pipeline, ["tokens"], [])["tokens"].moment is None
+
+
+@pytest.mark.parametrize("way", ["tokens", "projected"])
+def test_padding_that_nothing_reads_is_neither_edited_nor_retained(way: str, tiny_pixart: Path) -> None:
+    pipeline = load_pipeline(str(tiny_pixart))
+    prompts, guides = ["dog", "the dog at sunset", ""], ["soccer ball", "the cat at sunset", ""]
+    tokens = [len(ids) for ids in pipeline.texts[0].tokenizer(prompts).input_ids]  # with the end of the text
+    assert 1 == tokens[2] < tokens[0] < tokens[1] < 20
+    states = [pipeline.first_inputs(pipeline.encode([prompt]).detach())[way][0].detach() for prompt in prompts]
+    rows = torch.cat([own[:count] for own, count in zip(states, tokens, strict=True)])
+    found, others = text_keys(pipeline, prompts, guides, ways=[way])
+    assert_close(found[way].read(), rows, rtol=0, atol=1e-5)
+    edited, places, (goals,) = subject_places(pipeline, found[way], [others[way]], "all")
+    assert edited.bincount().tolist() == tokens
+    assert places.tolist() == [place for count in tokens for place in range(count)]
+    assert others[way].mask is not None and others[way].mask[edited, goals].all()
+    kept = retained_inputs(pipeline, [way], prompts[:2], empty_weight=3)[way]
+    assert kept.count == tokens[0] + tokens[1] + 3
+    weights = torch.tensor([*[1.0] * (len(rows) - 1), 3.0], dtype=torch.float64).unsqueeze(1)
+    assert_close(kept.moment, rows.double().mT @ (weights * rows.double()), rtol=0, atol=1e-4)
+
+
+def test_no_goal_is_padding_that_nothing_reads(tiny_pixart: Path) -> None:
+    pipeline = load_pipeline(str(tiny_pixart))
+    edited, guides = text_keys(pipeline, ["dog", "dog"], ["", "the cat at sunset"], ways=["tokens"])
+    rows, places, (goals,) = subject_places(pipeline, edited["tokens"], [guides["tokens"]], "from_subject")
+    dog, cat = (len(ids) for ids in pipeline.texts[0].tokenizer(["dog", "the cat at sunset"]).input_ids)
+    assert rows.tolist() == [0, 0, 1, 1]
+    assert places.tolist() == [dog - 2, dog - 1] * 2  # the last token of the name, and the end of the text
+    assert goals.tolist() == [0, 0, cat - 2, cat - 1]  # of the empty prompt its end, which is all that is read
