@@ -27,6 +27,7 @@ from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
+from lit_unlearn.diffusion.quick import fixed_texts
 from lit_unlearn.diffusion.quiet import quiet_libraries
 from lit_unlearn.diffusion.reads_text import ReadsText
 from lit_unlearn.diffusion.samplers import check_steps
@@ -345,10 +346,11 @@ class Pipeline(ReadsText):
         """
         conditions = self.guided(condition, guidance_scale, unconditional)
         latents = noise
-        for step in self.chain(
-            conditions, noise, num_inference_steps, guidance_scale, generators=generators, start=start, change=change
-        ):
-            latents = step.latents
+        with fixed_texts(self.denoiser):
+            for step in self.chain(
+                conditions, noise, num_inference_steps, guidance_scale, None, generators, start, change
+            ):
+                latents = step.latents
         return latents
 
     def guided(
@@ -360,7 +362,6 @@ class Pipeline(ReadsText):
         empty = self.unconditional() if unconditional is None else unconditional
         return [empty.expand(len(condition)), condition]
 
-    @torch.no_grad()
     def draw_latents(
         self,
         condition: Condition,
@@ -370,15 +371,38 @@ class Pipeline(ReadsText):
         unconditional: Condition | None = None,
     ) -> Tensor:
         """Latents (B, C, H, W) of the prompts of ``condition``, each from its own seed; see ``sample``."""
-        noise, generators = self.start_chains(seeds)
-        return self.sample(condition, noise, num_inference_steps, guidance_scale, unconditional, generators)
+        with torch.inference_mode():
+            noise, generators = self.start_chains(seeds)
+            latents = self.sample(condition, noise, num_inference_steps, guidance_scale, unconditional, generators)
+        return latents.clone()  # gradients may be taken with it, unlike those of inference mode
 
-    @torch.no_grad()
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        batch_size: int | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
-        return self.decode(self.draw_latents(self.encode(prompts), seeds, num_inference_steps, guidance_scale))
+        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds.
+            num_inference_steps: Steps of the sampler.
+            guidance_scale: Strength of the guidance; 1 for none.
+            batch_size: Pictures drawn at once; None for all of them.
+        """
+        size, pictures = batch_size or max(1, len(prompts)), []
+        with torch.inference_mode():
+            # Encoded once for all batches; a denoiser that takes the strength has no empty prompt.
+            empty = None if guidance_scale == 1 or self.takes_guidance else self.unconditional()
+            for start in range(0, max(1, len(prompts)), size):
+                part = slice(start, start + size)
+                condition = self.encode(prompts[part])
+                latents = self.draw_latents(condition, seeds[part], num_inference_steps, guidance_scale, empty)
+                pictures.append(self.decode(latents))
+        return torch.cat(pictures)  # as a tensor of its own, which is not one of inference mode
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:
