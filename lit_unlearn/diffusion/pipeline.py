@@ -384,24 +384,13 @@ class Pipeline(ReadsText):
         guidance_scale: float,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed.
-
-        Args:
-            prompts: B prompts.
-            seeds: B seeds.
-            num_inference_steps: Steps of the sampler.
-            guidance_scale: Strength of the guidance; 1 for none.
-            batch_size: Pictures drawn at once; None for all of them.
-        """
-        size, pictures = batch_size or max(1, len(prompts)), []
+        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, each from its own seed; ``batch_size`` at once."""
+        pictures, size = [], batch_size or max(1, len(prompts))
         with torch.inference_mode():
-            # Encoded once for all batches; a denoiser that takes the strength has no empty prompt.
             empty = None if guidance_scale == 1 or self.takes_guidance else self.unconditional()
-            for start in range(0, max(1, len(prompts)), size):
-                part = slice(start, start + size)
-                condition = self.encode(prompts[part])
-                latents = self.draw_latents(condition, seeds[part], num_inference_steps, guidance_scale, empty)
-                pictures.append(self.decode(latents))
+            for part in (slice(start, start + size) for start in range(0, max(1, len(prompts)), size)):
+                given = self.encode(prompts[part]), seeds[part], num_inference_steps, guidance_scale, empty
+                pictures.append(self.decode(self.draw_latents(*given)))
         return torch.cat(pictures)  # as a tensor of its own, which is not one of inference mode
 
 
