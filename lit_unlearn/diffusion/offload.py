@@ -41,12 +41,8 @@ class Offload:
             part.register_forward_pre_hook(self._before(name), with_kwargs=True)
             part.register_forward_hook(self._after(name))
 
-    @torch.inference_mode(False)
     def bring(self, names: Iterable[str]) -> None:
-        """Move parts to the device, after all others that are not held have left it.
-
-        Outside of inference mode, whose tensors never get a gradient.
-        """
+        """Move parts to the device, after all others that are not held have left it."""
         wanted = set(names)
         for name in self.present - wanted - self.held:
             self.parts[name].to("cpu")

@@ -362,6 +362,7 @@ class Pipeline(ReadsText):
         empty = self.unconditional() if unconditional is None else unconditional
         return [empty.expand(len(condition)), condition]
 
+    @torch.no_grad()
     def draw_latents(
         self,
         condition: Condition,
@@ -371,11 +372,10 @@ class Pipeline(ReadsText):
         unconditional: Condition | None = None,
     ) -> Tensor:
         """Latents (B, C, H, W) of the prompts of ``condition``, each from its own seed; see ``sample``."""
-        with torch.inference_mode():
-            noise, generators = self.start_chains(seeds)
-            latents = self.sample(condition, noise, num_inference_steps, guidance_scale, unconditional, generators)
-        return latents.clone()  # gradients may be taken with it, unlike those of inference mode
+        noise, generators = self.start_chains(seeds)
+        return self.sample(condition, noise, num_inference_steps, guidance_scale, unconditional, generators)
 
+    @torch.no_grad()
     def draw(
         self,
         prompts: Sequence[str],
@@ -386,12 +386,11 @@ class Pipeline(ReadsText):
     ) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, each from its own seed; ``batch_size`` at once."""
         pictures, size = [], batch_size or max(1, len(prompts))
-        with torch.inference_mode():
-            empty = None if guidance_scale == 1 or self.takes_guidance else self.unconditional()
-            for part in (slice(start, start + size) for start in range(0, max(1, len(prompts)), size)):
-                given = self.encode(prompts[part]), seeds[part], num_inference_steps, guidance_scale, empty
-                pictures.append(self.decode(self.draw_latents(*given)))
-        return torch.cat(pictures)  # as a tensor of its own, which is not one of inference mode
+        empty = None if guidance_scale == 1 or self.takes_guidance else self.unconditional()
+        for part in (slice(start, start + size) for start in range(0, max(1, len(prompts)), size)):
+            given = self.encode(prompts[part]), seeds[part], num_inference_steps, guidance_scale, empty
+            pictures.append(self.decode(self.draw_latents(*given)))
+        return torch.cat(pictures)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:
