@@ -27,6 +27,7 @@ from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.noise import NoiseProcess, Sampler
 from lit_unlearn.diffusion.offload import computing_device
 from lit_unlearn.diffusion.parts import Part
+from lit_unlearn.diffusion.quick import fixed_texts
 from lit_unlearn.diffusion.quiet import quiet_libraries
 from lit_unlearn.diffusion.reads_text import ReadsText
 from lit_unlearn.diffusion.samplers import check_steps
@@ -351,10 +352,11 @@ class Pipeline(ReadsText):
         """
         conditions = self.guided(condition, guidance_scale, unconditional)
         latents = noise
-        for step in self.chain(
-            conditions, noise, num_inference_steps, guidance_scale, generators=generators, start=start, change=change
-        ):
-            latents = step.latents
+        with fixed_texts(self.denoiser):
+            for step in self.chain(
+                conditions, noise, num_inference_steps, guidance_scale, None, generators, start, change
+            ):
+                latents = step.latents
         return latents
 
     def guided(
@@ -381,10 +383,20 @@ class Pipeline(ReadsText):
 
     @torch.no_grad()
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], num_inference_steps: int, guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        batch_size: int | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, of ``prompts``, each from its own seed."""
-        return self.decode(self.draw_latents(self.encode(prompts), seeds, num_inference_steps, guidance_scale))
+        """Pictures (B, 3, H, W), float32 in [0, 1] on the CPU, each from its own seed; ``batch_size`` at once."""
+        pictures, size = [], batch_size or max(1, len(prompts))
+        empty = None if guidance_scale == 1 or self.takes_guidance else self.unconditional()
+        for part in (slice(start, start + size) for start in range(0, max(1, len(prompts)), size)):
+            given = self.encode(prompts[part]), seeds[part], num_inference_steps, guidance_scale, empty
+            pictures.append(self.decode(self.draw_latents(*given)))
+        return torch.cat(pictures)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -210,6 +211,15 @@ def set_steps(
     """
     # ``from_config`` would use the class's defaults for fields that the file left out and that were corrected later.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
-    fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]
-    fresh.set_timesteps(num_inference_steps, device=device, **arguments)
-    return fresh  # type: ignore[no-any-return]
+    made = type(scheduler), num_inference_steps, str(device), repr(config), repr(arguments)
+    if made not in _READY:
+        _READY.clear()  # one chain's sampler is kept: drawing asks for the same one for every batch
+        with torch.inference_mode(False):
+            fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]
+            fresh.set_timesteps(num_inference_steps, device=device, **arguments)
+        _READY[made] = fresh
+    return copy.deepcopy(_READY[made])
+
+
+_READY: dict[tuple[Any, ...], Any] = {}
+"""The sampler that was last made by ``set_steps``, which nothing steps."""

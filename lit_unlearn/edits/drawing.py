@@ -131,15 +131,11 @@ def draw_all(
     batch_size: int,
 ) -> Tensor:
     """Draw each prompt with every seed and show a progress bar: pictures (prompts * seeds, 3, H, W) in [0, 1]."""
-    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
-    pictures: list[Tensor] = []
-    with progress("Drawing", num_inference_steps * len(batches)) as advance:
+    wanted_prompts = [prompt for prompt in prompts for _ in seeds]
+    wanted_seeds = list(seeds) * len(prompts)
+    with progress("Drawing", num_inference_steps * -(-len(wanted_prompts) // batch_size)) as advance:
         handle = pipeline.denoiser.register_forward_hook(lambda *_: advance())
         try:
-            for batch in batches:
-                batch_prompts, batch_seeds = zip(*batch, strict=True)
-                pictures.append(pipeline.draw(batch_prompts, batch_seeds, num_inference_steps, guidance_scale))
+            return pipeline.draw(wanted_prompts, wanted_seeds, num_inference_steps, guidance_scale, batch_size)
         finally:
             handle.remove()
-    return torch.cat(pictures)
