@@ -51,7 +51,7 @@ def test_prompts_are_the_sets_own_and_none_is_an_edit_prompt(name: str) -> None:
     for concept in load_concept_set(name).concepts.values():
         found = level_prompts(concept, PREFIX, Whole())  # type: ignore[arg-type]
         assert all(found.values())
-        without = ("short", "long") if len(concept.indirect) > 1 else ("short",)  # a single one is joined to a direct one
+        without = ("short", "long") if len(concept.indirect) > 1 else ("short",)  # one is joined to a direct one
         assert not any(concept.find_name(prompt) for level in without for prompt in found[level])
         assert all(concept.find_name(prompt) for level in ("name", "prefix") for prompt in found[level])
         everything = {prompt for prompts in found.values() for prompt in prompts}
