@@ -202,7 +202,9 @@ def test_a_scheduler_is_a_scheduler(broken_model: Callable[..., Path]) -> None:
         path.write_text(json.dumps(index), encoding="utf-8")
 
     folder = broken_model(name_a_pipeline)
-    with pytest.raises(ValueError, match=r"has the scheduler 'DiffusionPipeline', which is not for Stable"):
+    with pytest.raises(
+        ValueError, match=r"has the scheduler 'DiffusionPipeline', which is not for models that predict"
+    ):
         load_pipeline(str(folder))
 
 

@@ -79,7 +79,10 @@ class ClosedFormEdit(L.Callback):
         with pl_module.edited_in_place():
             for writes in pl_module.writes(epoch):
                 self.write(pl_module, writes, epoch)
-        pl_module.after_writes(epoch, is_last=epoch + 1 == trainer.max_epochs)
+        is_last = epoch + 1 == trainer.max_epochs
+        if is_last:
+            self.solver.forget()
+        pl_module.after_writes(epoch, is_last)
 
     def write(self, pl_module: ClosedFormMethod, writes: Sequence[Write], epoch: int) -> None:
         """Solve for ``writes`` together, write the weights and report.

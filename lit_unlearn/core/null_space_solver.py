@@ -26,24 +26,28 @@ from lit_unlearn.system.devices import solving_device
 
 
 class SharedSystem(NamedTuple):
-    """The system of some keys and retained keys, for every solve with these very tensors, while the keys are there.
+    """The system of some keys and retained keys, for every solve with these very tensors.
 
     Attributes:
         keys: K1, (m, d_in).
+        version: How often the keys had been changed in place.
         retained: The retained keys.
+        ridge: Ridge and its rule.
         system: The system.
         moment: K1 K1ᵀ, (d_in, d_in), float64, if the keys are many.
     """
 
     keys: TensorWeakRef
+    version: int
     retained: Retained
+    ridge: tuple[float | None, RidgeRule]
     system: NullSpaceSystem
     moment: Tensor | None
 
-    def suits(self, write: Write) -> bool:
-        """Whether ``write`` has this system."""
-        same = self.keys() is write.keys and self.retained is write.retained
-        return same and self.system.factor.device == write.weight.device
+    def suits(self, write: Write, ridge: tuple[float | None, RidgeRule]) -> bool:
+        """Whether ``write`` has this system if it is solved with this ``ridge``."""
+        same = self.keys() is write.keys and self.version == write.keys._version and self.retained is write.retained
+        return same and self.ridge == ridge and self.system.factor.device == write.weight.device
 
 
 class NullSpace(Solver):
@@ -130,22 +134,29 @@ class NullSpace(Solver):
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``; maps with the same keys and retained keys share the system, which is built once.
 
-        So do further calls, such as those for the other maps that read text and for further rounds.
+        So do further calls, if the writes say that they share their keys (``Write.shared``), until ``forget``.
         """
-        return each(writes, self._solve)
+        self.systems = [shared for shared in self.systems if shared.keys() is not None]
+        return each(writes, partial(self._solve, []))
 
-    def _solve(self, write: Write) -> Solved:
+    def forget(self) -> None:
+        """See ``Solver.forget``."""
+        self.systems = []
+
+    def _solve(self, of_this_call: list[SharedSystem], write: Write) -> Solved:
         space = self.null_spaces[write.retained]
         if self.tolerance is not None:  # each map has its own null space
             space = self._within_tolerance(write, space)
             change, solution, _ = self._change(write, space)
         else:
-            self.systems = [shared for shared in self.systems if shared.keys() is not None]
-            known = next((shared for shared in self.systems if shared.suits(write)), None)
+            ridge = self.ridge, self.ridge_rule
+            known = next((one for one in (*self.systems, *of_this_call) if one.suits(write, ridge)), None)
             change, solution, sums = self._change(write, space, known)
             if known is None:
-                moment = None if sums is None else sums.moment
-                self.systems.append(SharedSystem(TensorWeakRef(write.keys), write.retained, solution.system, moment))
+                keys, moment = write.keys, None if sums is None else sums.moment
+                (self.systems if write.shared else of_this_call).append(
+                    SharedSystem(TensorWeakRef(keys), keys._version, write.retained, ridge, solution.system, moment)
+                )
         assert write.retained.moment is not None
         delta, moment = write.rounded(change), write.retained.moment.to(write.weight)
         leak = None

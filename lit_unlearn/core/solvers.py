@@ -97,6 +97,7 @@ class Write:
         texts: Number of texts that the keys come from, if a text has several keys; None: one key per text.
         seed: Seed of the random numbers that a solver draws for this map.
         concept_keys: Which of ``keys`` may carry the concept, (m,) bool; None: all.
+        shared: Whether later solves have this very tensor of keys too, so that what they share is worth its memory.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Write:
     texts: int | None = None
     seed: tuple[object, ...] = ()
     concept_keys: Tensor | None = None
+    shared: bool = False
 
     def wanted(self, rows: Tensor | None = None) -> Tensor:
         """V1 (m, d_out), or the rows of it with the numbers ``rows`` (r,).
@@ -185,6 +187,9 @@ class Solver(ABC):
             ValueError: Keys or values are not finite, or a system is singular.
             EmptyNullSpaceError: The null space of the retained keys is empty.
         """
+
+    def forget(self) -> None:  # noqa: B027 - most solvers keep nothing
+        """Release what was kept for further solves: the last one is done."""
 
     def null_space_of(self, retained: Retained) -> NullSpaceBasis | None:
         """The null space that all edits of maps with these retained keys stay within; None if there is none."""

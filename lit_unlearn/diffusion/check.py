@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_unlearn.diffusion.families import FAMILIES, StableDiffusion
 from lit_unlearn.diffusion.families.forms import check_equal
+from lit_unlearn.diffusion.lower_case import lower
 from lit_unlearn.diffusion.noise import NoiseProcess
 from lit_unlearn.diffusion.parts import Part, described_model, weights_of
 from lit_unlearn.diffusion.pipeline import Pipeline
@@ -198,17 +199,8 @@ def load_tokenizer(path: Path, part: str, declared: Part, model: str, text_confi
             f"{text_config.vocab_size}: give config_folder=FOLDER with the {part} of that model."
         )
     if declared.lowers:
-        _lower(tokenizer)
+        lower(tokenizer)
     return tokenizer  # type: ignore[no-any-return]
-
-
-def _lower(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer make what it reads lower case; the places of its tokens in a text stay known."""
-    from tokenizers.normalizers import Lowercase, Sequence
-
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    own = [] if backend.normalizer is None else [backend.normalizer]
-    backend.normalizer = Sequence([Lowercase(), *own])
 
 
 def read_tokenizers(path: Path, model: str) -> dict[str, PreTrainedTokenizerBase]:

@@ -30,6 +30,8 @@ LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 ORIGINAL = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
 """Beginnings of the names of weights in a single file of the original code."""
 INDEX, PROVENANCE = "model_index.json", "provenance.json"
+PICTURES = "unedited.safetensors"
+"""Pictures that a model draws, which come with it; see ``emoji.unedited``."""
 FROM_HUB = ("*.json", "*.txt", "*.md", "*.png", *(f"{name}*" for name in LEGAL))
 """Files that are downloaded from the hub, together with the weights of ``OPTIONAL_PARTS``."""
 
@@ -162,6 +164,8 @@ def _keep_file(folder: Path, path: Path, names: frozenset[str], kept: Kept) -> N
         kept.left_out[export.relative_to(folder).as_posix()] = "it is a model of its own"
     elif name == PROVENANCE:
         kept.left_out[name] = "it is of the edit that made the base"
+    elif name == PICTURES:
+        kept.left_out[name] = "it has pictures by the model before the edit"
     elif reason := _unsafe(folder, path) or _reaches_back(path, of_a_part, names):
         kept.left_out[name] = reason
     else:

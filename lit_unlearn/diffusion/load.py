@@ -29,6 +29,7 @@ from lit_unlearn.diffusion.quiet import quiet_libraries
 from lit_unlearn.diffusion.single_file.folder import local_folder
 from lit_unlearn.diffusion.source import read_config, resolve_model, weight_variant, weights_folder
 from lit_unlearn.diffusion.stored import stored_weights
+from lit_unlearn.system.collector import collect_as_usual
 from lit_unlearn.system.errors import plain_warnings
 
 
@@ -104,6 +105,7 @@ def load_parts(path: Path, dtype: torch.dtype, device: torch.device | None = Non
     with torch.device("cpu"), quiet_libraries():  # with another default device transformers would need accelerate
         pipeline = _load(path, dtype, device)
     _mend(pipeline, path)
+    collect_as_usual()  # the libraries of models are imported
     return pipeline
 
 

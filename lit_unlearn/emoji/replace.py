@@ -25,7 +25,7 @@ from lit_unlearn.emoji.unedited import FILE
 from lit_unlearn.judges.classifier import ClassifierJudge
 from lit_unlearn.judges.emoji import EmojiJudge
 from lit_unlearn.system.errors import UserError, user_errors
-from lit_unlearn.system.files import copy_into, replaced_folder
+from lit_unlearn.system.files import copy_into, remove, replaced_folder
 
 JUDGES = {"judge", "second_judge"}
 """Parts that draw nothing."""
@@ -54,7 +54,7 @@ def replace_model(runs: Sequence[Path], model: Path, figures: Path) -> None:
         for run in runs:
             copy_into(run / FOLDER, folder)
         if {path.name for run in runs for path in (run / FOLDER).iterdir()} - JUDGES:
-            (folder / FILE).unlink(missing_ok=True)
+            remove(folder / FILE)
         own = folder / "judge"
         pipeline, judge = load_pipeline(str(folder)), ClassifierJudge(own) if own.is_dir() else EmojiJudge()
         _refuse_worse(worse(figures_of_parts(pipeline, judge), published), model)

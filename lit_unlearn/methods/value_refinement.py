@@ -385,7 +385,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             retained = self.retained[state.name]
             concept = self.concept_keys(state)
             old = for_solving(weight).clone()
-            yield [Write(state.name, old, weight.dtype, keys, wished, retained, concept_keys=concept)]
+            shared = state.rows is not None
+            yield [Write(state.name, old, weight.dtype, keys, wished, retained, concept_keys=concept, shared=shared)]
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """Which edited keys (m,) can have seen the concept, see ``TokenPairs.carrying``; None: all."""

@@ -30,7 +30,6 @@ from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder,
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.stack import check_concepts
-from lit_unlearn.system.collector import collect_as_usual
 from lit_unlearn.system.errors import UserError, essence, parse_error, plain_warnings, user_errors, warn
 from lit_unlearn.system.files import WRITING, naming, remove_if_possible
 from lit_unlearn.system.run_file import FINISHED, STOPPED, read_run
@@ -312,7 +311,6 @@ class UnlearnCLI(LightningCLI):
         folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         # Errors of TensorBoard and other writers do not name the folder.
         running = on_its_device(subcommand, self.trainer, self.model, self.datamodule)
-        collect_as_usual()
         with user_errors(BrokenWeightsError), naming(folder, only=WRITING), running:
             super()._run_subcommand(subcommand)
         if self.trainer.is_global_zero and self.finished_before is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_solves_with_the_same_tensor_of_keys_share_its_system_bit_for_bit(
         solver.prepare({"a.weight": retained}, lambda calls: [call() for call in calls], torch.device("cpu"))
         for _ in range(3):  # rounds, each with a call of its own
             own = keys if one_tensor else keys.clone()
-            (solved,) = solver.solve([Write("a.weight", weight, torch.float64, own, values, retained)])
+            (solved,) = solver.solve([Write("a.weight", weight, torch.float64, own, values, retained, shared=True)])
             found.append(solved.change)
             weight = weight + solved.change
         return found
@@ -71,18 +72,56 @@ def test_solves_with_the_same_tensor_of_keys_share_its_system_bit_for_bit(
     assert not torch.equal(apart[0], apart[1])
 
 
-def test_a_system_is_forgotten_with_its_keys_or_for_other_retained_keys() -> None:
-    solver = NullSpace(0.1)
-    retained = [Retained(second_moment(kept), len(kept)) for kept in (KEPT, RANK_4)]
-    sites = dict(zip("ab", retained, strict=True))
+def prepared(*kept: Tensor) -> tuple[NullSpace, list[Retained]]:
+    solver, retained = NullSpace(0.1), [Retained(second_moment(rows), len(rows)) for rows in kept]
+    sites = {str(number): own for number, own in enumerate(retained)}
     solver.prepare(sites, lambda calls: [call() for call in calls], torch.device("cpu"))
+    return solver, retained
+
+
+def write(keys: Tensor, retained: Retained, shared: bool = True) -> Write:
+    return Write("a", WEIGHT, torch.float64, keys, VALUES, retained, shared=shared)
+
+
+def test_a_system_is_kept_only_for_writes_that_share_their_keys() -> None:
+    solver, (retained,) = prepared(KEPT)
+    solver.solve([write(KEYS, retained, shared=False)])
+    assert solver.systems == []
+    solver.solve([write(KEYS, retained)])
+    assert len(solver.systems) == 1
+    solver.forget()
+    assert solver.systems == []
+    pickle.dumps(solver)
+
+
+def test_a_system_is_forgotten_with_its_keys_or_for_other_retained_keys() -> None:
+    solver, retained = prepared(KEPT, RANK_4)
     keys = KEYS.clone()
-    for name, own in sites.items():
-        solver.solve([Write(name, WEIGHT, torch.float64, keys, VALUES, own)])
+    for own in retained:
+        solver.solve([write(keys, own)])
     assert [shared.retained for shared in solver.systems] == retained
     del keys
-    solver.solve([Write("a", WEIGHT, torch.float64, KEYS, VALUES, retained[0])])
+    solver.solve([write(KEYS, retained[0])])
     assert len(solver.systems) == 1
+
+
+@pytest.mark.parametrize("change", ["keys", "ridge", "rule"])
+def test_a_system_does_not_outlive_a_change(change: str) -> None:
+    solver, (retained,) = prepared(KEPT)
+    keys = KEYS.clone()
+    (before,) = solver.solve([write(keys, retained)])
+    if change == "keys":
+        keys.mul_(3)
+    elif change == "ridge":
+        solver.ridge = 100.0
+    else:
+        solver.ridge_rule = "mean_diagonal"
+    (after,) = solver.solve([write(keys, retained)])
+    fresh, (own,) = prepared(KEPT)
+    fresh.ridge, fresh.ridge_rule = solver.ridge, solver.ridge_rule
+    (expected,) = fresh.solve([write(keys, own)])
+    assert torch.equal(after.change, expected.change)
+    assert not torch.allclose(after.change, before.change, rtol=1e-3)
 
 
 def gradient(change: Tensor, objective: Any) -> Tensor:

@@ -261,3 +261,12 @@ def test_a_model_from_the_hub(base: Path, monkeypatch: pytest.MonkeyPatch, reach
     assert ("safety_checker" in kept.index) == reachable
     assert kept.index["requires_safety_checker"] is reachable
     assert ("other files" if reachable else "all other files") in kept.left_out
+
+
+def test_pictures_of_what_is_removed_do_not_come_with_an_export() -> None:
+    base = BaseModel.find("emoji-sd")
+    assert base.folder is not None
+    assert (base.folder / "unedited.safetensors").is_file()
+    kept = kept_of(base, base.names)
+    assert "unedited.safetensors" not in kept.files
+    assert kept.left_out["unedited.safetensors"] == "it has pictures by the model before the edit"

@@ -216,6 +216,11 @@ def test_what_is_saved_is_what_is_loaded(folder: Path, tmp_path: Path) -> None:
     assert (drawn - before).abs().max() > 1e-2
     pipeline.transformer.register_to_config(sample_size=load_pipeline(str(folder)).latent_shape[1])
     pipeline.save(tmp_path / "saved")
+    stored = [
+        json.loads((path / "tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+        for path in (folder, tmp_path / "saved")
+    ]
+    assert stored[0]["normalizer"] == stored[1]["normalizer"]
     again = loaded(tmp_path / "saved")
     assert_close(again.draw(PROMPTS, SEEDS, STEPS, 4.5), drawn, rtol=0, atol=1e-6)
     assert_close(drawn_by(tmp_path / "saved", again, 4.5), drawn, rtol=0, atol=1e-4)

@@ -52,7 +52,9 @@ def test_outside_nothing_changes() -> None:
 
 def test_the_process_ends_without_a_walk() -> None:
     def said(script: str) -> str:
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, encoding="utf-8"
+        )
         return done.stdout.strip()
 
     assert said(PROCESS) == ""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.families.forms import check_equal, check_latents
+from lit_unlearn.diffusion.lower_case import as_stored
 from lit_unlearn.diffusion.noise import DDPM
 from lit_unlearn.diffusion.offload import bring, call_with
 from lit_unlearn.diffusion.parts import Part
@@ -182,7 +183,7 @@ class PixArtAlpha(Pipeline):
 
         kind: Any = getattr(diffusers, self.index_class)
         return kind(  # type: ignore[no-any-return]
-            tokenizer=self.tokenizer,
+            tokenizer=as_stored(self.tokenizer),
             text_encoder=self.text_encoder,
             vae=self.vae,
             transformer=self.transformer,

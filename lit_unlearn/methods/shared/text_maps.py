@@ -31,7 +31,7 @@ def select_first_maps(method: DiffusionEditor, names: Sequence[str]) -> list[str
     Raises:
         ValueError: It selects another weight, or maps of which one edit would move the inputs of others.
     """
-    known = "attn2.to_k and attn2.to_v of a UNet, and context and pooled embedders"
+    known = "attn2.to_k and attn2.to_v of a UNet or of PixArt, and the weights of context and pooled embedders"
     why = f": this method edits only the maps that read text first, {known}; choose xattn-kv, context or a part of it."
     selected = method.select_only(names, lambda name: way_of(name) in method.base.family.ways, why)
     if {"tokens", "projected"} <= (ways := by_way(selected)).keys():
