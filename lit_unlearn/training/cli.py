@@ -13,6 +13,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -228,7 +229,8 @@ class UnlearnCLI(LightningCLI):
         self.run_folder = earlier
         last = earlier / "checkpoints" / "last.ckpt"
         config.ckpt_path = str(last) if last.is_file() else None
-        print(f"Going on with {earlier}, which was interrupted; --fresh starts a new run.")
+        if getattr(rank_zero_only, "rank", 0) == 0:  # to further processes, the run that the first has begun looks alike
+            print(f"Going on with {earlier}, which was interrupted; --fresh starts a new run.")
 
     @property
     def edited(self) -> list[Concept]:
