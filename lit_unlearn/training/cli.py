@@ -229,7 +229,7 @@ class UnlearnCLI(LightningCLI):
         self.run_folder = earlier
         last = earlier / "checkpoints" / "last.ckpt"
         config.ckpt_path = str(last) if last.is_file() else None
-        if getattr(rank_zero_only, "rank", 0) == 0:  # to further processes, the run that the first has begun looks alike
+        if getattr(rank_zero_only, "rank", 0) == 0:  # further processes find the run that it has begun
             print(f"Going on with {earlier}, which was interrupted; --fresh starts a new run.")
 
     @property
