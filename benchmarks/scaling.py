@@ -27,11 +27,15 @@ import lightning as L
 import torch
 from quiet import QUIET
 
-STEPS = {"null_space": [], "esd": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"]}
+STEPS = {
+    "null_space": [],
+    "null_space_refined": [],
+    "esd": ["--trainer.max_epochs", "1", "--data.init_args.steps", "40"],
+}
 """Recipe -> options that make a fit short."""
 CASES = [
-    ("null_space", "fit", 64),
-    ("null_space", "fit", 16),
+    ("null_space_refined", "fit", 64),
+    ("null_space_refined", "fit", 16),
     ("esd", "fit", 32),
     ("null_space", "test", 15),
 ]
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--folder", default="logs/bench/scaling")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=None, help="recipes; default: all")
     parser.add_argument("--output", default=None, help="Markdown file to write")
     arguments = parser.parse_args()
 
@@ -126,7 +131,7 @@ def main() -> None:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
-    for recipe, command, batch_size in CASES:
+    for recipe, command, batch_size in (case for case in CASES if case[0] in (arguments.only or STEPS)):
         turns = []
         for _ in range(arguments.repeats):
             what = (recipe, command, batch_size)
