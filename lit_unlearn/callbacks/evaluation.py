@@ -25,11 +25,11 @@ from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.emoji.unedited import shipped_pictures
 from lit_unlearn.evaluation.grids import Section, sheet
 from lit_unlearn.evaluation.quality import PairedDrift, SetDistance, check_features, inception_features, of_bytes
-from lit_unlearn.evaluation.scores import Cost, Measurement, Relapse, Scores, Source
+from lit_unlearn.evaluation.scores import Cost, Drawn, Measurement, Relapse, Scores, Source
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.reports.tables import scores_table
-from lit_unlearn.system.devices import float64_device
+from lit_unlearn.system.devices import device_name, float64_device
 from lit_unlearn.system.kept_pictures import read_kept, save_kept
 from lit_unlearn.system.pixels import save_png, to_pil
 
@@ -271,6 +271,13 @@ class EvaluationReport(L.Callback):
             drift=drift or None,
             agreement=agreement,
             calibration=calibration or None,
+            drawn=Drawn(
+                device_name(module.device),
+                str(trainer.precision),
+                str(next(module.pipeline.denoiser.parameters()).dtype).removeprefix("torch."),
+                module.num_inference_steps,
+                module.guidance_scale,
+            ),
             relapse=Relapse.of(module.earlier, after["per_concept"]),
         )
 

@@ -158,6 +158,20 @@ class Relapse:
         return cls(list(concepts), shown / judged if judged else None, wilson_interval(shown, judged))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How a test has drawn its pictures."""
+
+    device: str
+    """The device's name, such as ``the processor`` or ``NVIDIA H100``."""
+    precision: str
+    """The trainer's precision, such as ``32-true`` or ``bf16-mixed``."""
+    weights: str
+    """Type of the denoiser's weights, such as ``float32``."""
+    num_inference_steps: int
+    guidance_scale: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores(Measurement):
     """The content of ``scores.json``: the scores of a run, and what is needed to interpret and repeat them."""
@@ -187,6 +201,8 @@ class Scores(Measurement):
     calibration: dict[str, Any] | None = None
     """How well the judge distinguishes the unedited model's pictures of each edited concept from pictures of other
     concepts of its kind: the numbers of ``lit_unlearn.evaluation.judge_curve.Curve`` by concept."""
+    drawn: Drawn | None = None
+    """How the pictures were drawn; None in files of earlier versions."""
     relapse: Relapse | None = None
     """The concepts that earlier runs have edited; None if there are none (``fit --after``)."""
     schema: int = SCHEMA

@@ -273,9 +273,13 @@ def test_a_test_in_half_of_the_precision_reads_its_own_pictures(edited: ValueRef
     found = []
     for precision in ("32-true", "bf16-mixed", "32-true", "bf16-mixed"):
         before = edited.forwards.count
-        score(edited, tmp_path / str(len(found)), cache, images_per_prompt=1, precision=precision)
+        score(edited, tmp_path / str(len(found)), cache, EvaluationReport(), images_per_prompt=1, precision=precision)
         found.append(edited.forwards.count - before)
     assert found == [found[0], found[0], found[0] / 2, found[0] / 2]
+    drawn = [Scores.load(tmp_path / str(number) / "scores.json").drawn for number in range(4)]
+    assert [(one.precision, one.weights, one.num_inference_steps) for one in drawn if one] == [
+        (precision, "float32", edited.num_inference_steps) for precision in ("32-true", "bf16-mixed") * 2
+    ]
     folders = list((tmp_path / "unedited").iterdir())
     assert len(folders) == 2
     pictures = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]

@@ -24,7 +24,7 @@ DESCENDING = {"null_space_robust": 3e-5}
 """The same for recipes that learn what to edit: Adam makes whole steps of gradients that are rounding."""
 LITTLE = 1e-2
 """Of the difference of all weights as a share of their change, beside the rounding of the weights that are stored."""
-MEASURED = ("cost", "seconds", "config_sha256", "checkpoint", "drift", "edit")
+MEASURED = ("cost", "drawn", "seconds", "config_sha256", "checkpoint", "drift", "edit")
 """What depends on clocks, on paths, or is a number with all its digits."""
 
 

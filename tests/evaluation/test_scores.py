@@ -70,7 +70,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
         *("schema", "method", "backbone", "concepts", "edited", "judge", "images_per_concept", "seed", "training_seed"),
         *("forget", "retain", "harmonic_mean", "intervals", "direct", "indirect", "per_concept"),
         *("adjacent", "adversarial", "crosswise", "spontaneous", "err"),
-        *("before", "cost", "edit", "drift", "agreement", "calibration", "relapse"),
+        *("before", "cost", "edit", "drift", "agreement", "calibration", "drawn", "relapse"),
     }
     assert set(content["per_concept"]["dog"]) == {
         *("share_with_concept", "share_crosswise", "share_spontaneous", "n", "missing", "failed", "edited")
