@@ -352,10 +352,9 @@ class Pipeline(ReadsText):
         """
         conditions = self.guided(condition, guidance_scale, unconditional)
         latents = noise
+        settings = num_inference_steps, guidance_scale
         with fixed_texts(self.denoiser):
-            for step in self.chain(
-                conditions, noise, num_inference_steps, guidance_scale, None, generators, start, change
-            ):
+            for step in self.chain(conditions, noise, *settings, None, generators, start, change):
                 latents = step.latents
         return latents
 

@@ -77,6 +77,3 @@ def _autocast(states: Tensor) -> torch.dtype | None:
     """The type that autocast computes in now on the tensor's device; None without it."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-__all__ = ["fixed_texts"]

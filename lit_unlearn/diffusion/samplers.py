@@ -212,13 +212,14 @@ def set_steps(
     # ``from_config`` would use the class's defaults for fields that the file left out and that were corrected later.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     made = type(scheduler), num_inference_steps, str(device), repr(config), repr(arguments)
-    if made not in _READY:
-        _READY.clear()  # one chain's sampler is kept: drawing asks for the same one for every batch
+    ready = _READY.get(made)
+    if ready is None:
         with torch.inference_mode(False):
-            fresh = type(scheduler).from_config(config)  # type: ignore[attr-defined]
-            fresh.set_timesteps(num_inference_steps, device=device, **arguments)
-        _READY[made] = fresh
-    return copy.deepcopy(_READY[made])
+            ready = type(scheduler).from_config(config)  # type: ignore[attr-defined]
+            ready.set_timesteps(num_inference_steps, device=device, **arguments)
+        _READY.clear()  # one chain's sampler is kept: drawing asks for the same one for every batch
+        _READY[made] = ready
+    return copy.deepcopy(ready)
 
 
 _READY: dict[tuple[Any, ...], Any] = {}
