@@ -121,7 +121,9 @@ def test_a_recipe(name: str, extra: list[str], workplace: Path, recipe: Path, ti
     args = ["--config", str(CONFIGS / name), "--model.init_args.model", str(tiny_sd), "--model.init_args.judge"]
     args += [str(judge), "--model.init_args.num_inference_steps", "2", "--data.init_args.images_per_prompt", "1"]
     # Without predict, which draws what test judges. Further methods: tests/devices/test_two_processes.py.
-    compare([*args, "--concept", "dog", *extra], name.removesuffix(".yaml"), tiny_sd, predict=False)
+    args += ["--concept", "dog", *extra]
+    first, second = compare(args, name.removesuffix(".yaml"), tiny_sd, predict=False)
+    assert 0 <= difference(first, second) < 1e-5
 
 
 def test_data_unlearning(workplace: Path, recipe: Path, tiny_sd: Path, keep_forget: dict[str, str]) -> None:
