@@ -17,7 +17,9 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -46,7 +48,10 @@ class DiTTraining(L.LightningModule):
     ``noise - x_0``.
 
     Args:
-        text_encoders: Folder of a run of ``emoji/dit_text.yaml``, which has trained text encoders and tokenizers.
+        text_encoders: Folder of a run of ``emoji/dit_text.yaml``, which has trained text encoders and tokenizers; null
+            takes those of ``start``.
+        start: Folder of a pipeline or ``emoji-dit``; its transformer is trained further. Null starts from random
+            weights.
         model: Folder of a pipeline or ``emoji-sd``; its autoencoder is used.
         vae: Folder of a run that has trained the autoencoder; null takes the autoencoder of ``model``.
         num_layers: Blocks of the transformer.
@@ -69,6 +74,7 @@ class DiTTraining(L.LightningModule):
     def __init__(
         self,
         text_encoders: str | None = None,
+        start: str | None = None,
         model: str = "emoji-sd",
         vae: str | None = None,
         num_layers: int = 6,
@@ -84,8 +90,13 @@ class DiTTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if text_encoders is None:
+        if text_encoders is None and start is None:
             raise ValueError("text_encoders is missing: give the folder of a run of emoji/dit_text.yaml.")
+        if text_encoders is not None and start is not None:
+            raise ValueError(
+                f"text_encoders={text_encoders!r} beside start={start!r}: the transformer reads the text encoders that "
+                "it was trained with, so give one of the two."
+            )
         if minutes is not None and minutes <= 0:
             raise ValueError(f"minutes={minutes} must be positive, or null for no limit.")
         self.lr, self.minutes, self.logit_mean, self.logit_std = lr, minutes, logit_mean, logit_std
@@ -95,7 +106,7 @@ class DiTTraining(L.LightningModule):
         self._since: float | None = None
         self._judge: EmojiJudge | None = None
         self._shown: dict[str, list[float]] = defaultdict(list)
-        self.parts = {part: trained_part(part, text_encoders, model) for part in (*ENCODERS, *TOKENIZERS)}
+        self.parts = {part: trained_part(part, text_encoders, start or model) for part in (*ENCODERS, *TOKENIZERS)}
         self.parts["vae"] = trained_part("vae", vae, model)
         vae_config = AutoencoderKL.load_config(self.parts["vae"])
         clips = [CLIPTextConfig.from_pretrained(self.parts[name]) for name in ENCODERS[:2]]
@@ -115,6 +126,9 @@ class DiTTraining(L.LightningModule):
             pos_embed_max_size=sample_size,
             qk_norm="rms_norm",
         )
+        if start is not None:
+            weights = trained_part("transformer", None, start) / SAFETENSORS_WEIGHTS_NAME
+            self.transformer.load_state_dict(load_file(weights))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted velocity."""
