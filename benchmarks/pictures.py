@@ -7,7 +7,8 @@ Both sides draw the same prompts from the same seeds with the same sampler, step
 of its own, and the best of all repeats counts: seconds of the processor, since other programs may run; on a GPU, of the
 wall. The plain loop is ``StableDiffusionPipeline`` as its documentation shows it, without a safety checker and progress
 bar, in float32. Ours is what ``generate`` and ``test`` call: in float32, with weights in bfloat16 (``--model.dtype
-bfloat16``), and in float32 under autocast (``--trainer.precision bf16-mixed``).
+bfloat16``), and in float32 under autocast (``--trainer.precision bf16-mixed``). With ``--compile``, the first two also as
+with ``--model.torch_compile true``; kernels are made before the clock starts.
 """
 
 from __future__ import annotations
@@ -46,12 +47,21 @@ def plain(model: str, device: torch.device, steps: int, guidance: float) -> Call
 
 
 def ours(
-    model: str, device: torch.device, steps: int, guidance: float, dtype: torch.dtype, mixed: bool
+    model: str,
+    device: torch.device,
+    steps: int,
+    guidance: float,
+    dtype: torch.dtype,
+    mixed: bool,
+    compiled: bool = False,
 ) -> Callable[[list[str], list[int]], Tensor]:
     """Draws as ``generate`` does, and as a test does."""
+    from lit_unlearn.diffusion.compiled import compile_drawing
     from lit_unlearn.diffusion.load import load_pipeline
 
     pipeline = load_pipeline(model, dtype, device=device)
+    if compiled:
+        compile_drawing(pipeline)
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
@@ -98,6 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also draw with torch.compile")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
@@ -112,6 +123,9 @@ def main() -> None:
         "lit-unlearn, weights in bfloat16": ours(*given, torch.bfloat16, False),
         "lit-unlearn, bf16-mixed": ours(*given, torch.float32, True),
     }
+    if arguments.compile:
+        sides["lit-unlearn, float32, compiled"] = ours(*given, torch.float32, False, True)
+        sides["lit-unlearn, weights in bfloat16, compiled"] = ours(*given, torch.bfloat16, False, True)
     known: dict[tuple[str, int], list[float]] = {}
     far: dict[str, Tensor] = {}
     for batch in arguments.batches:

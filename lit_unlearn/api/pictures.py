@@ -26,6 +26,7 @@ def draw(
     scale: int = 1,
     device: str | None = None,
     offload: bool = False,
+    torch_compile: bool = False,
 ) -> list[Image.Image]:
     """Draw prompts, as ``lit-unlearn generate`` does.
 
@@ -40,6 +41,8 @@ def draw(
         scale: Each pixel is enlarged to ``scale`` x ``scale`` pixels, for small pictures.
         device: Of an edit: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None for a GPU if there is one.
         offload: Of an edit: move parts to the GPU only while they are used.
+        torch_compile: Draw with kernels that ``torch.compile`` makes: for many pictures, since the first ones take a
+            minute longer. A pipeline draws so from then on.
 
     Returns:
         The pictures, RGB: all ``num`` of the first prompt, then of the next.
@@ -72,6 +75,7 @@ def draw(
         batch_size=batch_size,
         device=device,
         offload=offload,
+        torch_compile=torch_compile,
     )
     pictures = [to_pil(picture) for picture in drawn.pictures]
     if scale == 1:

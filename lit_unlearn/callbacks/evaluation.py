@@ -21,6 +21,7 @@ from lit_unlearn.callbacks.folders import folder_of
 from lit_unlearn.callbacks.judge_curve import JudgeCurve, draw_curves
 from lit_unlearn.callbacks.sheets import Shown, evaluation_sheet
 from lit_unlearn.data.prompts import PictureItem
+from lit_unlearn.diffusion.compiled import is_compiled
 from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.emoji.unedited import shipped_pictures
 from lit_unlearn.evaluation.grids import Section, sheet
@@ -277,6 +278,7 @@ class EvaluationReport(L.Callback):
                 str(next(module.pipeline.denoiser.parameters()).dtype).removeprefix("torch."),
                 module.num_inference_steps,
                 module.guidance_scale,
+                is_compiled(module.pipeline.denoiser),
             ),
             relapse=Relapse.of(module.earlier, after["per_concept"]),
         )

@@ -31,6 +31,8 @@ def parser() -> Parser:
     made.add_argument("--batch_size", type=int, default=8, help="pictures drawn at once; default: 8")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     made.add_argument("--offload", action="store_true", help="move parts to the GPU only while they are used")
+    what = "draw with kernels that torch.compile makes: for many pictures, since the first take a minute longer"
+    made.add_argument("--torch_compile", action="store_true", help=what)
     made.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return made
 
@@ -74,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         config_folder=options.config_folder,
         device=options.device,
         offload=options.offload,
+        torch_compile=options.torch_compile,
     )
     pictures, seeds, base = drawn.pictures, drawn.seeds, drawn.base
     assert base is not None

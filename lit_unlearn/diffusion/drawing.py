@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import lit_unlearn
+from lit_unlearn.diffusion.compiled import is_compiled
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.system.devices import device_name
@@ -30,6 +31,7 @@ class Drawing:
         default_dtype: PyTorch's type of new tensors, which Lightning changes in some of its precisions.
         autocast: Type that autocast computes in where this object is made; None without autocast.
         matmul: Precision of float32 matrix products, such as ``highest``, or ``high`` (TF32).
+        compiled: Whether ``torch.compile`` has made the kernels.
         versions: Versions of the libraries that draw.
     """
 
@@ -42,6 +44,7 @@ class Drawing:
     default_dtype: str
     autocast: str | None
     matmul: str
+    compiled: bool
     versions: Mapping[str, str]
 
     @classmethod
@@ -67,6 +70,7 @@ class Drawing:
             str(torch.get_default_dtype()),
             str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
             torch.get_float32_matmul_precision(),
+            is_compiled(pipeline.denoiser),
             library_versions(),
         )
 

@@ -1,10 +1,11 @@
-"""Takes the steps of a chain faster on the same weights and texts; no bit of a picture changes.
+"""Takes the steps of a chain faster on the same weights and texts; no bit of a picture changes, unless it is compiled.
 
     with fixed_texts(pipeline.denoiser):
         ...   # many predictions with the same condition
 
 Two costs of each step are the same in all of them: keys and values of the text in a UNet's cross-attention, and in
-diffusers' ``Attention`` a look-up of the arguments of its processor, which takes longer than a small attention.
+diffusers' ``Attention`` a look-up of the arguments of its processor, which takes longer than a small attention. A
+denoiser that is compiled (``compiled.py``) needs neither.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from lit_unlearn.diffusion.compiled import compiled_forward
 
 Map = Callable[[Tensor], Tensor]
 
@@ -31,7 +34,8 @@ def fixed_texts(denoiser: nn.Module) -> Iterator[None]:
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     with ExitStack() as stack:
-        for name, module in denoiser.named_modules():
+        compiled = stack.enter_context(compiled_forward(denoiser))
+        for name, module in () if compiled else denoiser.named_modules():
             if type(module) is not Attention or type(module.processor) is not AttnProcessor2_0:
                 continue
             _replace(stack, module, _direct(module))

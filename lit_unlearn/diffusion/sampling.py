@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.seeds import seeded as seeded
+from lit_unlearn.diffusion.compiled import compiled_forward
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.offload import bring
 from lit_unlearn.diffusion.parameters import sides
@@ -184,7 +185,8 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, shift: float | None = No
     """Pictures (B, 3, 8H, 8W), float32 in [0, 1] on the CPU, of ``latents`` (B, C, H, W); see ``encode_pictures``."""
     bring(vae)
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    pictures = vae.decode(unscaled if shift is None else unscaled + shift).sample
+    with compiled_forward(vae.decoder):
+        pictures = vae.decode(unscaled if shift is None else unscaled + shift).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 

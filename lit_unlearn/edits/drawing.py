@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing
 from lit_unlearn.diffusion.offload import Offload
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_edited, warn_unfinished
@@ -58,6 +59,7 @@ def draw_edit(
     config_folder: str | None = None,
     device: str | None = None,
     offload: bool = False,
+    torch_compile: bool = False,
 ) -> Drawn:
     """Draw prompts.
 
@@ -74,6 +76,7 @@ def draw_edit(
         config_folder: Folder with what a single file does not hold, as for ``BaseModel.find``.
         device: The device; None takes a GPU if there is one.
         offload: Move parts to the GPU only while they are used.
+        torch_compile: Draw with kernels that ``torch.compile`` makes.
 
     Raises:
         UserError: An argument is wrong, the edit does not fit the model, memory ran out, or pictures are not finite.
@@ -95,6 +98,8 @@ def draw_edit(
                 warn_unfinished(edit.path)
             base = chosen_base(model, revision, edit, config_folder)
             base.check_steps(steps, "num_inference_steps")
+        if torch_compile:
+            check_compiler(place, "torch_compile")
     guidance = of_edit.get("guidance_scale", GUIDANCE) if guidance_scale is None else guidance_scale
     with user_errors(), explaining_memory("generate", place, _ways(batch_size, place, offload)):
         if loaded is None:
@@ -102,6 +107,8 @@ def draw_edit(
             loaded = load_edited(base, edit, torch.device("cpu") if offload else place)
             if offload and place.type != "cpu":
                 Offload(loaded.parts, place)
+        if torch_compile:
+            compile_drawing(loaded)
     with plain_warnings(), explaining_memory("generate", place, _ways(batch_size, place, offload)):
         pictures = draw_all(loaded, prompts, seeds, steps, guidance, batch_size)
     if not pictures.isfinite().all():

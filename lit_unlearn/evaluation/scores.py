@@ -170,6 +170,8 @@ class Drawn:
     """Type of the denoiser's weights, such as ``float32``."""
     num_inference_steps: int
     guidance_scale: float
+    compiled: bool = False
+    """Whether ``torch.compile`` has made the kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from lit_unlearn.training.options import ignored_by_a_checkpoint
 
 FROM_COMMAND_LINE = {"concept", "concept_set", "model", "revision", "config_folder", "copy_quantile"}
 FROM_COMMAND_LINE |= {"judge", "judge_options", "second_judge", "second_judge_options", "judge_cache", "spontaneous"}
-FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale", "offload"}
+FROM_COMMAND_LINE |= {"num_inference_steps", "guidance_scale", "offload", "torch_compile"}
 """Arguments of a model that say what is evaluated and how; all others belong to the edit and are in its checkpoint."""
 
 

@@ -1,0 +1,90 @@
+"""Draws with kernels that ``torch.compile`` makes of the denoiser and of the autoencoder's decoder.
+
+    compile_drawing(pipeline)                 # from now on ``pipeline.draw`` and ``pipeline.sample`` use them
+    with compiled_forward(pipeline.denoiser): # what they do; False if it is not compiled
+        ...
+
+Only pictures are drawn so: a gradient, and a single prediction, is computed as always. The kernels are made when the
+first picture is drawn, and again for a second batch size; PyTorch keeps them on disk for later processes. They read the
+weights of the module, so an edit needs no others. Pictures differ in the last bits from those that are drawn without.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from lit_unlearn.system.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_unlearn.diffusion.pipeline import Pipeline
+
+COMPILERS = {"win32": "cl", "darwin": "clang++"}
+"""The compiler of C++ that PyTorch calls on each system, if the variable CXX names none; on others it is g++."""
+
+_OF: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
+"""The compiled ``forward`` of a module, which takes the module as its first argument."""
+
+
+def check_compiler(device: torch.device, field: str) -> None:
+    """Refuse to compile where PyTorch has not what it needs for it.
+
+    Args:
+        device: Device that pictures are drawn on.
+        field: Name of the option, which begins the message.
+
+    Raises:
+        UserError: There is no Triton for a GPU of NVIDIA or AMD, or no compiler of C++.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            f"{field} needs Triton on {device.type}, which is not installed: pip install triton, or omit it."
+        )
+    compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"{field} needs a compiler of C++, and there is no {compiler}: install it, name another one in the "
+            "environment variable CXX, or omit the option."
+        )
+
+
+def compile_drawing(pipeline: Pipeline) -> None:
+    """Let ``pipeline`` draw with compiled kernels; nothing is compiled before the first picture."""
+    for module in (pipeline.denoiser, pipeline.vae.decoder):
+        # Not of the bound method: it would keep the module alive, and a copy of it would draw with this one's weights.
+        _OF[module] = torch.compile(type(module).forward)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is called with compiled kernels when pictures are drawn."""
+    return module in _OF
+
+
+@contextmanager
+def compiled_forward(module: nn.Module) -> Iterator[bool]:
+    """Within the block, ``module`` computes with its compiled kernels; yields whether it has some."""
+    if (compiled := _OF.get(module)) is None or "forward" in vars(module):
+        yield False
+        return
+    module.forward = partial(compiled, module)
+    try:
+        with warnings.catch_warnings():
+            # Of functions that the compiler leaves to Python, which are many and change nothing.
+            warnings.filterwarnings("ignore", module="torch._dynamo|torch._inductor")
+            yield True
+    finally:
+        del module.forward
+
+
+__all__ = ["check_compiler", "compile_drawing", "compiled_forward", "is_compiled"]

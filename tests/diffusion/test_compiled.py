@@ -1,0 +1,137 @@
+"""Compiled kernels draw the same pictures to their last bits, follow the weights, and are used for pictures only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, is_compiled
+from lit_unlearn.diffusion.drawing import Drawing
+from lit_unlearn.diffusion.families import StableDiffusion
+from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.methods.esd import ESD
+from lit_unlearn.system.errors import UserError
+
+STEPS = 3
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the compiler by one that changes nothing: the names of the modules that are called as compiled."""
+    made: list[str] = []
+
+    def compile_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            made.append(type(module).__name__)
+            return forward(module, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    return made
+
+
+def draw(pipeline: Pipeline, count: int = 2) -> Tensor:
+    return pipeline.draw(["a dog", "a cat", "a castle"][:count], list(range(count)), STEPS, 4.0)
+
+
+def test_pictures_are_drawn_with_compiled_kernels_and_nothing_else_is(
+    components: StableDiffusion, calls: list[str]
+) -> None:
+    before = draw(components)
+    assert calls == []
+    compile_drawing(components)
+    assert torch.equal(draw(components), before)
+    assert calls == ["UNet2DConditionModel"] * STEPS + ["Decoder"]
+    calls.clear()
+    condition = components.encode(["a dog"])
+    components.predict(components.initial_noise([0]), torch.tensor(10), condition)
+    list(components.chain([condition], components.initial_noise([0]), STEPS, 1.0))
+    assert calls == []
+    assert not any("forward" in vars(module) for part in components.parts.values() for module in part.modules())
+
+
+def test_an_error_within_leaves_the_model_as_it_was(components: StableDiffusion, calls: list[str]) -> None:
+    compile_drawing(components)
+    with pytest.raises(RuntimeError):
+        components.sample(components.encode(["a dog"]), torch.zeros(1, 3, 8, 8), STEPS, 1.0)  # three channels, not four
+    assert calls and "forward" not in vars(components.unet)
+
+
+def test_a_copy_of_a_model_is_not_compiled(components: StableDiffusion, calls: list[str]) -> None:
+    compile_drawing(components)
+    copied = copy.deepcopy(components)
+    assert is_compiled(components.unet) and not is_compiled(copied.unet)
+    assert torch.equal(draw(copied), draw(components))
+    assert calls.count("Decoder") == 1
+
+
+def test_pictures_with_and_without_are_kept_apart(components: StableDiffusion, calls: list[str]) -> None:
+    plain = Drawing.of(components, STEPS, 4.0)
+    compile_drawing(components)
+    compiled = Drawing.of(components, STEPS, 4.0)
+    assert (plain.compiled, compiled.compiled) == (False, True)
+    assert plain.key != compiled.key
+
+
+def test_what_compiling_needs_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiler(CPU, "torch_compile")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="torch_compile needs a compiler of C\\+\\+, and there is no no-such-compiler"):
+        check_compiler(CPU, "torch_compile")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.torch_compile needs Triton on cuda"):
+        check_compiler(torch.device("cuda"), "model.torch_compile")
+
+
+def test_a_missing_compiler_is_told_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ESD(concept="dog", torch_compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(module.base, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"model\.torch_compile needs a compiler"):
+        module.configure_model()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's, of what its compiler imports
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    # The kernels take a minute of a compiler of C++; the other backend leaves out this last step.
+    [
+        ("tiny_sd", "inductor"),
+        ("tiny_sd", "aot_eager"),
+        ("tiny_sdxl", "aot_eager"),
+        ("tiny_sd3", "aot_eager"),
+        ("tiny_flux", "aot_eager"),
+        ("tiny_pixart", "aot_eager"),
+    ],
+)
+def test_compiled_pictures_are_the_same_and_follow_the_weights(
+    model: str, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    folder: Path = request.getfixturevalue(model)
+    plain, compiled = load_pipeline(str(folder)), load_pipeline(str(folder))
+    compile_drawing(compiled)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    before = draw(compiled)
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert made > 0
+    assert (before - draw(plain)).abs().max() < 1e-4
+    for pipeline in (plain, compiled):
+        for parameter in pipeline.denoiser.parameters():
+            parameter.data.mul_(1.2)
+    after = draw(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+    assert (after - before).abs().max() > 1e-2
+    assert (after - draw(plain)).abs().max() < 1e-4
