@@ -7,8 +7,8 @@ Both sides draw the same prompts from the same seeds with the same sampler, step
 of its own, and the best of all repeats counts: seconds of the processor, since other programs may run; on a GPU, of the
 wall. The plain loop is ``StableDiffusionPipeline`` as its documentation shows it, without a safety checker and progress
 bar, in float32. Ours is what ``generate`` and ``test`` call: in float32, with weights in bfloat16 (``--model.dtype
-bfloat16``), and in float32 under autocast (``--trainer.precision bf16-mixed``). With ``--compile``, the first two also as
-with ``--model.torch_compile true``; kernels are made before the clock starts.
+bfloat16``), and in float32 under autocast (``--trainer.precision bf16-mixed``). ``--compile`` adds the first two with
+``--model.torch_compile true``; kernels are made before the clock starts.
 """
 
 from __future__ import annotations

@@ -52,6 +52,25 @@ def test_an_option_arrives_in_the_checkpoint_wherever_it_stands(workplace: Path,
     assert edit_of("logs/null_space/dog/version_1")["init_args"]["threshold"] == 0.03
 
 
+def test_a_test_may_draw_with_compiled_kernels_and_says_so(
+    run_folder: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def compile_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(forward.__qualname__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    given = ["test", "--config", str(recipe), "--ckpt_path", str(run_folder / "checkpoints/last.ckpt")]
+    assert cli.main(given) == 0
+    assert json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["drawn"]["compiled"] is False
+    assert compiled == []
+    assert cli.main([*given, "--model.torch_compile", "true"]) == 0
+    assert json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["drawn"]["compiled"] is True
+    assert compiled == ["UNet2DConditionModel.forward", "Decoder.forward"]
+
+
 def test_another_solver_takes_the_place_of_the_recipes(workplace: Path, recipe: Path) -> None:
     quick = ["--trainer.callbacks", "[]", "--data.init_args.steps", "1"]
     assert cli.main(["fit", "--config", str(recipe), *quick, "--edit", "RidgeMap", "--edit.lamb", "30"]) == 0
