@@ -66,7 +66,7 @@ def test_a_test_may_draw_with_compiled_kernels_and_says_so(
     assert cli.main(given) == 0
     assert json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["drawn"]["compiled"] is False
     assert compiled == []
-    assert cli.main([*given, "--model.torch_compile", "true"]) == 0
+    assert cli.main([*given, "--model.torch_compile", "true", "--overwrite"]) == 0
     assert json.loads((run_folder / "scores.json").read_text(encoding="utf-8"))["drawn"]["compiled"] is True
     assert compiled == ["UNet2DConditionModel.forward", "Decoder.forward"]
 
