@@ -28,13 +28,13 @@ from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import call_order
 from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.layer_state import LayerState
+from lit_unlearn.methods.shared.noised import drawn, edit_latents, noised
 from lit_unlearn.methods.shared.text_maps import by_way, flattened, select_first_maps
 from lit_unlearn.methods.shared.unet_layers import (
     Query,
     StatePairs,
     Watched,
     check_choices,
-    noised,
     query_batches,
     select_in_blocks,
 )
@@ -104,11 +104,10 @@ class UNetValueRefinement(ValueRefinement):
 
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
-        self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
+        self.edit_condition = self.pipeline.encode_many(self.paired.edit_tokens)
         self.edit_keys = self.inputs(self.edit_condition)
         self.edited_keys: dict[str, Tensor] = {}  # of each way, one tensor for all maps and rounds
-        parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
-        self.state_pairs = StatePairs.of(parts, self.num_positions())
+        self.state_pairs = StatePairs.of(self.paired.of_states, self.num_positions())
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
 
@@ -254,12 +253,11 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
     def gather(self) -> None:
         """Also fix x_t and t of every item, and the prediction to reach there."""
-        self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
-        parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
-        self.state_pairs = StatePairs.of(parts, self.edit_condition.states.shape[1])
+        self.edit_condition = self.pipeline.encode_many(self.paired.edit_tokens)
+        self.state_pairs = StatePairs.of(self.paired.of_states, self.edit_condition.states.shape[1])
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
-        latents = self.latents if self.value_choice == "refined" else self.edit_latents()
+        latents = self.latents if self.value_choice == "refined" else edit_latents(self)
         numbers = [number % len(latents) for number in range(self.noises_per_prompt)]
         self.noisy, self.timesteps = noised(self, latents[numbers].flatten(0, 1), "edited")
         self.goals = self.asked(self.goal, lambda query: self.pipeline.predict(*query))
@@ -283,7 +281,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
     def gather_moments(self) -> None:
         """Pass pictures of retained prompts through the denoiser; sum up ``K0 K0ᵀ``, float64, and count the keys."""
         retained = self.pipeline.encode_many(self.retain_prompts)
-        latents = self.pictures(retained, RETAINED_SEED)
+        latents = drawn(self, retained, RETAINED_SEED)
         noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
         conditions = [retained]
         if self.retain_empty:

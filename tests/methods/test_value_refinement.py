@@ -133,7 +133,7 @@ def test_later_layers_see_what_earlier_edits_did(refinement: Refinement, fit: Fi
     module = refinement()
     fit(module, hook("on_train_batch_end", record), null_space_edit())
     with module.pretrained.restored():
-        before = {name: module.capture_keys(name, module.edit_ids) for name in LAYERS}
+        before = {name: module.paired.keys(name, module.paired.first.edit_ids) for name in LAYERS}
     assert torch.equal(keys[LAYERS[0]], before[LAYERS[0]])
     assert (keys[LAYERS[1]] - before[LAYERS[1]]).norm() > 1e-3 * before[LAYERS[1]].norm()
 
@@ -158,10 +158,11 @@ def test_only_the_positions_asked_for_are_replaced(
 ) -> None:
     # "a dog" has two tokens between BOS and EOS, "the dog at sunset" four, whatever the padding is.
     module = started(refinement(positions=positions, model=str(request.getfixturevalue(model))), fit)
-    assert [mask.nonzero().flatten().tolist() for mask in module.mask] == [list(places) for places in expected]
+    edited = module.paired.first.mask
+    assert [mask.nonzero().flatten().tolist() for mask in edited] == [list(places) for places in expected]
     module.training_step(torch.tensor([0, 1]), 0).backward()
     assert module.values.grad is not None
-    assert not module.values.grad[~module.mask].any()
+    assert not module.values.grad[~edited].any()
 
 
 # --- values taken from the target
@@ -200,7 +201,7 @@ def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fi
 def test_the_residual_of_the_last_layer_makes_up_for_all_that_is_missing(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(values="residual", first_layer=2), fit)
     assert module.state is not None
-    with torch.no_grad(), replace_output(module.state.layer, module.values, module.mask):
+    with torch.no_grad(), replace_output(module.state.layer, module.values, module.paired.first.mask):
         states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, PROMPTS)
     goals = encode_prompts(module.pipeline.tokenizer, module.text_encoder, TARGETS)
     aligned = torch.stack([goal[ALIGNMENT[i]] for i, goal in enumerate(goals)])
@@ -211,8 +212,9 @@ def test_the_residual_of_the_last_layer_makes_up_for_all_that_is_missing(refinem
 def test_the_residual_is_shared_among_the_layers(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(start="residual", first_layer=0), fit)
     assert module.state is not None
-    last = module.text_encoder(module.edit_ids, output_hidden_states=True).hidden_states[-1]
-    goal = module.text_encoder(module.target_ids, output_hidden_states=True).hidden_states[-1]
+    pairs = module.paired.first
+    last = module.text_encoder(pairs.edit_ids, output_hidden_states=True).hidden_states[-1]
+    goal = module.text_encoder(pairs.target_ids, output_hidden_states=True).hidden_states[-1]
     aligned = torch.stack([rows[ALIGNMENT[i]] for i, rows in enumerate(goal)])
     # Three layers are to be edited, so the first one takes a third.
     assert_close(module.values.detach(), module.state.initial + (aligned - last).detach() / 3, rtol=0, atol=1e-4)
@@ -319,7 +321,7 @@ def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinem
     ids = tokenize(module.pipeline.tokenizer, module.retain_prompts)
     assert list(module.retained) == LAYERS
     for name, retained in module.retained.items():
-        keys = module.capture_keys(name, ids).flatten(0, 1).double()
+        keys = module.paired.keys(name, ids).flatten(0, 1).double()
         assert retained.count == len(keys) == 64
         assert retained.moment is not None
         # A sum of 64 products in float64.

@@ -1,4 +1,4 @@
-"""Shared code of the two null-space edits in the denoiser: noised inputs, and the measured change of predictions."""
+"""Shared code of the two null-space edits in the denoiser: what is edited, asked, and watched for change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import call_order
-from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.methods.shared.noised import UNET_BATCH, drawn, noised
 
 if TYPE_CHECKING:
     from lit_unlearn.methods.shared.text_layers import TokenPairs
     from lit_unlearn.methods.value_refinement import ValueRefinement
 
-UNET_BATCH = 16
-"""Largest number of latents that go through the denoiser at once, since its inner states are large."""
 WATCHED_SEED = 10_000_000
 """Added to the seeds of watched pictures, so that they differ from the edit prompts' seeds."""
 
@@ -86,17 +84,6 @@ class StatePairs:
         return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
-def noised(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
-    """Add noise to each of ``latents`` (n, C, H, W) at its own random timestep; return x_t (n, C, H, W) and t (n,)."""
-    noise, timesteps = [], []
-    for place in range(len(latents)):
-        generator = seeded(method.seed, label, place)
-        timesteps.append(method.pipeline.noise.draw_timestep(generator, method.min_timestep, method.max_timestep))
-        noise.append(torch.randn(latents.shape[1:], generator=generator))
-    times = torch.stack(timesteps).to(latents.device)
-    return method.pipeline.noise.add(latents, torch.stack(noise).to(latents), times), times
-
-
 def query_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
     """Batches of inputs for the denoiser: x_t and t of the items, with the rows of ``condition`` in turn."""
     batches = torch.arange(len(noisy)).split(UNET_BATCH)
@@ -121,7 +108,7 @@ class Watched:
         every = max(1, len(method.retain_prompts) // number)
         condition = method.pipeline.encode_many(method.retain_prompts[::every][:number])
         with method.uncounted():
-            pictures = method.pictures(condition, WATCHED_SEED)
+            pictures = drawn(method, condition, WATCHED_SEED)
         return cls(method, query_batches(*noised(method, pictures, "watched"), condition))
 
     @torch.no_grad()
