@@ -15,8 +15,7 @@ all layers are gathered once, before the first edit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,23 +23,19 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.hooks import replace_output
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
-from lit_unlearn.methods.shared.layer_state import LayerState, outputs_of, per_item
+from lit_unlearn.methods.shared.layer_state import LayerState, per_item
 from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
+from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs, retained_moments
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.text_layers import (
     Stretch,
-    inputs_and_condition,
     select_text_layers,
     stretches,
 )
@@ -219,48 +214,13 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             self.latents = edit_latents(self)
 
     def gather_moments(self) -> None:
-        """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys.
-
-        The same forward passes give the outputs that should not change.
-        """
-        read = partial(inputs_and_condition, self.pipeline, self.layers, self.stretches)
-
-        def inputs(part: Tokens) -> Mapping[str, Tensor]:
-            keys, condition = read(part)
-            self.unmoved += outputs_of(condition)
-            return keys
-
-        tokens = self.pipeline.tokenize(self.retain_prompts)
-        self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
-        by_default = len(self.pipeline.texts) > 1 or not self.pipeline.texts[0].causal
-        if by_default if self.retain_empty is None else self.retain_empty:
-            for name, found in read(self.pipeline.tokenize([""]))[0].items():
-                keys, own = found.flatten(0, 1), self.retained[name]
-                assert own.moment is not None and own.largest_norm is not None
-                self.retained[name] = replace(
-                    own,
-                    moment=own.moment + len(tokens) * second_moment(keys).cpu(),
-                    count=own.count + len(tokens) * len(keys),
-                    largest_norm=max(own.largest_norm, largest_norm(keys)),
-                )
+        """Encode the retained prompts: keys of the layers, and the outputs that should not change."""
+        self.retained, self.unmoved = retained_moments(self)
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
-        """This process's share of outputs that should not change, float32, of retained prompts.
-
-        These are what the denoiser reads: states (B, L, D), and pooled vectors (B, P) if there are any.
-        """
-        tokens = self.pipeline.tokenize(self.retain_prompts)
-        read = [self.pipeline.condition(part) for part in self.processes.own_share(list(tokens.split(ENCODE_BATCH)))]
-        return [tensor for condition in read for tensor in outputs_of(condition)]
-
-    def retained_drift(self, before: Sequence[Tensor]) -> float:
-        """Norm of the difference of ``retained_outputs`` from ``before``, relative to the norm of ``before``."""
-        sums = torch.zeros(2, device=self.device)
-        for old, new in zip(before, self.retained_outputs(), strict=True):
-            sums += torch.stack([(new - old).square().sum(), old.square().sum()])
-        moved, norm = self.processes.total(sums).sqrt()
-        return float(moved / norm)
+        """This process's share of outputs that should not change, float32: what the denoiser reads, by default."""
+        return encoder_outputs(self)
 
     # --- one (round, layer)
 
@@ -323,7 +283,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.progress["applied"] = epoch + 1
         if is_last:  # before the last checkpoint, which holds the report
             self.paired.forget()
-            self.report["retained_state_drift"] = self.retained_drift(self.unmoved)
+            self.report["retained_state_drift"] = drift(self.unmoved, self.retained_outputs(), self.processes)
             super().after_writes(epoch, is_last)
 
     # --- one (round, layer), continued
