@@ -34,11 +34,7 @@ from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
 from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs, retained_moments
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
-from lit_unlearn.methods.shared.text_layers import (
-    Stretch,
-    select_text_layers,
-    stretches,
-)
+from lit_unlearn.methods.shared.text_layers import Stretch, select_text_layers, stretches
 
 
 class ValueRefinement(ClosedFormMethod, ConceptEditor):

@@ -270,26 +270,6 @@ def test_pictures_and_goals_are_the_pretrained_models_even_after_an_edit(refinem
     assert not module.latents.is_inference()
 
 
-def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: Fit) -> None:
-    module = started(refinement(min_timestep=300, max_timestep=700, latents_per_prompt=3), fit)
-    state = torch.get_rng_state()
-    batch = torch.arange(8)
-    together = module.noise(batch, 3)
-    assert torch.equal(torch.get_rng_state(), state)
-    alone = [torch.cat(parts) for parts in zip(*(module.noise(item[None], 3) for item in batch), strict=True)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
-    latents, noise, timesteps = together
-    assert len({float(x) for x in noise[:, 0, 0, 0]}) == 8
-    assert not torch.equal(module.noise(batch, 4)[1], noise)
-    for item in range(8):
-        assert any(torch.equal(latents[item], candidate) for candidate in module.latents[:, item % 2])
-    assert timesteps.min() >= 300
-    assert timesteps.max() < 700
-    assert len(set(timesteps.tolist())) > 1
-    module.seed += 1
-    assert not torch.equal(module.noise(batch, 3)[1], noise)
-
-
 def test_two_processes_descend_the_loss_of_one(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(positions="no_bos"), fit)
 
@@ -313,20 +293,6 @@ def test_noise_is_added_as_in_training(refinement: Refinement) -> None:
         add_noise(module.pipeline.scheduler, latents, noise, timesteps),
         scheduler.add_noise(latents, noise, timesteps),
     )
-
-
-def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinement, fit: Fit) -> None:
-    module = started(refinement(), fit)
-    assert module.retain_prompts == ["a cat", "the cat in the rain"]
-    ids = tokenize(module.pipeline.tokenizer, module.retain_prompts)
-    assert list(module.retained) == LAYERS
-    for name, retained in module.retained.items():
-        keys = module.paired.keys(name, ids).flatten(0, 1).double()
-        assert retained.count == len(keys) == 64
-        assert retained.moment is not None
-        # A sum of 64 products in float64.
-        assert_close(retained.moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
-        assert retained.largest_norm == pytest.approx(float(keys.norm(dim=1).max()), rel=1e-12)
 
 
 def test_keys_carry_the_concept_from_its_first_token_on(refinement: Refinement, fit: Fit) -> None:
