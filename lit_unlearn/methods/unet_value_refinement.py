@@ -39,6 +39,7 @@ from lit_unlearn.methods.shared.unet_layers import (
     select_in_blocks,
 )
 from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.system.names import check_numbers
 
 RETAINED_SEED = 20_000_000
 """Added to the seeds of pictures of retained prompts, so that they differ from the edit prompts' seeds."""
@@ -158,10 +159,7 @@ class UNetValueRefinement(ValueRefinement):
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
-        if self.start != "target":
-            return state.initial
-        # From the unedited denoiser, so that further rounds get nearer to the same goal.
-        return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
+        return started(self, state)
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, L, d_in), float32: the target prompts' inputs, states each at the edit position aligned with it."""
@@ -212,12 +210,9 @@ class UNetFeedForwardRefinement(ValueRefinement):
         **kwargs: object,
     ) -> None:
         check_choices(type(self).__name__, values, start, watched_prompts)
-        for field, value in {
-            "noises_per_prompt": noises_per_prompt,
-            "noises_per_retained_prompt": noises_per_retained_prompt,
-        }.items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers(
+            "model", noises_per_prompt=noises_per_prompt, noises_per_retained_prompt=noises_per_retained_prompt
+        )
         super().__init__(
             edited_parameters=edited_parameters,
             positions="all",
@@ -312,9 +307,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, places, d_out) at the start of a layer; see ``start``."""
-        if self.start != "target":
-            return state.initial
-        return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
+        return started(self, state)
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited.
@@ -335,3 +328,13 @@ class UNetFeedForwardRefinement(ValueRefinement):
         with replace_output(state.layer, values, state.mask[items]):
             prediction = self.pipeline.predict(self.noisy[items], self.timesteps[items], condition)
         return prediction, self.goals[items]
+
+
+def started(method: UNetValueRefinement | UNetFeedForwardRefinement, state: LayerState) -> Tensor:
+    """V1 (n, L, d_out) where ``method`` starts in the layer of ``state``: its output, or that for the target prompts.
+
+    The latter is that of the unedited denoiser, so that further rounds get nearer to the same goal.
+    """
+    if method.start != "target":
+        return state.initial
+    return method.target_keys(state.name) @ method.pretrained.values[state.name].to(state.keys).mT

@@ -35,6 +35,7 @@ from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
 from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs, retained_moments
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.text_layers import Stretch, select_text_layers, stretches
+from lit_unlearn.system.names import check_numbers
 
 
 class ValueRefinement(ClosedFormMethod, ConceptEditor):
@@ -95,9 +96,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.first_layer, self.last_layer, self.positions = first_layer, last_layer, positions
         self.start = start if values == "refined" else values
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        for field, value in {"rounds": rounds, "latents_per_prompt": latents_per_prompt}.items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers("model", rounds=rounds, latents_per_prompt=latents_per_prompt)
         check_timesteps(min_timestep, max_timestep)
         self.rounds, self.value_choice, self.pull = rounds, values, pull
         self.min_timestep, self.max_timestep = min_timestep, max_timestep

@@ -261,7 +261,7 @@ class TokenPairs:
 
     def align(self, rows: Tensor) -> Tensor:
         """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
-        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        return taken(rows, self.alignment)
 
     def carrying(self) -> Tensor:
         """Positions (n, L), bool, whose states can have seen the concept: all, if the encoder reads both directions."""
@@ -274,3 +274,8 @@ def ends(input_ids: Tensor, text: TextEncoder) -> Tensor:
     """The position at which each text ends, where a CLIP's pooled vector is read, as a mask (n, L), bool."""
     ended = positions_mask(input_ids, text.eos, "eot", text.begins)
     return ended & (ended.cumsum(-1) == 1)
+
+
+def taken(rows: Tensor, positions: Tensor) -> Tensor:
+    """``rows`` (n, L, D) at ``positions`` (n, L) of each text."""
+    return rows.gather(1, positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

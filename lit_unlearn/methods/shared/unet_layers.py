@@ -12,9 +12,10 @@ from torch import Tensor
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import call_order
 from lit_unlearn.methods.shared.noised import UNET_BATCH, drawn, noised
+from lit_unlearn.methods.shared.text_layers import TokenPairs, taken
+from lit_unlearn.system.names import check_numbers
 
 if TYPE_CHECKING:
-    from lit_unlearn.methods.shared.text_layers import TokenPairs
     from lit_unlearn.methods.value_refinement import ValueRefinement
 
 WATCHED_SEED = 10_000_000
@@ -33,8 +34,7 @@ def check_choices(kind: str, values: str, start: str, watched_prompts: int) -> N
     for field, value, known in (("values", values, "refined"), ("start", start, "output")):
         if value not in (known, "target"):
             raise ValueError(f"model.{field}={value!r} is not possible for {kind}: choose {known} or target.")
-    if watched_prompts < 1:
-        raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
+    check_numbers("model", watched_prompts=watched_prompts)
 
 
 def select_in_blocks(method: ValueRefinement, names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
@@ -81,7 +81,7 @@ class StatePairs:
 
     def align(self, rows: Tensor) -> Tensor:
         """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
-        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        return taken(rows, self.alignment)
 
 
 def query_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
