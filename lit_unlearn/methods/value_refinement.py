@@ -15,7 +15,8 @@ all layers are gathered once, before the first edit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -23,18 +24,22 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.hooks import replace_output
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
-from lit_unlearn.methods.shared.layer_state import LayerState, per_item
+from lit_unlearn.methods.shared.layer_state import LayerState, outputs_of, per_item
 from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
-from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs, retained_moments
+from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
-from lit_unlearn.methods.shared.text_layers import Stretch, select_text_layers, stretches
+from lit_unlearn.methods.shared.text_layers import Stretch, inputs_and_condition, select_text_layers, stretches
 from lit_unlearn.system.names import check_numbers
 
 
@@ -209,8 +214,30 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             self.latents = edit_latents(self)
 
     def gather_moments(self) -> None:
-        """Encode the retained prompts: keys of the layers, and the outputs that should not change."""
-        self.retained, self.unmoved = retained_moments(self)
+        """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys.
+
+        The same forward passes give the outputs that should not change.
+        """
+        read = partial(inputs_and_condition, self.pipeline, self.layers, self.stretches)
+
+        def inputs(part: Tokens) -> Mapping[str, Tensor]:
+            keys, condition = read(part)
+            self.unmoved += outputs_of(condition)
+            return keys
+
+        tokens = self.pipeline.tokenize(self.retain_prompts)
+        self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
+        by_default = len(self.pipeline.texts) > 1 or not self.pipeline.texts[0].causal
+        if by_default if self.retain_empty is None else self.retain_empty:
+            for name, found in read(self.pipeline.tokenize([""]))[0].items():
+                keys, own = found.flatten(0, 1), self.retained[name]
+                assert own.moment is not None and own.largest_norm is not None
+                self.retained[name] = replace(
+                    own,
+                    moment=own.moment + len(tokens) * second_moment(keys).cpu(),
+                    count=own.count + len(tokens) * len(keys),
+                    largest_norm=max(own.largest_norm, largest_norm(keys)),
+                )
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:

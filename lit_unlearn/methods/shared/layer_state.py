@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lit_unlearn.core.solvers import Retained, Write
+from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.system.devices import for_solving
 
 MOST_KEPT_BYTES = 2**30
@@ -98,3 +99,8 @@ class KeptKeys:
         kept = any(keys is state.keys for _, keys in self.found.get(state.name, []))
         if kept and state.weight == 1 and state.mask.all():
             state.rows = self.rows.setdefault(state.name, state.edited(state.keys))
+
+
+def outputs_of(condition: Condition) -> list[Tensor]:
+    """What the denoiser reads, float32: states (B, L, D), and pooled vectors (B, P) if there are any."""
+    return [part.float() for part in (condition.states, condition.pooled) if part is not None]

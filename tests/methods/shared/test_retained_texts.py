@@ -1,4 +1,4 @@
-"""Keys and outputs of retained prompts."""
+"""Keys and outputs of retained prompts, and the drift of the outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from helpers import LAYERS, normal, started
 from lit_unlearn.diffusion.prompts import encode_prompts, tokenize
 from lit_unlearn.methods.shared.processes import Processes
-from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs, retained_moments
+from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
@@ -37,9 +37,8 @@ def test_the_outputs_are_those_that_the_unet_reads(refinement: Refinement, fit: 
     module = started(refinement(), fit)
     with torch.no_grad():
         states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, module.retain_prompts)
-        _, seen_with_keys = retained_moments(module)
         (outputs,) = encoder_outputs(module)
-    assert torch.equal(outputs, states) and torch.equal(seen_with_keys[0], states)
+    assert torch.equal(outputs, states) and torch.equal(module.unmoved[0], states)
 
 
 def test_the_drift_is_a_ratio_of_norms() -> None:
