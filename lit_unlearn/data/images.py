@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lit_unlearn.data.fit_plan import fit_plan_of
 from lit_unlearn.data.prompts import RankSampler
 from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.system.names import check_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = "metadata.jsonl"
@@ -244,14 +245,13 @@ class KeepForgetImages(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for field, value in {
-            "batch_size": batch_size,
-            "steps": steps,
-            "images_per_prompt": images_per_prompt,
-            "eval_batch_size": eval_batch_size,
-        }.items():
-            if value < 1:
-                raise ValueError(f"data.{field}={value} must be at least 1.")
+        check_numbers(
+            "data",
+            batch_size=batch_size,
+            steps=steps,
+            images_per_prompt=images_per_prompt,
+            eval_batch_size=eval_batch_size,
+        )
         if keep_captions < 0:
             raise ValueError(f"data.keep_captions={keep_captions} must not be negative.")
         self.save_hyperparameters(logger=False)  # the logger merges them with the method's, which have a seed too

@@ -20,6 +20,7 @@ from lit_unlearn.data.concepts import Concept, ConceptSet, load_concept_set
 from lit_unlearn.data.edited import edited_concepts as edited_concepts
 from lit_unlearn.data.fit_plan import fit_plan_of
 from lit_unlearn.data.names import name_key
+from lit_unlearn.system.names import check_numbers
 
 MAX_PAIRS = 12
 """Maximum number of pairs of concepts that a warning lists."""
@@ -168,14 +169,13 @@ class ConceptPrompts(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for field, value in {
-            "steps": steps,
-            "images_per_prompt": images_per_prompt,
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{field}={value} must be at least 1.")
+        check_numbers(
+            "data",
+            steps=steps,
+            images_per_prompt=images_per_prompt,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+        )
         self.save_hyperparameters(logger=False)  # the logger merges them with the method's, which have a seed too
         self.concepts = load_concept_set(concept_set)
         self.edited = edited_concepts(concept, self.concepts)

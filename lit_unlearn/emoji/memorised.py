@@ -28,6 +28,7 @@ from lit_unlearn.emoji.captions import caption
 from lit_unlearn.emoji.drawing import ATTRIBUTES, Drawing
 from lit_unlearn.emoji.text_to_image import TextToImageTraining
 from lit_unlearn.system.files import replaced_folder
+from lit_unlearn.system.names import check_numbers
 from lit_unlearn.system.pixels import save_png, to_tensor
 
 MEMORISED: tuple[tuple[str, str, str, str], ...] = (
@@ -164,10 +165,13 @@ class MemorisedData(L.LightningDataModule):
         self.save_hyperparameters()
         if not 0 <= forget_share <= 1:
             raise ValueError(f"data.forget_share={forget_share} must lie between 0 and 1.")
-        counts = {"same_caption": same_caption, "held_out": held_out, "batch_size": batch_size}
-        for field, value in {**counts, "steps_per_epoch": steps_per_epoch}.items():
-            if value < 1:
-                raise ValueError(f"data.{field}={value} must be at least 1.")
+        check_numbers(
+            "data",
+            same_caption=same_caption,
+            held_out=held_out,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+        )
         self.output, self.model, self.forget_share = Path(output), resolve_model(model), forget_share
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.drawings = MemorisedDrawings.make(same_caption, others, held_out, seed)

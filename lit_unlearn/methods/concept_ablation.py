@@ -25,6 +25,7 @@ from lit_unlearn.diffusion.vocabulary import TABLES
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
+from lit_unlearn.system.names import check_numbers
 from lit_unlearn.system.pixels import to_uint8
 
 
@@ -93,13 +94,12 @@ class ConceptAblation(GradientEditor, ConceptEditor):
         **kwargs: object,
     ) -> None:
         super().__init__(optimizer=optimizer, edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        for field, value in {
-            "images": images,
-            "anchor_inference_steps": anchor_inference_steps,
-            "anchor_batch_size": anchor_batch_size,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers(
+            "model",
+            images=images,
+            anchor_inference_steps=anchor_inference_steps,
+            anchor_batch_size=anchor_batch_size,
+        )
         if prior_weight < 0:
             raise ValueError(f"model.prior_weight={prior_weight} must not be negative: 0 leaves the regulariser out.")
         if objective == "model" and reference == "live" and (circle := anchored_in_circle(self.repaired)):

@@ -22,6 +22,7 @@ from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.trajectories import ReuseSchedule, sample_chains, sample_state
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.system.names import check_numbers
 
 
 class States(NamedTuple):
@@ -98,9 +99,7 @@ class ESD(GradientEditor, ConceptEditor):
             )
         if not start_guidance >= 0:
             raise ValueError(f"model.start_guidance={start_guidance} must not be negative: the paper uses 3.")
-        for field, value in {"num_chain_steps": num_chain_steps, "chains": chains, "passes": passes}.items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers("model", num_chain_steps=num_chain_steps, chains=chains, passes=passes)
         self.base.check_steps(num_chain_steps, "model.num_chain_steps", chain_sampler)
         if states_from == "edited" and states_per_chain == "all":
             raise ValueError(

@@ -56,7 +56,7 @@ class MEMIT(ValueRefinement):
 
     def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
         """The residual stream (n, L, D), float32, after the last edited layer of ``stretch``."""
-        return self.token_pairs[stretch.part].text.stream(input_ids, layer_index(stretch.names[-1]))
+        return self.paired.by_part[stretch.part].text.stream(input_ids, layer_index(stretch.names[-1]))
 
     def on_train_epoch_start(self) -> None:
         """Start the round's z within its bound; if it starts from the beginning, with a fresh optimizer."""
@@ -68,7 +68,7 @@ class MEMIT(ValueRefinement):
         """The last edited layer of the stretch of ``epoch``, and the stream after it, from the model as it is now."""
         stretch = self.stretches[epoch % len(self.stretches)]
         self.state = self.layer_state(stretch.names[-1])
-        self.initial_stream = self.stream(stretch, self.token_pairs[stretch.part].edit_ids)
+        self.initial_stream = self.stream(stretch, self.paired.by_part[stretch.part].edit_ids)
         return self.state
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -105,5 +105,5 @@ class MEMIT(ValueRefinement):
         stretch = self.stretch_of(state.name)
         for place, name in enumerate(stretch.names):
             state = self.layer_state(name)
-            missing = goal - self.stream(stretch, self.token_pairs[stretch.part].edit_ids)
+            missing = goal - self.stream(stretch, self.paired.by_part[stretch.part].edit_ids)
             yield state, state.initial + missing / (len(stretch.names) - place)

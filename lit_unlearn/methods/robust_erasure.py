@@ -45,6 +45,7 @@ from lit_unlearn.methods.forget_me_not import templates_of
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import pairs_of
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
+from lit_unlearn.methods.shared.text_layers import taken
 from lit_unlearn.methods.shared.text_maps import by_way, flattened, select_first_maps
 from lit_unlearn.system.devices import for_solving
 
@@ -382,8 +383,3 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         (first, *others) = counts.values()
         self.report["edited_states"] = first if not others and "pooled" not in counts else counts
         super().after_writes(epoch, is_last)
-
-
-def taken(rows: Tensor, positions: Tensor) -> Tensor:
-    """``rows`` (n, L, D) at ``positions`` (n, L) of each text."""
-    return rows.gather(1, positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

@@ -30,6 +30,7 @@ from lit_unlearn.methods.forget_me_not import check_templates, templates_of
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.reference_images import ReferenceImages
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
+from lit_unlearn.system.names import check_numbers
 from lit_unlearn.system.pixels import to_uint8
 
 
@@ -175,8 +176,7 @@ class TextualInversion(GradientEditor, ReferenceImages):
         **kwargs: object,
     ) -> None:
         super().__init__(edited_parameters=edited_parameters, optimizer=optimizer, **kwargs)  # type: ignore[arg-type]
-        if num_tokens < 1:
-            raise ValueError(f"model.num_tokens={num_tokens} must be at least 1.")
+        check_numbers("model", num_tokens=num_tokens)
         if not 0 <= norm_decay <= 1:
             raise ValueError(f"model.norm_decay={norm_decay} must be between 0 and 1.")
         if initial_words is not None and not initial_words.strip():

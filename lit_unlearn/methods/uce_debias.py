@@ -22,6 +22,7 @@ from lit_unlearn.core.uce import shifted_by_attributes
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.judges.base import judge_questions
 from lit_unlearn.methods.uce import Mapped, PhraseMap, expanded
+from lit_unlearn.system.names import check_numbers
 
 DRAW_BATCH = 40
 """Number of pictures that are drawn at once."""
@@ -69,9 +70,7 @@ class UCEDebias(PhraseMap):
         **kwargs: object,
     ) -> None:
         super().__init__(tokens=tokens, **kwargs)  # type: ignore[arg-type]
-        for field, value in {"rounds": rounds, "images_per_phrase": images_per_phrase}.items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers("model", rounds=rounds, images_per_phrase=images_per_phrase)
         for field, number in {"step": step, "tolerance": tolerance}.items():
             if not 0 < number < float("inf"):
                 raise ValueError(f"model.{field}={number} must be a positive number.")

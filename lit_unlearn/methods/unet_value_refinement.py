@@ -28,17 +28,18 @@ from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import call_order
 from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.layer_state import LayerState
+from lit_unlearn.methods.shared.noised import drawn, edit_latents, noised
 from lit_unlearn.methods.shared.text_maps import by_way, flattened, select_first_maps
 from lit_unlearn.methods.shared.unet_layers import (
     Query,
     StatePairs,
     Watched,
     check_choices,
-    noised,
     query_batches,
     select_in_blocks,
 )
 from lit_unlearn.methods.value_refinement import ValueRefinement
+from lit_unlearn.system.names import check_numbers
 
 RETAINED_SEED = 20_000_000
 """Added to the seeds of pictures of retained prompts, so that they differ from the edit prompts' seeds."""
@@ -104,11 +105,10 @@ class UNetValueRefinement(ValueRefinement):
 
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
-        self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
+        self.edit_condition = self.pipeline.encode_many(self.paired.edit_tokens)
         self.edit_keys = self.inputs(self.edit_condition)
         self.edited_keys: dict[str, Tensor] = {}  # of each way, one tensor for all maps and rounds
-        parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
-        self.state_pairs = StatePairs.of(parts, self.num_positions())
+        self.state_pairs = StatePairs.of(self.paired.of_states, self.num_positions())
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
 
@@ -159,10 +159,7 @@ class UNetValueRefinement(ValueRefinement):
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
-        if self.start != "target":
-            return state.initial
-        # From the unedited denoiser, so that further rounds get nearer to the same goal.
-        return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
+        return started(self, state)
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, L, d_in), float32: the target prompts' inputs, states each at the edit position aligned with it."""
@@ -213,12 +210,9 @@ class UNetFeedForwardRefinement(ValueRefinement):
         **kwargs: object,
     ) -> None:
         check_choices(type(self).__name__, values, start, watched_prompts)
-        for field, value in {
-            "noises_per_prompt": noises_per_prompt,
-            "noises_per_retained_prompt": noises_per_retained_prompt,
-        }.items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers(
+            "model", noises_per_prompt=noises_per_prompt, noises_per_retained_prompt=noises_per_retained_prompt
+        )
         super().__init__(
             edited_parameters=edited_parameters,
             positions="all",
@@ -254,12 +248,11 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
     def gather(self) -> None:
         """Also fix x_t and t of every item, and the prediction to reach there."""
-        self.edit_condition = self.pipeline.encode_many(self.edit_tokens)
-        parts = [self.token_pairs[self.pipeline.texts[number].part] for number in self.pipeline.token_order]
-        self.state_pairs = StatePairs.of(parts, self.edit_condition.states.shape[1])
+        self.edit_condition = self.pipeline.encode_many(self.paired.edit_tokens)
+        self.state_pairs = StatePairs.of(self.paired.of_states, self.edit_condition.states.shape[1])
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
-        latents = self.latents if self.value_choice == "refined" else self.edit_latents()
+        latents = self.latents if self.value_choice == "refined" else edit_latents(self)
         numbers = [number % len(latents) for number in range(self.noises_per_prompt)]
         self.noisy, self.timesteps = noised(self, latents[numbers].flatten(0, 1), "edited")
         self.goals = self.asked(self.goal, lambda query: self.pipeline.predict(*query))
@@ -283,7 +276,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
     def gather_moments(self) -> None:
         """Pass pictures of retained prompts through the denoiser; sum up ``K0 K0ᵀ``, float64, and count the keys."""
         retained = self.pipeline.encode_many(self.retain_prompts)
-        latents = self.pictures(retained, RETAINED_SEED)
+        latents = drawn(self, retained, RETAINED_SEED)
         noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
         conditions = [retained]
         if self.retain_empty:
@@ -314,9 +307,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, places, d_out) at the start of a layer; see ``start``."""
-        if self.start != "target":
-            return state.initial
-        return self.target_keys(state.name) @ self.pretrained.values[state.name].to(state.keys).mT
+        return started(self, state)
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited.
@@ -337,3 +328,13 @@ class UNetFeedForwardRefinement(ValueRefinement):
         with replace_output(state.layer, values, state.mask[items]):
             prediction = self.pipeline.predict(self.noisy[items], self.timesteps[items], condition)
         return prediction, self.goals[items]
+
+
+def started(method: UNetValueRefinement | UNetFeedForwardRefinement, state: LayerState) -> Tensor:
+    """V1 (n, L, d_out) where ``method`` starts in the layer of ``state``: its output, or that for the target prompts.
+
+    The latter is that of the unedited denoiser, so that further rounds get nearer to the same goal.
+    """
+    if method.start != "target":
+        return state.initial
+    return method.target_keys(state.name) @ method.pretrained.values[state.name].to(state.keys).mT

@@ -28,31 +28,19 @@ from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
-from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import replace_output
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
-from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerState, outputs_of, per_item
+from lit_unlearn.methods.shared.layer_state import LayerState, outputs_of, per_item
+from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
+from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
+from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
-from lit_unlearn.methods.shared.text_layers import (
-    ADDS_TO_STREAM,
-    TEXT_LAYER,
-    Stretch,
-    TokenPairs,
-    chosen_layers,
-    ends,
-    inputs_and_condition,
-    inputs_of,
-    part_of,
-    stretches,
-    unmoved_layers,
-)
-from lit_unlearn.methods.shared.unet_layers import UNET_BATCH
-from lit_unlearn.system.devices import for_solving
+from lit_unlearn.methods.shared.text_layers import Stretch, inputs_and_condition, select_text_layers, stretches
+from lit_unlearn.system.names import check_numbers
 
 
 class ValueRefinement(ClosedFormMethod, ConceptEditor):
@@ -113,9 +101,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.first_layer, self.last_layer, self.positions = first_layer, last_layer, positions
         self.start = start if values == "refined" else values
         super().__init__(edited_parameters=edited_parameters, **kwargs)  # type: ignore[arg-type]
-        for field, value in {"rounds": rounds, "latents_per_prompt": latents_per_prompt}.items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1.")
+        check_numbers("model", rounds=rounds, latents_per_prompt=latents_per_prompt)
         check_timesteps(min_timestep, max_timestep)
         self.rounds, self.value_choice, self.pull = rounds, values, pull
         self.min_timestep, self.max_timestep = min_timestep, max_timestep
@@ -131,7 +117,6 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written
         self.retained: dict[str, Retained] = {}
         self.unmoved: list[Tensor] = []
-        self.kept_keys = KeptKeys()
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
@@ -140,26 +125,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             ValueError: No layer of a text encoder is left, a weight outside the text layers is selected, or one for
                 which ``positions`` or ``start`` is not possible.
         """
-        why = ": only weights of text layers, such as text-fc2 or a pattern that ends with weight."
-        selected = self.select_only(names, lambda name: bool(TEXT_LAYER.match(name)), why)
-        read_after = self.base.family.read_after
-        kept = chosen_layers(
-            selected, self.first_layer, self.last_layer, names, read_after, pattern=self.edited_parameters
-        )
-        for name in kept:
-            if self.start == "residual" and not ADDS_TO_STREAM.search(name):
-                raise ValueError(
-                    f"edited_parameters={self.edited_parameters!r} selects {name}, whose output is not added to the "
-                    "residual stream, as 'residual' needs: choose text-fc2, or values and start without it."
-                )
-        if self.positions == "content":
-            for stretch in stretches(kept, names, read_after):
-                if stretch.only_end:
-                    raise ValueError(
-                        f"model.positions='content' edits nothing in {stretch.only_end[0]}, which acts only at the end "
-                        "of a text: choose all or eot, or leave the layer out with edited_parameters or last_layer."
-                    )
-        return kept
+        return select_text_layers(self, names)
 
     # --- set-up
 
@@ -205,35 +171,18 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Compute everything that needs the frozen model."""
         super().on_fit_start()
-        self.edit_tokens = self.pipeline.tokenize(self.edit_prompts)
-        self.target_tokens = self.pipeline.tokenize(self.target_prompts)
-        tokens = zip(self.pipeline.texts, self.edit_tokens.ids, self.target_tokens.ids, strict=True)
-        self.token_pairs = {
-            text.part: TokenPairs.of(text, edit, target, self.positions, self.device) for text, edit, target in tokens
-        }
-        self.unmoved, self.kept_keys = [], KeptKeys()
+        self.paired = PairedPrompts(
+            self.pipeline,
+            self.edit_prompts,
+            self.target_prompts,
+            self.positions,
+            self.layers,
+            several_rounds=self.rounds > 1,
+            device=self.device,
+        )
+        self.unmoved = []
         with self.pretrained.restored(), torch.no_grad():
             self.gather()
-
-    # Of the first text encoder, for edits of the denoiser.
-    @property
-    def edit_ids(self) -> Tensor:
-        """``input_ids`` of the edit prompts for the first text encoder, (n, L)."""
-        return self.edit_tokens.ids[0]
-
-    @property
-    def target_ids(self) -> Tensor:
-        """``input_ids`` of the target prompts for the first text encoder, (n, L)."""
-        return self.target_tokens.ids[0]
-
-    @property
-    def mask(self) -> Tensor:
-        """Edited positions of the first text encoder, (n, L) bool."""
-        return self.pairs_for("").mask
-
-    def align(self, rows: Tensor) -> Tensor:
-        """Move ``rows`` of the target prompts, (n, L, D), to the first encoder's edit positions aligned with them."""
-        return self.pairs_for("").align(rows)
 
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
@@ -243,10 +192,6 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def stretch_of(self, name: str) -> Stretch:
         """The stretch of the layer ``name``."""
         return next(stretch for stretch in self.stretches if name in stretch.names)
-
-    def pairs_for(self, name: str) -> TokenPairs:
-        """The prompt pairs' tokens for the text encoder of the layer ``name``; for the first one if it has none."""
-        return self.token_pairs.get(part_of(name), self.token_pairs[self.pipeline.texts[0].part])
 
     @property
     def needs_goal(self) -> bool:
@@ -262,11 +207,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.gather_moments()
         if self.needs_goal:
-            self.goal = self.pipeline.encode_many(self.target_tokens)
+            self.goal = self.pipeline.encode_many(self.paired.target_tokens)
         if self.start == "residual":
             self.goal_residuals = {stretch: self.target_stream(stretch) for stretch in self.stretches}
         if self.value_choice == "refined":
-            self.latents = self.edit_latents()
+            self.latents = edit_latents(self)
 
     def gather_moments(self) -> None:
         """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys.
@@ -294,40 +239,10 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
                     largest_norm=max(own.largest_norm, largest_norm(keys)),
                 )
 
-    def edit_latents(self) -> Tensor:
-        """Latents (latents_per_prompt, n, C, H, W) of pictures of the edit prompts, drawn by the model as it is now."""
-        condition = self.pipeline.encode_many(self.edit_tokens)
-        return torch.stack([self.pictures(condition, 100_000 * number) for number in range(self.latents_per_prompt)])
-
-    def pictures(self, condition: Condition, first_seed: int) -> Tensor:
-        """Latents (n, C, H, W) of pictures of the n prompts of ``condition``, divided among processes."""
-
-        def make(places: list[int]) -> Tensor:
-            parts = [places[start : start + UNET_BATCH] for start in range(0, len(places), UNET_BATCH)]
-            seeds = [[self.seed + first_seed + place for place in part] for part in parts]
-            settings = self.num_inference_steps, self.guidance_scale
-            draw = self.pipeline.draw_latents
-            return torch.cat([draw(condition[part], own, *settings) for part, own in zip(parts, seeds, strict=True)])
-
-        return self.processes.made_once(len(condition), make)
-
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
-        """This process's share of outputs that should not change, float32, of retained prompts.
-
-        These are what the denoiser reads: states (B, L, D), and pooled vectors (B, P) if there are any.
-        """
-        tokens = self.pipeline.tokenize(self.retain_prompts)
-        read = [self.pipeline.condition(part) for part in self.processes.own_share(list(tokens.split(ENCODE_BATCH)))]
-        return [tensor for condition in read for tensor in outputs_of(condition)]
-
-    def retained_drift(self, before: Sequence[Tensor]) -> float:
-        """Norm of the difference of ``retained_outputs`` from ``before``, relative to the norm of ``before``."""
-        sums = torch.zeros(2, device=self.device)
-        for old, new in zip(before, self.retained_outputs(), strict=True):
-            sums += torch.stack([(new - old).square().sum(), old.square().sum()])
-        moved, norm = self.processes.total(sums).sqrt()
-        return float(moved / norm)
+        """This process's share of outputs that should not change, float32: what the denoiser reads, by default."""
+        return encoder_outputs(self)
 
     # --- one (round, layer)
 
@@ -351,14 +266,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts, from the model as it is now."""
-        pairs = self.pairs_for(name)
-        keys = self.capture_keys(name, pairs.edit_ids)
-        weight = self.layers[name].weight.float()
-        state = LayerState(name, self.layers[name], keys, keys @ weight.mT, pairs.mask)
-        if name in self.stretch_of(name).only_end:
-            state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
-        self.kept_keys.share_rows(state)
-        return state
+        return self.paired.state(name, only_end=name in self.stretch_of(name).only_end)
 
     # --- writes at the end of an epoch
 
@@ -380,17 +288,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
         """Each of ``edits`` as a group of its own."""
         for state, values in self.edits(epoch):
-            weight = state.layer.weight.detach()
-            keys, wished = state.edited_keys, state.edited(values)
-            retained = self.retained[state.name]
-            concept = self.concept_keys(state)
-            old = for_solving(weight).clone()
-            shared = state.rows is not None
-            yield [Write(state.name, old, weight.dtype, keys, wished, retained, concept_keys=concept, shared=shared)]
+            yield [state.write(values, self.retained[state.name], self.concept_keys(state))]
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """Which edited keys (m,) can have seen the concept, see ``TokenPairs.carrying``; None: all."""
-        return state.edited(self.pairs_for(state.name).carrying().to(state.mask.device))
+        return state.edited(self.paired.of_layer(state.name).carrying().to(state.mask.device))
 
     def report_of(self, write: Write, report: Mapping[str, float], epoch: int) -> dict[str, Any]:
         """Also the round, and the error of the gradient descent if there was one."""
@@ -402,8 +304,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.state = None
         self.progress["applied"] = epoch + 1
         if is_last:  # before the last checkpoint, which holds the report
-            self.kept_keys = KeptKeys()
-            self.report["retained_state_drift"] = self.retained_drift(self.unmoved)
+            self.paired.forget()
+            self.report["retained_state_drift"] = drift(self.unmoved, self.retained_outputs(), self.processes)
             super().after_writes(epoch, is_last)
 
     # --- one (round, layer), continued
@@ -413,34 +315,23 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         _, length, d_out = state.initial.shape
         return self.values[items, :length, :d_out]
 
-    def capture_keys(self, name: str, input_ids: Tensor) -> Tensor:
-        """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L).
-
-        Those that no edit of this fit moves are computed once for all rounds.
-        """
-        compute = partial(inputs_of, self.pairs_for(name).text, name, self.layers[name])
-        if self.rounds > 1 and name in unmoved_layers(self.edited_names):
-            return self.kept_keys.of(name, input_ids, compute)
-        return compute(input_ids)
-
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
-        pairs = self.pairs_for(state.name)
         if self.start == "target":
-            return pairs.align(self.capture_keys(state.name, pairs.target_ids)) @ state.layer.weight.float().mT
+            return self.paired.target_keys(state.name) @ state.layer.weight.float().mT
         if self.start == "residual":
             stretch = self.stretch_of(state.name)
-            missing = self.goal_residuals[stretch] - self.stream(stretch, pairs.edit_ids)
+            missing = self.goal_residuals[stretch] - self.stream(stretch, self.paired.by_part[stretch.part].edit_ids)
             return state.initial + missing / (len(stretch.names) - stretch.names.index(state.name))
         return state.initial
 
     def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
         """The residual stream (n, L, D), float32, that ``residual`` compares to the goal: where its encoder is read."""
-        return self.token_pairs[stretch.part].text.stream(input_ids, stretch.read_after)
+        return self.paired.by_part[stretch.part].text.stream(input_ids, stretch.read_after)
 
     def target_stream(self, stretch: Stretch) -> Tensor:
         """``stream`` for the target prompts, (n, L, D), at the edit positions that are aligned with them."""
-        pairs = self.token_pairs[stretch.part]
+        pairs = self.paired.by_part[stretch.part]
         return pairs.align(self.stream(stretch, pairs.target_ids))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -467,39 +358,20 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Predictions for the edit prompts with V1 in place, and for the target prompts, (B, C, H, W) each.
 
-        See ``tokens_read`` for the prompts if several text encoders are edited.
+        See ``PairedPrompts.tokens_read`` for the prompts if several text encoders are edited.
         """
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
         with replace_output(state.layer, values, state.mask[pairs]):
-            condition = self.pipeline.encode(self.tokens_read(state)[pairs.cpu()])
+            condition = self.pipeline.encode(self.paired.tokens_read(state.name)[pairs.cpu()])
         with torch.no_grad():
             goal = self.pipeline.predict(x_t, timesteps, self.goal[pairs])
         return self.pipeline.predict(x_t, timesteps, condition), goal
-
-    def tokens_read(self, state: LayerState) -> Tokens:
-        """What the text encoders read while V1 of the layer of ``state`` is found.
-
-        That is the edit prompts; but in the other encoders that are edited the target prompts, as if their edit was
-        done.
-        """
-        others = {part_of(name) for name in self.edited_names} - {part_of(state.name)}
-        pairs = self.token_pairs.values()
-        return Tokens(tuple(own.target_ids if own.text.part in others else own.edit_ids for own in pairs))
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.
 
         They depend only on seed, layer, step and item, so the loss is the same with any number of processes.
         """
-        latents, noise, timesteps = [], [], []
-        for item in batch.tolist():
-            pair = item % self.num_pairs
-            generator = seeded(self.seed, self.current_epoch, batch_idx, item)
-            timesteps.append(self.pipeline.noise.draw_timestep(generator, self.min_timestep, self.max_timestep))
-            number = int(torch.randint(len(self.latents), (), generator=generator))
-            latents.append(self.latents[number, pair])
-            noise.append(torch.randn(self.latents.shape[2:], generator=generator))
-        clean = torch.stack(latents)
-        return clean, torch.stack(noise).to(clean), torch.stack(timesteps).to(self.device)
+        return noise_of_items(self, self.latents, batch, batch_idx)

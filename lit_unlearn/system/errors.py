@@ -192,8 +192,10 @@ def _reason(reason: str, owner: str, classes: Mapping[str, type], keys: Iterable
             return f"{name} is not of the kind that belongs here"
         return f"there is no class or file {name!r}{closest(name, classes)}"
     if found := re.fullmatch(r"Option '(.+)' is not accepted", reason):
-        known = closest(found[1], options(classes[owner])) if owner in classes else ""
-        return f"{owner or 'the class'} has no option {found[1]!r}{known}"
+        every = options(classes[owner]) if owner in classes else []
+        if found[1] in every:  # of a base, to which the class gives a value of its own
+            return f"{owner} sets {found[1]!r} itself: leave it out"
+        return f"{owner or 'the class'} has no option {found[1]!r}{closest(found[1], every)}"
     if found := re.fullmatch(r"Subcommand '.+' does not accept option '(.+)'", reason):
         return f"there is no key {found[1]!r}{closest_key(found[1], keys)}"
     if found := re.fullmatch(r"unrecognized arguments: (.+)", reason):

@@ -131,12 +131,16 @@ def _hash(*labels: str) -> str:
     return hashlib.sha256("\0".join(labels).encode(errors="surrogatepass")).hexdigest()[:8]
 
 
-def check_numbers(**numbers: int | None) -> None:
+def check_numbers(section: str = "", /, **numbers: int | None) -> None:
     """Refuse numbers below 1; those that are None are not given.
+
+    Args:
+        section: Section of the recipe that their fields are in, such as ``model``; empty if they are in none.
+        **numbers: The numbers by their fields.
 
     Raises:
         ValueError: Which one.
     """
     for field, value in numbers.items():
         if value is not None and value < 1:
-            raise ValueError(f"{field}={value} must be at least 1.")
+            raise ValueError(f"{f'{section}.' if section else ''}{field}={value} must be at least 1.")

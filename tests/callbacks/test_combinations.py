@@ -132,8 +132,9 @@ def test_keys_and_values_of_the_unet_by_least_squares(refinement: Build, fit: Fi
     fit(module, ClosedFormEdit(LeastSquares(0.5, 2.0, "mean")), steps=1)
     assert set(module.report["layers"]) == set(KV)
     with module.pretrained.restored():
-        keys = states(module, *module.edit_prompts).double()[module.mask.cpu()]
-        goal = module.align(states(module, *module.target_prompts)).double()[module.mask.cpu()]
+        pairs = module.paired.first
+        keys = states(module, *module.edit_prompts).double()[pairs.mask.cpu()]
+        goal = pairs.align(states(module, *module.target_prompts)).double()[pairs.mask.cpu()]
     C0 = kept(module).moment / kept(module).count
     K1 = keys.mT
     for name, layer in module.layers.items():

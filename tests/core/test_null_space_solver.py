@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from helpers import normal
 from lit_unlearn.core import null_space_solver
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.null_space import null_space, soft_null_space
@@ -18,10 +19,6 @@ from lit_unlearn.core.null_space_system import NullSpaceSystem
 from lit_unlearn.core.solvers import Retained, Solved, UnsolvableError, Write
 
 D_IN, D_OUT = 10, 6
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 WEIGHT, KEYS, VALUES = normal(D_OUT, D_IN, seed=0), normal(5, D_IN, seed=1), normal(5, D_OUT, seed=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import normal
 from lit_unlearn.core import retained_outputs
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.null_space_solver import NullSpace
@@ -16,10 +17,6 @@ from lit_unlearn.core.retained_outputs import RetainedOutputs, energy, leak
 from lit_unlearn.core.solvers import Retained, Write
 
 D_IN, D_OUT, NAME = 40, 12, "layer.weight"
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 KEPT = normal(90, D_IN, seed=3) * torch.logspace(0, -4, D_IN, dtype=torch.float64)

@@ -79,18 +79,3 @@ def test_what_is_kept_changes_no_bit(
     anew = weights()
     assert kept.keys() == anew.keys()
     assert all(torch.equal(kept[name], anew[name]) for name in kept)
-
-
-def test_keys_beyond_the_bound_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-
-    def compute(ids: Tensor) -> Tensor:
-        made.append(len(ids))
-        return ids.float()
-
-    kept, ids, other = layer_state.KeptKeys(), torch.ones(2, 4), torch.ones(3, 4)
-    monkeypatch.setattr(layer_state, "MOST_KEPT_BYTES", ids.float().nbytes)
-    for _ in range(2):
-        kept.of("a", ids, compute)
-        kept.of("a", other, compute)
-    assert made == [2, 3, 3]

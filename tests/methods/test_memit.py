@@ -68,7 +68,7 @@ def stream(module: ValueRefinement, layer: int) -> Tensor:
     seen: list[Tensor] = []
     block = module.text_encoder.encoder.layers[layer]
     handle = block.register_forward_hook(lambda _, args, output: seen.append(output))
-    module.text_encoder(module.edit_ids)
+    module.text_encoder(module.paired.first.edit_ids)
     handle.remove()
     return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
@@ -89,9 +89,9 @@ def test_an_edit_solves_the_normal_equations_of_memit(memit: Refinement, fit: Fi
             keys.append(captured[LAYERS[0]].double().flatten(0, 1))
         streams = [
             module.text_encoder(ids, output_hidden_states=True).hidden_states[2].double()
-            for ids in (module.edit_ids, module.target_ids)
+            for ids in (module.paired.first.edit_ids, module.paired.first.target_ids)
         ]
-    aligned = torch.stack([rows[module.token_pairs["text_encoder"].alignment[i]] for i, rows in enumerate(streams[1])])
+    aligned = torch.stack([rows[module.paired.first.alignment[i]] for i, rows in enumerate(streams[1])])
     # From here on as in the paper: columns are tokens. The least-squares problem, one block of rows for each term.
     K1, K0, R = keys[0].mT, keys[1].mT, (aligned - streams[0]).flatten(0, 1).mT
     K0 = K0 * (lamb / (K0.shape[1] if moment == "mean" else 1)) ** 0.5
@@ -148,7 +148,7 @@ def test_each_layer_takes_its_share_of_what_is_missing_when_it_is_written(memit:
         assert keys.shape == (64, 128)
     # The keys are those of the model as edited so far, not of the one at the start.
     with torch.no_grad(), module.pretrained.restored():
-        start = module.capture_keys(module.edited_names[1], module.edit_ids).flatten(0, 1)
+        start = module.paired.keys(module.edited_names[1], module.paired.first.edit_ids).flatten(0, 1)
     assert (written.asked[1][1] - start).norm() > 1e-3 * start.norm()
 
 
@@ -156,7 +156,7 @@ def test_after_the_last_layer_the_stream_is_z(memit: Refinement, fit: Fit) -> No
     # Without BOS, whose only key would have to give several values, 62 keys are independent in 128 dimensions.
     module, keep = memit(positions="no_bos"), Keep()
     fit(module, keep, by_least_squares(ridge=1e-7, retain_weight=0.0), steps=4)
-    mask = module.mask
+    mask = module.paired.first.mask
     missing = (stream(module, 2) - keep.goal)[mask].norm()
     # Float32 weights times keys of order 1 with a nearly singular system.
     assert missing < 1e-3 * keep.shift[mask].norm()
@@ -168,8 +168,8 @@ def test_after_the_last_layer_the_stream_is_z(memit: Refinement, fit: Fit) -> No
 def test_the_stream_is_that_behind_the_last_edited_layer(memit: Refinement, fit: Fit) -> None:
     module = memit(first_layer=0, last_layer=1)
     fit(module, Keep(), steps=1)
-    assert torch.equal(module.stream(module.stretches[0], module.edit_ids), stream(module, 1))
-    assert not torch.equal(module.stream(module.stretches[0], module.edit_ids), stream(module, 2))
+    found = module.stream(module.stretches[0], module.paired.first.edit_ids)
+    assert torch.equal(found, stream(module, 1)) and not torch.equal(found, stream(module, 2))
 
 
 def test_refinement_lowers_the_error(memit: Refinement, fit: Fit) -> None:

@@ -133,7 +133,7 @@ def test_later_layers_see_what_earlier_edits_did(refinement: Refinement, fit: Fi
     module = refinement()
     fit(module, hook("on_train_batch_end", record), null_space_edit())
     with module.pretrained.restored():
-        before = {name: module.capture_keys(name, module.edit_ids) for name in LAYERS}
+        before = {name: module.paired.keys(name, module.paired.first.edit_ids) for name in LAYERS}
     assert torch.equal(keys[LAYERS[0]], before[LAYERS[0]])
     assert (keys[LAYERS[1]] - before[LAYERS[1]]).norm() > 1e-3 * before[LAYERS[1]].norm()
 
@@ -158,10 +158,11 @@ def test_only_the_positions_asked_for_are_replaced(
 ) -> None:
     # "a dog" has two tokens between BOS and EOS, "the dog at sunset" four, whatever the padding is.
     module = started(refinement(positions=positions, model=str(request.getfixturevalue(model))), fit)
-    assert [mask.nonzero().flatten().tolist() for mask in module.mask] == [list(places) for places in expected]
+    edited = module.paired.first.mask
+    assert [mask.nonzero().flatten().tolist() for mask in edited] == [list(places) for places in expected]
     module.training_step(torch.tensor([0, 1]), 0).backward()
     assert module.values.grad is not None
-    assert not module.values.grad[~module.mask].any()
+    assert not module.values.grad[~edited].any()
 
 
 # --- values taken from the target
@@ -200,7 +201,7 @@ def test_direct_values_follow_the_papers_formula(refinement: Refinement, fit: Fi
 def test_the_residual_of_the_last_layer_makes_up_for_all_that_is_missing(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(values="residual", first_layer=2), fit)
     assert module.state is not None
-    with torch.no_grad(), replace_output(module.state.layer, module.values, module.mask):
+    with torch.no_grad(), replace_output(module.state.layer, module.values, module.paired.first.mask):
         states = encode_prompts(module.pipeline.tokenizer, module.text_encoder, PROMPTS)
     goals = encode_prompts(module.pipeline.tokenizer, module.text_encoder, TARGETS)
     aligned = torch.stack([goal[ALIGNMENT[i]] for i, goal in enumerate(goals)])
@@ -211,8 +212,9 @@ def test_the_residual_of_the_last_layer_makes_up_for_all_that_is_missing(refinem
 def test_the_residual_is_shared_among_the_layers(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(start="residual", first_layer=0), fit)
     assert module.state is not None
-    last = module.text_encoder(module.edit_ids, output_hidden_states=True).hidden_states[-1]
-    goal = module.text_encoder(module.target_ids, output_hidden_states=True).hidden_states[-1]
+    pairs = module.paired.first
+    last = module.text_encoder(pairs.edit_ids, output_hidden_states=True).hidden_states[-1]
+    goal = module.text_encoder(pairs.target_ids, output_hidden_states=True).hidden_states[-1]
     aligned = torch.stack([rows[ALIGNMENT[i]] for i, rows in enumerate(goal)])
     # Three layers are to be edited, so the first one takes a third.
     assert_close(module.values.detach(), module.state.initial + (aligned - last).detach() / 3, rtol=0, atol=1e-4)
@@ -268,26 +270,6 @@ def test_pictures_and_goals_are_the_pretrained_models_even_after_an_edit(refinem
     assert not module.latents.is_inference()
 
 
-def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: Fit) -> None:
-    module = started(refinement(min_timestep=300, max_timestep=700, latents_per_prompt=3), fit)
-    state = torch.get_rng_state()
-    batch = torch.arange(8)
-    together = module.noise(batch, 3)
-    assert torch.equal(torch.get_rng_state(), state)
-    alone = [torch.cat(parts) for parts in zip(*(module.noise(item[None], 3) for item in batch), strict=True)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
-    latents, noise, timesteps = together
-    assert len({float(x) for x in noise[:, 0, 0, 0]}) == 8
-    assert not torch.equal(module.noise(batch, 4)[1], noise)
-    for item in range(8):
-        assert any(torch.equal(latents[item], candidate) for candidate in module.latents[:, item % 2])
-    assert timesteps.min() >= 300
-    assert timesteps.max() < 700
-    assert len(set(timesteps.tolist())) > 1
-    module.seed += 1
-    assert not torch.equal(module.noise(batch, 3)[1], noise)
-
-
 def test_two_processes_descend_the_loss_of_one(refinement: Refinement, fit: Fit) -> None:
     module = started(refinement(positions="no_bos"), fit)
 
@@ -311,20 +293,6 @@ def test_noise_is_added_as_in_training(refinement: Refinement) -> None:
         add_noise(module.pipeline.scheduler, latents, noise, timesteps),
         scheduler.add_noise(latents, noise, timesteps),
     )
-
-
-def test_the_retained_moment_is_that_of_the_retained_prompts(refinement: Refinement, fit: Fit) -> None:
-    module = started(refinement(), fit)
-    assert module.retain_prompts == ["a cat", "the cat in the rain"]
-    ids = tokenize(module.pipeline.tokenizer, module.retain_prompts)
-    assert list(module.retained) == LAYERS
-    for name, retained in module.retained.items():
-        keys = module.capture_keys(name, ids).flatten(0, 1).double()
-        assert retained.count == len(keys) == 64
-        assert retained.moment is not None
-        # A sum of 64 products in float64.
-        assert_close(retained.moment, keys.mT @ keys, rtol=1e-12, atol=1e-12)
-        assert retained.largest_norm == pytest.approx(float(keys.norm(dim=1).max()), rel=1e-12)
 
 
 def test_keys_carry_the_concept_from_its_first_token_on(refinement: Refinement, fit: Fit) -> None:

@@ -49,6 +49,10 @@ NESTED = """Parser key "model":
             NESTED.format(reason="Option 'runds' is not accepted"),
             "model: Method has no option 'runds' (closest: rounds).",
         ),
+        (
+            NESTED.format(reason="Option 'rounds' is not accepted"),  # it passes the base a value of its own
+            "model: Method sets 'rounds' itself: leave it out.",
+        ),
         (NESTED.format(reason="Option 'step' is not accepted"), "model: Method has no option 'step' (closest: steps)."),
         (
             NESTED.format(reason="Parser key \"rounds\":\n          Expected a <class 'int'>. Got value: three"),

@@ -10,6 +10,7 @@ from lit_unlearn.system import names
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.system.names import (
     LONGEST_LABEL,
+    check_numbers,
     check_output_name,
     check_path,
     check_prompts,
@@ -154,3 +155,11 @@ def test_a_file_of_prompts_is_no_prompt(tmp_path: Path, monkeypatch: pytest.Monk
             check_prompts(["a dog", name])
     Path("a dog").touch()
     check_prompts(["a dog", "a photo of a.txt file" * 30])
+
+
+def test_a_number_below_one_is_named_with_its_section() -> None:
+    check_numbers(num=1, batch_size=None)
+    with pytest.raises(ValueError, match=r"^num=0 must be at least 1\.$"):
+        check_numbers(batch_size=3, num=0)
+    with pytest.raises(ValueError, match=r"^model\.rounds=-1 must be at least 1\.$"):
+        check_numbers("model", rounds=-1)

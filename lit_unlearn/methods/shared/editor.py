@@ -25,6 +25,7 @@ from lit_unlearn.methods.shared.processes import Processes
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY, EarlierEdits, check_concepts
 from lit_unlearn.system.errors import UserError, plain_warnings
 from lit_unlearn.system.memory import peak_memory
+from lit_unlearn.system.names import check_numbers
 from lit_unlearn.system.pixels import to_uint8
 
 NO_COST: dict[str, float | int] = {"seconds": 0.0, "unet_forwards": 0, "unet_backwards": 0, "peak_memory_bytes": 0}
@@ -85,8 +86,7 @@ class DiffusionEditor(L.LightningModule):
         self.model_id, self.revision = model, revision
         self.edited_parameters, self.offload, self.torch_compile = edited_parameters, offload, torch_compile
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        if num_inference_steps < 1:
-            raise ValueError(f"model.num_inference_steps={num_inference_steps} must be at least 1.")
+        check_numbers("model", num_inference_steps=num_inference_steps)
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)

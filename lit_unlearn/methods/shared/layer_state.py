@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.diffusion.condition import Condition
+from lit_unlearn.system.devices import for_solving
 
 MOST_KEPT_BYTES = 2**30
 """Keys that are kept between rounds take at most this much memory; the rest is computed anew."""
@@ -40,6 +42,19 @@ class LayerState:
     def edited_keys(self) -> Tensor:
         """K1 at the edited positions, (m, d_in)."""
         return self.edited(self.keys) if self.rows is None else self.rows
+
+    def write(self, values: Tensor, retained: Retained, concept_keys: Tensor | None) -> Write:
+        """What to write so that the layer gives ``values`` (n, L, d_out) at the edited positions.
+
+        Args:
+            values: V1.
+            retained: Keys whose outputs should not change.
+            concept_keys: Which edited keys can have seen the concept, (m,) bool; None: all.
+        """
+        weight, shared = self.layer.weight.detach(), self.rows is not None
+        keys, wished = self.edited_keys, self.edited(values)
+        old = for_solving(weight).clone()
+        return Write(self.name, old, weight.dtype, keys, wished, retained, concept_keys=concept_keys, shared=shared)
 
     def edited(self, rows: Tensor) -> Tensor:
         """``rows`` (n, L, ...) at the edited positions, (m, ...), without a copy if all positions are edited once."""

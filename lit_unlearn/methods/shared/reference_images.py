@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_unlearn.data.images import load_image, read_folder
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.latents import PretrainedSampler
-from lit_unlearn.system.names import file_name
+from lit_unlearn.system.names import check_numbers, file_name
 
 ENCODE_PICTURES = 8
 """Number of pictures from a folder that are encoded at once."""
@@ -42,8 +42,7 @@ class ReferenceImages(ConceptEditor):
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        if num_images < 1:
-            raise ValueError(f"model.num_images={num_images} must be at least 1.")
+        check_numbers("model", num_images=num_images)
         self.num_images, self.image_seed, self.image_cache = num_images, image_seed, image_cache
         self.image_files: list[list[Path]] = []
         if images is not None:

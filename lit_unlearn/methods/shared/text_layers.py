@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
+
+if TYPE_CHECKING:
+    from lit_unlearn.methods.value_refinement import ValueRefinement
 
 TEXT_LAYER = re.compile(r"text_encoder(_\d)?\..*(layers\.\d+|encoder\.block\.\d+)\..*weight$")
 """Full names of the weights of numbered layers, of a CLIP and of a T5."""
@@ -117,6 +121,33 @@ def inputs_and_condition(
                 elif text.masked:
                     captured[name] = keys[text.reads(ids).to(keys.device)].unsqueeze(0)
     return captured, condition
+
+
+def select_text_layers(method: ValueRefinement, names: Sequence[str]) -> list[str]:
+    """Weights among ``names`` that the pattern of ``method`` selects in the layers that it edits of text encoders.
+
+    Raises:
+        ValueError: No layer of a text encoder is left, a weight outside the text layers is selected, or one for which
+            the method's ``positions`` or ``start`` is not possible.
+    """
+    why = ": only weights of text layers, such as text-fc2 or a pattern that ends with weight."
+    selected = method.select_only(names, lambda name: bool(TEXT_LAYER.match(name)), why)
+    read_after, pattern = method.base.family.read_after, method.edited_parameters
+    kept = chosen_layers(selected, method.first_layer, method.last_layer, names, read_after, pattern)
+    for name in kept:
+        if method.start == "residual" and not ADDS_TO_STREAM.search(name):
+            raise ValueError(
+                f"edited_parameters={pattern!r} selects {name}, whose output is not added to the residual stream, as "
+                "'residual' needs: choose text-fc2, or values and start without it."
+            )
+    if method.positions == "content":
+        for stretch in stretches(kept, names, read_after):
+            if stretch.only_end:
+                raise ValueError(
+                    f"model.positions='content' edits nothing in {stretch.only_end[0]}, which acts only at the end of "
+                    "a text: choose all or eot, or leave the layer out with edited_parameters or last_layer."
+                )
+    return kept
 
 
 def chosen_layers(
@@ -230,7 +261,7 @@ class TokenPairs:
 
     def align(self, rows: Tensor) -> Tensor:
         """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
-        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        return taken(rows, self.alignment)
 
     def carrying(self) -> Tensor:
         """Positions (n, L), bool, whose states can have seen the concept: all, if the encoder reads both directions."""
@@ -243,3 +274,8 @@ def ends(input_ids: Tensor, text: TextEncoder) -> Tensor:
     """The position at which each text ends, where a CLIP's pooled vector is read, as a mask (n, L), bool."""
     ended = positions_mask(input_ids, text.eos, "eot", text.begins)
     return ended & (ended.cumsum(-1) == 1)
+
+
+def taken(rows: Tensor, positions: Tensor) -> Tensor:
+    """``rows`` (n, L, D) at ``positions`` (n, L) of each text."""
+    return rows.gather(1, positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

@@ -1,4 +1,4 @@
-"""Shared code of the two null-space edits in the denoiser: noised inputs, and the measured change of predictions."""
+"""Shared code of the two null-space edits in the denoiser: what is edited, asked, and watched for change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import call_order
-from lit_unlearn.diffusion.sampling import seeded
+from lit_unlearn.methods.shared.noised import UNET_BATCH, drawn, noised
+from lit_unlearn.methods.shared.text_layers import TokenPairs, taken
+from lit_unlearn.system.names import check_numbers
 
 if TYPE_CHECKING:
-    from lit_unlearn.methods.shared.text_layers import TokenPairs
     from lit_unlearn.methods.value_refinement import ValueRefinement
 
-UNET_BATCH = 16
-"""Largest number of latents that go through the denoiser at once, since its inner states are large."""
 WATCHED_SEED = 10_000_000
 """Added to the seeds of watched pictures, so that they differ from the edit prompts' seeds."""
 
@@ -35,8 +34,7 @@ def check_choices(kind: str, values: str, start: str, watched_prompts: int) -> N
     for field, value, known in (("values", values, "refined"), ("start", start, "output")):
         if value not in (known, "target"):
             raise ValueError(f"model.{field}={value!r} is not possible for {kind}: choose {known} or target.")
-    if watched_prompts < 1:
-        raise ValueError(f"model.watched_prompts={watched_prompts} must be at least 1.")
+    check_numbers("model", watched_prompts=watched_prompts)
 
 
 def select_in_blocks(method: ValueRefinement, names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
@@ -83,18 +81,7 @@ class StatePairs:
 
     def align(self, rows: Tensor) -> Tensor:
         """Move ``rows`` of the target prompts, (n, L, D), to the edit positions that are aligned with them."""
-        return rows.gather(1, self.alignment.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-
-
-def noised(method: ValueRefinement, latents: Tensor, label: str) -> tuple[Tensor, Tensor]:
-    """Add noise to each of ``latents`` (n, C, H, W) at its own random timestep; return x_t (n, C, H, W) and t (n,)."""
-    noise, timesteps = [], []
-    for place in range(len(latents)):
-        generator = seeded(method.seed, label, place)
-        timesteps.append(method.pipeline.noise.draw_timestep(generator, method.min_timestep, method.max_timestep))
-        noise.append(torch.randn(latents.shape[1:], generator=generator))
-    times = torch.stack(timesteps).to(latents.device)
-    return method.pipeline.noise.add(latents, torch.stack(noise).to(latents), times), times
+        return taken(rows, self.alignment)
 
 
 def query_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
@@ -121,7 +108,7 @@ class Watched:
         every = max(1, len(method.retain_prompts) // number)
         condition = method.pipeline.encode_many(method.retain_prompts[::every][:number])
         with method.uncounted():
-            pictures = method.pictures(condition, WATCHED_SEED)
+            pictures = drawn(method, condition, WATCHED_SEED)
         return cls(method, query_batches(*noised(method, pictures, "watched"), condition))
 
     @torch.no_grad()

@@ -1,0 +1,53 @@
+"""Pictures and noise of a descent depend only on the seed and their own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+
+from helpers import PROMPTS, started
+from lit_unlearn.methods.shared import noised
+from lit_unlearn.methods.shared.noised import drawn, noise_of_items
+from lit_unlearn.methods.value_refinement import ValueRefinement
+
+Refinement = Callable[..., ValueRefinement]
+Fit = Callable[..., L.Trainer]
+
+
+def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: Fit) -> None:
+    module = started(refinement(min_timestep=300, max_timestep=700, latents_per_prompt=3), fit)
+    noise_of = partial(noise_of_items, module, module.latents)
+    state = torch.get_rng_state()
+    batch = torch.arange(8)
+    together = noise_of(batch, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = [torch.cat(parts) for parts in zip(*(noise_of(item[None], 3) for item in batch), strict=True)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
+    latents, noise, timesteps = together
+    assert len({float(x) for x in noise[:, 0, 0, 0]}) == 8
+    assert not torch.equal(noise_of(batch, 4)[1], noise)
+    for item in range(8):
+        assert any(torch.equal(latents[item], candidate) for candidate in module.latents[:, item % 2])
+    assert timesteps.min() >= 300
+    assert timesteps.max() < 700
+    assert len(set(timesteps.tolist())) > 1
+    module.seed += 1
+    assert not torch.equal(noise_of(batch, 3)[1], noise)
+
+
+def test_a_picture_is_that_of_its_own_seed_in_any_batch(
+    refinement: Refinement, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = started(refinement(seed=5), fit)
+    condition = module.pipeline.encode_many([*PROMPTS, PROMPTS[0]])
+    together = drawn(module, condition, 100)
+    settings = module.num_inference_steps, module.guidance_scale
+    assert torch.equal(together, module.pipeline.draw_latents(condition, [105, 106, 107], *settings))
+    monkeypatch.setattr(noised, "UNET_BATCH", 2)
+    # Float32, in batches of other sizes.
+    torch.testing.assert_close(drawn(module, condition, 100), together, rtol=0, atol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 0.1  # the same prompt from another seed
