@@ -68,7 +68,8 @@ class DiTTraining(L.LightningModule):
         guidance_scale: Strength of classifier-free guidance for the pictures that are judged.
 
     Raises:
-        ValueError: A run is missing or has not trained that part; or ``minutes`` is not positive.
+        ValueError: A run is missing or has not trained that part, or the transformer of ``start`` has another size; or
+            ``minutes`` is not positive.
     """
 
     def __init__(
@@ -127,8 +128,22 @@ class DiTTraining(L.LightningModule):
             qk_norm="rms_norm",
         )
         if start is not None:
-            weights = trained_part("transformer", None, start) / SAFETENSORS_WEIGHTS_NAME
-            self.transformer.load_state_dict(load_file(weights))
+            self._start_from(trained_part("transformer", None, start), start)
+
+    def _start_from(self, folder: Path, start: str) -> None:
+        """Take the weights of the transformer in ``folder``."""
+        found = SD3Transformer2DModel.load_config(folder)
+        for given, field in (
+            ("num_layers", "num_layers"),
+            ("num_heads", "num_attention_heads"),
+            ("attention_head_dim", "attention_head_dim"),
+            ("patch_size", "patch_size"),
+        ):
+            if found[field] != self.hparams[given]:
+                raise ValueError(
+                    f"start={start!r} has {field}={found[field]}: set {given} to it, or start from nothing."
+                )
+        self.transformer.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted velocity."""

@@ -154,6 +154,23 @@ def test_wrong_arguments_are_refused(folder: Path) -> None:
         DiTDrawings().setup("fit")
 
 
+def test_a_finished_transformer_is_trained_further(folder: Path) -> None:
+    first = module_of(folder)
+    first.save_pretrained(folder / "first")
+    sizes = {"num_layers": 2, "num_heads": 2, "attention_head_dim": 8}
+    further = DiTTraining(start=str(folder / "first"), **sizes)
+    for name, value in first.transformer.state_dict().items():
+        assert torch.equal(further.transformer.state_dict()[name], value.half().float()), name
+    saved = load_file(folder / "text/pretrained/text_encoder_3/model.safetensors")
+    assert torch.equal(
+        load_file(further.parts["text_encoder_3"] / "model.safetensors")["shared.weight"], saved["shared.weight"]
+    )
+    with pytest.raises(ValueError, match="has num_layers=2: set num_layers to it, or start from nothing"):
+        DiTTraining(start=str(folder / "first"), **{**sizes, "num_layers": 3})
+    with pytest.raises(ValueError, match=r"text_encoders='text' beside start='first': .* give one of the two"):
+        DiTTraining(text_encoders="text", start="first")
+
+
 def test_pairs_are_drawn_by_weight_and_lose_what_they_should() -> None:
     latents = torch.arange(2.0).view(2, 1, 1, 1, 1)
     states = torch.ones(2, 3, 4, 5)
