@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
+from lit_unlearn.commands.parser import Parser, add_clip_skip, add_model_options, command_parser
 from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.json_files import read_json
 from lit_unlearn.system.names import check_numbers, check_prompts
@@ -23,6 +23,7 @@ def parser() -> Parser:
     made.add_argument("-o", "--output", required=True, metavar="FILE.png", help="picture to write")
     made.add_argument("--ckpt_path", help="edit to apply: a run's checkpoint or a delta; default: none")
     add_model_options(made, "the one that was edited, or emoji-sd")
+    add_clip_skip(made, "as in the run, or none")
     made.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt; default: 0")
     made.add_argument("--num", type=int, default=1, help="pictures of each prompt; default: 1")
     made.add_argument("--num_inference_steps", type=int, help="denoising steps; default: as in the run, or 15")
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
         model=options.model,
         revision=options.revision,
         config_folder=options.config_folder,
+        clip_skip=options.clip_skip,
         device=options.device,
         offload=options.offload,
     )
@@ -89,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
     what = f"edited ({', '.join(done)})" if done else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     how = f"{drawn.num_inference_steps} steps, guidance {drawn.guidance_scale:g}"
+    how += "" if base.clip_skip is None else f", clip_skip {base.clip_skip}"
     print(f"{output}: {base.name}, {what}, {how}, {which}")
 
 

@@ -44,6 +44,10 @@ SKIP = """
     if weight.startswith("overwritten."):  # what an earlier edit had left, for `lit-unlearn undo`
         continue"""
 """Comes into the loop over the tensors of a delta of several edits."""
+NAMED = """
+if not hasattr(pipeline.text_encoder, "text_model"):  # as transformers 4 called it, and as clip_skip looks for it
+    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)"""
+"""Lets diffusers 0.42 take ``clip_skip`` for Stable Diffusion 1 and 2 beside transformers 5."""
 IMPORTS = {
     "folder": "from diffusers import DiffusionPipeline",
     "lora": "from diffusers import DiffusionPipeline",
@@ -79,6 +83,9 @@ def model_card(
     licensed = f"license: {licence}\n" if licence else ""
     shown = f"![Pictures before and after the edit]({pictures})\n\n" if pictures else ""
     chain = [title_of(link["concepts"], link["method"]) for link in facts.get("chain") or ()]
+    drawn = (
+        f"It was edited for prompts read earlier in the text encoder: {how}.\n" if (how := facts.get("drawing")) else ""
+    )
     stacked = f"These edits lie on top of each other, the first one first: {'; '.join(chain)}.\n" if chain else ""
     lines = [f"- {line}" for line in left_out(facts.get("left_out", {}))]
     missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
@@ -103,7 +110,7 @@ tags: [concept-unlearning, lit-unlearn]
 
 A text-to-image model from which {removed} with lit-unlearn {facts["lit_unlearn"]}
 ({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
-{stacked}Removal is not perfect, and what was not tested may have changed: see the scores.
+{stacked}{drawn}Removal is not perfect, and what was not tested may have changed: see the scores.
 
 {shown}{_use(facts, name, form, file)}
 ## Scores
@@ -120,8 +127,11 @@ def _use(facts: Mapping[str, Any], name: str, form: str, file: str) -> str:
     """The block of Python that loads it and draws a picture."""
     skip = SKIP if facts.get("chain") else ""
     lines = USES[form].format(name=name, base=facts["base_model"], file=file, skip=skip)
+    skipped = facts.get("clip_skip")
     if form != "single":
-        lines += '\npipeline("a picture of a castle").images[0].save("castle.png")'
+        lines += NAMED if skipped and "text_encoder_2" not in facts["base_sha256"] else ""
+        option = f", clip_skip={skipped}" if skipped else ""
+        lines += f'\npipeline("a picture of a castle"{option}).images[0].save("castle.png")'
     return "\n".join(["```python", *([IMPORTS[form], ""] if IMPORTS[form] else []), lines, "```", ""])
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.offload import Offload
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_edited, warn_unfinished
+from lit_unlearn.edits.base import chosen_base
+from lit_unlearn.edits.checkpoint import Edit, load_edited, warn_unfinished
 from lit_unlearn.system.devices import explaining_memory, find_device
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
 from lit_unlearn.system.names import check_numbers, check_prompts
@@ -56,6 +57,7 @@ def draw_edit(
     model: str | None = None,
     revision: str | None = None,
     config_folder: str | None = None,
+    clip_skip: int | None = None,
     device: str | None = None,
     offload: bool = False,
 ) -> Drawn:
@@ -72,6 +74,7 @@ def draw_edit(
         model: The base model; None for the one that was edited, or the embedded one.
         revision: Branch, tag or commit, if the model is a hub id.
         config_folder: Folder with what a single file does not hold, as for ``BaseModel.find``.
+        clip_skip: Layers that prompts are read earlier; None for the edit's own, or none.
         device: The device; None takes a GPU if there is one.
         offload: Move parts to the GPU only while they are used.
 
@@ -93,7 +96,7 @@ def draw_edit(
             place = find_device(device)
             if edit is not None:
                 warn_unfinished(edit.path)
-            base = chosen_base(model, revision, edit, config_folder)
+            base = chosen_base(model, revision, edit, config_folder, clip_skip)
             base.check_steps(steps, "num_inference_steps")
     guidance = of_edit.get("guidance_scale", GUIDANCE) if guidance_scale is None else guidance_scale
     with user_errors(), explaining_memory("generate", place, _ways(batch_size, place, offload)):

@@ -142,7 +142,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """
         why = ": only weights of text layers, such as text-fc2 or a pattern that ends with weight."
         selected = self.select_only(names, lambda name: bool(TEXT_LAYER.match(name)), why)
-        read_after = self.base.family.read_after
+        read_after = self.base.read_after
         kept = chosen_layers(
             selected, self.first_layer, self.last_layer, names, read_after, pattern=self.edited_parameters
         )
@@ -238,7 +238,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """The edited layers by the places where their text encoders are read."""
-        return stretches(self.edited_names, list(self.pipeline.named_parameters()), self.pipeline.read_after)
+        return stretches(self.edited_names, list(self.pipeline.named_parameters()), self.base.read_after)
 
     def stretch_of(self, name: str) -> Stretch:
         """The stretch of the layer ``name``."""

@@ -1,7 +1,7 @@
 """Layers of text encoders that an edit writes: which ones, where each is read, and which positions of prompts pair up.
 
 An encoder is read after one layer by the way of the states and perhaps after another by that of the pooled vector
-(``Pipeline.read_after``). A stretch is the edited layers before such a place, and after the place before:
+(``BaseModel.read_after``). A stretch is the edited layers before such a place, and after the place before:
 
     text_encoder_2 of SDXL, of N layers     0 .. N-2 -> states      N-1 -> pooled vector
     a T5, or the encoder of SD 1.x          0 .. N-1 -> states
@@ -138,7 +138,7 @@ def chosen_layers(
         first_layer: Number of a layer of each encoder, from 0 or, counted from the end, -1.
         last_layer: In the same way; None for the last selected one.
         names: Full names of all weights.
-        read_after: See ``Pipeline.read_after``.
+        read_after: See ``BaseModel.read_after``.
         pattern: What has selected the weights, for the message.
 
     Raises:
@@ -172,7 +172,7 @@ def stretches(
     Args:
         edited: Full names of the edited weights.
         names: Full names of all weights.
-        read_after: See ``Pipeline.read_after``.
+        read_after: See ``BaseModel.read_after``.
     """
     return tuple(_stretches(edited, names, read_after))
 
