@@ -13,7 +13,7 @@ Web UIs count from one: their "Clip skip 2" of Stable Diffusion 1 is 1 here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -117,3 +117,16 @@ def how_to_draw(family: type[Pipeline], clip_skip: int | None) -> str:
         "StableDiffusionXLPipeline": f", in ComfyUI with CLIP Set Last Layer {-clip_skip - 2}",
     }
     return f"draw with clip_skip={clip_skip} in diffusers{told.get(family.index_class, '')}"
+
+
+def lines_before_a_call(parts: Collection[str]) -> str:
+    """What a script needs before a call of diffusers with ``clip_skip``, for a model with these parts.
+
+    For Stable Diffusion 1 and 2 diffusers 0.42 takes the final norm from where transformers 5 no longer has it.
+    """
+    return "" if "text_encoder_2" in parts else NORM
+
+
+NORM = """
+if not hasattr(pipeline.text_encoder, "text_model"):  # as transformers 4 called it, and as clip_skip looks for it
+    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)"""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from lit_unlearn.diffusion.clip_skip import lines_before_a_call
 from lit_unlearn.diffusion.kept import PROVENANCE
 from lit_unlearn.edits.chain import title_of
 
@@ -44,10 +45,6 @@ SKIP = """
     if weight.startswith("overwritten."):  # what an earlier edit had left, for `lit-unlearn undo`
         continue"""
 """Comes into the loop over the tensors of a delta of several edits."""
-NAMED = """
-if not hasattr(pipeline.text_encoder, "text_model"):  # as transformers 4 called it, and as clip_skip looks for it
-    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)"""
-"""Lets diffusers 0.42 take ``clip_skip`` for Stable Diffusion 1 and 2 beside transformers 5."""
 IMPORTS = {
     "folder": "from diffusers import DiffusionPipeline",
     "lora": "from diffusers import DiffusionPipeline",
@@ -129,7 +126,7 @@ def _use(facts: Mapping[str, Any], name: str, form: str, file: str) -> str:
     lines = USES[form].format(name=name, base=facts["base_model"], file=file, skip=skip)
     skipped = facts.get("clip_skip")
     if form != "single":
-        lines += NAMED if skipped and "text_encoder_2" not in facts["base_sha256"] else ""
+        lines += lines_before_a_call(facts["base_sha256"]) if skipped else ""
         option = f", clip_skip={skipped}" if skipped else ""
         lines += f'\npipeline("a picture of a castle"{option}).images[0].save("castle.png")'
     return "\n".join(["```python", *([IMPORTS[form], ""] if IMPORTS[form] else []), lines, "```", ""])
