@@ -175,12 +175,14 @@ def test_names_of_weights_lead_nowhere(tmp_path: Path, name: str) -> None:
         ({"config": {"guidance_scale": "4"}}, None),
         ({"config": {"guidance_scale": float("nan")}}, None),
         ({"config": {"revision": 1}}, None),
+        ({"config": {"clip_skip": "all"}}, None),
+        ({"config": {"clip_skip": -1}}, None),
         ({"base_sha256": {"../x": "0"}}, None),
         ({"base_sha256": [1]}, None),
         ({}, {NAME: torch.full((2,), float("nan"))}),
         ({}, {NAME: torch.ones(2, dtype=torch.int64)}),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_provenance_of_the_wrong_kind(tmp_path: Path, facts: dict[str, Any], weights: dict[str, Tensor] | None) -> None:
     path = tmp_path / "edit.safetensors"

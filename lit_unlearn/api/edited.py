@@ -122,7 +122,8 @@ class Edit:
         Raises:
             UserError: The model is not there, or is not the one that was edited.
         """
-        from lit_unlearn.edits.checkpoint import chosen_base, load_edited, warn_unfinished
+        from lit_unlearn.edits.base import chosen_base
+        from lit_unlearn.edits.checkpoint import load_edited, warn_unfinished
         from lit_unlearn.system.devices import find_device
 
         with user_errors(), plain_warnings():

@@ -41,6 +41,7 @@ def edit(
     model: Place | None = None,
     revision: str | None = None,
     config_folder: Place | None = None,
+    clip_skip: int | None = None,
     concept_set: ConceptSet | Place | None = None,
     kind: str | None = None,
     protect: Sequence[str] = (),
@@ -62,6 +63,7 @@ def edit(
             recipe's.
         revision: Branch, tag or commit of a hub id.
         config_folder: What a single file does not hold, as for ``Pipeline.load``.
+        clip_skip: Layers that prompts are read earlier, as for ``Pipeline.load``.
         concept_set: The concept set, or its name or file; None for the recipe's. A set without a file is written into
             the folder of the runs.
         kind: With ``to``: object (the default), person, character, style, scene, action or content.
@@ -97,10 +99,13 @@ def edit(
             what = f"kind={kind!r}" if kind is not None else f"protect={protect!r}"
             raise ValueError(f"{what} is for a concept that is in no set: say what to draw in its place, with to.")
     if to is not None:
-        written = _erasure(names[0], to, kind or "object", protect, recipe, model, revision, judge, folder, earlier)
+        written = _erasure(
+            names[0], to, kind or "object", protect, recipe, model, revision, judge, folder, earlier, clip_skip
+        )
         return _fitted([*written, *given])
     file = find_recipe(os.fspath(recipe) if recipe else "null_space" if model is None else "null_space_context")
     settings = {"model": text_of(model), "revision": revision, "judge": judge, "config_folder": text_of(config_folder)}
+    settings["clip_skip"] = None if clip_skip is None else str(clip_skip)
     with user_errors():
         settings["concept_set"] = None if concept_set is None else _placed(concept_set, names, file, folder)
     more = [f"--model.{name}={value}" for name, value in settings.items() if value is not None]
@@ -210,6 +215,7 @@ def _erasure(
     judge: str | None,
     folder: Place | None,
     earlier: Sequence[str],
+    clip_skip: int | None,
 ) -> list[str]:
     """Write a concept set and a recipe for a concept that is in no set; the arguments of its fit.
 
@@ -231,6 +237,7 @@ def _erasure(
             judge=judge,
             folder=text_of(folder),
             base_edit=earlier,
+            clip_skip=clip_skip,
         )
         check_request(request)
         plan = plan_of(request)

@@ -154,7 +154,7 @@ class AttackedModel:
 
     def unconditional(self) -> Condition | None:
         """Condition of the negative prompt, by the weights as they are; None for that of the empty prompt."""
-        return None if self.negative_prompt is None else self.pipeline.encode([self.negative_prompt])
+        return None if self.negative_prompt is None else self.pipeline.unskipped.encode([self.negative_prompt])
 
     def guided(self, condition: Condition) -> list[Condition]:
         """The conditions that a chain with the attacker's guidance needs for ``condition``."""

@@ -79,8 +79,9 @@ class Inversion(Attack):
         pipeline, latents = model.pipeline, model.references.latents
         ddim = DDIM(pipeline, self.sampler_steps)
         with torch.no_grad():
-            chain = ddim.invert(pipeline.encode([""]).expand(len(latents)), latents, self.iterations)
-            again = ddim.sample([pipeline.encode([""]).expand(len(latents))], chain[0], 1.0)
+            empty = pipeline.unskipped.encode([""]).expand(len(latents))
+            chain = ddim.invert(empty, latents, self.iterations)
+            again = ddim.sample([empty], chain[0], 1.0)
         error = float((again - latents).square().mean() / latents.square().mean())
 
         def targets(prompts: Sequence[str]) -> list[str]:

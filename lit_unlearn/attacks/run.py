@@ -26,7 +26,8 @@ from lit_unlearn.data.cut_prompts import check_cuts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.vocabulary import TABLES, vocabulary_fingerprint, vocabulary_of
-from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_with_pretrained, read_edit, warn_unfinished
+from lit_unlearn.edits.base import chosen_base
+from lit_unlearn.edits.checkpoint import Edit, load_with_pretrained, read_edit, warn_unfinished
 from lit_unlearn.edits.judging import concept_set_of_edit, judge_of_edit
 from lit_unlearn.evaluation.grids import image_grid
 from lit_unlearn.reports.attack_results import FILE, AttackReport, AttackResult, make_result

@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
     with user_errors(), plain_warnings(), explaining_memory("app", device, []):
         drawer = Drawer(AdjustableEdits(base, edits, device), steps, guidance_scale)
     how = f"{base.name}, {steps} denoising steps, guidance {guidance_scale:g}."
+    how = how if base.clip_skip is None else f"{how[:-1]}, clip_skip {base.clip_skip}."
     page = page_of(titles_of(edits), how, drawer)
     with user_errors():
         address = serve(page, options.host, options.port, not options.no_browser)

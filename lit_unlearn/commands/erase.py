@@ -21,7 +21,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from lit_unlearn.commands.parser import Once, Parser, command_parser
+from lit_unlearn.commands.parser import Once, Parser, add_clip_skip, command_parser
 from lit_unlearn.data.kinds import KINDS
 from lit_unlearn.system.errors import plain_warnings, user_errors
 from lit_unlearn.training.erasure import STEPS, Plan, Request, check_drawn, check_request, plan_of
@@ -44,6 +44,7 @@ def parser() -> Parser:
     made.add_argument("--method", help="recipe; default: null_space, and null_space_context if a model is named")
     made.add_argument("--model", help="diffusers folder or hub id; default: emoji-sd, which is embedded")
     made.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
+    add_clip_skip(made, "none")
     made.add_argument(
         "--base_edit", action="append", default=[], metavar="EDIT", help="run or delta of an earlier edit to start from"
     )

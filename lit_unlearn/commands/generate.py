@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from lit_unlearn.commands.parser import Parser, add_model_options, command_parser
-from lit_unlearn.system.errors import user_errors
+from lit_unlearn.commands.parser import Parser, add_clip_skip, add_model_options, command_parser
+from lit_unlearn.system.errors import user_errors, warn
 from lit_unlearn.system.json_files import read_json
 from lit_unlearn.system.names import check_numbers, check_prompts
 
@@ -23,6 +24,7 @@ def parser() -> Parser:
     made.add_argument("-o", "--output", required=True, metavar="FILE.png", help="picture to write")
     made.add_argument("--ckpt_path", help="edit to apply: a run's checkpoint or a delta; default: none")
     add_model_options(made, "the one that was edited, or emoji-sd")
+    add_clip_skip(made, "as in the run, or none")
     made.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt; default: 0")
     made.add_argument("--num", type=int, default=1, help="pictures of each prompt; default: 1")
     made.add_argument("--num_inference_steps", type=int, help="denoising steps; default: as in the run, or 15")
@@ -74,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         model=options.model,
         revision=options.revision,
         config_folder=options.config_folder,
+        clip_skip=options.clip_skip,
         device=options.device,
         offload=options.offload,
         torch_compile=options.torch_compile,
@@ -88,15 +91,19 @@ def run(options: argparse.Namespace) -> None:
         rows = list(pictures.split(len(seeds)))
         image = image_grid(rows, options.prompts, [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else (), scale)
     save_png(output, image)
+    own = provenance_of(base.place).get("clip_skip")
+    if edit is None and own not in (None, base.clip_skip):
+        warn(f"{base.name} was edited with clip_skip={own}: draw with --clip_skip {own}.")
     done = [*earlier_edit(base.place), *((edit.concepts or [edit.method]) if edit else [])]
     what = f"edited ({', '.join(done)})" if done else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     how = f"{drawn.num_inference_steps} steps, guidance {drawn.guidance_scale:g}"
+    how += "" if base.clip_skip is None else f", clip_skip {base.clip_skip}"
     print(f"{output}: {base.name}, {what}, {how}, {which}")
 
 
-def earlier_edit(place: Path | str) -> list[str]:
-    """What a model written by ``export`` was edited to lack: its concepts, or its method; empty for other models.
+def provenance_of(place: Path | str) -> dict[str, Any]:
+    """What a model written by ``export`` says about its edit; empty for other models.
 
     Args:
         place: Its folder, or its single file, whose header holds the provenance; or a hub id.
@@ -107,11 +114,16 @@ def earlier_edit(place: Path | str) -> list[str]:
 
             metadata = SingleFile(place).metadata
             ours = {k.removeprefix(PROVENANCE): v for k, v in metadata.items() if k.startswith(PROVENANCE)}
-            found = {name: json.loads(ours[name]) for name in ("edited_weights", "concepts", "method") if name in ours}
+            names = ("edited_weights", "concepts", "method", "clip_skip")
+            found = {name: json.loads(ours[name]) for name in names if name in ours}
         else:
             found = read_json(Path(place, "provenance.json"), "export it again")
     except (OSError, ValueError):
-        return []
-    if not isinstance(found, dict) or "edited_weights" not in found:
-        return []
-    return [str(name) for name in found.get("concepts") or [found.get("method")]]
+        return {}
+    return found if isinstance(found, dict) and "edited_weights" in found else {}
+
+
+def earlier_edit(place: Path | str) -> list[str]:
+    """What a model written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
+    found = provenance_of(place)
+    return [str(name) for name in found.get("concepts") or [found.get("method")]] if found else []

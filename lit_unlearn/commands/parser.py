@@ -90,6 +90,17 @@ def add_model_options(parser: Parser, default: str) -> None:
     add_config_folder(parser)
 
 
+def add_clip_skip(parser: Parser, default: str) -> None:
+    """Add ``--clip_skip``; ``default`` describes what is taken without it."""
+    parser.add_argument(
+        "--clip_skip",
+        type=int,
+        metavar="K",
+        help="read prompts K layers of the text encoder earlier, as diffusers' clip_skip (K is the Clip skip of web "
+        f"UIs less one); default: {default}",
+    )
+
+
 def add_config_folder(parser: Parser) -> None:
     """Add ``--config_folder``."""
     parser.add_argument(

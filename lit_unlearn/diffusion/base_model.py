@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.check import family_in, read_process, read_prompts
+from lit_unlearn.diffusion.clip_skip import Places, check_clip_skip, check_number, places_of, unread_weights
 from lit_unlearn.diffusion.hub import cached_snapshot
 from lit_unlearn.diffusion.load import check_folder, fetch, load_parts
 from lit_unlearn.diffusion.noise import Sampler
@@ -32,14 +35,18 @@ class BaseModel:
         name: The model as the user gave it.
         revision: Branch, tag or commit, if it is a hub id.
         config_folder: Folder with what a single file does not hold, as the user gave it.
+        clip_skip: Layers that prompts are read earlier (``diffusion.clip_skip``); None for none.
         place: Its folder or single file, or the hub id.
         folder: Folder of its files, or the one that stands for a single file; None for a hub id that is not downloaded
             yet.
         names: Full names of its weights, from the headers of its files; empty without a folder.
     """
 
-    def __init__(self, name: str, revision: str | None, config_folder: str | None = None) -> None:
-        self.name, self.revision, self.config_folder = name, revision, config_folder
+    def __init__(
+        self, name: str, revision: str | None, config_folder: str | None = None, clip_skip: int | None = None
+    ) -> None:
+        check_number(clip_skip)
+        self.name, self.revision, self.config_folder, self.clip_skip = name, revision, config_folder, clip_skip
         self.place = resolve_model(name, single_file=True)
         self.folder: Path | None = None
         self.names: list[str] = []
@@ -48,18 +55,25 @@ class BaseModel:
         self._fingerprints: dict[tuple[frozenset[str], torch.dtype], str] = {}
 
     @classmethod
-    def find(cls, model: str, revision: str | None = None, config_folder: str | None = None) -> BaseModel:
+    def find(
+        cls,
+        model: str,
+        revision: str | None = None,
+        config_folder: str | None = None,
+        clip_skip: int | None = None,
+    ) -> BaseModel:
         """Find and check a model, without reading its weights.
 
         Args:
             model: A folder in the diffusers layout, a single file of safetensors, ``emoji-sd``, or a hub id.
             revision: Branch, tag or commit of a hub id.
             config_folder: Folder with the tokenizers of a single file, and with the parts that it does not hold.
+            clip_skip: Layers that prompts are read earlier, as in diffusers; None for none.
 
         Raises:
-            ValueError: As ``check_model`` and ``local_folder``.
+            ValueError: As ``check_model``, ``local_folder`` and ``check_clip_skip``.
         """
-        base = cls(model, revision, config_folder)
+        base = cls(model, revision, config_folder, clip_skip)
         if isinstance(base.place, Path):
             folder: Path | None = local_folder(base.place, config_folder, model)
         else:
@@ -84,12 +98,25 @@ class BaseModel:
     def _check(self, folder: Path) -> None:
         parts = check_folder(folder, self.name)
         self.names = [f"{part}.{name}" for part, found in parts.items() for name in found]
+        self._check_clip_skip(family_in(folder, self.name))
         self.folder = folder
+
+    def _check_clip_skip(self, family: type[Pipeline]) -> None:
+        check_clip_skip(self.clip_skip, family, self.names, self.name)
 
     @cached_property
     def family(self) -> type[Pipeline]:
         """The class of its pipeline; a model of the hub is downloaded for this."""
         return family_in(self.fetch(), self.name)
+
+    @property
+    def read_after(self) -> Places:
+        """``Pipeline.read_after``, with clip skip."""
+        return places_of(self.family, self.clip_skip)
+
+    def unread(self, names: Sequence[str]) -> list[str]:
+        """Those of the full names ``names`` that the condition of no prompt depends on; see ``unread_weights``."""
+        return unread_weights(self.family, names, self.clip_skip)
 
     @property
     def single_file(self) -> Path | None:
@@ -104,7 +131,8 @@ class BaseModel:
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Pipeline:
         """Load the pipeline, as ``load_pipeline``; this frees the values that ``weights`` has kept."""
         self._read.clear()
-        return load_parts(self.fetch(), dtype, device)
+        loaded: Any = load_parts(self.fetch(), dtype, device)
+        return loaded if self.clip_skip is None else replace(loaded, clip_skip=self.clip_skip)
 
     def check_steps(self, num_inference_steps: int, field: str, kind: Sampler = "model") -> None:
         """Check that the sampler can take this number of steps; not possible for a hub id that is not downloaded.

@@ -58,7 +58,13 @@ class DescribedModel(BaseModel):
     architecture: str | None = None
 
     @classmethod
-    def find(cls, model: str, revision: str | None = None, config_folder: str | None = None) -> DescribedModel:
+    def find(
+        cls,
+        model: str,
+        revision: str | None = None,
+        config_folder: str | None = None,
+        clip_skip: int | None = None,
+    ) -> DescribedModel:
         """Find the configurations of a model.
 
         Args:
@@ -66,18 +72,19 @@ class DescribedModel(BaseModel):
                 an architecture, as in ``architectures``.
             revision: Branch, tag or commit of a model of the hub.
             config_folder: As for ``BaseModel.find``; it makes no difference here.
+            clip_skip: As for ``BaseModel.find``.
 
         Raises:
             ValueError: The model is none of these, or its configurations contradict each other.
         """
         known = architectures()
         if model in known:
-            return cls._of_architecture(model, model)
-        found = cls(model, revision, config_folder)
+            return cls._of_architecture(model, model, clip_skip)
+        found = cls(model, revision, config_folder, clip_skip)
         if isinstance(found.place, str):
             snapshot = cached_snapshot(found.place, revision)
             if snapshot is None and model in ARCHITECTURES:
-                return cls._of_architecture(model, ARCHITECTURES[model])
+                return cls._of_architecture(model, ARCHITECTURES[model], clip_skip)
             if snapshot is None:
                 raise ValueError(
                     f"model={model!r} is not downloaded, and its architecture is not known: give a folder with its "
@@ -94,9 +101,9 @@ class DescribedModel(BaseModel):
         return found
 
     @classmethod
-    def _of_architecture(cls, model: str, name: str) -> DescribedModel:
+    def _of_architecture(cls, model: str, name: str, clip_skip: int | None) -> DescribedModel:
         folder = _folder_of(name)
-        found = cls(str(folder), None)
+        found = cls(str(folder), None, clip_skip=clip_skip)
         found.name, found.architecture = model, name
         found._describe(folder)
         return found
@@ -106,6 +113,7 @@ class DescribedModel(BaseModel):
         described = self._modules()
         family.check_forms({part: module.config for part, module in described.items()}, self.name)
         self.names = [f"{part}.{name}" for part, module in described.items() for name, _ in module.named_parameters()]
+        self._check_clip_skip(family)
 
     def _modules(self) -> dict[str, Any]:
         """Each part with weights, on the meta device."""
@@ -146,7 +154,8 @@ class DescribedModel(BaseModel):
         family: Any = self.family
         index = read_config(self.folder / "model_index.json")
         scheduler = load_scheduler(self.folder, self.name)
-        made: Pipeline = family(**parts, scheduler=scheduler, **family.options(index))
+        options = family.options(index) | ({} if self.clip_skip is None else {"clip_skip": self.clip_skip})
+        made: Pipeline = family(**parts, scheduler=scheduler, **options)
         return made
 
 

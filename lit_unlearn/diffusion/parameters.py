@@ -59,15 +59,21 @@ LABELS = {
 """Short names of single layers of the denoisers, for figures."""
 
 
-def match_parameters(pattern: str, names: Iterable[str], unread: Collection[str] = ()) -> list[str]:
+def match_parameters(
+    pattern: str,
+    names: Iterable[str],
+    unread: Collection[str] = (),
+    why: str = "which the model does not read",
+) -> list[str]:
     """Names that the group or regular expression ``pattern`` selects, in order.
 
     Args:
         pattern: A key of ``GROUPS``, or a regular expression that is searched in names such as
             ``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight``.
         names: Full parameter names.
-        unread: Names of weights that the model's output does not depend on, from ``Pipeline.unread``: they are left
+        unread: Names of weights that the model's output does not depend on, from ``BaseModel.unread``: they are left
             out, with one warning that names them.
+        why: Why, the end of a sentence.
 
     Raises:
         ValueError: The expression is invalid, or selects nothing, or only weights that are not read.
@@ -85,8 +91,7 @@ def match_parameters(pattern: str, names: Iterable[str], unread: Collection[str]
     left_out = [name for name in matched if name in unread]
     if left_out and not selected:
         raise ValueError(
-            f"edited_parameters={pattern!r} selects only {_listed(left_out)}, which the model does not read: choose "
-            "weights of earlier layers."
+            f"edited_parameters={pattern!r} selects only {_listed(left_out)}, {why}: choose weights of earlier layers."
         )
     if not selected:
         close = get_close_matches(pattern, GROUPS, n=1) or [name for name in names if name.endswith("weight")][:1]
@@ -98,7 +103,7 @@ def match_parameters(pattern: str, names: Iterable[str], unread: Collection[str]
         _LEFT_OUT.add((pattern, *left_out))
         with plain_warnings():
             warnings.warn(
-                f"edited_parameters={pattern!r} leaves out {_listed(left_out)}, which the model does not read.",
+                f"edited_parameters={pattern!r} leaves out {_listed(left_out)}, {why}.",
                 stacklevel=2,
             )
     return selected

@@ -66,7 +66,7 @@ class Pipeline(ReadsText):
     """Whether the strength of guidance is an input of the denoiser, so that guidance needs no second prediction."""
     read_after: ClassVar[Mapping[str, Mapping[str, int]]]
     """For each text encoder, the layer after which each way of the text reads it (``text_ways``), counted from the last
-    (-1); layers behind all of them act on nothing."""
+    (-1), without clip skip (``clip_skip.places_of``); layers behind all of them act on nothing."""
     ways: ClassVar[tuple[str, ...]] = ("tokens", "pooled")
     """The ways (``text_ways``) on which text may enter the denoiser."""
     loads_lora: ClassVar[bool] = True
@@ -87,6 +87,7 @@ class Pipeline(ReadsText):
         revision: str | None = None,
         config_folder: str | None = None,
         device: str | None = None,
+        clip_skip: int | None = None,
     ) -> Pipeline:
         """Load a model, frozen and in evaluation mode.
 
@@ -97,15 +98,16 @@ class Pipeline(ReadsText):
             revision: Branch, tag or commit of a hub id.
             config_folder: Folder with the tokenizers of a single file, and with the parts that it does not hold.
             device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None for a GPU if there is one.
+            clip_skip: Layers that prompts are read earlier, as in diffusers; None for none.
 
         Raises:
-            UserError: There is no such model or device, or its files are not complete or not valid.
+            UserError: There is no such model or device, its files are not valid, or it has no such clip skip.
         """
         from lit_unlearn.diffusion.base_model import BaseModel  # which knows pipelines
 
         with user_errors():
             place = find_device(device)
-            return BaseModel.find(os.fspath(model), revision, config_folder).load(dtype, place)
+            return BaseModel.find(os.fspath(model), revision, config_folder, clip_skip).load(dtype, place)
 
     # --- defined by each family
 
@@ -186,6 +188,7 @@ class Pipeline(ReadsText):
             **{name: (text_settings if name in texts else _plain)(config) for name, config in configs.items()},
             "scheduler": _plain(self.scheduler.config),
             "latents": list(self.latent_shape),
+            **({} if self.clip_skip is None else {"clip_skip": self.clip_skip}),
         }
 
     @property
@@ -223,10 +226,6 @@ class Pipeline(ReadsText):
     def told(self, guidance_scale: float) -> Pipeline:
         """The pipeline whose predictions for one condition alone are guided, if its denoiser takes the strength."""
         return self
-
-    def unconditional(self) -> Condition:
-        """The condition, of one row, that guidance leads away from: that of the empty prompt."""
-        return self.encode([""])
 
     def chain(
         self,

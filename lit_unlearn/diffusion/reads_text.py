@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.discrete_prompts import shared_words, words_of
@@ -18,6 +21,20 @@ from lit_unlearn.diffusion.text import TextEncoder, Tokens
 
 class ReadsText(ABC):
     """The text side of a pipeline; a family says which encoders it has and how their states become a condition."""
+
+    skips: ClassVar[tuple[str, ...]] = ()
+    """The text encoders that clip skip reads earlier (``clip_skip``); none in families without it."""
+    clip_skip: int | None = None
+    """How many layers before the model's own prompts are read; None for the model's own."""
+
+    @property
+    def unskipped(self) -> Self:
+        """The pipeline without clip skip, which reads what guidance leads away from."""
+        return self if self.clip_skip is None else replace(self, clip_skip=None)  # type: ignore[type-var]
+
+    def unconditional(self) -> Condition:
+        """The condition, of one row, that guidance leads away from: that of the empty prompt."""
+        return self.unskipped.encode([""])
 
     @property
     @abstractmethod

@@ -65,6 +65,7 @@ class TextEncoder:
             norm; None for the last ones after the final norm.
         positions: Number of positions that the encoder reads, L; None takes the tokenizer's ``model_max_length``.
         masked: Whether nothing reads the padding behind a text: neither the encoder nor the denoiser.
+        normed: Whether the final norm of a CLIP follows the hidden states ``layer`` all the same.
     """
 
     part: str
@@ -73,6 +74,7 @@ class TextEncoder:
     layer: int | None = None
     positions: int | None = None
     masked: bool = False
+    normed: bool = False
 
     @property
     def length(self) -> int:
@@ -145,7 +147,8 @@ class TextEncoder:
             output_hidden_states=self.layer is not None,
         )
         pooled = output.get("text_embeds", output.get("pooler_output"))
-        return output.last_hidden_state if self.layer is None else output.hidden_states[self.layer], pooled
+        states = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
+        return self.model.get_submodule("final_layer_norm")(states) if self.normed else states, pooled
 
     def stream(self, input_ids: Tensor, layer: int | None = None) -> Tensor:
         """The residual stream (n, L, D), float32, after a layer, before any final norm.

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from lit_unlearn.diffusion.clip_skip import lines_before_a_call
 from lit_unlearn.diffusion.kept import PROVENANCE
 from lit_unlearn.edits.chain import title_of
 
@@ -79,6 +80,9 @@ def model_card(
     licensed = f"license: {licence}\n" if licence else ""
     shown = f"![Pictures before and after the edit]({pictures})\n\n" if pictures else ""
     chain = [title_of(link["concepts"], link["method"]) for link in facts.get("chain") or ()]
+    drawn = (
+        f"It was edited for prompts read earlier in the text encoder: {how}.\n" if (how := facts.get("drawing")) else ""
+    )
     stacked = f"These edits lie on top of each other, the first one first: {'; '.join(chain)}.\n" if chain else ""
     lines = [f"- {line}" for line in left_out(facts.get("left_out", {}))]
     missing = "\n".join(["## Not taken over from the base model", "", *lines, "", ""]) if lines else ""
@@ -103,7 +107,7 @@ tags: [concept-unlearning, lit-unlearn]
 
 A text-to-image model from which {removed} with lit-unlearn {facts["lit_unlearn"]}
 ({facts["method"]}). {len(facts["edited_weights"])} weights differ from those of the base model, whose licence applies.
-{stacked}Removal is not perfect, and what was not tested may have changed: see the scores.
+{stacked}{drawn}Removal is not perfect, and what was not tested may have changed: see the scores.
 
 {shown}{_use(facts, name, form, file)}
 ## Scores
@@ -120,8 +124,11 @@ def _use(facts: Mapping[str, Any], name: str, form: str, file: str) -> str:
     """The block of Python that loads it and draws a picture."""
     skip = SKIP if facts.get("chain") else ""
     lines = USES[form].format(name=name, base=facts["base_model"], file=file, skip=skip)
+    skipped = facts.get("clip_skip")
     if form != "single":
-        lines += '\npipeline("a picture of a castle").images[0].save("castle.png")'
+        lines += lines_before_a_call(facts["base_sha256"]) if skipped else ""
+        option = f", clip_skip={skipped}" if skipped else ""
+        lines += f'\npipeline("a picture of a castle"{option}).images[0].save("castle.png")'
     return "\n".join(["```python", *([IMPORTS[form], ""] if IMPORTS[form] else []), lines, "```", ""])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.clip_skip import check_number
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.diffusion.public_name import LOCAL_NAME, hub_snapshot
-from lit_unlearn.diffusion.source import EMBEDDED, STEMS
+from lit_unlearn.diffusion.public_name import hub_snapshot
+from lit_unlearn.diffusion.source import STEMS
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.archives import UNPICKLING_ERRORS, load_archive
 from lit_unlearn.edits.chain import Link, chain_of_checkpoint, chain_of_delta, split_weights
@@ -101,6 +101,10 @@ class Edit:
         for name in ("revision", "config_folder"):
             if not isinstance(options.get(name), str | None):
                 raise refuse(f"its {name} is not text")
+        try:
+            check_number(self.clip_skip)
+        except ValueError as error:
+            raise refuse(f"its clip_skip is {self.clip_skip!r:.40}") from error
         if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(STEMS):
             raise refuse("its base weights are no mapping of parts")
         for name, value in self.weights.items():
@@ -118,6 +122,11 @@ class Edit:
     def dtype(self) -> torch.dtype:
         """Type of the base model's weights when it was edited."""
         return getattr(torch, self.hyper_parameters.get("dtype", "float32"))
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Layers that prompts are read earlier, in its fit and in all pictures of it; None for none."""
+        return self.hyper_parameters.get("clip_skip")
 
     def check_weights(self) -> None:
         """Refuse an edit that changes nothing.
@@ -363,35 +372,3 @@ def load_with_pretrained(
     pretrained = PretrainedValues({name: parameters[name] for name in edit.weights if name in parameters})
     edit.apply(pipeline, base)
     return pipeline, pretrained
-
-
-def chosen_base(
-    model: str | None, revision: str | None, edit: Edit | None, config_folder: str | None = None
-) -> BaseModel:
-    """Find and check the model to load: the given one, else the one that was edited, else the embedded one.
-
-    Args:
-        model: Its name, if given.
-        revision: Branch, tag or commit, if the model is a hub id; None takes the edit's.
-        edit: The edit that will be applied to it, if there is one.
-        config_folder: What a single file does not hold, as for ``BaseModel.find``; None takes the edit's if it exists.
-
-    Raises:
-        ValueError: The model does not exist, or the edit was not made on it.
-    """
-    if edit is None:
-        return BaseModel.find(EMBEDDED if model is None else model, revision, config_folder)
-    local = LOCAL_NAME.fullmatch(edit.model)
-    if model is None and local is not None and not Path(edit.model).exists():
-        kind = "file" if local[1].endswith(".safetensors") else "folder"
-        raise ValueError(
-            f"{edit.path} edits a model in a {kind} called {local[1]!r} and does not say where that lies: name it with "
-            "--model."
-        )
-    name, of_edit = edit.model if model is None else model, edit.hyper_parameters
-    folder = of_edit.get("config_folder")
-    if config_folder is None and folder is not None and os.path.isfile(name) and os.path.isdir(folder):
-        config_folder = folder
-    base = BaseModel.find(name, revision or of_edit.get("revision"), config_folder)
-    edit.check_base(base)
-    return base

@@ -16,7 +16,8 @@ from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing
 from lit_unlearn.diffusion.offload import Offload
 from lit_unlearn.diffusion.pipeline import Pipeline
-from lit_unlearn.edits.checkpoint import Edit, chosen_base, load_edited, warn_unfinished
+from lit_unlearn.edits.base import chosen_base
+from lit_unlearn.edits.checkpoint import Edit, load_edited, warn_unfinished
 from lit_unlearn.system.devices import explaining_memory, find_device
 from lit_unlearn.system.errors import UserError, plain_warnings, user_errors
 from lit_unlearn.system.names import check_numbers, check_prompts
@@ -57,6 +58,7 @@ def draw_edit(
     model: str | None = None,
     revision: str | None = None,
     config_folder: str | None = None,
+    clip_skip: int | None = None,
     device: str | None = None,
     offload: bool = False,
     torch_compile: bool = False,
@@ -74,6 +76,7 @@ def draw_edit(
         model: The base model; None for the one that was edited, or the embedded one.
         revision: Branch, tag or commit, if the model is a hub id.
         config_folder: Folder with what a single file does not hold, as for ``BaseModel.find``.
+        clip_skip: Layers that prompts are read earlier; None for the edit's own, or none.
         device: The device; None takes a GPU if there is one.
         offload: Move parts to the GPU only while they are used.
         torch_compile: Draw with kernels that ``torch.compile`` makes.
@@ -96,7 +99,7 @@ def draw_edit(
             place = find_device(device)
             if edit is not None:
                 warn_unfinished(edit.path)
-            base = chosen_base(model, revision, edit, config_folder)
+            base = chosen_base(model, revision, edit, config_folder, clip_skip)
             base.check_steps(steps, "num_inference_steps")
         if torch_compile:
             check_compiler(place, "torch_compile")

@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_unlearn import __version__
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.clip_skip import how_to_draw
 from lit_unlearn.diffusion.kept import INDEX, PROVENANCE, Kept, kept_of
 from lit_unlearn.diffusion.lora_names import LoraNames, Naming
 from lit_unlearn.diffusion.parameters import fingerprint
@@ -147,6 +148,8 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
         "packages": {name: version(name) for name in PACKAGES},
     }
     made = {"config": edit.hyper_parameters, "edit": edit.edit, "recipe": edit.recipe, "scores": scores}
+    if how := how_to_draw(base.family, edit.clip_skip):
+        facts |= {"clip_skip": edit.clip_skip, "drawing": how}
     chain = {"chain": [link.stored() for link in edit.chain]} if edit.chain else {}
     places, changed = places_of(edit, base, name), list[str]()
     places.learn({**made, **chain})

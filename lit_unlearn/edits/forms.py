@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.clip_skip import how_to_draw
 from lit_unlearn.diffusion.kept import Kept
 from lit_unlearn.diffusion.lora_names import Naming
+from lit_unlearn.edits.base import chosen_base
 from lit_unlearn.edits.card import left_out
-from lit_unlearn.edits.checkpoint import Edit, chosen_base, read_edit, warn_unfinished
+from lit_unlearn.edits.checkpoint import Edit, read_edit, warn_unfinished
 from lit_unlearn.edits.dtypes import DTYPES
 from lit_unlearn.edits.export import (
     export_delta,
@@ -56,6 +58,8 @@ class Exported:
     def lines(self) -> list[str]:
         """What to say about it."""
         said = [f"{self.path}: {self.base.name} without {', '.join(self.edit.concepts) or 'what it has unlearned'}"]
+        if how := how_to_draw(self.base.family, self.edit.clip_skip):
+            said.append(f"{how}: an export does not hold it")
         if self.kept is not None:
             said += [f"not taken over from the base: {line}" for line in left_out(self.kept.left_out)]
         if self.written is not None:

@@ -6,19 +6,23 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.edits.checkpoint import Edit, chosen_base
+from lit_unlearn.edits.base import chosen_base
+from lit_unlearn.edits.checkpoint import Edit
 
 
 def one_base(edits: Sequence[Edit], model: str | None, revision: str | None, config_folder: str | None) -> BaseModel:
     """The model that all ``edits`` edit; arguments as for ``chosen_base``.
 
     Raises:
-        ValueError: They edit different models; or as ``chosen_base``.
+        ValueError: They edit different models, or with different clip skip; or as ``chosen_base``.
     """
     bases = [chosen_base(model, revision, edit, config_folder) for edit in edits]
     if len({base.place for base in bases}) > 1:
         names = ", ".join(dict.fromkeys(base.name for base in bases))
         raise ValueError(f"The runs edit different models ({names}): compare edits of one model.")
+    if len({edit.clip_skip for edit in edits}) > 1:
+        skips = ", ".join(sorted({"none" if edit.clip_skip is None else str(edit.clip_skip) for edit in edits}))
+        raise ValueError(f"The runs have clip_skip {skips}, which draw otherwise: compare edits of one clip_skip.")
     return bases[0]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_unlearn.data.names import name_key
+from lit_unlearn.edits.base import chosen_base
 from lit_unlearn.edits.chain import Link, without
-from lit_unlearn.edits.checkpoint import Edit, chosen_base, warn_unfinished
+from lit_unlearn.edits.checkpoint import Edit, warn_unfinished
 from lit_unlearn.edits.export import export_delta, output_path, provenance
 
 

@@ -140,6 +140,8 @@ class ESD(GradientEditor, ConceptEditor):
         self.unconditional, self.of_prompts, self.of_erase_from = encoded.split(
             [1, self.num_pairs, len(encoded) - 1 - self.num_pairs]
         )
+        if self.pipeline.clip_skip is not None:  # which is not for what guidance leads away from
+            self.unconditional = self.pipeline.unskipped.encode_many([""]).detach()
         self.sampler = self.pipeline.with_sampler(self.chain_sampler)
         self.timesteps = self.sampler.noise.timesteps(self.num_chain_steps).to(self.device)
         self.schedule = ReuseSchedule(self.chains, len(self.timesteps), self.passes, self.seed)

@@ -39,6 +39,7 @@ from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.data.pairs import ATTRIBUTES
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.new_tokens import PLACE
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import seeded
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.forget_me_not import templates_of
@@ -161,7 +162,8 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
         self.keys, self.target_keys = self.edited_states(self.pairs)
         self.carrying = self.carrying_states()
         nothing, others = self.pipeline.tokenize([""]), self.pipeline.tokenize(self.retain_prompts)
-        empty, retained = (self.flat(tokens, self.inputs(tokens)) for tokens in (nothing, others))
+        empty = self.flat(nothing, self.inputs(nothing, pipeline=self.pipeline.unskipped))  # as guidance reads it
+        retained = self.flat(others, self.inputs(others))
         push = self.flat(nothing, self.push()) if self.pushed else {}
         found: dict[str, Retained] = {}
         for way, names in self.ways.items():
@@ -186,14 +188,17 @@ class RobustErasure(ClosedFormMethod, ReferenceImages):
                 named = [[text for text, _ in self.named_pairs(concept)] for concept in self.repaired]
                 self.latents = self.reference_latents(named)
 
-    def inputs(self, tokens: Tokens, embeddings: Tensor | None = None) -> dict[str, Tensor]:
+    def inputs(
+        self, tokens: Tokens, embeddings: Tensor | None = None, pipeline: Pipeline | None = None
+    ) -> dict[str, Tensor]:
         """What the edited maps of each way read of n prompts, (n, L, D) float32.
 
         Args:
             tokens: The prompts.
             embeddings: Embeddings of the learned token in them, (1, D), if they have one.
+            pipeline: Reads them; None for the method's own.
         """
-        pipeline = self.pipeline
+        pipeline = pipeline or self.pipeline
         condition = pipeline.encode_many(tokens) if embeddings is None else pipeline.encode(tokens, embeddings)
         return {way: found.float() for way, found in pipeline.first_inputs(condition).items() if way in self.ways}
 

@@ -111,7 +111,7 @@ class SPEED(ClosedFormMethod, ConceptEditor):
         texts = self.edited_texts, self.anchor_texts, self.retained_texts
         edited, anchors, retained = text_keys(self.pipeline, *texts, ways=list(ways), which=self.tokens)
         # Of the empty prompt all positions are needed, which the others may leave out.
-        empty = {} if self.invariants is None else text_keys(self.pipeline, [""], ways=list(ways))[0]
+        empty = {} if self.invariants is None else text_keys(self.pipeline.unskipped, [""], ways=list(ways))[0]
         self.keys: dict[str, Tensor] = {}
         self.anchors: dict[str, Tensor] = {}
         self.retained = {}

@@ -26,6 +26,7 @@ from lit_unlearn.core.solvers import Retained
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
 from lit_unlearn.diffusion.parameters import call_order
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.layer_state import LayerState
 from lit_unlearn.methods.shared.noised import drawn, edit_latents, noised
@@ -116,15 +117,15 @@ class UNetValueRefinement(ValueRefinement):
         """What the maps of each way read, (n, L, d_in) float32: of a pooled vector L is 1."""
         return {way: found.float() for way, found in self.pipeline.first_inputs(condition).items()}
 
-    def retained_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def retained_inputs(self, pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What the maps of each way read of ``prompts``, (m, d_in)."""
-        tokens = self.pipeline.tokenize(prompts)
-        return flattened(self.pipeline, tokens, self.pipeline.first_inputs(self.pipeline.encode_many(tokens)))
+        tokens = pipeline.tokenize(prompts)
+        return flattened(pipeline, tokens, pipeline.first_inputs(pipeline.encode_many(tokens)))
 
     def gather_moments(self) -> None:
         """Sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys: the retained prompts' inputs on each way."""
-        retained = self.retained_inputs(self.retain_prompts)
-        empty = self.retained_inputs([""]) if self.retain_empty else {}
+        retained = self.retained_inputs(self.pipeline, self.retain_prompts)
+        empty = self.retained_inputs(self.pipeline.unskipped, [""]) if self.retain_empty else {}
         for way, names in by_way(self.edited_names).items():
             states = retained[way]
             moment, count, longest = second_moment(states).cpu(), len(states), largest_norm(states)
@@ -280,7 +281,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
         noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
         conditions = [retained]
         if self.retain_empty:
-            conditions.append(self.pipeline.encode_many([""]))
+            conditions.append(self.pipeline.unskipped.encode_many([""]))
         queries = [query for each in conditions for query in query_batches(noisy, timesteps, each)]
         prompts = len(self.retain_prompts)
         self.retained = self.retained_keys(queries, lambda query: self.inputs(self.edited_names, query), prompts)

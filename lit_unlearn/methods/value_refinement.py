@@ -187,7 +187,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """The edited layers by the places where their text encoders are read."""
-        return stretches(self.edited_names, list(self.pipeline.named_parameters()), self.pipeline.read_after)
+        return stretches(self.edited_names, list(self.pipeline.named_parameters()), self.base.read_after)
 
     def stretch_of(self, name: str) -> Stretch:
         """The stretch of the layer ``name``."""

@@ -192,7 +192,7 @@ class UnlearnCLI(LightningCLI):
                 warn_unfinished(config.ckpt_path)
                 concepts = name_all(config, edit, concepts)
             if subcommand == "fit":
-                check_start(edit, self.stack, config.base_edit)
+                check_start(edit, self.stack, config.base_edit, arguments.clip_skip)
             if subcommand == "fit" and edit.concepts and concepts and set(edit.concepts) != set(concepts):
                 raise UserError(
                     f"fit: {edit.path} edits {', '.join(edit.concepts)}, and --ckpt_path goes on with that: to edit "

@@ -59,6 +59,7 @@ class Request:
         anyway: Whether to edit even if the model does not draw the concept.
         folder: Folder of the runs; None for the recipe's.
         base_edit: Earlier edits to start from: folders of runs, checkpoints or deltas.
+        clip_skip: Layers that prompts are read earlier; None for none.
     """
 
     concept: str
@@ -80,6 +81,7 @@ class Request:
     anyway: bool = False
     folder: str | None = None
     base_edit: Sequence[str] = ()
+    clip_skip: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def plan_of(request: Request) -> Plan:
     retain = [row.prompt for row in read_prompts(request.retain, "retain")] if request.retain else []
     prompts = tuple(row.prompt for row in read_prompts(request.prompts)) if request.prompts else ()
     model = request.model or EMBEDDED
-    base = BaseModel.find(model, request.revision)
+    base = BaseModel.find(model, request.revision, clip_skip=request.clip_skip)
     shipped = [folder.resolve() for name in SHIPPED if (folder := shipped_folder(name))]
     embedded = isinstance(base.place, Path) and base.place.resolve() in shipped
     method = request.method or ("null_space_context" if request.model else "null_space")
@@ -232,6 +234,8 @@ def plan_of(request: Request) -> Plan:
     arguments |= {"model": model, "concept_set": path.as_posix(), "judge": judge or "clip"}
     if request.revision:
         arguments["revision"] = request.revision
+    if request.clip_skip is not None:
+        arguments["clip_skip"] = request.clip_skip
     if not embedded:
         family = base.family.index_class if base.folder is not None else ""
         arguments |= {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE.get(family, 7.5)}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from lit_unlearn.edits.base import check_clip_skip
 from lit_unlearn.edits.checkpoint import Edit
-from lit_unlearn.system.errors import warn
+from lit_unlearn.system.errors import user_errors, warn
 from lit_unlearn.training.classes import import_named, known_classes
 from lit_unlearn.training.options import ignored_by_a_checkpoint
 
@@ -24,7 +25,13 @@ def as_its_fit_made_it(subcommand: str, config: Any, edit: Edit, given: Collecti
         config: Its configuration.
         edit: The edit in its checkpoint.
         given: Keys that are set on the command line.
+
+    Raises:
+        UserError: Another clip skip is asked for.
     """
+    if (asked := config.model.init_args.clip_skip) is not None:
+        with user_errors():
+            check_clip_skip(edit, asked, "leave model.clip_skip out")
     kept = {k: v for k, v in edit.hyper_parameters.items() if k not in FROM_COMMAND_LINE and k != "_class_path"}
     import_named(str(edit.edit))
     solver = edit.edit if edit.edit and str(edit.edit.get("class_path")) in known_classes() else None

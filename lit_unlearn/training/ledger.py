@@ -22,6 +22,7 @@ from lit_unlearn.data.concepts import ConceptSet, concept_set_of, load_concept_s
 from lit_unlearn.data.prompts import edited_concepts
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.described import DescribedModel
+from lit_unlearn.edits.base import check_clip_skip
 from lit_unlearn.edits.chain import Link, joined
 from lit_unlearn.edits.checkpoint import Edit, read_edit, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
@@ -123,17 +124,20 @@ def checked_together(edits: Sequence[Edit], dtype: str) -> tuple[dict[str, Tenso
     return joined(edits)
 
 
-def check_start(edit: Edit, stack: Stack | None, base_edit: Sequence[str]) -> None:
-    """Refuse to go on with a fit that has started from other edits.
+def check_start(edit: Edit, stack: Stack | None, base_edit: Sequence[str], clip_skip: int | None) -> None:
+    """Refuse to go on with a fit that has started from other edits, or that has another clip skip.
 
     Args:
         edit: The edit in its checkpoint.
         stack: What the command starts from.
         base_edit: Where that lies.
+        clip_skip: The command's clip skip.
 
     Raises:
         UserError: They differ; the message says what to give.
     """
+    with user_errors():
+        check_clip_skip(edit, clip_skip, "give what its fit had, or leave out --ckpt_path for a new fit")
     before = edit.chain[:-1]
     if hashes_of([link.stored() for link in before]) == hashes_of(stack.links if stack is not None else []):
         return
@@ -180,7 +184,7 @@ def name_all(config: Any, edit: Edit, concepts: list[str]) -> list[str]:
 def _read(config: Any, option: str, kind: type[ConceptEditor]) -> list[Edit]:
     """The edits that an option names, checked to be of the command's base model."""
     arguments, found = config.model.init_args, []
-    base = kind.find_base(arguments.model, arguments.revision, arguments.config_folder)
+    base = kind.find_base(arguments.model, arguments.revision, arguments.config_folder, arguments.clip_skip)
     planned = isinstance(base, DescribedModel)  # of which no weight is read
     if option == "base_edit" and not planned:
         base.fetch()  # to compare weights, not only names
@@ -198,6 +202,8 @@ def _read(config: Any, option: str, kind: type[ConceptEditor]) -> list[Edit]:
             found.append(read_earlier(given, base))
             continue
         found.append(read_edit(checkpoint_of(Path(given).expanduser())))
+        if option == "base_edit":
+            check_clip_skip(found[-1], base.clip_skip, "give the fit the clip_skip of its base_edit")
         if not planned:
             found[-1].check_base(base)
     return found
@@ -210,6 +216,7 @@ def read_earlier(place: str, base: BaseModel) -> Edit:
         ValueError: It is no edit, or one of another model.
     """
     edit = read_edit(checkpoint_of(Path(place).expanduser()))
+    check_clip_skip(edit, base.clip_skip, "give the fit the clip_skip of its base_edit")
     edit.check_base(base)
     edit.check_whole(base)
     return edit

@@ -133,6 +133,7 @@ class _Planner:
             self._sites(),
             self._unread(),
             {name: sum(value.numel() for value in module.parameters()) for name, module in described.items()},
+            clip_skip=self.base.clip_skip,
         )
         for dtype in dict.fromkeys((*DTYPES, self.dtype)):
             plan.memory[dtype] = self._phases(getattr(torch, dtype))
@@ -151,7 +152,7 @@ class _Planner:
 
     def _unread(self) -> list[str]:
         matched = match_parameters(self.module.edited_parameters, self.base.names)
-        unread = set(self.base.family.unread(self.base.names))
+        unread = set(self.base.unread(self.base.names))
         return [name for name in matched if name in unread]
 
     # --- memory

@@ -59,12 +59,13 @@ class Plan:
         method: Class of the method.
         dtype: Type of the weights in the recipe.
         sites: The edited weights.
-        unread: Full names of weights that the pattern selects and nothing reads.
+        unread: Full names of weights that the pattern selects and with which no prompt is read.
         parameters: Number of parameters of each part.
         memory: For each type and phase what it needs.
         counts: Work in numbers, each with what it is.
         optimizer: Bytes of gradients and of the optimizer's state.
         ram: Bytes that the processor's memory must hold besides, with what they are.
+        clip_skip: Layers that prompts are read earlier; None for none.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Plan:
     counts: dict[str, str] = field(default_factory=dict)
     optimizer: int = 0
     ram: dict[str, int] = field(default_factory=dict)
+    clip_skip: int | None = None
 
     def peak(self, dtype: str, offload: bool = False) -> int:
         """The most that any phase needs on the device, in bytes."""
@@ -92,7 +94,10 @@ class Plan:
             console.print(table)
         if self.unread:
             listed = ", ".join(self.unread[:3]) + (f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else "")
-            console.print(f"Left out, since nothing reads them: {listed}", markup=False)
+            why = "nothing reads them"
+            if self.clip_skip is not None:
+                why = f"no prompt is read with them at clip_skip={self.clip_skip}"
+            console.print(f"Left out, since {why}: {listed}", markup=False)
 
     def _sites(self) -> Table:
         table = _table(f"Edited: {sum(one.count for one in self.sites)} weights")

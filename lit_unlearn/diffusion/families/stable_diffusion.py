@@ -43,6 +43,7 @@ class StableDiffusion(Pipeline):
         unet: Predicts noise or velocity (B, C, H, W) from latents, timesteps and ``encoder_hidden_states``.
         vae: Latents (B, C, H, W) to pictures (B, 3, 8H, 8W) and back.
         scheduler: The sampler's configuration; every sampling takes a fresh copy.
+        clip_skip: How many layers earlier the encoder is read, before the final norm; None for none.
     """
 
     index_class: ClassVar[str] = "StableDiffusionPipeline"
@@ -57,6 +58,7 @@ class StableDiffusion(Pipeline):
     }
     denoiser_part: ClassVar[str] = "unet"
     read_after: ClassVar[Mapping[str, Mapping[str, int]]] = {"text_encoder": {"tokens": -1}}
+    skips: ClassVar[tuple[str, ...]] = ("text_encoder",)
     mended: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "scheduler": ("steps_offset", "clip_sample"),
         "unet": ("sample_size",),
@@ -67,6 +69,7 @@ class StableDiffusion(Pipeline):
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     scheduler: SchedulerMixin
+    clip_skip: int | None = None
 
     @classmethod
     def check_forms(cls, configs: Mapping[str, Any], model: str) -> None:
@@ -90,7 +93,8 @@ class StableDiffusion(Pipeline):
     @property
     def texts(self) -> tuple[TextEncoder, ...]:
         """See ``Pipeline.texts``."""
-        return (TextEncoder("text_encoder", self.text_encoder, self.tokenizer),)
+        layer = None if self.clip_skip is None else -1 - self.clip_skip
+        return (TextEncoder("text_encoder", self.text_encoder, self.tokenizer, layer, normed=layer is not None),)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -47,6 +47,7 @@ class StableDiffusion3(Pipeline):
         scheduler: The sampler's configuration; every sampling takes a fresh copy.
         tokenizer_3: Turns prompts into ``input_ids`` of the T5; None without one.
         text_encoder_3: ``input_ids`` (B, 256) to states (B, 256, D); None without one.
+        clip_skip: How many layers earlier the states of both CLIPs are read; None for none.
     """
 
     index_class: ClassVar[str] = "StableDiffusion3Pipeline"
@@ -75,6 +76,7 @@ class StableDiffusion3(Pipeline):
         "text_encoder_2": {"tokens": -2, "pooled": -1},
         "text_encoder_3": {"tokens": -1},
     }
+    skips: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     flow: ClassVar[bool] = True
 
     tokenizer: CLIPTokenizer
@@ -86,6 +88,7 @@ class StableDiffusion3(Pipeline):
     scheduler: SchedulerMixin
     tokenizer_3: T5Tokenizer | None = None
     text_encoder_3: T5EncoderModel | None = None
+    clip_skip: int | None = None
 
     @classmethod
     def check_forms(cls, configs: Mapping[str, Any], model: str) -> None:
@@ -135,10 +138,10 @@ class StableDiffusion3(Pipeline):
     @property
     def texts(self) -> tuple[TextEncoder, ...]:
         """See ``Pipeline.texts``."""
-        length = self.tokenizer.model_max_length
+        length, layer = self.tokenizer.model_max_length, -2 - (self.clip_skip or 0)
         clips = (
-            TextEncoder("text_encoder", self.text_encoder, self.tokenizer, -2, length),
-            TextEncoder("text_encoder_2", self.text_encoder_2, self.tokenizer_2, -2, length),
+            TextEncoder("text_encoder", self.text_encoder, self.tokenizer, layer, length),
+            TextEncoder("text_encoder_2", self.text_encoder_2, self.tokenizer_2, layer, length),
         )
         if self.text_encoder_3 is None or self.tokenizer_3 is None:
             return clips

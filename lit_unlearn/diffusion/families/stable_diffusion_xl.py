@@ -56,6 +56,7 @@ class StableDiffusionXL(Pipeline):
         scheduler: The sampler's configuration; every sampling takes a fresh copy.
         force_zeros_for_empty_prompt: Whether guidance leads away from a condition of zeros, and not from the empty
             prompt's.
+        clip_skip: How many layers earlier the states of both encoders are read; None for none.
     """
 
     index_class: ClassVar[str] = "StableDiffusionXLPipeline"
@@ -75,6 +76,7 @@ class StableDiffusionXL(Pipeline):
         "text_encoder": {"tokens": -2},
         "text_encoder_2": {"tokens": -2, "pooled": -1},
     }
+    skips: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -84,6 +86,7 @@ class StableDiffusionXL(Pipeline):
     vae: AutoencoderKL
     scheduler: SchedulerMixin
     force_zeros_for_empty_prompt: bool = True
+    clip_skip: int | None = None
 
     @classmethod
     def check_forms(cls, configs: Mapping[str, Any], model: str) -> None:
@@ -134,9 +137,10 @@ class StableDiffusionXL(Pipeline):
     @property
     def texts(self) -> tuple[TextEncoder, ...]:
         """See ``Pipeline.texts``."""
+        layer = -2 - (self.clip_skip or 0)
         return (
-            TextEncoder("text_encoder", self.text_encoder, self.tokenizer, layer=-2),
-            TextEncoder("text_encoder_2", self.text_encoder_2, self.tokenizer_2, layer=-2),
+            TextEncoder("text_encoder", self.text_encoder, self.tokenizer, layer),
+            TextEncoder("text_encoder_2", self.text_encoder_2, self.tokenizer_2, layer),
         )
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_unlearn import __version__
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.clip_skip import how_unread
 from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.offload import Offload, bring
@@ -37,11 +38,10 @@ class DiffusionEditor(L.LightningModule):
     A checkpoint holds the edited weights and the optimizer's state, never the pipeline.
 
     Args:
-        model: Folder of a pipeline in the diffusers layout, single file (``.safetensors``), ``emoji-sd`` (the embedded
-            model), or a hub id.
+        model: Folder in the diffusers layout, single file (``.safetensors``), ``emoji-sd`` (embedded), or a hub id.
         revision: Branch, tag or commit, if ``model`` is a hub id.
-        config_folder: Folder in the diffusers layout, if ``model`` is a single file: with its tokenizers, and with the
-            parts that the file does not hold.
+        config_folder: Folder in the diffusers layout with what a single file ``model`` does not hold.
+        clip_skip: Layers of the CLIPs that prompts are read earlier, as in diffusers' calls; None for none.
         dtype: Type of all weights: ``float32``, ``bfloat16`` or ``float16``.
         edited_parameters: Group of weights (``xattn``, ``text-fc2``, ...) or regular expression over their names.
         num_inference_steps: Denoising steps of every picture.
@@ -75,6 +75,7 @@ class DiffusionEditor(L.LightningModule):
         config_folder: str | None = None,
         offload: bool = False,
         torch_compile: bool = False,
+        clip_skip: int | None = None,
     ) -> None:
         super().__init__()
         self.processes = Processes(self)
@@ -90,7 +91,7 @@ class DiffusionEditor(L.LightningModule):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype={dtype!r} is unknown: choose float32, bfloat16 or float16.")
         self.weights_dtype: torch.dtype = getattr(torch, dtype)
-        self.base = self.find_base(model, revision, config_folder)
+        self.base = self.find_base(model, revision, config_folder, clip_skip)
         if self.base.names:
             self._check_family()
             self.select(self.base.names)
@@ -136,7 +137,7 @@ class DiffusionEditor(L.LightningModule):
                     f"edited_parameters={self.edited_parameters!r} names {part}, which model={self.model_id!r} does "
                     "not have: edit other weights, or take a model with it."
                 )
-        return match_parameters(self.edited_parameters, names, self.base.family.unread(names))
+        return match_parameters(self.edited_parameters, names, self.base.unread(names), how_unread(self.base.clip_skip))
 
     def select_only(self, names: Sequence[str], allowed: Callable[[str], bool], why: str) -> list[str]:
         """As ``DiffusionEditor.select``, for methods that cannot edit every weight.

@@ -1,7 +1,7 @@
 """Layers of text encoders that an edit writes: which ones, where each is read, and which positions of prompts pair up.
 
 An encoder is read after one layer by the way of the states and perhaps after another by that of the pooled vector
-(``Pipeline.read_after``). A stretch is the edited layers before such a place, and after the place before:
+(``BaseModel.read_after``). A stretch is the edited layers before such a place, and after the place before:
 
     text_encoder_2 of SDXL, of N layers     0 .. N-2 -> states      N-1 -> pooled vector
     a T5, or the encoder of SD 1.x          0 .. N-1 -> states
@@ -132,7 +132,7 @@ def select_text_layers(method: ValueRefinement, names: Sequence[str]) -> list[st
     """
     why = ": only weights of text layers, such as text-fc2 or a pattern that ends with weight."
     selected = method.select_only(names, lambda name: bool(TEXT_LAYER.match(name)), why)
-    read_after, pattern = method.base.family.read_after, method.edited_parameters
+    read_after, pattern = method.base.read_after, method.edited_parameters
     kept = chosen_layers(selected, method.first_layer, method.last_layer, names, read_after, pattern)
     for name in kept:
         if method.start == "residual" and not ADDS_TO_STREAM.search(name):
@@ -169,7 +169,7 @@ def chosen_layers(
         first_layer: Number of a layer of each encoder, from 0 or, counted from the end, -1.
         last_layer: In the same way; None for the last selected one.
         names: Full names of all weights.
-        read_after: See ``Pipeline.read_after``.
+        read_after: See ``BaseModel.read_after``.
         pattern: What has selected the weights, for the message.
 
     Raises:
@@ -203,7 +203,7 @@ def stretches(
     Args:
         edited: Full names of the edited weights.
         names: Full names of all weights.
-        read_after: See ``Pipeline.read_after``.
+        read_after: See ``BaseModel.read_after``.
     """
     return tuple(_stretches(edited, names, read_after))
 

@@ -212,10 +212,11 @@ def retained_inputs(
     moments: dict[str, list[Tensor]] = {way: [] for way in ways}
     kept: dict[str, list[Tensor]] = {way: [] for way in ways}
     counts, longest = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
-    once = [*prompts, *([""] if empty_weight == 1 else [])]
-    batches = [(once[start : start + ENCODE_BATCH], 1) for start in range(0, len(once), ENCODE_BATCH)]
-    for batch, weight in [*batches, *([([""], empty_weight)] if empty_weight > 1 else [])]:
-        (found,) = text_keys(pipeline, batch, ways=ways, which="last_subject" if last_subject else "all")
+    apart = empty_weight > 1 or (empty_weight == 1 and pipeline.clip_skip is not None)  # as guidance reads it
+    once = [*prompts, *([""] if empty_weight and not apart else [])]
+    batches = [(pipeline, once[start : start + ENCODE_BATCH], 1) for start in range(0, len(once), ENCODE_BATCH)]
+    for reader, batch, weight in [*batches, *([(pipeline.unskipped, [""], empty_weight)] if apart else [])]:
+        (found,) = text_keys(reader, batch, ways=ways, which="last_subject" if last_subject else "all")
         for way in ways:
             if last_subject:
                 keys = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])
