@@ -33,7 +33,7 @@ from lit_unlearn.diffusion.reads_text import ReadsText
 from lit_unlearn.diffusion.samplers import check_steps
 from lit_unlearn.diffusion.sampling import DenoisingStep, start_chains, take_steps
 from lit_unlearn.diffusion.source import EMBEDDED
-from lit_unlearn.diffusion.text import text_settings
+from lit_unlearn.diffusion.text import plain_settings, text_settings
 from lit_unlearn.system.devices import find_device
 from lit_unlearn.system.errors import user_errors
 
@@ -185,8 +185,8 @@ class Pipeline(ReadsText):
         configs: dict[str, Any] = {name: part.config for name, part in self.parts.items()}
         texts = {text.part for text in self.texts}
         return {
-            **{name: (text_settings if name in texts else _plain)(config) for name, config in configs.items()},
-            "scheduler": _plain(self.scheduler.config),
+            **{name: (text_settings if name in texts else plain_settings)(config) for name, config in configs.items()},
+            "scheduler": plain_settings(self.scheduler.config),
             "latents": list(self.latent_shape),
             **({} if self.clip_skip is None else {"clip_skip": self.clip_skip}),
         }
@@ -395,8 +395,3 @@ class Pipeline(ReadsText):
             given = self.encode(prompts[part]), seeds[part], num_inference_steps, guidance_scale, empty
             pictures.append(self.decode(self.draw_latents(*given)))
         return torch.cat(pictures)
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration of diffusers without its metadata, such as the version."""
-    return {name: str(value) for name, value in config.items() if name == "_class_name" or not name.startswith("_")}

@@ -7,7 +7,7 @@ text.stream(input_ids, layer)            # the residual stream after a layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -192,6 +192,11 @@ T5_SETTINGS = (
 def text_settings(config: Any) -> dict[str, str]:
     """Fields of a text encoder's configuration that change its output without changing its weights."""
     return {name: str(getattr(config, name)) for name in (T5_SETTINGS if config.model_type == "t5" else CLIP_SETTINGS)}
+
+
+def plain_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration of diffusers without its metadata, such as the version."""
+    return {name: str(value) for name, value in config.items() if name == "_class_name" or not name.startswith("_")}
 
 
 def linear_layers(module: nn.Module, endings: tuple[str, ...]) -> list[nn.Module]:

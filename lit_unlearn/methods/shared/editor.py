@@ -22,9 +22,10 @@ from lit_unlearn.diffusion.offload import Offload, bring
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint, match_parameters
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.sampling import ForwardCount
+from lit_unlearn.methods.shared.placing import offload_device
 from lit_unlearn.methods.shared.processes import Processes
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY, EarlierEdits, check_concepts
-from lit_unlearn.system.errors import UserError, plain_warnings
+from lit_unlearn.system.errors import plain_warnings
 from lit_unlearn.system.memory import peak_memory
 from lit_unlearn.system.names import check_numbers
 from lit_unlearn.system.pixels import to_uint8
@@ -163,7 +164,7 @@ class DiffusionEditor(L.LightningModule):
         if hasattr(self, "pipeline"):
             return
         self._check_family()
-        device = self._offload_device()
+        device = offload_device(self)
         if self.torch_compile:
             check_compiler(torch.get_default_device(), "model.torch_compile")  # where Lightning moves the parts
         self.pipeline: Pipeline = self.base.load(self.weights_dtype, torch.device("cpu") if device else None)
@@ -205,25 +206,6 @@ class DiffusionEditor(L.LightningModule):
         """Whether weights of a text encoder are edited: if not, prompts are encoded once."""
         parts = {text.part for text in self.pipeline.texts}
         return any(name.partition(".")[0] in parts for name in self.edited_names)
-
-    def _offload_device(self) -> torch.device | None:
-        """The device that parts are moved to when they are used; None if they stay where they are loaded.
-
-        Raises:
-            UserError: There are several processes.
-        """
-        if not self.offload:
-            return None
-        if self._trainer is not None and self.trainer.world_size > 1:
-            raise UserError(
-                f"model.offload=true works with one process, not {self.trainer.world_size}: set trainer.devices to 1."
-            )
-        device = torch.get_default_device()  # Lightning sets it while a model is configured
-        if device.type == "cpu":
-            with plain_warnings():
-                warnings.warn("model.offload=true has no effect on the processor.", stacklevel=2)
-            return None
-        return device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiffusionEditor:
         """Move everything but the parts, if they move by themselves."""
