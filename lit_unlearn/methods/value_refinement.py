@@ -9,13 +9,12 @@ reduce the error between the denoiser's prediction, of noise or of a velocity, a
 with the pretrained text encoders. The other encoders that are edited read the target prompts meanwhile, as if their
 edit was done, so that no encoder makes up for another; those that are not edited read the edit prompts. At the end of
 the epoch the recipe's ``edit`` writes V1 into the weight. The second moments of the retained prompts' inputs (K0) of
-all layers are gathered once, before the first edit.
+all layers are gathered once, before the first edit, or in groups of layers where they do not fit (``RetainedLayers``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -24,8 +23,6 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.condition import Condition
@@ -37,6 +34,7 @@ from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
 from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerState, outputs_of, per_item
+from lit_unlearn.methods.shared.retained_layers import RetainedLayers
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.methods.shared.text_layers import (
     ADDS_TO_STREAM,
@@ -45,7 +43,6 @@ from lit_unlearn.methods.shared.text_layers import (
     TokenPairs,
     chosen_layers,
     ends,
-    inputs_and_condition,
     inputs_of,
     part_of,
     stretches,
@@ -271,28 +268,16 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def gather_moments(self) -> None:
         """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys.
 
-        The same forward passes give the outputs that should not change.
+        The same forward passes give the outputs that should not change. Where the moments of all layers are too much
+        to be held at once, only those of the layers that are written first are gathered (``RetainedLayers``).
         """
-        read = partial(inputs_and_condition, self.pipeline, self.layers, self.stretches)
+        self.retained_layers = RetainedLayers(self)
+        self.retained = self.retained_layers.of(self.first_written(self.progress["applied"]))
+        self.unmoved = self.retained_layers.outputs
 
-        def inputs(part: Tokens) -> Mapping[str, Tensor]:
-            keys, condition = read(part)
-            self.unmoved += outputs_of(condition)
-            return keys
-
-        tokens = self.pipeline.tokenize(self.retain_prompts)
-        self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
-        by_default = len(self.pipeline.texts) > 1 or not self.pipeline.texts[0].causal
-        if by_default if self.retain_empty is None else self.retain_empty:
-            for name, found in read(self.pipeline.tokenize([""]))[0].items():
-                keys, own = found.flatten(0, 1), self.retained[name]
-                assert own.moment is not None and own.largest_norm is not None
-                self.retained[name] = replace(
-                    own,
-                    moment=own.moment + len(tokens) * second_moment(keys).cpu(),
-                    count=own.count + len(tokens) * len(keys),
-                    largest_norm=max(own.largest_norm, largest_norm(keys)),
-                )
+    def first_written(self, epoch: int) -> str:
+        """Name of the weight that is written first at the end of ``epoch``."""
+        return self.edited_names[epoch % len(self.edited_names)]
 
     def edit_latents(self) -> Tensor:
         """Latents (latents_per_prompt, n, C, H, W) of pictures of the edit prompts, drawn by the model as it is now."""
@@ -380,13 +365,18 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
         """Each of ``edits`` as a group of its own."""
         for state, values in self.edits(epoch):
+            if state.name not in self.retained:
+                self.retained = {}  # released before others are gathered
+                with self.pretrained.restored():
+                    self.retained = self.retained_layers.of(state.name)
             weight = state.layer.weight.detach()
             keys, wished = state.edited_keys, state.edited(values)
-            retained = self.retained[state.name]
             concept = self.concept_keys(state)
             old = for_solving(weight).clone()
-            shared = state.rows is not None
-            yield [Write(state.name, old, weight.dtype, keys, wished, retained, concept_keys=concept, shared=shared)]
+            shared = state.rows is not None and len(self.retained) == len(self.layers)
+            kept = self.retained[state.name]
+            yield [Write(state.name, old, weight.dtype, keys, wished, kept, concept_keys=concept, shared=shared)]
+            del kept
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """Which edited keys (m,) can have seen the concept, see ``TokenPairs.carrying``; None: all."""
