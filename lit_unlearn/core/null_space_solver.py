@@ -226,7 +226,7 @@ class NullSpace(Solver):
         else:
             system = known.system
         coefficients = null_space_coefficients(weight, write.keys, values, system, sums)
-        solution = Solution(system.change(coefficients), coefficients, system, space)
+        solution = Solution(system.change(coefficients), coefficients, system, system.space or space)
         whole = solution.change + (weight - write.weight) if self.forget_unused else solution.change
         return whole, solution, sums
 

@@ -51,6 +51,8 @@ class NullSpaceSystem:
         moment: Tensor | None = None,
     ) -> None:
         self.ridge, self.by_keys = ridge, False
+        self.space: NullSpaceOfKeys | None = None if isinstance(projection, Tensor) else projection
+        """The null space that the system belongs to, in the form that ``in_basis`` refers to."""
         if moment is not None:
             self.factor = _projection_factor(projection, moment)
             inner = (self.factor.mT @ moment) @ self.factor
@@ -140,9 +142,9 @@ class ThinSystem(NullSpaceSystem):
     ) -> None:
         self.ridge, self.by_keys = ridge, True
         keys = checked_matrix("keys", keys, (None, len(space.used)))
-        self.space = space.to(keys)
-        self.reduced = self.space.rooted(keys)  # (n, d_in), K1^T F
-        self.columns = self.space.used * self.space.free.sqrt()  # the part of F in V, (d_in, r)
+        self.space = self.thin = space.to(keys)
+        self.reduced = self.thin.rooted(keys)  # (n, d_in), K1^T F
+        self.columns = self.thin.used * self.thin.free.sqrt()  # the part of F in V, (d_in, r)
         self.inside = keys @ self.columns  # (n, r)
         scaled = self._ridge_of(keys, ridge_rule)
         self.matrix = _with_ridge(self.reduced @ self.reduced.mT, scaled)
@@ -150,7 +152,7 @@ class ThinSystem(NullSpaceSystem):
     @cached_property
     def projected(self) -> Tensor:
         """K1^T P, (n, d_in)."""
-        return self.space.rooted(self.reduced)
+        return self.thin.rooted(self.reduced)
 
     def in_basis(self, coefficients: Tensor) -> Tensor:
         """As in ``NullSpaceSystem``, for the directions that retained keys use, (d_out, r)."""
