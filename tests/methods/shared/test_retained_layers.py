@@ -49,7 +49,7 @@ class Watched:
     [
         partial(by_null_space, ridge=0.1),
         partial(by_null_space, rule="soft", ridge=None, threshold=0.1),
-        by_least_squares,
+        partial(by_least_squares, ridge=1.0),
     ],
 )
 @pytest.mark.parametrize("kind", [ValueRefinement, MEMIT])
