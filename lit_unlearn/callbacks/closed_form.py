@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from weakref import WeakSet
 
 import lightning as L
 import torch
@@ -23,6 +24,7 @@ from lit_unlearn.callbacks.numbers import NumericalError, write_finite
 from lit_unlearn.core.null_space import NullSpaceBasis
 from lit_unlearn.core.reach import reach_report, retained_directions
 from lit_unlearn.core.solvers import Retained, Solved, Solver, UnsolvableError, Write
+from lit_unlearn.core.thin import NullSpaceOfKeys
 from lit_unlearn.diffusion.parameters import layer_label
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 
@@ -42,6 +44,7 @@ class ClosedFormEdit(L.Callback):
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
         self._cutoffs: dict[str, float] = {}
+        self._prepared: WeakSet[Retained] = WeakSet()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,14 +59,7 @@ class ClosedFormEdit(L.Callback):
         # Not on_fit_start: there callbacks run before the module, which gathers its retained keys in its own hook.
         assert isinstance(pl_module, ClosedFormMethod)
         pl_module.before_writes()
-        try:
-            weights = {name: layer.weight for name, layer in pl_module.layers.items()}
-            share = pl_module.processes.solved_once
-            spaces = self.solver.prepare(pl_module.retained, share, pl_module.device, weights)
-        except UnsolvableError as error:
-            raise NumericalError(str(error)) from error
-        if spaces:
-            self._store_spectra(pl_module, spaces)
+        self.prepare(pl_module)
         if pl_module.written_epochs() < pl_module.current_epoch:
             # Resumed between a layer's last step and its edit: Lightning does not end that epoch again.
             self.edit(trainer, pl_module, pl_module.written_epochs())
@@ -73,12 +69,29 @@ class ClosedFormEdit(L.Callback):
         assert isinstance(pl_module, ClosedFormMethod)
         self.edit(trainer, pl_module, pl_module.current_epoch)
 
+    def prepare(self, pl_module: ClosedFormMethod) -> None:
+        """Let the solver prepare for the retained keys that the method holds now.
+
+        Raises:
+            NumericalError: The solver cannot use them.
+        """
+        try:
+            weights = {name: pl_module.layers[name].weight for name in pl_module.retained}
+            share = pl_module.processes.solved_once
+            spaces = self.solver.prepare(pl_module.retained, share, pl_module.device, weights)
+        except UnsolvableError as error:
+            raise NumericalError(str(error)) from error
+        self._prepared = WeakSet(pl_module.retained.values())
+        if spaces:
+            self._store_spectra(pl_module, spaces)
+
     @torch.no_grad()
     def edit(self, trainer: L.Trainer, pl_module: ClosedFormMethod, epoch: int) -> None:
         """Apply the writes of ``epoch``: to one layer, to layers one after the other, or to all at once."""
         with pl_module.edited_in_place():
             for writes in pl_module.writes(epoch):
                 self.write(pl_module, writes, epoch)
+                del writes  # with it, its retained keys can be released before the next are gathered
         is_last = epoch + 1 == trainer.max_epochs
         if is_last:
             self.solver.forget()
@@ -90,6 +103,8 @@ class ClosedFormEdit(L.Callback):
         Raises:
             NumericalError: The system cannot be solved, or a weight would not be finite.
         """
+        if not self._prepared.issuperset(write.retained for write in writes):
+            self.prepare(pl_module)
         # One process solves for all, since results of different processes may differ in the last bit.
         started = time.perf_counter()
         (solved,) = pl_module.processes.solved_once([partial(self.solve, writes)])
@@ -142,12 +157,12 @@ class ClosedFormEdit(L.Callback):
         except UnsolvableError as error:
             raise NumericalError(str(error)) from error
 
-    def _store_spectra(self, module: ClosedFormMethod, spaces: Mapping[Retained, NullSpaceBasis]) -> None:
+    def _store_spectra(self, module: ClosedFormMethod, spaces: Mapping[Retained, NullSpaceOfKeys]) -> None:
         """Store the spectrum of K0 K0ᵀ of each layer in the report."""
         of_layers = {name: spaces[own] for name, own in module.retained.items() if own in spaces}
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in of_layers.items()}
-        module.report["spectrum"] = spectra
-        self._cutoffs = {name: space.cutoff for name, space in of_layers.items()}
+        module.report.setdefault("spectrum", {}).update(spectra)
+        self._cutoffs |= {name: space.cutoff for name, space in of_layers.items()}
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -24,13 +24,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.key_sums import KeySums
-from lit_unlearn.core.matrices import (
-    check_nonnegative,
-    checked_matrix,
-    checked_moment,
-    condition_number,
-    solve_positive_definite,
-)
+from lit_unlearn.core.least_squares_system import LeastSquaresSystem
+from lit_unlearn.core.matrices import check_nonnegative, checked_matrix
 from lit_unlearn.core.null_space import (
     EmptyNullSpaceError,
     NullSpaceBasis,
@@ -38,11 +33,13 @@ from lit_unlearn.core.null_space import (
     null_space,
     null_space_from_keys,
 )
-from lit_unlearn.core.null_space_system import NullSpaceSystem, RidgeRule
+from lit_unlearn.core.null_space_system import NullSpaceSystem, RidgeRule, system_of
 from lit_unlearn.core.retained_outputs import leak as leak_of
+from lit_unlearn.core.thin import Moment, NullSpaceOfKeys, ThinMoment
 
 __all__ = [
     "EmptyNullSpaceError",
+    "LeastSquaresSystem",
     "NullSpaceBasis",
     "NullSpaceRule",
     "NullSpaceSystem",
@@ -76,7 +73,7 @@ def null_space_update(
     weight: Tensor,
     keys: Tensor,
     values: Tensor,
-    projection: NullSpaceBasis | Tensor,
+    projection: NullSpaceOfKeys | Tensor,
     ridge: float = 1.0,
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
@@ -112,7 +109,7 @@ def null_space_update(
     if sums is None:
         _, keys, values = _checked_edit(weight, keys, values)
     moment = None if sums is None else sums.moment
-    system = system or NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment, moment)
+    system = system or system_of(keys, projection, ridge, ridge_rule, previous_moment, moment)
     return system.change(null_space_coefficients(weight, keys, values, system, sums)).to(weight)
 
 
@@ -134,6 +131,7 @@ def least_squares_update(
     ridge: float = 0.0,
     retain_weight: float = 1.0,
     sums: KeySums | None = None,
+    system: LeastSquaresSystem | None = None,
 ) -> Tensor:
     """Weight change of the unconstrained objective (paper Eq. 6), a compromise between retained and edited outputs.
 
@@ -149,6 +147,7 @@ def least_squares_update(
         ridge: Weight of the size penalty; needed if K0 and K1 together do not span all d_in directions.
         retain_weight: Weight of the retained keys.
         sums: As in `null_space_update`.
+        system: The system of these keys, if it is made already; the three arguments before ``sums`` are then not read.
 
     Returns:
         Delta, (d_out, d_in), in the weight's dtype.
@@ -157,9 +156,9 @@ def least_squares_update(
         ValueError: As in `null_space_update`, or the system is singular.
     """
     if sums is not None:
-        system = least_squares_system(sums.moment, retained_moment, ridge, retain_weight)
-        return solve_positive_definite(system, sums.residual, ridge).to(weight)
-    return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight).to(weight)
+        system = system or LeastSquaresSystem(sums.moment, retained_moment, ridge, retain_weight)
+        return system.solve(sums.residual).to(weight)
+    return _least_squares(weight, keys, values, retained_moment, ridge, retain_weight, system).to(weight)
 
 
 def least_squares_condition(
@@ -171,7 +170,7 @@ def least_squares_condition(
 ) -> float:
     """Condition number of the system that `least_squares_update` solves; it takes the same arguments."""
     moment = second_moment(keys) if sums is None else sums.moment
-    return condition_number(least_squares_system(moment, retained_moment, ridge, retain_weight))
+    return LeastSquaresSystem(moment, retained_moment, ridge, retain_weight).condition_number
 
 
 def ridge_map_update(
@@ -222,8 +221,8 @@ def edit_report(
     weight: Tensor,
     delta: Tensor,
     keys: Tensor,
-    retained_moment: Tensor,
-    null_space: NullSpaceBasis,
+    retained_moment: Moment,
+    null_space: NullSpaceOfKeys,
     ridge: float = 1.0,
     ridge_rule: RidgeRule = "absolute",
     previous_moment: Tensor | None = None,
@@ -237,7 +236,7 @@ def edit_report(
         weight: W before the edit, (d_out, d_in).
         delta: The change, (d_out, d_in). Pass the difference of the stored weights to include the effect of rounding.
         keys: K1 transposed, (n, d_in).
-        retained_moment: K0 K0^T, (d_in, d_in).
+        retained_moment: K0 K0^T, (d_in, d_in), or its few keys.
         null_space: The null space that ``delta`` was found with.
         ridge: As passed to `null_space_update`; it and the next two arguments only affect the condition number.
         ridge_rule: As passed to `null_space_update`.
@@ -256,15 +255,15 @@ def edit_report(
     """
     weight = checked_matrix("weight", weight, (None, None))
     delta = checked_matrix("delta", delta, tuple(weight.shape), weight.device)
-    moment = checked_matrix("retained_moment", retained_moment, 2 * (weight.shape[1],), weight.device)
+    moment = _checked_moment(retained_moment, weight)
     if system is None:
         edited = None if sums is None else sums.moment
         if edited is None:
             keys = checked_matrix("keys", keys, (None, weight.shape[1]), weight.device)
-        system = NullSpaceSystem(keys, null_space, ridge, ridge_rule, previous_moment, edited)
+        system = system_of(keys, null_space, ridge, ridge_rule, previous_moment, edited)
     eigenvalues = null_space.eigenvalues.to(weight)
     free = null_space.free.to(weight)  # 1 with a cut, else the share of a direction that is free
-    kept = (free * eigenvalues[: len(free)]).sum() / eigenvalues.sum()
+    kept = (free * null_space.own.to(weight)).sum() / eigenvalues.sum()
     if leak is None:
         leak = leak_of(delta, weight, moment, torch.float32)
     return {
@@ -277,23 +276,28 @@ def edit_report(
     }
 
 
+def _checked_moment(moment: Moment, weight: Tensor) -> Moment:
+    """The moment in float64 on the weight's device, after checks of its shape and its values."""
+    d_in = weight.shape[1]
+    if isinstance(moment, ThinMoment):
+        return ThinMoment(checked_matrix("retained_moment", moment.rows, (None, d_in), weight.device))
+    return checked_matrix("retained_moment", moment, (d_in, d_in), weight.device)
+
+
 def _least_squares(
-    weight: Tensor, keys: Tensor, values: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    retained_moment: Tensor,
+    ridge: float,
+    retain_weight: float,
+    system: LeastSquaresSystem | None = None,
 ) -> Tensor:
     """`least_squares_update` before the cast to the weight's dtype."""
     weight, keys, values = _checked_edit(weight, keys, values)
-    system = least_squares_system(keys.mT @ keys, retained_moment, ridge, retain_weight)
+    system = system or LeastSquaresSystem(keys.mT @ keys, retained_moment, ridge, retain_weight)
     residual = values - keys @ weight.mT
-    return solve_positive_definite(system, residual.mT @ keys, ridge)
-
-
-def least_squares_system(edited_moment: Tensor, retained_moment: Tensor, ridge: float, retain_weight: float) -> Tensor:
-    """``retain_weight K0 K0^T + K1 K1^T + ridge I``, (d_in, d_in)."""
-    check_nonnegative("ridge", ridge)
-    check_nonnegative("retain_weight", retain_weight)
-    moment = checked_moment("retained_moment", retained_moment, edited_moment.shape[1], edited_moment.device)
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return retain_weight * moment + edited_moment + ridge * identity
+    return system.solve(residual.mT @ keys)
 
 
 def _checked_edit(weight: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,11 @@ class NullSpaceBasis:
         return self.basis.square().sum(0)
 
     @property
+    def own(self) -> Tensor:
+        """Eigenvalues of the directions of the basis, (k,)."""
+        return self.eigenvalues[: self.basis.shape[1]]
+
+    @property
     def projection(self) -> Tensor:
         """P = U U^T, (d_in, d_in), float64."""
         return self.basis @ self.basis.mT
@@ -118,14 +123,28 @@ def soft_null_space(moment: Tensor, threshold: float) -> NullSpaceBasis:
     Raises:
         ValueError: The threshold is not positive, or ``moment`` is not finite, symmetric and positive.
     """
-    if not 0 < threshold < math.inf:
-        raise ValueError(f"threshold={threshold} must be positive for rule='soft'.")
+    _check_soft(threshold)
     eigenvalues, eigenvectors = _spectrum(moment)
-    if eigenvalues[-1] <= 0:
-        raise ValueError("There are no retained keys, or all are zero: pass at least one retained prompt.")
-    cutoff = threshold * float(eigenvalues.mean())
+    cutoff = soft_cutoff(eigenvalues, threshold)
     free = cutoff / (eigenvalues + cutoff)
     return NullSpaceBasis(eigenvectors * free.sqrt(), eigenvalues, cutoff, is_soft=True)
+
+
+def soft_cutoff(eigenvalues: Tensor, threshold: float) -> float:
+    """c, ``threshold`` times the mean of the eigenvalues of a moment, (d_in,), ascending.
+
+    Raises:
+        ValueError: The threshold is not positive, or all eigenvalues are zero.
+    """
+    _check_soft(threshold)
+    if eigenvalues[-1] <= 0:
+        raise ValueError("There are no retained keys, or all are zero: pass at least one retained prompt.")
+    return threshold * float(eigenvalues.mean())
+
+
+def _check_soft(threshold: float) -> None:
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold={threshold} must be positive for rule='soft'.")
 
 
 def _spectrum(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,6 +193,14 @@ def _select(
     minimum: int,
 ) -> NullSpaceBasis:
     """Choose the null space from an ascending spectrum, (d_in,), and its eigenvectors in columns, (d_in, d_in)."""
+    dimension, cutoff = chosen_cut(eigenvalues, threshold, rule, num_keys, minimum)
+    return NullSpaceBasis(eigenvectors[:, :dimension].contiguous(), eigenvalues, cutoff)
+
+
+def chosen_cut(
+    eigenvalues: Tensor, threshold: float, rule: NullSpaceRule, num_keys: int | None, minimum: int
+) -> tuple[int, float]:
+    """Number of free directions and ``NullSpaceBasis.cutoff`` for an ascending spectrum (d_in,); see `null_space`."""
     d_in, largest, mean = len(eigenvalues), float(eigenvalues[-1]), float(eigenvalues.mean())
     if rule not in get_args(NullSpaceRule):
         raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(get_args(NullSpaceRule))}.")
@@ -217,4 +244,4 @@ def _select(
             f"Quantiles of the spectrum: {spectrum}. "
             "Raise the threshold (lower it for rule='energy'), set minimum, or retain fewer prompts."
         )
-    return NullSpaceBasis(eigenvectors[:, :dimension].contiguous(), eigenvalues, cutoff)
+    return dimension, cutoff

@@ -9,9 +9,10 @@ Data flow: ``prepare`` finds the null space of each site's retained keys, as ``r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,8 +21,17 @@ from torch.utils.weak import TensorWeakRef
 from lit_unlearn.core.closed_form import NullSpaceSystem, RidgeRule, edit_report, null_space_coefficients
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.null_space import NullSpaceBasis, null_space, soft_null_space
+from lit_unlearn.core.null_space_system import system_of
 from lit_unlearn.core.retained_outputs import Known, RetainedOutputs, Solution, known_of
 from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight
+from lit_unlearn.core.thin import (
+    NullSpaceOfKeys,
+    ThinMoment,
+    ThinNullSpace,
+    outputs_energy,
+    thin_null_space,
+    thin_soft_null_space,
+)
 from lit_unlearn.system.devices import solving_device
 
 
@@ -47,7 +57,7 @@ class SharedSystem(NamedTuple):
     def suits(self, write: Write, ridge: tuple[float | None, RidgeRule]) -> bool:
         """Whether ``write`` has this system if it is solved with this ``ridge``."""
         same = self.keys() is write.keys and self.version == write.keys._version and self.retained is write.retained
-        return same and self.ridge == ridge and self.system.factor.device == write.weight.device
+        return same and self.ridge == ridge and self.system.device == write.weight.device
 
 
 class NullSpace(Solver):
@@ -92,9 +102,13 @@ class NullSpace(Solver):
         self.threshold, self.rule, self.minimum = threshold, rule, minimum
         self.ridge, self.ridge_rule = ridge, ridge_rule
         self.forget_unused, self.tolerance = forget_unused, tolerance
-        self.null_spaces: dict[Retained, NullSpaceBasis] = {}
+        self.null_spaces: MutableMapping[Retained, NullSpaceOfKeys] = {}
         self.outputs = RetainedOutputs()
         self.systems: list[SharedSystem] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the null spaces in a plain dictionary, which can be pickled."""
+        return {**vars(self), "null_spaces": dict(self.null_spaces)}
 
     def prepare(
         self,
@@ -102,34 +116,57 @@ class NullSpace(Solver):
         share: Share,
         device: torch.device,
         weights: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[Retained, NullSpaceBasis]:
-        """Find the null spaces, once: edits within them do not change the retained outputs, so K0 stays valid."""
+    ) -> Mapping[Retained, NullSpaceOfKeys]:
+        """Find the null spaces, once: edits within them do not change the retained outputs, so K0 stays valid.
+
+        Each is released together with the retained keys that it belongs to.
+        """
         super().prepare(retained, share, device)
         names: dict[Retained, str] = {}
         for name, own in retained.items():
             names.setdefault(own, name)
         found = share([partial(self._null_space_of, name, own, solving_device(device)) for own, name in names.items()])
-        spaces = [NullSpaceBasis(basis, values, cutoff, self.rule == "soft") for basis, values, cutoff in found]
-        self.null_spaces, self.outputs = dict(zip(names, spaces, strict=True)), RetainedOutputs()
+        self.null_spaces = WeakKeyDictionary(zip(names, map(self._made, found), strict=True))
+        self.outputs = RetainedOutputs()
         self.systems = []
         if weights is not None and not self.forget_unused:
             sizes = [partial(_known_of, weights[name], own, solving_device(device)) for name, own in retained.items()]
             self.outputs.remember(dict(zip(retained, share(sizes), strict=True)))
         return self.null_spaces
 
-    def _null_space_of(self, name: str, retained: Retained, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    def _null_space_of(
+        self, name: str, retained: Retained, device: torch.device
+    ) -> tuple[Tensor, Tensor, float, int | None]:
+        """The directions, eigenvalues and cutoff of a null space, and its dimension if it is a thin one."""
         assert retained.moment is not None
         moment = retained.moment.to(device)
+        space: NullSpaceOfKeys
         with naming_weight(name):
-            if self.rule == "soft":
+            if isinstance(moment, ThinMoment):
+                if self.rule == "soft":
+                    space = thin_soft_null_space(moment, self.threshold)
+                else:
+                    space = thin_null_space(moment, self.threshold, self.rule, retained.count, self.minimum)
+            elif self.rule == "soft":
                 space = soft_null_space(moment, self.threshold)
             else:
                 space = null_space(moment, self.threshold, self.rule, retained.count, self.minimum)
-        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff  # so that a GPU holds only one at a time
+        # On the CPU, so that a GPU holds only one at a time.
+        if isinstance(space, ThinNullSpace):
+            return space.used.cpu(), space.eigenvalues.cpu(), space.cutoff, space.dimension
+        return space.basis.cpu(), space.eigenvalues.cpu(), space.cutoff, None
 
-    def null_space_of(self, retained: Retained) -> NullSpaceBasis | None:
+    def _made(self, found: tuple[Tensor, Tensor, float, int | None]) -> NullSpaceOfKeys:
+        directions, eigenvalues, cutoff, dimension = found
+        soft = self.rule == "soft"
+        if dimension is None:
+            return NullSpaceBasis(directions, eigenvalues, cutoff, soft)
+        return ThinNullSpace(directions, eigenvalues, cutoff, dimension, soft)
+
+    def null_space_of(self, retained: Retained) -> NullSpaceBasis | Tensor:
         """See ``Solver.null_space_of``; of a soft one, the directions that are at least half free."""
-        return self.null_spaces[retained].cut()
+        space = self.null_spaces[retained]
+        return space.span() if isinstance(space, ThinNullSpace) else space.cut()
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """See ``Solver.solve``; maps with the same keys and retained keys share the system, which is built once.
@@ -158,39 +195,42 @@ class NullSpace(Solver):
                     SharedSystem(TensorWeakRef(keys), keys._version, write.retained, ridge, solution.system, moment)
                 )
         assert write.retained.moment is not None
-        delta, moment = write.rounded(change), write.retained.moment.to(write.weight)
+        delta, kept = write.rounded(change), write.retained.moment.to(write.weight)
         leak = None
         if not self.forget_unused:  # which changes the weight by more than the solution
-            leak = self.outputs.leak(write.name, write.weight, delta, moment, solution)
-        report = edit_report(write.weight, delta, write.keys, moment, space, system=solution.system, leak=leak)
+            leak = self.outputs.leak(write.name, write.weight, delta, kept, solution)
+        report = edit_report(write.weight, delta, write.keys, kept, space, system=solution.system, leak=leak)
         if self.tolerance is not None:
             report["cutoff"] = space.cutoff / float(space.eigenvalues.mean())
         return Solved(change, report)
 
-    def _ridge(self, space: NullSpaceBasis) -> float:
+    def _ridge(self, space: NullSpaceOfKeys) -> float:
         return space.cutoff if self.ridge is None else self.ridge
 
     def _change(
-        self, write: Write, space: NullSpaceBasis, known: SharedSystem | None = None
+        self, write: Write, space: NullSpaceOfKeys, known: SharedSystem | None = None
     ) -> tuple[Tensor, Solution, KeySums | None]:
         """The change of the weight (d_out, d_in), the part of it that was solved, within ``space``, and the sums."""
         weight = write.weight
         if self.forget_unused:
-            factor = space.basis.to(weight)
-            weight = weight - (weight @ factor) @ factor.mT
+            if isinstance(space, ThinNullSpace):
+                weight = space.to(weight).across(weight)
+            else:
+                factor = space.basis.to(weight)
+                weight = weight - (weight @ factor) @ factor.mT
         values = write.wanted()
         sums = KeySums.of_many(weight, write.keys, values, known and known.moment)
         if known is None:
             keys, moment = write.keys.to(weight.device), None if sums is None else sums.moment
-            system = NullSpaceSystem(keys, space, self._ridge(space), self.ridge_rule, moment=moment)
+            system = system_of(keys, space, self._ridge(space), self.ridge_rule, moment=moment)
         else:
             system = known.system
         coefficients = null_space_coefficients(weight, write.keys, values, system, sums)
-        solution = Solution(system.change(coefficients), coefficients, system, space)
+        solution = Solution(system.change(coefficients), coefficients, system, system.space or space)
         whole = solution.change + (weight - write.weight) if self.forget_unused else solution.change
         return whole, solution, sums
 
-    def _within_tolerance(self, write: Write, widest: NullSpaceBasis) -> NullSpaceBasis:
+    def _within_tolerance(self, write: Write, widest: NullSpaceOfKeys) -> NullSpaceOfKeys:
         """The widest null space, up to ``widest``, whose change moves the retained outputs by at most ``tolerance``.
 
         It is found by bisection, so it is the widest if a wider null space moves them more, as it does but for small
@@ -201,14 +241,14 @@ class NullSpace(Solver):
         """
         assert self.tolerance is not None and write.retained.moment is not None
         moment = write.retained.moment.to(write.weight)
-        present = ((write.weight @ moment) * write.weight).sum().clamp_min(0).sqrt()
+        present = outputs_energy(write.weight, moment).sqrt()
 
         def leak(cutoff: float) -> float:
             try:
                 change, _, _ = self._change(write, widest.narrowed(cutoff))
             except ValueError:  # so narrow that no edited key has a part in it
                 return 0.0
-            return float(((change @ moment) * change).sum().clamp_min(0).sqrt() / present)
+            return float(outputs_energy(change, moment).sqrt() / present)
 
         cutoffs = widest.narrower_cutoffs()
         least, above = -1, len(cutoffs)  # cutoffs[least] is within the tolerance, cutoffs[above] is not

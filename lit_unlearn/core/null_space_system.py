@@ -19,6 +19,7 @@ from lit_unlearn.core.matrices import (
     condition_number,
 )
 from lit_unlearn.core.null_space import NullSpaceBasis
+from lit_unlearn.core.thin import NullSpaceOfKeys, ThinNullSpace
 
 RidgeRule = Literal["absolute", "mean_diagonal"]
 
@@ -50,6 +51,8 @@ class NullSpaceSystem:
         moment: Tensor | None = None,
     ) -> None:
         self.ridge, self.by_keys = ridge, False
+        self.space: NullSpaceOfKeys | None = None if isinstance(projection, Tensor) else projection
+        """The null space that the system belongs to, in the form that ``in_basis`` refers to."""
         if moment is not None:
             self.factor = _projection_factor(projection, moment)
             inner = (self.factor.mT @ moment) @ self.factor
@@ -60,14 +63,22 @@ class NullSpaceSystem:
             keys = checked_matrix("keys", keys, (None, None))
             self.factor = _projection_factor(projection, keys)  # (d_in, k), U
             self.reduced = keys @ self.factor  # (n, k), K1^T U
-            self.keys_kept = float(self.reduced.norm() / keys.norm())
-            # Keys that are orthogonal up to rounding (eps times the length of a row) count as orthogonal.
-            least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
-            scaled = _scaled_ridge(ridge, ridge_rule, self.reduced.square().sum(), least, len(keys))
+            scaled = self._ridge_of(keys, ridge_rule)
             self.by_keys = previous_moment is None and len(keys) <= self.factor.shape[1]
             inner = self.reduced @ self.reduced.mT if self.by_keys else self.reduced.mT @ self.reduced
         self.matrix = _completed(inner, self.factor, scaled, previous_moment)
         """The symmetric matrix of the system, n x n over the keys or k x k over the basis."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is solved."""
+        return self.matrix.device
+
+    def _ridge_of(self, keys: Tensor, ridge_rule: RidgeRule) -> float:
+        self.keys_kept = float(self.reduced.norm() / keys.norm())
+        # Keys that are orthogonal up to rounding (eps times the length of a row) count as orthogonal.
+        least = (keys.shape[1] * torch.finfo(keys.dtype).eps) ** 2 * keys.square().sum()
+        return _scaled_ridge(self.ridge, ridge_rule, self.reduced.square().sum(), least, len(keys))
 
     @cached_property
     def lower(self) -> Tensor:
@@ -101,7 +112,7 @@ class NullSpaceSystem:
         return torch.cholesky_solve((residual @ self.factor).mT, self.lower).mT
 
     def in_basis(self, coefficients: Tensor) -> Tensor:
-        """A (d_out, k) of ``Delta = A U^T``."""
+        """A (d_out, k) of ``Delta = A U^T``; columns whose eigenvalues are zero may be left out."""
         return coefficients @ self.reduced if self.by_keys else coefficients
 
     def change(self, coefficients: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -114,6 +125,60 @@ class NullSpaceSystem:
         if num_keys * d_in * (dimension + d_out) < d_out * dimension * (num_keys + d_in):
             return coefficients @ (self.projected if scales is None else reduced @ self.factor.mT)
         return (coefficients @ reduced) @ self.factor.mT
+
+
+class ThinSystem(NullSpaceSystem):
+    """The system over the edited keys, K1^T P K1, in a null space that is given by the directions that it lacks.
+
+    Args:
+        keys: K1 transposed, (n, d_in).
+        space: The null space.
+        ridge: Weight of the size penalty.
+        ridge_rule: What it is relative to.
+    """
+
+    def __init__(
+        self, keys: Tensor, space: ThinNullSpace, ridge: float = 1.0, ridge_rule: RidgeRule = "absolute"
+    ) -> None:
+        self.ridge, self.by_keys = ridge, True
+        keys = checked_matrix("keys", keys, (None, len(space.used)))
+        self.space = self.thin = space.to(keys)
+        self.reduced = self.thin.rooted(keys)  # (n, d_in), K1^T F
+        self.columns = self.thin.used * self.thin.free.sqrt()  # the part of F in V, (d_in, r)
+        self.inside = keys @ self.columns  # (n, r)
+        scaled = self._ridge_of(keys, ridge_rule)
+        self.matrix = _with_ridge(self.reduced @ self.reduced.mT, scaled)
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """K1^T P, (n, d_in)."""
+        return self.thin.rooted(self.reduced)
+
+    def in_basis(self, coefficients: Tensor) -> Tensor:
+        """As in ``NullSpaceSystem``, for the directions that retained keys use, (d_out, r)."""
+        return coefficients @ self.inside
+
+    def change(self, coefficients: Tensor, scales: Tensor | None = None) -> Tensor:
+        """As in ``NullSpaceSystem``; with ``scales`` (r,), all that no retained key uses is scaled by zero."""
+        if scales is None:
+            return coefficients @ self.projected
+        return ((coefficients @ self.inside) * scales) @ self.columns.mT
+
+
+def system_of(
+    keys: Tensor,
+    projection: NullSpaceOfKeys | Tensor,
+    ridge: float = 1.0,
+    ridge_rule: RidgeRule = "absolute",
+    previous_moment: Tensor | None = None,
+    moment: Tensor | None = None,
+) -> NullSpaceSystem:
+    """The system of `NullSpaceSystem`, which takes the same arguments, also for a ``ThinNullSpace``."""
+    if not isinstance(projection, ThinNullSpace):
+        return NullSpaceSystem(keys, projection, ridge, ridge_rule, previous_moment, moment)
+    if moment is None and previous_moment is None and len(keys) <= projection.dimension:
+        return ThinSystem(keys, projection, ridge, ridge_rule)
+    return NullSpaceSystem(keys, projection.as_basis(), ridge, ridge_rule, previous_moment, moment)
 
 
 def _projection_factor(projection: NullSpaceBasis | Tensor, keys: Tensor) -> Tensor:
@@ -150,4 +215,8 @@ def _completed(system: Tensor, factor: Tensor, ridge: float, previous_moment: Te
     if previous_moment is not None:
         previous = checked_moment("previous_moment", previous_moment, len(factor), factor.device)
         system = system + factor.mT @ previous @ factor
+    return _with_ridge(system, ridge)
+
+
+def _with_ridge(system: Tensor, ridge: float) -> Tensor:
     return system + ridge * torch.eye(len(system), dtype=system.dtype, device=system.device)

@@ -22,6 +22,7 @@ from lit_unlearn.core.matrices import checked_matrix, checked_moment
 from lit_unlearn.core.null_space import NullSpaceBasis
 from lit_unlearn.core.seeds import seeded
 from lit_unlearn.core.solvers import Write
+from lit_unlearn.core.thin import Moment, ThinMoment, thin_spectrum
 
 CUT = 1e-2
 """Without a null space, the retained span is that of the eigenvectors of K0 K0^T with at least this share of its mean
@@ -40,11 +41,11 @@ def largest_norm(keys: Tensor) -> float:
     return float(keys.norm(dim=1).max()) if len(keys) else 0.0
 
 
-def retained_directions(moment: Tensor, cut: float = CUT) -> Tensor:
+def retained_directions(moment: Moment, cut: float = CUT) -> Tensor:
     """Directions that the retained keys use: eigenvectors of their second moment.
 
     Args:
-        moment: K0 K0^T, (d_in, d_in).
+        moment: K0 K0^T, (d_in, d_in), or its few keys.
         cut: Smallest eigenvalue of a direction, as a share of the mean eigenvalue.
 
     Returns:
@@ -53,6 +54,10 @@ def retained_directions(moment: Tensor, cut: float = CUT) -> Tensor:
     Raises:
         ValueError: ``moment`` is not a finite symmetric matrix.
     """
+    if isinstance(moment, ThinMoment):
+        eigenvectors, eigenvalues = thin_spectrum(moment)
+        own = eigenvalues[len(eigenvalues) - eigenvectors.shape[1] :]
+        return eigenvectors[:, (own >= cut * eigenvalues.mean()) & (own > 0)].contiguous()
     eigenvalues, eigenvectors = torch.linalg.eigh(checked_moment("moment", moment))
     return eigenvectors[:, (eigenvalues >= cut * eigenvalues.mean()) & (eigenvalues > 0)].contiguous()
 

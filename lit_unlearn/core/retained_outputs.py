@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.null_space import NullSpaceBasis
 from lit_unlearn.core.null_space_system import NullSpaceSystem
+from lit_unlearn.core.thin import Moment, NullSpaceOfKeys, ThinMoment
 
 BLOCK = 384
 """Inputs that are multiplied at a time."""
@@ -30,17 +30,19 @@ CARRIED = 2e-6
 """Bound on the share of ||W K0||^2 that may be lost when it is carried over an edit: 1e-6 of the leak."""
 
 
-def energy(matrix: Tensor, moment: Tensor, dtype: torch.dtype = torch.float64) -> float:
+def energy(matrix: Tensor, moment: Moment, dtype: torch.dtype = torch.float64) -> float:
     """``||A K0||^2 = tr(A M A^T)`` with the products in ``dtype`` and the sums of blocks in float64.
 
     M is symmetric, so each of its blocks beside the diagonal is used for both sides: about half of the products.
 
     Args:
         matrix: A, (d_out, d_in).
-        moment: M, (d_in, d_in), of which only the upper half is read.
+        moment: M, (d_in, d_in), of which only the upper half is read; or K0 itself, if it has few keys.
         dtype: float64 where large terms cancel, as with a change within the null space.
     """
     matrix = matrix.to(dtype)
+    if isinstance(moment, ThinMoment):
+        return float((matrix @ moment.rows.to(dtype).mT).square().sum(dtype=torch.float64))
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for start in range(0, len(moment), BLOCK):
         own = matrix[:, start : start + BLOCK]
@@ -50,7 +52,7 @@ def energy(matrix: Tensor, moment: Tensor, dtype: torch.dtype = torch.float64) -
     return float(total.clamp(min=0.0))
 
 
-def leak(delta: Tensor, weight: Tensor, moment: Tensor, dtype: torch.dtype = torch.float64) -> float:
+def leak(delta: Tensor, weight: Tensor, moment: Moment, dtype: torch.dtype = torch.float64) -> float:
     """``||Delta K0|| / ||W K0||`` for any change, nan without retained keys; the size of W with products in ``dtype``.
 
     Args:
@@ -70,7 +72,7 @@ class Known(NamedTuple):
     outputs: float
 
 
-def known_of(weight: Tensor, moment: Tensor) -> Known:
+def known_of(weight: Tensor, moment: Moment) -> Known:
     """Both for W (d_out, d_in), float64, and M; the products are in float32, which moves the size by less than 1e-6."""
     return Known(_inner(weight, weight), energy(weight, moment, torch.float32))
 
@@ -88,7 +90,7 @@ class Solution(NamedTuple):
     change: Tensor
     coefficients: Tensor
     system: NullSpaceSystem
-    space: NullSpaceBasis
+    space: NullSpaceOfKeys
 
 
 class RetainedOutputs:
@@ -101,14 +103,14 @@ class RetainedOutputs:
         """Take what ``known_of`` has found, by the names of the weights."""
         self._known.update(known)
 
-    def energy(self, name: str, weight: Tensor, moment: Tensor) -> float:
+    def energy(self, name: str, weight: Tensor, moment: Moment) -> float:
         """``||W K0||^2`` from memory if W (d_out, d_in) is the weight that it belongs to."""
         known = self._known.get(name)
         if known is None or not math.isclose(known.weight, _inner(weight, weight), rel_tol=1e-12):
             known = self._known[name] = known_of(weight, moment)
         return known.outputs
 
-    def leak(self, name: str, weight: Tensor, delta: Tensor, moment: Tensor, solution: Solution) -> float:
+    def leak(self, name: str, weight: Tensor, delta: Tensor, moment: Moment, solution: Solution) -> float:
         """``||delta K0|| / ||W K0||``, where ``delta`` is the change of ``solution`` after rounding.
 
         Args:
@@ -120,7 +122,7 @@ class RetainedOutputs:
         """
         before, space = self.energy(name, weight, moment), solution.space
         eigenvalues = space.eigenvalues.to(weight)
-        own = eigenvalues[: space.basis.shape[1]]
+        own = space.own.to(weight)
         squares = solution.system.in_basis(solution.coefficients).square().sum(0)
         after = float((squares * own * space.free.to(weight)).sum())
         rest = delta - solution.change

@@ -20,14 +20,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import (
-    least_squares_condition,
-    least_squares_update,
-)
+from lit_unlearn.core.closed_form import LeastSquaresSystem, least_squares_update, second_moment
 from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
 from lit_unlearn.core.retained_outputs import leak
+from lit_unlearn.core.thin import Moment, NullSpaceOfKeys, dense
 from lit_unlearn.core.uce import SharedReport, map_condition, map_report, map_updates, shared_map
 
 Share = Callable[[Sequence[Callable[[], Any]]], list[Any]]
@@ -64,7 +62,8 @@ class Retained:
     """What a linear map should leave as it is; maps with the same inputs share one object.
 
     Attributes:
-        moment: K0 K0ᵀ, the sum over the retained keys, (d_in, d_in), float64; None if nothing is retained.
+        moment: K0 K0ᵀ, the sum over the retained keys, (d_in, d_in), float64, or the keys themselves as a
+            ``ThinMoment`` where they are few and the inputs many; None if nothing is retained.
         count: Number of retained keys.
         keys: The keys themselves, (n, d_in), for solvers that need each of them.
         invariants: Keys whose outputs must not change at all, (k, d_in), for solvers that support this.
@@ -72,7 +71,7 @@ class Retained:
         largest_norm: Length of the longest key, which bounds the keys of the reach; None if it is not known.
     """
 
-    moment: Tensor | None = None
+    moment: Moment | None = None
     count: int = 0
     keys: Tensor | None = None
     invariants: Tensor | None = None
@@ -158,7 +157,7 @@ class Solver(ABC):
         share: Share,
         device: torch.device,
         weights: Mapping[str, Tensor] | None = None,
-    ) -> Mapping[Retained, NullSpaceBasis]:
+    ) -> Mapping[Retained, NullSpaceOfKeys]:
         """Compute what all solves share.
 
         Args:
@@ -191,8 +190,11 @@ class Solver(ABC):
     def forget(self) -> None:  # noqa: B027 - most solvers keep nothing
         """Release what was kept for further solves: the last one is done."""
 
-    def null_space_of(self, retained: Retained) -> NullSpaceBasis | None:
-        """The null space that all edits of maps with these retained keys stay within; None if there is none."""
+    def null_space_of(self, retained: Retained) -> NullSpaceBasis | Tensor | None:
+        """The null space that all edits of maps with these retained keys stay within; None if there is none.
+
+        It may be given by orthonormal columns (d_in, k) that span all directions across it.
+        """
         return None
 
     def check(self, retained: Retained) -> None:
@@ -243,18 +245,20 @@ class LeastSquares(Solver):
 
     def _solve(self, write: Write) -> Solved:
         self.check(write.retained)
-        total = write.retained.moment
-        assert total is not None
+        assert write.retained.moment is not None
+        total = dense(write.retained.moment).to(write.weight)
         moment = total if self.moment == "sum" else total / write.retained.count
         values = write.wanted()
         sums = KeySums.of_many(write.weight, write.keys, values)
+        edited = second_moment(write.keys.to(write.weight.device)) if sums is None else sums.moment
+        system = LeastSquaresSystem(edited, moment, self.ridge, self.retain_weight)
         settings = moment, self.ridge, self.retain_weight
-        change = least_squares_update(write.weight, write.keys, values, *settings, sums=sums)
-        delta, weight, total = write.rounded(change), write.weight, total.to(write.weight)
+        change = least_squares_update(write.weight, write.keys, values, *settings, sums=sums, system=system)
+        delta, weight = write.rounded(change), write.weight
         report = {
             "leak": leak(delta, weight, total),
             "relative_norm": float(delta.norm() / weight.norm()),
-            "condition_number": least_squares_condition(write.keys, *settings, sums=sums),
+            "condition_number": system.condition_number,
         }
         return Solved(change, report)
 
@@ -303,12 +307,13 @@ class RidgeMap(Solver):
         scale = self.preserve_scale
         if scale is None:
             scale = max(0.1, 1 / max(1, retained.prompts))
-        settings = retained.moment, self.erase_scale, scale, self.lamb
+        moment = None if retained.moment is None else dense(retained.moment)
+        settings = moment, self.erase_scale, scale, self.lamb
         condition = map_condition(keys, *settings)  # all maps share one system
         if writes[0].values is None and anchors is not None:
             mapped = shared_map(keys, anchors, *settings)
             changes = [mapped.change(write.weight) for write in writes]
-            report = SharedReport(keys, anchors, retained.moment, retained.keys)
+            report = SharedReport(keys, anchors, moment, retained.keys)
             reports = [
                 report.of(write.weight, write.rounded(change)) for write, change in zip(writes, changes, strict=True)
             ]
@@ -316,7 +321,7 @@ class RidgeMap(Solver):
             targets = [write.wanted() for write in writes]
             changes = map_updates([write.weight for write in writes], keys, targets, *settings)
             reports = [
-                map_report(write.weight, write.rounded(change), keys, values, retained.moment)
+                map_report(write.weight, write.rounded(change), keys, values, moment)
                 for write, change, values in zip(writes, changes, targets, strict=True)
             ]
         return [

@@ -26,8 +26,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import least_squares_condition, least_squares_system, least_squares_update
-from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, checked_moment, solve_positive_definite
+from lit_unlearn.core.closed_form import LeastSquaresSystem, least_squares_condition, least_squares_update
+from lit_unlearn.core.matrices import check_nonnegative, checked_matrix, checked_moment
 from lit_unlearn.core.retained_outputs import leak
 
 
@@ -125,10 +125,10 @@ def shared_map(
     guides = checked_matrix("guides", guides, tuple(keys.shape), keys.device)
     moment = keys.new_zeros(keys.shape[1], keys.shape[1]) if preserved_moment is None else preserved_moment
     ridge = lamb / erase_scale
-    system = least_squares_system(keys.mT @ keys, moment, ridge, preserve_scale / erase_scale)
+    system = LeastSquaresSystem(keys.mT @ keys, moment, ridge, preserve_scale / erase_scale)
     if 2 * len(keys) < keys.shape[1]:  # two thin products with each matrix cost less than a square one
-        return SharedMap((guides - keys).mT, solve_positive_definite(system, keys, ridge))
-    return SharedMap(solve_positive_definite(system, (guides - keys).mT @ keys, ridge))
+        return SharedMap((guides - keys).mT, system.solve(keys))
+    return SharedMap(system.solve((guides - keys).mT @ keys))
 
 
 class SharedReport:

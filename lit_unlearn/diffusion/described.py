@@ -150,7 +150,10 @@ class DescribedModel(BaseModel):
         for name, part in declared_parts(self.folder, self.name).items():
             if part.encoder:
                 positions = getattr(parts[part.encoder].config, "max_position_embeddings", None)
-                parts[name] = SimpleNamespace(model_max_length=positions or T5_LENGTH, pad_token_id=0)
+                begins = None if positions is None else 0  # a CLIP has both, a T5 neither
+                parts[name] = SimpleNamespace(
+                    model_max_length=positions or T5_LENGTH, pad_token_id=0, bos_token_id=begins
+                )
         family: Any = self.family
         index = read_config(self.folder / "model_index.json")
         scheduler = load_scheduler(self.folder, self.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,14 +13,21 @@ from torch import Tensor, nn
 def capture_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Record the detached input of each layer at its latest call: keys K, (B, L, d_in), by the names of ``layers``."""
     captured: dict[str, Tensor] = {}
+    with each_input(layers, captured.__setitem__):
+        yield captured
+
+
+@contextmanager
+def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Give the name and the detached input (B, L, d_in) of each of ``layers`` to ``take`` whenever it is called."""
     with ExitStack() as stack:
         for name, layer in layers.items():
 
             def record(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                captured[name] = args[0].detach()
+                take(name, args[0].detach())
 
             stack.callback(layer.register_forward_pre_hook(record).remove)
-        yield captured
+        yield
 
 
 @contextmanager

@@ -54,6 +54,10 @@ class MEMIT(ValueRefinement):
         """One for each stretch of layers, whose layers are all written at its end."""
         return len(self.stretches)
 
+    def first_written(self, epoch: int) -> str:
+        """The first layer of the stretch of ``epoch``."""
+        return self.stretches[epoch % len(self.stretches)].names[0]
+
     def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
         """The residual stream (n, L, D), float32, after the last edited layer of ``stretch``."""
         return self.paired.by_part[stretch.part].text.stream(input_ids, layer_index(stretch.names[-1]))

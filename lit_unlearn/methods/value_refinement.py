@@ -9,14 +9,14 @@ reduce the error between the denoiser's prediction, of noise or of a velocity, a
 with the pretrained text encoders. The other encoders that are edited read the target prompts meanwhile, as if their
 edit was done, so that no encoder makes up for another; those that are not edited read the edit prompts. At the end of
 the epoch the recipe's ``edit`` writes V1 into the weight. The second moments of the retained prompts' inputs (K0) of
-all layers are gathered once, before the first edit.
+all layers are gathered once, before the first edit, or in groups of layers where they do not fit (``RetainedLayers``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,22 +24,19 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.diffusion.hooks import replace_output
-from lit_unlearn.diffusion.prompts import ENCODE_BATCH
-from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
-from lit_unlearn.methods.shared.layer_state import LayerState, outputs_of, per_item
+from lit_unlearn.methods.shared.layer_state import LayerState, per_item
 from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
+from lit_unlearn.methods.shared.retained_layers import RetainedLayers
 from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
-from lit_unlearn.methods.shared.text_layers import Stretch, inputs_and_condition, select_text_layers, stretches
+from lit_unlearn.methods.shared.text_layers import Stretch, select_text_layers, stretches
 from lit_unlearn.system.names import check_numbers
 
 
@@ -216,28 +213,16 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def gather_moments(self) -> None:
         """Encode the retained prompts; sum up ``K0 K0ᵀ`` (d_in, d_in), float64, and count the keys.
 
-        The same forward passes give the outputs that should not change.
+        The same forward passes give the outputs that should not change. Where the moments of all layers are too much
+        to be held at once, only those of the layers that are written first are gathered (``RetainedLayers``).
         """
-        read = partial(inputs_and_condition, self.pipeline, self.layers, self.stretches)
+        self.retained_layers = RetainedLayers(self)
+        self.retained = self.retained_layers.of(self.first_written(self.progress["applied"]))
+        self.unmoved = self.retained_layers.outputs
 
-        def inputs(part: Tokens) -> Mapping[str, Tensor]:
-            keys, condition = read(part)
-            self.unmoved += outputs_of(condition)
-            return keys
-
-        tokens = self.pipeline.tokenize(self.retain_prompts)
-        self.retained = self.retained_keys(list(tokens.split(ENCODE_BATCH)), inputs, len(tokens))
-        by_default = len(self.pipeline.texts) > 1 or not self.pipeline.texts[0].causal
-        if by_default if self.retain_empty is None else self.retain_empty:
-            for name, found in read(self.pipeline.tokenize([""]))[0].items():
-                keys, own = found.flatten(0, 1), self.retained[name]
-                assert own.moment is not None and own.largest_norm is not None
-                self.retained[name] = replace(
-                    own,
-                    moment=own.moment + len(tokens) * second_moment(keys).cpu(),
-                    count=own.count + len(tokens) * len(keys),
-                    largest_norm=max(own.largest_norm, largest_norm(keys)),
-                )
+    def first_written(self, epoch: int) -> str:
+        """Name of the weight that is written first at the end of ``epoch``."""
+        return self.edited_names[epoch % len(self.edited_names)]
 
     @torch.no_grad()
     def retained_outputs(self) -> list[Tensor]:
@@ -288,7 +273,13 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
         """Each of ``edits`` as a group of its own."""
         for state, values in self.edits(epoch):
-            yield [state.write(values, self.retained[state.name], self.concept_keys(state))]
+            if state.name not in self.retained:
+                self.retained = {}  # released before others are gathered
+                with self.pretrained.restored():
+                    self.retained = self.retained_layers.of(state.name)
+            write = state.write(values, self.retained[state.name], self.concept_keys(state))
+            yield [replace(write, shared=write.shared and len(self.retained) == len(self.layers))]
+            del write  # it holds the retained keys, and others may be gathered next
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """Which edited keys (m,) can have seen the concept, see ``TokenPairs.carrying``; None: all."""

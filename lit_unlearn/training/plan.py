@@ -38,6 +38,9 @@ from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
+from lit_unlearn.methods.shared.moments import ROWS_BYTES, Holding, holding
+from lit_unlearn.methods.shared.retained_layers import retains_empty
+from lit_unlearn.methods.shared.text_layers import TEXT_LAYER, part_of
 from lit_unlearn.methods.value_refinement import ValueRefinement
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training.classes import prepare
@@ -87,15 +90,21 @@ def plan_fit(args: Sequence[str]) -> Plan:
         return _Planner(cli).plan()
 
 
-def solve_bytes(inputs: int, outputs: int, keys: int) -> int:
+def solve_bytes(inputs: int, outputs: int, keys: int, retained: int | None = None) -> int:
     """Bytes of a solve in float64: moment and decomposition, keys and what they become, old and new weights, values.
 
     Args:
         inputs: Inputs of the maps that are solved together, d_in.
         outputs: Their outputs together.
         keys: Number of edited keys.
+        retained: Number of retained keys, if these are kept instead of the moment; matrices are then as thin.
     """
-    return 8 * (SCRATCH * inputs**2 + 2 * keys * inputs + 2 * outputs * inputs + keys * outputs)
+    return 8 * (
+        SCRATCH * inputs * (inputs if retained is None else retained)
+        + 2 * keys * inputs
+        + 2 * outputs * inputs
+        + keys * outputs
+    )
 
 
 class _Planner:
@@ -124,6 +133,7 @@ class _Planner:
             for part, module in described.items()
             for name, value in module.named_parameters()
         }
+        self.holding = self._holding()
         plan = Plan(
             self.base.name,
             self.base.architecture,
@@ -165,9 +175,12 @@ class _Planner:
         together = min(ENCODE_BATCH, max(1, self.edited, self.retained))
         reading = {part: sizes[part] + encode_bytes(pipeline, together, part) for part in texts}
         kept = self._states_bytes(pipeline)
+        gathered = kept + self._gathering_bytes()
         phases = {
             "load": Memory(everything, 0),
-            "encode": Memory(everything + encode_bytes(pipeline, together) + kept, max(reading.values()) + kept),
+            "encode": Memory(
+                everything + encode_bytes(pipeline, together) + gathered, max(reading.values()) + gathered
+            ),
         }
         if self.descends:
             trains = isinstance(self.module, GradientEditor)
@@ -229,15 +242,50 @@ class _Planner:
         count = 2 * self.edited
         if hasattr(self.module, "retained_texts"):  # SPEED keeps each of them
             count += self.retained
-        if any(way_of(name) for name in self.names):
-            config: Any = pipeline.denoiser.config
-            fields = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
-            width = next(found for field in fields if (found := config.get(field)))
-            width = width if isinstance(width, int) else max(width)
+        ways = {way: self.shapes[name][1] for name in self.names if (way := way_of(name))}
+        if ways:
             length = sum(pipeline.texts[number].length for number in pipeline.token_order)
-            return count * length * width * 4
+            # Of each way what its maps read, which may be narrower than the states of the text encoders.
+            kept = count * sum(width * (1 if way == "pooled" else length) for way, width in ways.items())
+            if isinstance(self.module, ValueRefinement):  # it also keeps the conditions that these are made of
+                kept += 2 * self.edited * length * self._state_width(pipeline)
+            return 4 * kept
         widths = [self.shapes[name][1] for name in self.names if len(self.shapes[name]) == 2]
         return count * max(text.length for text in pipeline.texts) * max(widths, default=0) * 4
+
+    def _state_width(self, pipeline: Pipeline) -> int:
+        """Width of the text states that the denoiser is given."""
+        config: Any = pipeline.denoiser.config
+        fields = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
+        width = next(found for field in fields if (found := config.get(field)))
+        return width if isinstance(width, int) else max(width)
+
+    def _holding(self) -> Holding | None:
+        """Which moments an edit of text layers holds at once; None for another edit.
+
+        Of a T5 whose padding is not read, a plan does not know the lengths of the prompts: it counts as many retained
+        keys as there could be.
+        """
+        texts = all(TEXT_LAYER.match(name) for name in self.names)
+        if not isinstance(self.module, ValueRefinement) or not texts:
+            return None
+        pipeline = self.base.pipeline(torch.float32)
+        empty = retains_empty(pipeline) if self.module.retain_empty is None else self.module.retain_empty
+        prompts = len(self.module.retain_prompts) + int(empty)
+        self.kept_keys = {text.part: prompts * text.length for text in pipeline.texts}
+        counts = {name: self.kept_keys[part_of(name)] for name in self.names}
+        return holding({name: self.shapes[name][1] for name in self.names}, counts)
+
+    def _gathering_bytes(self) -> int:
+        """Bytes on the device to add some keys to a moment: the keys in float64, and their product."""
+        if self.holding is None:
+            return 0
+        most = 0
+        for name in self.names:
+            width, keys = self.shapes[name][1], self.kept_keys[part_of(name)]
+            product = 0 if name in self.holding.thin else 8 * width**2
+            most = max(most, product + min(ROWS_BYTES, 8 * width * keys))
+        return most
 
     def _groups(self) -> list[list[str]]:
         """Edited weights that are solved together."""
@@ -255,7 +303,8 @@ class _Planner:
             one = way_of(group[0]) == "pooled" or getattr(self.module, "tokens", None) in ONE_STATE
             length = sum(pipeline.texts[number].length for number in pipeline.token_order)
             keys = self.edited * (1 if one else length)
-            most = max(most, solve_bytes(inputs, outputs, keys))
+            thin = self.holding is not None and group[0] in self.holding.thin
+            most = max(most, solve_bytes(inputs, outputs, keys, self.kept_keys[part_of(group[0])] if thin else None))
         return most
 
     def _ram(self, plan: Plan) -> dict[str, int]:
@@ -267,7 +316,8 @@ class _Planner:
         }
         if isinstance(self.module, ClosedFormMethod):
             inputs = [self.shapes[group[0]][1] for group in self._groups()]
-            found["moments and null spaces, float64"] = sum(2 * 8 * width**2 for width in inputs)
+            every = sum(2 * 8 * width**2 for width in inputs)
+            found["moments and null spaces, float64"] = self.holding.most if self.holding else every
         return found
 
     # --- work
@@ -290,6 +340,8 @@ class _Planner:
             rounds = getattr(module, "rounds", 1)
             solves = len(self._groups()) * rounds
             inputs = sorted({self.shapes[group[0]][1] for group in self._groups()})
+            if self.holding and (groups := len(self.holding.groups)) > 1:
+                found["passes over the retained prompts"] = f"{groups * rounds:,} ({groups} groups of layers)"
             found["solves"] = f"{solves:,} (with {' and '.join(f'{width:,}' for width in inputs)} inputs)"
         if self.descends:
             steps = epochs * (plan.steps or getattr(self.data, "steps", 1))

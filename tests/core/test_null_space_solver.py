@@ -15,7 +15,7 @@ from lit_unlearn.core import null_space_solver
 from lit_unlearn.core.closed_form import second_moment
 from lit_unlearn.core.null_space import null_space, soft_null_space
 from lit_unlearn.core.null_space_solver import NullSpace
-from lit_unlearn.core.null_space_system import NullSpaceSystem
+from lit_unlearn.core.null_space_system import NullSpaceSystem, system_of
 from lit_unlearn.core.solvers import Retained, Solved, UnsolvableError, Write
 
 D_IN, D_OUT = 10, 6
@@ -47,9 +47,9 @@ def test_solves_with_the_same_tensor_of_keys_share_its_system_bit_for_bit(
 
     def counting(*args: Any, **settings: Any) -> NullSpaceSystem:
         built.append(1)
-        return NullSpaceSystem(*args, **settings)
+        return system_of(*args, **settings)
 
-    monkeypatch.setattr(null_space_solver, "NullSpaceSystem", counting)
+    monkeypatch.setattr(null_space_solver, "system_of", counting)
 
     def changes(one_tensor: bool) -> list[Tensor]:
         solver, weight, found = NullSpace(0.1, ridge=0.1), WEIGHT, []

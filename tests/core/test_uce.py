@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from helpers import normal
-from lit_unlearn.core import closed_form
+from lit_unlearn.core import least_squares_system
 from lit_unlearn.core.closed_form import ridge_map_update, second_moment
 from lit_unlearn.core.uce import (
     SharedReport,
@@ -68,8 +68,8 @@ def test_the_condition_is_that_of_the_published_system() -> None:
 @pytest.mark.parametrize("scales", [{}, SCALES, {"lamb": 1e-3}, {"preserve_scale": 0.0}])
 def test_all_at_once_equals_one_at_a_time(scales: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[tuple[Any, ...]] = []
-    solve = closed_form.solve_positive_definite
-    monkeypatch.setattr(closed_form, "solve_positive_definite", lambda *args: solved.append(args) or solve(*args))
+    solve = least_squares_system.cholesky_factor
+    monkeypatch.setattr(least_squares_system, "cholesky_factor", lambda *args: solved.append(args) or solve(*args))
     deltas = map_updates(WEIGHTS, KEYS, TARGETS, second_moment(PRESERVED), **scales)
     assert len(solved) == 1  # one factorisation
     for weight, targets, delta in zip(WEIGHTS, TARGETS, deltas, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from tiny_families import build_sdxl
 from helpers import CONFIGS
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.described import DescribedModel
+from lit_unlearn.diffusion.footprint import encode_bytes, module_bytes
+from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.methods.shared import moments
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training.plan import plan_fit, solve_bytes
@@ -132,3 +137,43 @@ def test_published_models(
     if overlays == ["flux"]:
         assert 11.8e9 < plan.parameters["transformer"] < 12e9  # known as 12 B
         assert plan.peak("bfloat16", offload=True) < 32e9 < plan.peak("bfloat16")
+
+
+def kept_states(plan: Plan, model: Path) -> tuple[int, int]:
+    """Bytes of text states that are kept from the encode to the solve, and the number of edited prompts."""
+    prompts = plan.counts["prompts encoded at the start"]
+    edited, _, retained = (int(number) for number in re.findall(r"(\d+) (?:edited|targets|retained)", prompts))
+    pipeline = DescribedModel.find(str(model)).pipeline(torch.float32)
+    everything = sum(module_bytes(part) for part in pipeline.parts.values())
+    encode = encode_bytes(pipeline, min(ENCODE_BATCH, max(edited, retained)))
+    return plan.memory["float32"]["encode"].resident - everything - encode, edited
+
+
+@pytest.mark.parametrize(("recipe", "width"), [("null_space_context", 48), ("uce", 24)])
+def test_states_of_a_projection_are_as_wide_as_what_its_maps_read(
+    recipe: str, width: int, tiny_pixart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept, edited = kept_states(planned(recipe, tiny_pixart), tiny_pixart)
+    assert kept == 2 * edited * 120 * width * 4  # K1 and K1*, of 48 numbers before the projection and of 24 behind it
+
+
+def test_moments_of_text_layers_that_are_not_held_at_once(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = partial(planned, "null_space", tiny_sd, "--model.init_args.first_layer=0")
+    whole = fit()
+    widths = [one.shape[1] for one in whole.sites for _ in range(one.count)]
+    label = "moments and null spaces, float64"
+    assert len(widths) > 1 and whole.ram[label] == 16 * sum(width**2 for width in widths)
+    assert "passes over the retained prompts" not in whole.counts
+    monkeypatch.setattr(moments, "MOST_HELD_BYTES", 16 * max(widths) ** 2)
+    single = fit()
+    assert single.ram[label] == 16 * max(widths) ** 2
+    groups, rounds = len(widths), int(whole.counts["solves"].split(" ")[0]) // len(widths)
+    assert single.counts["passes over the retained prompts"] == f"{groups * rounds} ({groups} groups of layers)"
+
+
+def test_a_solve_with_few_retained_keys_has_no_square_matrices() -> None:
+    assert solve_bytes(10, 3, 7, retained=2) == 8 * (80 + 140 + 60 + 21)

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.core.closed_form import second_moment
-from lit_unlearn.core.reach import largest_norm
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.moments import MomentSums
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 
 Batch = TypeVar("Batch")
@@ -34,7 +33,8 @@ class ClosedFormMethod(DiffusionEditor):
     layers: dict[str, nn.Linear]
     """The edited linear maps, by the full names of their weights."""
     retained: Mapping[str, Retained]
-    """For each of them, the keys whose outputs should not change; set at the start of the fit."""
+    """For each of them, the keys whose outputs should not change; set at the start of the fit, or before a write for
+    layers whose moments are not held from the start."""
 
     edit: dict[str, Any] | None = None
     """The solver and its settings, in the form of the recipe."""
@@ -82,20 +82,11 @@ class ClosedFormMethod(DiffusionEditor):
 
         Processes take whole batches, the same ones that a single process has, so only the order of the sums differs.
         """
-        # On the CPU, since the moments of all layers are larger than the text encoder itself.
-        sums = {name: torch.zeros(*2 * [layer.in_features], dtype=torch.float64) for name, layer in self.layers.items()}
-        counts, norms = dict.fromkeys(sums, 0), dict.fromkeys(sums, 0.0)
+        sums = MomentSums(self.layers)
         for batch in self.processes.own_share(batches):
             for name, found in inputs(batch).items():
-                keys = found.flatten(0, 1)
-                sums[name] += second_moment(keys).cpu()
-                counts[name], norms[name] = counts[name] + len(keys), max(norms[name], largest_norm(keys))
-        of_all = self.processes.gathered((counts, norms))
-        retained = {}
-        for name, moment in sums.items():
-            count, longest = sum(own[name] for own, _ in of_all), max(own[name] for _, own in of_all)
-            retained[name] = Retained(self.processes.total(moment), count, prompts=prompts, largest_norm=longest)
-        return retained
+                sums.add(name, found.flatten(0, 1))
+        return sums.retained(self.processes, prompts)
 
     @abstractmethod
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:

@@ -14,7 +14,7 @@ positions, so that a ridge means the same in all layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lit_unlearn.core.alignment import Positions, align_tokens, from_first_difference, positions_mask
 from lit_unlearn.diffusion.condition import Condition
-from lit_unlearn.diffusion.hooks import capture_inputs
+from lit_unlearn.diffusion.hooks import capture_inputs, each_input
 from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
@@ -96,12 +96,17 @@ def inputs_of(text: TextEncoder, name: str, layer: nn.Module, input_ids: Tensor)
     return found
 
 
-def inputs_and_condition(
-    pipeline: Pipeline, layers: Mapping[str, nn.Module], edited: Sequence[Stretch], tokens: Tokens
-) -> tuple[dict[str, Tensor], Condition]:
-    """Inputs (B, L, d_in) of ``layers`` at prompts, and the condition for these, from the same forward passes.
+def read_inputs(
+    pipeline: Pipeline,
+    layers: Mapping[str, nn.Module],
+    edited: Sequence[Stretch],
+    tokens: Tokens,
+    take: Callable[[str, Tensor], None],
+) -> Condition:
+    """Pass prompts through the text encoders, giving the inputs (m, d_in) of each of ``layers`` to ``take``.
 
-    Where a text's padding is not read, inputs are those at the m positions that are: (1, m, d_in).
+    These are the inputs at all positions that are read, B L of them or fewer. They are given as the layer runs, so that
+    those of one layer are gone before those of the next are made.
 
     Args:
         pipeline: The pipeline.
@@ -109,18 +114,24 @@ def inputs_and_condition(
         edited: The stretches that they belong to; of layers that act only at the end of a text, each position gets the
             input there.
         tokens: The prompts, B.
+        take: Called with the name of a layer and its inputs.
+
+    Returns:
+        The condition for the prompts, from the same forward passes.
     """
-    with capture_inputs(layers) as captured:
-        condition = pipeline.condition(tokens)
     only_end = {name for stretch in edited for name in stretch.only_end}
-    for text, ids in zip(pipeline.texts, tokens.ids, strict=True):
-        for name, keys in captured.items():
-            if part_of(name) == text.part:
-                if name in only_end:
-                    captured[name] = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
-                elif text.masked:
-                    captured[name] = keys[text.reads(ids).to(keys.device)].unsqueeze(0)
-    return captured, condition
+    read = {text.part: (text, ids) for text, ids in zip(pipeline.texts, tokens.ids, strict=True)}
+
+    def select(name: str, keys: Tensor) -> None:
+        text, ids = read[part_of(name)]
+        if name in only_end:
+            keys = keys[ends(ids, text).to(keys.device)].unsqueeze(1).expand_as(keys)
+        elif text.masked:
+            keys = keys[text.reads(ids).to(keys.device)].unsqueeze(0)
+        take(name, keys.flatten(0, 1))
+
+    with each_input(layers, select):
+        return pipeline.condition(tokens)
 
 
 def select_text_layers(method: ValueRefinement, names: Sequence[str]) -> list[str]:
