@@ -22,7 +22,9 @@ from lit_unlearn.emoji.unedited import FILE, GUIDANCE, STEPS, main, pack, shippe
 from lit_unlearn.methods.uce import UCE
 from lit_unlearn.system.kept_pictures import save_kept
 
-DRAWING = Drawing("weights", {}, STEPS, GUIDANCE, "cpu", "AVX2", "torch.float32", None, "highest", False, {"torch": "3"})
+DRAWING = Drawing(
+    "weights", {}, STEPS, GUIDANCE, "cpu", "AVX2", "torch.float32", None, "highest", False, {"torch": "3"}
+)
 
 
 @pytest.fixture
