@@ -163,7 +163,8 @@ def load(checkpoint: Path) -> tuple[Any, Any, Any]:
     """The edited pipeline, its pretrained values and the edit."""
     import torch
 
-    from lit_unlearn.edits.checkpoint import chosen_base, load_with_pretrained, read_edit
+    from lit_unlearn.edits.base import chosen_base
+    from lit_unlearn.edits.checkpoint import load_with_pretrained, read_edit
 
     edit = read_edit(checkpoint)
     pipeline, pretrained = load_with_pretrained(chosen_base(None, None, edit), edit, torch.device("cpu"))

@@ -229,9 +229,14 @@ def _arguments(asked: Asked, section: str) -> Mapping[str, Any] | None:
 def _all_keys(own: set[str]) -> list[str]:
     """All keys, for suggestions."""
     keys = [*sorted(own), *(f"trainer.{name}" for name in trainer_options())]
-    rooms = {"methods": ("model",), "data": ("data",), "core": ("edit",)}
+    roots = {
+        "methods": ("model", "LightningModule"),
+        "data": ("data", "LightningDataModule"),
+        "core": ("edit", "Solver"),
+    }
     for cls in our_classes().values():
-        for section in rooms.get(cls.module.split(".")[1], ()):
+        section, root = roots.get(cls.module.split(".")[1], ("", ""))
+        if section and any(root in base.bases for base in ancestors(cls.name)):  # not what a method only works with
             keys += [f"{section}.{name}" for name in cls.arguments]
     return list(dict.fromkeys(keys))
 
