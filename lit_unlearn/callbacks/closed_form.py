@@ -43,7 +43,6 @@ class ClosedFormEdit(L.Callback):
 
     def __init__(self, solver: Solver) -> None:
         self.solver = solver
-        self._cutoffs: dict[str, float] = {}
         self._prepared: WeakSet[Retained] = WeakSet()
 
     @override
@@ -158,21 +157,22 @@ class ClosedFormEdit(L.Callback):
             raise NumericalError(str(error)) from error
 
     def _store_spectra(self, module: ClosedFormMethod, spaces: Mapping[Retained, NullSpaceOfKeys]) -> None:
-        """Store the spectrum of K0 K0ᵀ of each layer in the report."""
+        """Store the spectrum of K0 K0ᵀ of each layer, and what of it is retained, in the report."""
         of_layers = {name: spaces[own] for name, own in module.retained.items() if own in spaces}
         spectra = {name: [float(value) for value in space.eigenvalues] for name, space in of_layers.items()}
         module.report.setdefault("spectrum", {}).update(spectra)
-        self._cutoffs |= {name: space.cutoff for name, space in of_layers.items()}
+        module.report.setdefault("cutoffs", {}).update({name: float(space.cutoff) for name, space in of_layers.items()})
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plot the spectra, when the edit is written."""
-        spectra = getattr(pl_module, "report", {}).get("spectrum")
-        if self._cutoffs and spectra and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+        report = getattr(pl_module, "report", {})
+        spectra, cutoffs = report.get("spectrum"), report.get("cutoffs")
+        if cutoffs and spectra and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             from lit_unlearn.reports.figures import spectrum_figure  # matplotlib takes half a second
 
             figure = spectrum_figure(
-                {layer_label(name): spectra[name] for name in self._cutoffs},
-                {layer_label(name): cutoff for name, cutoff in self._cutoffs.items()},
+                {layer_label(name): spectra[name] for name in cutoffs},
+                {layer_label(name): cutoff for name, cutoff in cutoffs.items()},
             )
             trainer.logger.experiment.add_figure("edit/spectrum", figure)

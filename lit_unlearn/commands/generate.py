@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from lit_unlearn.commands.parser import Parser, add_clip_skip, add_model_options, command_parser
-from lit_unlearn.system.errors import user_errors, warn
-from lit_unlearn.system.json_files import read_json
+from lit_unlearn.system.errors import user_errors
 from lit_unlearn.system.names import check_numbers, check_prompts
 
 DESCRIPTION = "draw pictures of prompts, with or without an edit"
@@ -91,9 +88,6 @@ def run(options: argparse.Namespace) -> None:
         rows = list(pictures.split(len(seeds)))
         image = image_grid(rows, options.prompts, [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else (), scale)
     save_png(output, image)
-    own = provenance_of(base.place).get("clip_skip")
-    if edit is None and own not in (None, base.clip_skip):
-        warn(f"{base.name} was edited with clip_skip={own}: draw with --clip_skip {own}.")
     done = [*earlier_edit(base.place), *((edit.concepts or [edit.method]) if edit else [])]
     what = f"edited ({', '.join(done)})" if done else "not edited"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
@@ -102,28 +96,13 @@ def run(options: argparse.Namespace) -> None:
     print(f"{output}: {base.name}, {what}, {how}, {which}")
 
 
-def provenance_of(place: Path | str) -> dict[str, Any]:
-    """What a model written by ``export`` says about its edit; empty for other models.
+def earlier_edit(place: Path | str) -> list[str]:
+    """What a model written by ``export`` was edited to lack: its concepts, or its method; empty for other models.
 
     Args:
         place: Its folder, or its single file, whose header holds the provenance; or a hub id.
     """
-    try:
-        if Path(place).is_file():
-            from lit_unlearn.edits.single_file import PROVENANCE, SingleFile
+    from lit_unlearn.diffusion.provenance import provenance_of
 
-            metadata = SingleFile(place).metadata
-            ours = {k.removeprefix(PROVENANCE): v for k, v in metadata.items() if k.startswith(PROVENANCE)}
-            names = ("edited_weights", "concepts", "method", "clip_skip")
-            found = {name: json.loads(ours[name]) for name in names if name in ours}
-        else:
-            found = read_json(Path(place, "provenance.json"), "export it again")
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and "edited_weights" in found else {}
-
-
-def earlier_edit(place: Path | str) -> list[str]:
-    """What a model written by ``export`` was edited to lack: its concepts, or its method; empty for other models."""
     found = provenance_of(place)
     return [str(name) for name in found.get("concepts") or [found.get("method")]] if found else []

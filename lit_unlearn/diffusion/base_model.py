@@ -19,10 +19,12 @@ from lit_unlearn.diffusion.noise import Sampler
 from lit_unlearn.diffusion.parameters import Fingerprint, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import PromptReader
+from lit_unlearn.diffusion.provenance import recorded_clip_skip
 from lit_unlearn.diffusion.samplers import check_steps
 from lit_unlearn.diffusion.single_file.folder import check_unused, local_folder
 from lit_unlearn.diffusion.source import resolve_model
 from lit_unlearn.diffusion.stored import WholeModel
+from lit_unlearn.system.errors import warn
 
 
 class BaseModel:
@@ -81,6 +83,9 @@ class BaseModel:
             folder = cached_snapshot(base.place, revision)
         if folder is not None:
             base._check(folder)
+        own = recorded_clip_skip(base.place)
+        if own not in (None, clip_skip):
+            warn(f"{model} was edited with clip_skip={own}, which its pictures need too: give {own} as clip_skip.")
         return base
 
     def fetch(self) -> Path:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lit_unlearn.diffusion.pipeline import Pipeline
 
+LAYERS_OF_SD2 = 23
+"""Layers of the text encoder of Stable Diffusion 2 in diffusers; that of Stable Diffusion 1 has 12."""
 Places = Mapping[str, Mapping[str, int]]
 """For each text encoder, the layer after which each way reads it, as ``Pipeline.read_after``."""
 
@@ -100,14 +102,20 @@ def unread_weights(family: type[Pipeline], names: Sequence[str], clip_skip: int 
 
 def how_unread(clip_skip: int | None) -> str:
     """The end of a sentence that leaves out the weights of ``unread_weights``."""
-    return "which the model does not read" + ("" if clip_skip is None else f" a prompt with at clip_skip={clip_skip}")
+    return "which the model does not read" if clip_skip is None else f"with which no prompt is read at {clip_skip=}"
 
 
-def how_to_draw(family: type[Pipeline], clip_skip: int | None) -> str:
+def how_to_draw(family: type[Pipeline], clip_skip: int | None, names: Sequence[str]) -> str:
     """How to draw with a model whose prompts are read earlier, in a sentence; empty if they are not.
 
     Only what is known of other programs is said: A1111's ``sd_hijack_clip`` and ComfyUI's ``clip_layer`` read
-    ``hidden_states[-n]`` of Stable Diffusion 1 for their numbers n and -n, and ComfyUI those of both encoders of XL.
+    ``hidden_states[-n]`` of Stable Diffusion 1 for their numbers n and -n, and ComfyUI those of both encoders of XL. Of
+    Stable Diffusion 2 both count otherwise or not at all: its files have one layer more than diffusers' encoder.
+
+    Args:
+        family: The model's family.
+        clip_skip: The number of layers; None for none.
+        names: Full names of the model's weights.
     """
     if clip_skip is None:
         return ""
@@ -116,6 +124,8 @@ def how_to_draw(family: type[Pipeline], clip_skip: int | None) -> str:
         f"Layer {-clip_skip - 1}",
         "StableDiffusionXLPipeline": f", in ComfyUI with CLIP Set Last Layer {-clip_skip - 2}",
     }
+    if layer_count("text_encoder", names) >= LAYERS_OF_SD2:
+        del told["StableDiffusionPipeline"]
     return f"draw with clip_skip={clip_skip} in diffusers{told.get(family.index_class, '')}"
 
 

@@ -60,8 +60,16 @@ def check_compiler(device: torch.device, field: str) -> None:
 
 
 def compile_drawing(pipeline: Pipeline) -> None:
-    """Let ``pipeline`` draw with compiled kernels; nothing is compiled before the first picture."""
+    """Let ``pipeline`` draw with compiled kernels; nothing is compiled before the first picture.
+
+    Raises:
+        ValueError: Something has replaced the ``forward`` of a part, such as a hook of accelerate.
+    """
     for module in (pipeline.denoiser, pipeline.vae.decoder):
+        if "forward" in vars(module):
+            raise ValueError(
+                f"torch_compile cannot be used with this {type(module).__name__}, whose forward is replaced: omit it."
+            )
         # Not of the bound method: it would keep the module alive, and a copy of it would draw with this one's weights.
         _OF[module] = torch.compile(type(module).forward)
 
@@ -74,7 +82,7 @@ def is_compiled(module: nn.Module) -> bool:
 @contextmanager
 def compiled_forward(module: nn.Module) -> Iterator[bool]:
     """Within the block, ``module`` computes with its compiled kernels; yields whether it has some."""
-    if (compiled := _OF.get(module)) is None or "forward" in vars(module):
+    if (compiled := _OF.get(module)) is None:
         yield False
         return
     module.forward = partial(compiled, module)

@@ -24,6 +24,7 @@ from lit_unlearn.diffusion.kept import INDEX, PROVENANCE, Kept, kept_of
 from lit_unlearn.diffusion.lora_names import LoraNames, Naming
 from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
+from lit_unlearn.diffusion.provenance import PROVENANCE as SINGLE
 from lit_unlearn.diffusion.public_name import public_name
 from lit_unlearn.diffusion.stored import rename_weights
 from lit_unlearn.edits.card import model_card
@@ -31,7 +32,6 @@ from lit_unlearn.edits.chain import left_by, name_of
 from lit_unlearn.edits.checkpoint import Edit
 from lit_unlearn.edits.lora import Rank, low_rank
 from lit_unlearn.edits.public import Places, public_content
-from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
 from lit_unlearn.edits.single_file import SingleFile, Written, write_edits
 from lit_unlearn.evaluation.scores import Scores
 from lit_unlearn.system.files import atomic_write, replaced_folder
@@ -148,7 +148,7 @@ def provenance(edit: Edit, base: BaseModel, loaded: Pipeline | None = None) -> d
         "packages": {name: version(name) for name in PACKAGES},
     }
     made = {"config": edit.hyper_parameters, "edit": edit.edit, "recipe": edit.recipe, "scores": scores}
-    if how := how_to_draw(base.family, edit.clip_skip):
+    if how := how_to_draw(base.family, edit.clip_skip, base.names):
         facts |= {"clip_skip": edit.clip_skip, "drawing": how}
     chain = {"chain": [link.stored() for link in edit.chain]} if edit.chain else {}
     places, changed = places_of(edit, base, name), list[str]()

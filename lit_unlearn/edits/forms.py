@@ -58,7 +58,7 @@ class Exported:
     def lines(self) -> list[str]:
         """What to say about it."""
         said = [f"{self.path}: {self.base.name} without {', '.join(self.edit.concepts) or 'what it has unlearned'}"]
-        if how := how_to_draw(self.base.family, self.edit.clip_skip):
+        if how := how_to_draw(self.base.family, self.edit.clip_skip, self.base.names):
             said.append(f"{how}: an export does not hold it")
         if self.kept is not None:
             said += [f"not taken over from the base: {line}" for line in left_out(self.kept.left_out)]

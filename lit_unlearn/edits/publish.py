@@ -19,10 +19,10 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from lit_unlearn.diffusion.kept import PROVENANCE
+from lit_unlearn.diffusion.provenance import PROVENANCE as PREFIX
 from lit_unlearn.edits.card import model_card
 from lit_unlearn.edits.checkpoint import run_folder
 from lit_unlearn.edits.forms import Exported, Form
-from lit_unlearn.edits.single_file import PROVENANCE as PREFIX
 from lit_unlearn.system.errors import user_errors, warn
 
 PICTURES = "grid.png"

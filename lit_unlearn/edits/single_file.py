@@ -15,12 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lit_unlearn.diffusion.provenance import PROVENANCE
 from lit_unlearn.diffusion.single_file.file import SingleFile
 from lit_unlearn.diffusion.single_file.layout import AVERAGED, Place
 from lit_unlearn.system.files import atomic_write
 
-PROVENANCE = "lit_unlearn."
-"""Beginning of the metadata that says what was edited."""
 CONTENT_HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}
 """Hashes in metadata, each with its prefix: SHA-256 of everything behind the header, as in the examples of
 Stability AI's ModelSpec and in ``addnet_hash_safetensors`` of kohya's scripts."""

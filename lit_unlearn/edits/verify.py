@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.kept import ENDINGS, INDEX, PROVENANCE, kept_of
+from lit_unlearn.diffusion.provenance import PROVENANCE as SINGLE
 from lit_unlearn.diffusion.stored import WholeModel
 from lit_unlearn.edits.chain import name_of
 from lit_unlearn.edits.checkpoint import WEIGHT_NAME, read_edit
 from lit_unlearn.edits.export import file_sha256, places_of, weights_sha256
 from lit_unlearn.edits.public import TEXTS, Places, public_content, without_any
-from lit_unlearn.edits.single_file import PROVENANCE as SINGLE
 from lit_unlearn.edits.single_file import SingleFile
 
 MAX_PROVENANCE = 50_000_000

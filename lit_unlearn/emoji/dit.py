@@ -50,10 +50,10 @@ class DiTTraining(L.LightningModule):
     Args:
         text_encoders: Folder of a run of ``emoji/dit_text.yaml``, which has trained text encoders and tokenizers; null
             takes those of ``start``.
-        start: Folder of a pipeline or ``emoji-dit``; its transformer is trained further. Null starts from random
-            weights.
+        start: Folder of a pipeline or ``emoji-dit``; its transformer is trained further, with its text encoders and
+            autoencoder. Null starts from random weights.
         model: Folder of a pipeline or ``emoji-sd``; its autoencoder is used.
-        vae: Folder of a run that has trained the autoencoder; null takes the autoencoder of ``model``.
+        vae: Folder of a run that has trained the autoencoder; null takes that of ``model``, or of ``start``.
         num_layers: Blocks of the transformer.
         num_heads: Attention heads.
         attention_head_dim: Channels of a head.
@@ -92,7 +92,7 @@ class DiTTraining(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         if text_encoders is None and start is None:
-            raise ValueError("text_encoders is missing: give the folder of a run of emoji/dit_text.yaml.")
+            raise ValueError("text_encoders is missing: give the folder of a run of emoji/dit_text.yaml, or start.")
         if text_encoders is not None and start is not None:
             raise ValueError(
                 f"text_encoders={text_encoders!r} beside start={start!r}: the transformer reads the text encoders that "
@@ -107,8 +107,9 @@ class DiTTraining(L.LightningModule):
         self._since: float | None = None
         self._judge: EmojiJudge | None = None
         self._shown: dict[str, list[float]] = defaultdict(list)
-        self.parts = {part: trained_part(part, text_encoders, start or model) for part in (*ENCODERS, *TOKENIZERS)}
-        self.parts["vae"] = trained_part("vae", vae, model)
+        origin, field = (model, "model") if start is None else (start, "start")
+        self.parts = {part: trained_part(part, text_encoders, origin, field) for part in (*ENCODERS, *TOKENIZERS)}
+        self.parts["vae"] = trained_part("vae", vae, origin, field)
         vae_config = AutoencoderKL.load_config(self.parts["vae"])
         clips = [CLIPTextConfig.from_pretrained(self.parts[name]) for name in ENCODERS[:2]]
         self.t5_length = int(T5Tokenizer.from_pretrained(self.parts["tokenizer_3"]).model_max_length)
@@ -128,20 +129,18 @@ class DiTTraining(L.LightningModule):
             qk_norm="rms_norm",
         )
         if start is not None:
-            self._start_from(trained_part("transformer", None, start), start)
+            self._start_from(start)
 
-    def _start_from(self, folder: Path, start: str) -> None:
-        """Take the weights of the transformer in ``folder``."""
-        found = SD3Transformer2DModel.load_config(folder)
-        for given, field in (
-            ("num_layers", "num_layers"),
-            ("num_heads", "num_attention_heads"),
-            ("attention_head_dim", "attention_head_dim"),
-            ("patch_size", "patch_size"),
-        ):
-            if found[field] != self.hparams[given]:
+    def _start_from(self, start: str) -> None:
+        """Take the weights of the transformer of ``start``."""
+        folder = trained_part("transformer", None, start, "start")
+        found = {**self.transformer.config, **SD3Transformer2DModel.load_config(folder)}
+        for field, own in self.transformer.config.items():
+            other = tuple(found[field]) if isinstance(found[field], list) else found[field]  # JSON has no tuples
+            if not field.startswith("_") and other != own:
                 raise ValueError(
-                    f"start={start!r} has {field}={found[field]}: set {given} to it, or start from nothing."
+                    f"start={start!r} has a transformer with {field}={found[field]}, and this one has {own}: set the "
+                    "arguments of the model to those that it was trained with, or leave start out."
                 )
         self.transformer.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
 

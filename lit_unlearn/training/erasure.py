@@ -136,9 +136,10 @@ class Plan:
         space = "the changed weights" if self.request.delta else f"the edited model ({size / 1e6:,.0f} MB)"
         judged = "" if self.judge is None else ", which are judged too"
         below = ", ".join(self.recipe.get("base_edit", ()))
+        skipped = "" if self.base.clip_skip is None else f", clip_skip {self.base.clip_skip}"
         return [
             f"erase     {self.concept.name} ({self.concept.kind}), to draw {self.concept.target} instead",
-            f"model     {self.base.name}{f', as edited by {below}' if below else ''}",
+            f"model     {self.base.name}{f', as edited by {below}' if below else ''}{skipped}",
             f"method    {self.recipe['method']}",
             f"judge     {self.why}",
             f"prompts   {len(self.concept.edit_prompts)} to edit, {len(self.concept.prompts)} to judge",

@@ -161,11 +161,14 @@ def test_a_described_model_is_read_earlier_too() -> None:
 
 
 def test_other_programs_are_told_of_what_is_known() -> None:
-    said = {family.index_class: how_to_draw(family, 2) for family in FAMILIES.values() if family.skips}
+    names = [f"text_encoder.encoder.layers.{number}.mlp.fc1.weight" for number in range(12)]
+    said = {family.index_class: how_to_draw(family, 2, names) for family in FAMILIES.values() if family.skips}
     assert said == {
         "StableDiffusionPipeline": 'draw with clip_skip=2 in diffusers, in web UIs with "Clip skip" 3, in ComfyUI with '
         "CLIP Set Last Layer -3",
         "StableDiffusionXLPipeline": "draw with clip_skip=2 in diffusers, in ComfyUI with CLIP Set Last Layer -4",
         "StableDiffusion3Pipeline": "draw with clip_skip=2 in diffusers",
     }
-    assert {how_to_draw(family, None) for family in FAMILIES.values()} == {""}
+    assert {how_to_draw(family, None, names) for family in FAMILIES.values()} == {""}
+    of_sd2 = DescribedModel.find("sd2", clip_skip=2)
+    assert how_to_draw(of_sd2.family, 2, of_sd2.names) == "draw with clip_skip=2 in diffusers"

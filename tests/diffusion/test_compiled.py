@@ -67,6 +67,12 @@ def test_an_error_within_leaves_the_model_as_it_was(components: StableDiffusion,
     assert calls and "forward" not in vars(components.unet)
 
 
+def test_a_part_that_something_else_has_hold_of_is_refused(components: StableDiffusion) -> None:
+    components.unet.forward = components.unet.forward
+    with pytest.raises(ValueError, match="torch_compile cannot be used with this UNet2DConditionModel"):
+        compile_drawing(components)
+
+
 def test_a_copy_of_a_model_is_not_compiled(components: StableDiffusion, calls: list[str]) -> None:
     compile_drawing(components)
     copied = copy.deepcopy(components)

@@ -165,10 +165,13 @@ def test_a_finished_transformer_is_trained_further(folder: Path) -> None:
     assert torch.equal(
         load_file(further.parts["text_encoder_3"] / "model.safetensors")["shared.weight"], saved["shared.weight"]
     )
-    with pytest.raises(ValueError, match="has num_layers=2: set num_layers to it, or start from nothing"):
+    with pytest.raises(ValueError, match="a transformer with num_layers=2, and this one has 3: set the"):
         DiTTraining(start=str(folder / "first"), **{**sizes, "num_layers": 3})
     with pytest.raises(ValueError, match=r"text_encoders='text' beside start='first': .* give one of the two"):
         DiTTraining(text_encoders="text", start="first")
+    with pytest.raises(ValueError, match=r"start='emoji-sd' has no text_encoder_2 .* give emoji-dit, or a"):
+        DiTTraining(start="emoji-sd")
+    assert further.parts["vae"] == folder / "first/vae"
 
 
 def test_pairs_are_drawn_by_weight_and_lose_what_they_should() -> None:

@@ -51,7 +51,7 @@ def test_only_the_layer_of_the_epoch_moves_and_refinement_lowers_the_error(
     )
     assert [changed(before, after) for before, after in pairwise(seen)] == [[name] for name in names]
     assert (trainer.current_epoch, trainer.global_step) == (len(names), 3 * len(names))
-    assert set(module.report["layers"]) == set(names) == set(module.report["spectrum"])
+    assert set(module.report["layers"]) == set(names) == set(module.report["spectrum"]) == set(module.report["cutoffs"])
     if kind == "feed_forward":  # whose noise is the same in every step
         assert all(layer["last_error"] < layer["first_error"] for layer in module.report["layers"].values())
 

@@ -50,7 +50,7 @@ class DiffusionEditor(L.LightningModule):
         offload: Keep the parts in the processor's memory, and move each to the GPU only while it is used: slower, for
             models that do not fit there at once.
         torch_compile: Draw pictures with kernels that ``torch.compile`` makes: a minute or more for the first ones, and
-            less time for all others. They differ in the last bits from those drawn without.
+            less time for all others, so give it to ``test``. They differ in the last bits from those drawn without.
 
     Raises:
         ValueError: A field is wrong; found before any weight is loaded.
