@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing
+from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, is_compiled
 from lit_unlearn.diffusion.offload import Offload
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.edits.base import chosen_base
@@ -143,7 +143,8 @@ def draw_all(
     """Draw each prompt with every seed and show a progress bar: pictures (prompts * seeds, 3, H, W) in [0, 1]."""
     wanted_prompts = [prompt for prompt in prompts for _ in seeds]
     wanted_seeds = list(seeds) * len(prompts)
-    with progress("Drawing", num_inference_steps * -(-len(wanted_prompts) // batch_size)) as advance:
+    label = "Compiling, then drawing" if is_compiled(pipeline.denoiser) else "Drawing"
+    with progress(label, num_inference_steps * -(-len(wanted_prompts) // batch_size)) as advance:
         handle = pipeline.denoiser.register_forward_hook(lambda *_: advance())
         try:
             return pipeline.draw(wanted_prompts, wanted_seeds, num_inference_steps, guidance_scale, batch_size)

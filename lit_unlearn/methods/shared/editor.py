@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_unlearn import __version__
@@ -167,6 +168,7 @@ class DiffusionEditor(L.LightningModule):
         device = offload_device(self)
         if self.torch_compile:
             check_compiler(torch.get_default_device(), "model.torch_compile")  # where Lightning moves the parts
+            rank_zero_info("torch.compile makes kernels when the first pictures are drawn, which may take minutes.")
         self.pipeline: Pipeline = self.base.load(self.weights_dtype, torch.device("cpu") if device else None)
         for name, part in self.pipeline.parts.items():  # so that Lightning moves them; checkpoints use the names
             self.add_module(name, part)
