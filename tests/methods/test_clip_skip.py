@@ -87,7 +87,7 @@ def test_least_squares_move_the_concept_more_than_what_is_preserved(
 @pytest.mark.parametrize("model", FAMILIES)
 def test_text_layers_end_where_prompts_are_read(model: str, build: Callable[..., Any], fit: Fit) -> None:
     _LEFT_OUT.clear()  # what has been warned of
-    with pytest.warns(UserWarning, match=r"layers\.2\.mlp\.fc2.* not read a prompt with at clip_skip=1\.$"):
+    with pytest.warns(UserWarning, match=r"layers\.2\.mlp\.fc2.*, with which no prompt is read at clip_skip=1\.$"):
         module = text_edit(build, model)
     fit(module, by_null_space(threshold=0.1, minimum=4), steps=1)
     ends: dict[str, list[tuple[int, int, int]]] = {}
@@ -106,7 +106,7 @@ def parameter(module: Any, name: str) -> Tensor:
 
 def test_a_layer_that_no_prompt_is_read_with_is_refused(build: Callable[..., Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"layers\.2\.mlp\.fc2\.weight, which the model does not read a prompt with at c"
+        ValueError, match=r"layers\.2\.mlp\.fc2\.weight, with which no prompt is read at clip_skip=1"
     ):
         build(ValueRefinement, edited_parameters=r"layers\.2\.mlp\.fc2", optimizer=torch.optim.Adam)
 
