@@ -105,9 +105,7 @@ def parameter(module: Any, name: str) -> Tensor:
 
 
 def test_a_layer_that_no_prompt_is_read_with_is_refused(build: Callable[..., Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"layers\.2\.mlp\.fc2\.weight, with which no prompt is read at clip_skip=1"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.fc2\.weight, with which no prompt is read at clip_skip=1"):
         build(ValueRefinement, edited_parameters=r"layers\.2\.mlp\.fc2", optimizer=torch.optim.Adam)
 
 
