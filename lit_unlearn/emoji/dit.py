@@ -33,6 +33,7 @@ from transformers import (
 
 from lit_unlearn.data.concepts import load_concept_set
 from lit_unlearn.data.prompts import PictureItem
+from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.emoji.dit_text import ENCODERS, TOKENIZERS
 from lit_unlearn.emoji.drawing import RESOLUTION
 from lit_unlearn.emoji.parts import trained_part
@@ -52,7 +53,7 @@ class DiTTraining(L.LightningModule):
             takes those of ``start``.
         start: Folder of a pipeline or ``emoji-dit``; its transformer is trained further, with its text encoders and
             autoencoder. Null starts from random weights.
-        model: Folder of a pipeline or ``emoji-sd``; its autoencoder is used.
+        model: Folder of a pipeline or ``emoji-sd``; its autoencoder is used, unless ``start`` is given.
         vae: Folder of a run that has trained the autoencoder; null takes that of ``model``, or of ``start``.
         num_layers: Blocks of the transformer.
         num_heads: Attention heads.
@@ -97,6 +98,10 @@ class DiTTraining(L.LightningModule):
             raise ValueError(
                 f"text_encoders={text_encoders!r} beside start={start!r}: the transformer reads the text encoders that "
                 "it was trained with, so give one of the two."
+            )
+        if start is not None and model != EMBEDDED:
+            raise ValueError(
+                f"model={model!r} beside start={start!r}, which has an autoencoder of its own: omit model."
             )
         if minutes is not None and minutes <= 0:
             raise ValueError(f"minutes={minutes} must be positive, or null for no limit.")

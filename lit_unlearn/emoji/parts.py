@@ -25,7 +25,7 @@ def trained_part(part: str, run: str | None, model: str, field: str = "model") -
     folder = Path(resolve_model(model)) / part if run is None else Path(run) / FOLDER / part
     if not (folder / ("tokenizer_config.json" if part.startswith("tokenizer") else "config.json")).is_file():
         where = f"{field}={model!r}" if run is None else f"the run {run}"
-        if field == "start":
-            raise ValueError(f"{where} has no {part} ({folder}): give emoji-dit, or a pipeline like it.")
-        raise ValueError(f"{where} has no {part} ({folder}): give a run that has trained it to its end.")
+        whole = run is None and field == "start"
+        remedy = "emoji-dit, or a pipeline like it" if whole else "a run that has trained it to its end"
+        raise ValueError(f"{where} has no {part} ({folder}): give {remedy}.")
     return folder

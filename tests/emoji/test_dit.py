@@ -171,6 +171,8 @@ def test_a_finished_transformer_is_trained_further(folder: Path) -> None:
         DiTTraining(text_encoders="text", start="first")
     with pytest.raises(ValueError, match=r"start='emoji-sd' has no text_encoder_2 .* give emoji-dit, or a"):
         DiTTraining(start="emoji-sd")
+    with pytest.raises(ValueError, match="model='first' beside start='first', which has an autoencoder of its own"):
+        DiTTraining(model="first", start="first")
     assert further.parts["vae"] == folder / "first/vae"
 
 
