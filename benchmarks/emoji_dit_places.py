@@ -55,6 +55,7 @@ EDITS = {
     "null_space, CLIP and T5": Edit("null_space", "last layer of each encoder that is read"),
     "null_space, CLIP": Edit("null_space", "last layer of both CLIP that is read", CLIP),
     "null_space, T5": Edit("null_space", "last layer of T5", T5),
+    "null_space_robust": Edit("null_space_robust", "context embedder and pooled embedder", "context"),
     "uce": Edit("uce", "context embedder and pooled embedder", "context"),
     "speed": Edit("speed", "context embedder and pooled embedder", "context"),
     "esd": Edit("esd", "keys and values of text in joint attention", "joint-kv"),
@@ -88,7 +89,7 @@ def make(cell: Cell, root: Path) -> dict[str, Any]:
         return {**found, **held(pipeline, read)}
     if cell.measure == "attacks":
         return attacked(edited(edit.recipe, [cell.concept], root, options, name), ATTACKS, NUM_PICTURES)
-    together = cell.edit.startswith("null_space")
+    together = edit.recipe.startswith("null_space")
     return sequence(edit.recipe, root, CONCEPTS, MODEL, edit.options, f"{name}_sequence", together)
 
 

@@ -22,12 +22,14 @@ def check_cuts(reader: PromptReader, concepts: ConceptSet, edited: Sequence[Conc
     """
     for concept in edited:
         _check_pairs(reader, concepts, concept)
+    read_prompts: list[str] = []
     for concept in concepts.concepts.values():
         for prompt, read in zip(concept.direct, reader.texts(concept.direct), strict=True):
             if not concept.find_name(read):
                 raise _error(concepts, concept, "direct", prompt, "so that it measures nothing")
         others = concept.edit_prompts if concept not in edited else (*concept.edit_prompts, *concept.target_prompts)
-        reader.warn_of_cuts([*concept.prompts, *concept.adversarial, *others])
+        read_prompts += [*concept.prompts, *concept.adversarial, *others]
+    reader.warn_of_cuts(read_prompts)
 
 
 def _check_pairs(reader: PromptReader, concepts: ConceptSet, concept: Concept) -> None:

@@ -103,20 +103,33 @@ class PromptReader:
         return found
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
-        """Warn of each prompt that is cut, once in a process for each text encoder."""
+        """Warn of each prompt that is cut, once in a process for each text encoder; of more than five, in one line."""
         for place, (tokenizer, room) in enumerate(self._rooms()):
             part = self.parts[place] if self.parts else "text_encoder"
             who = "the text encoder" if part == "text_encoder" else part
-            length = room + sum(map(len, frame(tokenizer)))
-            for prompt, ids in zip(prompts, token_ids(tokenizer, prompts), strict=True):
-                if len(ids) > room and (prompt, part, length) not in _WARNED_OF:
-                    from lightning.pytorch.utilities import rank_zero_warn  # slow to import, and rarely needed
+            framed = sum(map(len, frame(tokenizer)))
+            length = room + framed
+            cut = {
+                prompt: len(ids) + framed
+                for prompt, ids in zip(prompts, token_ids(tokenizer, prompts), strict=True)
+                if len(ids) > room and (prompt, part, length) not in _WARNED_OF
+            }
+            if not cut:
+                continue
+            from lightning.pytorch.utilities import rank_zero_warn  # slow to import, and rarely needed
 
-                    _WARNED_OF.add((prompt, part, length))
+            _WARNED_OF.update((prompt, part, length) for prompt in cut)
+            if len(cut) <= MOST_WARNINGS:
+                for prompt, count in cut.items():
                     rank_zero_warn(
-                        f"The prompt {prompt!r} has {len(ids) + length - room} tokens; {who} reads {length} and "
-                        "ignores the rest."
+                        f"The prompt {prompt!r} has {count} tokens; {who} reads {length} and ignores the rest."
                     )
+            else:
+                longest = max(cut, key=cut.__getitem__)
+                rank_zero_warn(
+                    f"{len(cut)} prompts have more tokens than the {length} that {who} reads; it ignores the rest of "
+                    f"each. The longest has {cut[longest]}: {longest!r}."
+                )
 
 
 def _beginnings(text: str) -> list[str]:
@@ -125,6 +138,8 @@ def _beginnings(text: str) -> list[str]:
     return [text[:end] for end in range(len(text) + 1) if not (0 < end < len(text) and all(spaced[end - 1 : end + 1]))]
 
 
+MOST_WARNINGS = 5
+"""Cut prompts that are warned of one by one."""
 _WARNED_OF: set[tuple[str, str, int]] = set()
 
 

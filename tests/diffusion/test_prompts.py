@@ -87,6 +87,17 @@ def test_a_cut_is_said_once(components: StableDiffusion) -> None:
     assert [str(warning.message).count("dog") for warning in said] == [LENGTH, LENGTH + 1]
 
 
+def test_many_cuts_are_said_in_one_line(components: StableDiffusion) -> None:
+    prompts = [" ".join(["dog"] * (LENGTH + more)) for more in range(7)]
+    with pytest.warns(UserWarning) as said:
+        for _ in range(2):
+            tokenize(components.tokenizer, [*prompts, "a cat"])
+    assert [str(warning.message) for warning in said] == [
+        f"7 prompts have more tokens than the {LENGTH} that the text encoder reads; it ignores the rest of each. "
+        f"The longest has {LENGTH + 8}: {prompts[-1]!r}."
+    ]
+
+
 @pytest.mark.parametrize("text", ["龍" * 12, "🐉" * 9, "é" * 17])
 def test_characters_of_several_tokens_are_counted_as_such(text: str, byte_tokenizer: CLIPTokenizer) -> None:
     # Fewer characters than the encoder has positions, and more tokens.
