@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, is_compiled
+from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, compiled_forward, is_compiled
 from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
@@ -21,6 +21,7 @@ from lit_unlearn.methods.esd import ESD
 from lit_unlearn.system.errors import UserError
 
 STEPS = 3
+torch_compile = torch.compile
 CPU = torch.device("cpu")
 
 
@@ -29,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the compiler by one that changes nothing: the names of the modules that are called as compiled."""
     made: list[str] = []
 
-    def compile_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_nothing(forward: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             made.append(type(module).__name__)
             return forward(module, *args, **kwargs)
@@ -65,6 +66,31 @@ def test_an_error_within_leaves_the_model_as_it_was(components: StableDiffusion,
     with pytest.raises(RuntimeError):
         components.sample(components.encode(["a dog"]), torch.zeros(1, 3, 8, 8), STEPS, 1.0)  # three channels, not four
     assert calls and "forward" not in vars(components.unet)
+
+
+def test_guards_are_checked_at_the_first_step_and_for_other_arguments(
+    components: StableDiffusion, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_drawing(components)
+    skipped: list[int] = []
+
+    def stance(*, skip_guard_eval_unsafe: bool) -> Any:
+        assert skip_guard_eval_unsafe
+        skipped.append(len(calls))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
+    draw(components)
+    draw(components, 3)
+    assert len(skipped) == 2 * (STEPS - 1)  # the first step of each chain is checked, and the decoder
+    skipped.clear()
+    x, condition = components.initial_noise([0, 1]), components.encode(["a dog", "a cat"])
+    with compiled_forward(components.unet), torch.no_grad():
+        components.predict(x, torch.tensor(10), condition)
+        components.predict(x, torch.tensor(20), condition)
+        components.predict(x[:1], torch.tensor(20), condition[:1])
+        components.predict(x[:1], torch.tensor([20]), condition[:1])
+    assert len(skipped) == 1
 
 
 def test_a_part_that_something_else_has_hold_of_is_refused(components: StableDiffusion) -> None:
@@ -124,7 +150,8 @@ def test_a_missing_compiler_is_told_before_a_model_is_loaded(monkeypatch: pytest
 def test_compiled_pictures_are_the_same_and_follow_the_weights(
     model: str, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    if backend != "inductor":
+        monkeypatch.setattr(torch, "compile", lambda forward, options: torch_compile(forward, backend=backend))
     folder: Path = request.getfixturevalue(model)
     plain, compiled = load_pipeline(str(folder)), load_pipeline(str(folder))
     compile_drawing(compiled)
