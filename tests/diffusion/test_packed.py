@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion import packed
-from lit_unlearn.diffusion.packed import packable, packed_convolution, packing, same_convolution
+from lit_unlearn.diffusion.packed import packable, packed_convolution, packing, processor_options, same_convolution
 
 
 @pytest.fixture
@@ -98,3 +98,23 @@ def test_only_plain_convolutions_are_packable() -> None:
     assert not packable(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
     assert not packable(nn.Conv2d(4, 4, 3, padding="same"))
     assert not packable(nn.Conv1d(4, 4, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's, of what its compiler imports
+def test_compiled_convolutions_are_packed_within_a_block_and_follow_the_weights(packings: list[int]) -> None:
+    layer, x = layer_and_input()
+    layers = nn.Sequential(layer, nn.Conv2d(48, 32, 1).requires_grad_(False)).to(memory_format=torch.channels_last)
+    compiled = torch.compile(nn.Sequential.forward, options=processor_options())
+    with torch.no_grad():
+        for _ in range(2):
+            layer.weight.data.mul_(-1.5)
+            with packing():
+                for _ in range(2):
+                    torch.testing.assert_close(compiled(layers, x), layers(x))
+        assert packings == 2 * [layer.weight.nbytes, layers[1].weight.nbytes]
+        torch.testing.assert_close(compiled(layers, x), layers(x))
+        assert len(packings) == 4
+        with packing():
+            torch.testing.assert_close(compiled(layers, x[:1]), layers(x[:1]))
+        assert len(packings) == 6
