@@ -8,10 +8,8 @@ Only pictures are drawn so: a gradient, and a single prediction, is computed as 
 first picture is drawn, and again for a second batch size; PyTorch keeps them on disk for later processes. They read the
 weights of the module, so an edit needs no others. Pictures differ in the last bits from those that are drawn without.
 
-With one picture at once two things take longer than many kernels: PyTorch checks hundreds of guards before each call,
-and a processor puts the weights of convolutions into another layout. The guards are checked for the first step of a
-chain only, whose other steps cannot break them; convolutions read weights that are packed once for a chain
-(``packed.py``). Neither lasts longer than ``compiled_forward``, so no kernel reads weights from before an edit.
+With one picture at once PyTorch's checks before each call (guards) take longer than many kernels. They are made for the
+first step of a chain only, since nothing that they check may change within it, and for arguments of another form.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_unlearn.diffusion.packed import processor_options
 from lit_unlearn.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,8 +75,7 @@ def compile_drawing(pipeline: Pipeline) -> None:
                 f"torch_compile cannot be used with this {type(module).__name__}, whose forward is replaced: omit it."
             )
         # Not of the bound method: it would keep the module alive, and a copy of it would draw with this one's weights.
-        repeated = module is pipeline.denoiser and next(module.parameters()).device.type == "cpu"
-        _OF[module] = torch.compile(type(module).forward, options=processor_options() if repeated else None)
+        _OF[module] = torch.compile(type(module).forward)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -3,23 +3,20 @@
     with fixed_texts(pipeline.denoiser):
         ...   # many predictions with the same condition
 
-Three costs of each step are the same in all of them: keys and values of the text in a UNet's cross-attention; in
-diffusers' ``Attention`` a look-up of the arguments of its processor, which takes longer than a small attention; and on
-a processor the layout of small convolutions' weights (``packed.py``). A denoiser that is compiled (``compiled.py``)
-saves them in its own way.
+Two costs of each step are the same in all of them: keys and values of the text in a UNet's cross-attention, and in
+diffusers' ``Attention`` a look-up of the arguments of its processor, which takes longer than a small attention. A
+denoiser that is compiled (``compiled.py``) needs neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.diffusion.compiled import compiled_forward
-from lit_unlearn.diffusion.packed import packable, packing, same_convolution
 
 Map = Callable[[Tensor], Tensor]
 
@@ -37,11 +34,8 @@ def fixed_texts(denoiser: nn.Module) -> Iterator[None]:
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     with ExitStack() as stack:
-        stack.enter_context(packing())
         compiled = stack.enter_context(compiled_forward(denoiser))
         for name, module in () if compiled else denoiser.named_modules():
-            if packable(module):
-                _replace(stack, module, partial(same_convolution, module))
             if type(module) is not Attention or type(module.processor) is not AttnProcessor2_0:
                 continue
             _replace(stack, module, _direct(module))

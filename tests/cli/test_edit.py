@@ -57,7 +57,7 @@ def test_a_test_may_draw_with_compiled_kernels_and_says_so(
 ) -> None:
     compiled: list[str] = []
 
-    def compile_nothing(forward: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
+    def compile_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
         compiled.append(forward.__qualname__)
         return forward
 
