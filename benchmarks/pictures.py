@@ -29,8 +29,12 @@ from torch import Tensor
 PROMPTS = ("a dog", "a castle", "a dog in the rain", "a sketch of an owl", "a man surfing", "an apple at sunset")
 
 
-def plain(model: str, device: torch.device, steps: int, guidance: float) -> Callable[[list[str], list[int]], Tensor]:
-    """Draws as the documentation of diffusers does."""
+Draw = Callable[[list[str], list[int], int], Tensor]
+"""From prompts, seeds and how many are drawn at once to pictures (n, 3, H, W), float32 on the CPU."""
+
+
+def plain(model: str, device: torch.device, steps: int, guidance: float) -> Draw:
+    """Draws as the documentation of diffusers does, one call for each batch."""
     from diffusers import StableDiffusionPipeline
 
     from lit_unlearn.diffusion.source import resolve_model
@@ -38,10 +42,14 @@ def plain(model: str, device: torch.device, steps: int, guidance: float) -> Call
     pipeline = StableDiffusionPipeline.from_pretrained(str(resolve_model(model)), safety_checker=None).to(device)
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+    def batch_of(prompts: list[str], seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         given = {"generator": generators, "num_inference_steps": steps, "guidance_scale": guidance}
         return pipeline(prompts, output_type="pt", **given).images.float().cpu()
+
+    def draw(prompts: list[str], seeds: list[int], batch: int) -> Tensor:
+        parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
+        return torch.cat([batch_of(prompts[part], seeds[part]) for part in parts])
 
     return draw
 
@@ -54,8 +62,8 @@ def ours(
     dtype: torch.dtype,
     mixed: bool,
     compiled: bool = False,
-) -> Callable[[list[str], list[int]], Tensor]:
-    """Draws as ``generate`` does, and as a test does."""
+) -> Draw:
+    """Draws as ``generate`` does, and as a test does: one call, which reads the empty prompt once for all batches."""
     from lit_unlearn.diffusion.compiled import compile_drawing
     from lit_unlearn.diffusion.load import load_pipeline
 
@@ -63,23 +71,19 @@ def ours(
     if compiled:
         compile_drawing(pipeline)
 
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+    def draw(prompts: list[str], seeds: list[int], batch: int) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
-            return pipeline.draw(prompts, seeds, steps, guidance).float()
+            return pipeline.draw(prompts, seeds, steps, guidance, batch).float()
 
     return draw
 
 
-def drawn(
-    draw: Callable[[list[str], list[int]], Tensor], prompts: list[str], batch: int, device: torch.device
-) -> tuple[float, Tensor]:
+def drawn(draw: Draw, prompts: list[str], batch: int, device: torch.device) -> tuple[float, Tensor]:
     """Seconds and pictures (n, 3, H, W) of ``prompts``, ``batch`` at once, with the seeds 0, 1, ..."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    started, parts = clock(), []
-    for start in range(0, len(prompts), batch):
-        own = prompts[start : start + batch]
-        parts.append(draw(own, list(range(start, start + len(own)))))
-    return clock() - started, torch.cat(parts)  # the pictures are on the CPU: nothing is left to wait for
+    started = clock()
+    pictures = draw(prompts, list(range(len(prompts))), batch)
+    return clock() - started, pictures  # these are on the CPU: nothing is left to wait for
 
 
 def table(known: dict[tuple[str, int], list[float]], far: dict[str, Tensor], pictures: int) -> list[str]:
@@ -130,7 +134,7 @@ def main() -> None:
     far: dict[str, Tensor] = {}
     for batch in arguments.batches:
         for draw in sides.values():
-            draw(prompts[:batch], list(range(len(prompts[:batch]))))  # the first call allocates
+            draw(prompts[:batch], list(range(len(prompts[:batch]))), batch)  # the first call allocates
         for _ in range(arguments.repeats):
             first: Tensor | None = None
             for name, draw in sides.items():

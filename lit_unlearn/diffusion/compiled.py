@@ -7,6 +7,9 @@
 Only pictures are drawn so: a gradient, and a single prediction, is computed as always. The kernels are made when the
 first picture is drawn, and again for a second batch size; PyTorch keeps them on disk for later processes. They read the
 weights of the module, so an edit needs no others. Pictures differ in the last bits from those that are drawn without.
+
+With one picture at once PyTorch's checks before each call (guards) take longer than many kernels. They are made for the
+first step of a chain only, since nothing that they check may change within it, and for arguments of another form.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_unlearn.system.errors import UserError
 
@@ -81,11 +85,14 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def compiled_forward(module: nn.Module) -> Iterator[bool]:
-    """Within the block, ``module`` computes with its compiled kernels; yields whether it has some."""
+    """Within the block, ``module`` computes with its compiled kernels; yields whether it has some.
+
+    Neither a weight nor anything else of the module may change within the block.
+    """
     if (compiled := _OF.get(module)) is None:
         yield False
         return
-    module.forward = partial(compiled, module)
+    module.forward = _checked_once(partial(compiled, module))
     try:
         with warnings.catch_warnings():
             # Of functions that the compiler leaves to Python, which are many and change nothing.
@@ -93,6 +100,30 @@ def compiled_forward(module: nn.Module) -> Iterator[bool]:
             yield True
     finally:
         del module.forward
+
+
+def _checked_once(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute``, for which PyTorch checks its guards only where arguments are unlike those of the call before."""
+    last: Any = None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal last
+        given = [_kind(value) for value in tree_leaves((args, kwargs))], sorted(kwargs), torch.is_grad_enabled()
+        known, last = given == last, None
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext():
+            output = compute(*args, **kwargs)
+        last = given  # not after an error
+        return output
+
+    return forward
+
+
+def _kind(value: Any) -> Any:
+    """What PyTorch's guards check of an argument."""
+    if not isinstance(value, Tensor):
+        return value
+    autocast = torch.is_autocast_enabled(value.device.type)
+    return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference(), autocast
 
 
 __all__ = ["check_compiler", "compile_drawing", "compiled_forward", "is_compiled"]

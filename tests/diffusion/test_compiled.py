@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, is_compiled
+from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, compiled_forward, is_compiled
 from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
@@ -65,6 +66,31 @@ def test_an_error_within_leaves_the_model_as_it_was(components: StableDiffusion,
     with pytest.raises(RuntimeError):
         components.sample(components.encode(["a dog"]), torch.zeros(1, 3, 8, 8), STEPS, 1.0)  # three channels, not four
     assert calls and "forward" not in vars(components.unet)
+
+
+def test_guards_are_checked_at_the_first_step_and_for_other_arguments(
+    components: StableDiffusion, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_drawing(components)
+    skipped: list[int] = []
+
+    def stance(*, skip_guard_eval_unsafe: bool) -> Any:
+        assert skip_guard_eval_unsafe
+        skipped.append(len(calls))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
+    draw(components)
+    draw(components, 3)
+    assert len(skipped) == 2 * (STEPS - 1)  # the first step of each chain is checked, and the decoder
+    skipped.clear()
+    x, condition = components.initial_noise([0, 1]), components.encode(["a dog", "a cat"])
+    with compiled_forward(components.unet), torch.no_grad():
+        components.predict(x, torch.tensor(10), condition)
+        components.predict(x, torch.tensor(20), condition)
+        components.predict(x[:1], torch.tensor(20), condition[:1])
+        components.predict(x[:1], torch.tensor([20]), condition[:1])
+    assert len(skipped) == 1
 
 
 def test_a_part_that_something_else_has_hold_of_is_refused(components: StableDiffusion) -> None:
