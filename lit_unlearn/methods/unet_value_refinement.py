@@ -14,8 +14,8 @@ blocks before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,6 +100,25 @@ class UNetValueRefinement(ValueRefinement):
     # --- set-up
 
     @property
+    def is_direct(self) -> bool:
+        """Whether V1 is what the unedited denoiser gives for the target prompts: then it is never computed."""
+        return self.value_choice == "target"
+
+    def values_shape(self) -> tuple[int, ...]:
+        """As in ``ValueRefinement``; a single number if V1 is not computed."""
+        return () if self.is_direct else super().values_shape()
+
+    def own_state(self) -> list[str]:
+        """V1, if it is computed."""
+        return [] if self.is_direct else super().own_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in ``ValueRefinement``, without V1 if it is not computed: checkpoints before 2026-11-29 have it."""
+        super().on_load_checkpoint(checkpoint)
+        if self.is_direct:
+            checkpoint["state_dict"].pop("values", None)
+
+    @property
     def needs_goal(self) -> bool:
         """Always: V1 is made from the target prompts' states, too."""
         return True
@@ -108,7 +127,9 @@ class UNetValueRefinement(ValueRefinement):
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.edit_condition = self.pipeline.encode_many(self.paired.edit_tokens)
         self.edit_keys = self.inputs(self.edit_condition)
-        self.edited_keys: dict[str, Tensor] = {}  # of each way, one tensor for all maps and rounds
+        # Of each way, one tensor for all maps and rounds.
+        self.edited_keys: dict[str, Tensor] = {}
+        self.edited_anchors: dict[str, Tensor] = {}
         self.state_pairs = StatePairs.of(self.paired.of_states, self.num_positions())
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
@@ -148,8 +169,14 @@ class UNetValueRefinement(ValueRefinement):
         mask = self.state_pairs.mask
         if way_of(name) == "pooled":
             mask = torch.ones_like(mask[:, :1])
-        state = LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
-        state.rows = self.edited_keys.setdefault(str(way_of(name)), state.edited(keys))
+        state = LayerState(name, self.layers[name], keys, mask)
+        if (way := str(way_of(name))) not in self.edited_keys:
+            self.edited_keys[way] = state.edited(keys)
+        state.rows = self.edited_keys[way]
+        if self.is_direct:
+            if way not in self.edited_anchors:
+                self.edited_anchors[way] = state.edited(self.target_keys(name))
+            state.anchors, state.anchor_weight = self.edited_anchors[way], self.pretrained.values[name]
         return state
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
@@ -157,6 +184,11 @@ class UNetValueRefinement(ValueRefinement):
         if way_of(state.name) == "pooled":
             return None
         return state.edited(self.state_pairs.carrying.to(state.mask.device))
+
+    def set_values(self, state: LayerState) -> None:
+        """As in ``ValueRefinement``, if V1 is computed."""
+        if not self.is_direct:
+            super().set_values(state)
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
@@ -166,6 +198,13 @@ class UNetValueRefinement(ValueRefinement):
         """K1* (n, L, d_in), float32: the target prompts' inputs, states each at the edit position aligned with it."""
         found = self.inputs(self.goal)[str(way_of(name))]
         return found if way_of(name) == "pooled" else self.state_pairs.align(found)
+
+    def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor | None]]:
+        """As in ``ValueRefinement``; V1 is not computed if it is that of the target prompts."""
+        if not self.is_direct:
+            yield from super().edits(epoch)
+            return
+        yield self.state or self.prepare_layer(epoch), None
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Predictions for the edit prompts with V1, and of the unedited denoiser for the target prompts."""
@@ -296,7 +335,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
         """The layer ``name`` with its inputs at the items, from the denoiser as it is now."""
         keys = self.keys_at(name, self.edit_condition)
         mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+        return LayerState(name, self.layers[name], keys, mask)
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """All, since a key is an input that picture and prompt are mixed in."""

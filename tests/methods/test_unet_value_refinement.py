@@ -79,9 +79,12 @@ def test_gradients_reach_v1_alone_and_only_at_its_positions(keys_and_values: Bui
 
 def test_direct_values_are_those_of_the_target_prompt(keys_and_values: Build, fit: Fit) -> None:
     seen: dict[str, Tensor] = {}
+    anchors: list[Tensor] = []
 
     def keep(trainer: L.Trainer, module: Any, *_: Any) -> None:
-        seen[module.state.name] = module.values_of(module.state).detach().clone()
+        write = module.state.write(None, module.retained[module.state.name], None)
+        seen[module.state.name] = write.wanted().unflatten(0, (2, 32)).float()
+        anchors.append(write.anchors)
 
     module = keys_and_values(values="target", rounds=2)
     fit(module, hook("on_train_batch_start", keep), half(), steps=1)
@@ -90,6 +93,8 @@ def test_direct_values_are_those_of_the_target_prompt(keys_and_values: Build, fi
     assert module.pretrained.change_ratio() > 1e-2
     for name in KV:  # of the unedited UNet, in the second round too
         assert_close(seen[name], aligned @ module.pretrained.values[name].mT, rtol=0, atol=1e-5)
+    assert all(found is anchors[0] for found in anchors)
+    assert module.values.shape == () and module.own_state() == []  # V1 is never held
 
 
 def test_an_edit_writes_the_targets_keys_and_values(keys_and_values: Build, fit: Fit) -> None:
