@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
@@ -112,11 +113,24 @@ class UNetValueRefinement(ValueRefinement):
         """V1, if it is computed."""
         return [] if self.is_direct else super().own_state()
 
+    @property
+    def epochs_per_round(self) -> int:
+        """One if V1 is not computed: nothing that a map reads or gets depends on another map's edit."""
+        return 1 if self.is_direct else super().epochs_per_round
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in ``ValueRefinement``, without V1 if it is not computed: checkpoints before 2026-11-29 have it."""
+        """As in ``ValueRefinement``; a checkpoint that holds V1 though it is not computed is of an earlier version.
+
+        Raises:
+            ValueError: Such a fit cannot go on, since its epochs were others.
+        """
         super().on_load_checkpoint(checkpoint)
-        if self.is_direct:
-            checkpoint["state_dict"].pop("values", None)
+        if self.is_direct and checkpoint["state_dict"].pop("values", None) is not None:
+            if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+                raise ValueError(
+                    "The checkpoint is of an earlier version, whose fit had an epoch for each map: begin it again with "
+                    "--fresh."
+                )
 
     @property
     def needs_goal(self) -> bool:
@@ -185,11 +199,6 @@ class UNetValueRefinement(ValueRefinement):
             return None
         return state.edited(self.state_pairs.carrying.to(state.mask.device))
 
-    def set_values(self, state: LayerState) -> None:
-        """As in ``ValueRefinement``, if V1 is computed."""
-        if not self.is_direct:
-            super().set_values(state)
-
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
         return started(self, state)
@@ -199,12 +208,19 @@ class UNetValueRefinement(ValueRefinement):
         found = self.inputs(self.goal)[str(way_of(name))]
         return found if way_of(name) == "pooled" else self.state_pairs.align(found)
 
+    def on_train_epoch_start(self) -> None:
+        """As in ``ValueRefinement``, if there is a V1 to find."""
+        if self.is_direct:
+            self.progress["prepared"] = self.current_epoch
+        else:
+            super().on_train_epoch_start()
+
     def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor | None]]:
-        """As in ``ValueRefinement``; V1 is not computed if it is that of the target prompts."""
-        if not self.is_direct:
+        """As in ``ValueRefinement``; all maps, without V1, if it is that of the target prompts."""
+        if self.is_direct:
+            yield from ((self.layer_state(name), None) for name in self.edited_names)
+        else:
             yield from super().edits(epoch)
-            return
-        yield self.state or self.prepare_layer(epoch), None
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Predictions for the edit prompts with V1, and of the unedited denoiser for the target prompts."""

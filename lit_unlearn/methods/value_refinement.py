@@ -233,18 +233,15 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     def on_train_epoch_start(self) -> None:
         """Gather K1 of the epoch's layer and set the start of V1, with a fresh optimizer."""
-        self.set_values(self.prepare_layer(self.current_epoch))
+        state = self.prepare_layer(self.current_epoch)
+        with torch.no_grad():
+            start = self.start_values(state)
+            self.values.zero_()
+            self.values_of(state).copy_(start)
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.progress["prepared"] = self.current_epoch
         self.errors = []
-
-    @torch.no_grad()
-    def set_values(self, state: LayerState) -> None:
-        """Set ``values`` to the start of V1 in the layer of ``state``."""
-        start = self.start_values(state)
-        self.values.zero_()
-        self.values_of(state).copy_(start)
 
     @torch.no_grad()
     def prepare_layer(self, epoch: int) -> LayerState:
@@ -339,9 +336,9 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """
         if self.progress["prepared"] != self.current_epoch:  # resumed between two layers: Lightning skips the hook
             self.on_train_epoch_start()
-        state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
         if self.value_choice != "refined":
             return self.values.flatten()[0] * 0  # V1 does not change
+        state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
         pairs = batch % self.num_pairs
         values = self.values_of(state, pairs)
         prediction, goal = self.predictions(state, values, batch, batch_idx)
