@@ -125,12 +125,12 @@ class UNetValueRefinement(ValueRefinement):
             ValueError: Such a fit cannot go on, since its epochs were others.
         """
         super().on_load_checkpoint(checkpoint)
-        if self.is_direct and checkpoint["state_dict"].pop("values", None) is not None:
-            if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-                raise ValueError(
-                    "The checkpoint is of an earlier version, whose fit had an epoch for each map: begin it again with "
-                    "--fresh."
-                )
+        older = self.is_direct and checkpoint["state_dict"].pop("values", None) is not None
+        if older and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                "The checkpoint is of an earlier version, whose fit had an epoch for each map: begin it again with "
+                "--fresh."
+            )
 
     @property
     def needs_goal(self) -> bool:

@@ -24,7 +24,6 @@ from lit_unlearn.diffusion.text_ways import WAYS, way_of
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.devices import for_solving
 
-
 SORTED_BATCH = 8 * ENCODE_BATCH
 """Number of retained prompts that are sorted by their length together, if they are read up to their last token."""
 
