@@ -8,8 +8,9 @@ On the command line the recipe's key ``edit`` names the solver, and this callbac
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
 import lightning as L
@@ -104,11 +105,11 @@ class ClosedFormEdit(L.Callback):
         """
         if not self._prepared.issuperset(write.retained for write in writes):
             self.prepare(pl_module)
-        # One process solves for all, since results of different processes may differ in the last bit.
-        started = time.perf_counter()
-        (solved,) = pl_module.processes.solved_once([partial(self.solve, writes)])
-        seconds = pl_module.report.get("solve_seconds", 0.0) + time.perf_counter() - started
-        (reaches,) = pl_module.processes.solved_once([partial(self.reaches, pl_module, writes)])
+        # One process solves for all, since results of different processes may differ in the last bit. Another one
+        # computes the reaches meanwhile.
+        tasks: list[Callable[[], Any]] = [partial(self._timed, writes), partial(self.reaches, pl_module, writes)]
+        (solved, seconds), reaches = pl_module.processes.solved_once(tasks)
+        seconds += pl_module.report.get("solve_seconds", 0.0)
         reports = {}
         for write, one in zip(writes, solved, strict=True):
             weight = pl_module.layers[write.name].weight
@@ -144,6 +145,11 @@ class ClosedFormEdit(L.Callback):
             weight = pl_module.pretrained.values[write.name].to(device)
             found[write.name] = {} if span is None else reach_report(write, weight, span)
         return found
+
+    def _timed(self, writes: Sequence[Write]) -> tuple[list[Solved], float]:
+        """What ``solve`` returns, and its seconds."""
+        started = time.perf_counter()
+        return self.solve(writes), time.perf_counter() - started
 
     def solve(self, writes: Sequence[Write]) -> list[Solved]:
         """Solve for ``writes``.

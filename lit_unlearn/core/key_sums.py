@@ -1,4 +1,8 @@
-"""Two sums over many edited keys that suffice for a closed form; their size does not depend on the number of keys."""
+"""Two sums over many edited keys that suffice for a closed form; their size does not depend on the number of keys.
+
+If V1 is the output of other keys K1*, ``V1 = A K1*``, nothing but W and A differs between maps with the same keys:
+``R K1ᵀ = A (K1* − K1) K1ᵀ + (A − W) K1 K1ᵀ``. So the two sums in it are made once for all maps and rounds.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,13 @@ class KeySums(NamedTuple):
         moment: K1 K1ᵀ, (d_in, d_in).
         residual: R K1ᵀ with R = V1 − W K1, (d_out, d_in).
         num_keys: Number of keys.
+        moved: (K1* − K1) K1ᵀ, (d_in, d_in), if the values are the outputs of K1*.
     """
 
     moment: Tensor
     residual: Tensor
     num_keys: int
+    moved: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, keys: Tensor, values: Tensor, moment: Tensor | None = None) -> KeySums:
@@ -54,3 +60,39 @@ class KeySums(NamedTuple):
     def of_many(cls, weight: Tensor, keys: Tensor, values: Tensor, moment: Tensor | None = None) -> KeySums | None:
         """As ``of``, or None if there are so few keys that they need less memory than their sums."""
         return cls.of(weight, keys, values, moment) if len(keys) > MANY * keys.shape[-1] else None
+
+    @classmethod
+    def of_anchors(
+        cls,
+        weight: Tensor,
+        keys: Tensor,
+        anchors: Tensor,
+        anchor_weight: Tensor | None = None,
+        moment: Tensor | None = None,
+        moved: Tensor | None = None,
+    ) -> KeySums:
+        """As ``of`` with the values ``anchors @ anchor_weight.mT``, which are not computed.
+
+        Args:
+            weight: W, (d_out, d_in).
+            keys: K1 transposed, (n, d_in).
+            anchors: K1* transposed, (n, d_in).
+            anchor_weight: A, (d_out, d_in); None: W.
+            moment: K1 K1ᵀ (d_in, d_in), if it is known already.
+            moved: (K1* − K1) K1ᵀ (d_in, d_in), likewise.
+
+        Raises:
+            ValueError: As in ``of``.
+        """
+        weight = checked_matrix("weight", weight, (None, None))
+        d_in = weight.shape[1]
+        if moment is None or moved is None:
+            moment, moved = weight.new_zeros(d_in, d_in), weight.new_zeros(d_in, d_in)
+            for some_keys, some_anchors in zip(keys.split(d_in), anchors.split(d_in), strict=True):
+                rows = checked_matrix("keys", some_keys, (None, d_in), weight.device)
+                moment += rows.mT @ rows
+                moved += (checked_matrix("anchors", some_anchors, tuple(rows.shape), weight.device) - rows).mT @ rows
+        if anchor_weight is None:
+            return cls(moment, weight @ moved, len(keys), moved)
+        own = checked_matrix("anchor_weight", anchor_weight, tuple(weight.shape), weight.device)
+        return cls(moment, own @ moved + (own - weight) @ moment, len(keys), moved)

@@ -23,7 +23,7 @@ from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.null_space import NullSpaceBasis, null_space, soft_null_space
 from lit_unlearn.core.null_space_system import system_of
 from lit_unlearn.core.retained_outputs import Known, RetainedOutputs, Solution, known_of
-from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight
+from lit_unlearn.core.solvers import Retained, Share, Solved, Solver, Write, each, naming_weight, sums_of
 from lit_unlearn.core.thin import (
     NullSpaceOfKeys,
     ThinMoment,
@@ -45,6 +45,8 @@ class SharedSystem(NamedTuple):
         ridge: Ridge and its rule.
         system: The system.
         moment: K1 K1ᵀ, (d_in, d_in), float64, if the keys are many.
+        anchors: The anchors K1* of the write that it was made for, and how often they had been changed in place.
+        moved: (K1* − K1) K1ᵀ, (d_in, d_in), float64, if the keys are many and there are anchors.
     """
 
     keys: TensorWeakRef
@@ -53,11 +55,20 @@ class SharedSystem(NamedTuple):
     ridge: tuple[float | None, RidgeRule]
     system: NullSpaceSystem
     moment: Tensor | None
+    anchors: tuple[TensorWeakRef, int] | None = None
+    moved: Tensor | None = None
 
     def suits(self, write: Write, ridge: tuple[float | None, RidgeRule]) -> bool:
         """Whether ``write`` has this system if it is solved with this ``ridge``."""
         same = self.keys() is write.keys and self.version == write.keys._version and self.retained is write.retained
         return same and self.ridge == ridge and self.system.device == write.weight.device
+
+    def moved_of(self, write: Write) -> Tensor | None:
+        """``moved`` if it is that of the anchors of ``write``."""
+        if self.anchors is None or write.anchors is None:
+            return None
+        anchors, version = self.anchors
+        return self.moved if anchors() is write.anchors and version == write.anchors._version else None
 
 
 class NullSpace(Solver):
@@ -183,17 +194,16 @@ class NullSpace(Solver):
     def _solve(self, of_this_call: list[SharedSystem], write: Write) -> Solved:
         space = self.null_spaces[write.retained]
         if self.tolerance is not None:  # each map has its own null space
-            space = self._within_tolerance(write, space)
-            change, solution, _ = self._change(write, space)
+            # What is forgotten depends on the null space, so the residual does.
+            sums = None if self.forget_unused else sums_of(write)
+            space = self._within_tolerance(write, space, sums)
+            change, solution, _ = self._change(write, space, sums=sums)
         else:
             ridge = self.ridge, self.ridge_rule
             known = next((one for one in (*self.systems, *of_this_call) if one.suits(write, ridge)), None)
             change, solution, sums = self._change(write, space, known)
             if known is None:
-                keys, moment = write.keys, None if sums is None else sums.moment
-                (self.systems if write.shared else of_this_call).append(
-                    SharedSystem(TensorWeakRef(keys), keys._version, write.retained, ridge, solution.system, moment)
-                )
+                (self.systems if write.shared else of_this_call).append(_shared(write, ridge, solution.system, sums))
         assert write.retained.moment is not None
         delta, kept = write.rounded(change), write.retained.moment.to(write.weight)
         leak = None
@@ -208,9 +218,16 @@ class NullSpace(Solver):
         return space.cutoff if self.ridge is None else self.ridge
 
     def _change(
-        self, write: Write, space: NullSpaceOfKeys, known: SharedSystem | None = None
+        self,
+        write: Write,
+        space: NullSpaceOfKeys,
+        known: SharedSystem | None = None,
+        sums: KeySums | None = None,
     ) -> tuple[Tensor, Solution, KeySums | None]:
-        """The change of the weight (d_out, d_in), the part of it that was solved, within ``space``, and the sums."""
+        """The change of the weight (d_out, d_in), the part of it that was solved, within ``space``, and the sums.
+
+        ``sums`` are given if they are known already.
+        """
         weight = write.weight
         if self.forget_unused:
             if isinstance(space, ThinNullSpace):
@@ -218,19 +235,23 @@ class NullSpace(Solver):
             else:
                 factor = space.basis.to(weight)
                 weight = weight - (weight @ factor) @ factor.mT
-        values = write.wanted()
-        sums = KeySums.of_many(weight, write.keys, values, known and known.moment)
+        if sums is None:
+            changed = None if weight is write.weight else weight
+            sums = sums_of(write, changed, known and known.moment, known and known.moved_of(write))
         if known is None:
             keys, moment = write.keys.to(weight.device), None if sums is None else sums.moment
             system = system_of(keys, space, self._ridge(space), self.ridge_rule, moment=moment)
         else:
             system = known.system
-        coefficients = null_space_coefficients(weight, write.keys, values, system, sums)
+        if sums is None:
+            coefficients = null_space_coefficients(weight, write.keys, write.wanted(), system)
+        else:
+            coefficients = system.coefficients_of_sums(sums.residual)
         solution = Solution(system.change(coefficients), coefficients, system, system.space or space)
         whole = solution.change + (weight - write.weight) if self.forget_unused else solution.change
         return whole, solution, sums
 
-    def _within_tolerance(self, write: Write, widest: NullSpaceOfKeys) -> NullSpaceOfKeys:
+    def _within_tolerance(self, write: Write, widest: NullSpaceOfKeys, sums: KeySums | None) -> NullSpaceOfKeys:
         """The widest null space, up to ``widest``, whose change moves the retained outputs by at most ``tolerance``.
 
         It is found by bisection, so it is the widest if a wider null space moves them more, as it does but for small
@@ -245,7 +266,7 @@ class NullSpace(Solver):
 
         def leak(cutoff: float) -> float:
             try:
-                change, _, _ = self._change(write, widest.narrowed(cutoff))
+                change, _, _ = self._change(write, widest.narrowed(cutoff), sums=sums)
             except ValueError:  # so narrow that no edited key has a part in it
                 return 0.0
             return float(outputs_energy(change, moment).sqrt() / present)
@@ -262,6 +283,16 @@ class NullSpace(Solver):
                 "moves the retained outputs: raise it, or retain fewer prompts"
             )
         return widest.narrowed(cutoffs[least])
+
+
+def _shared(
+    write: Write, ridge: tuple[float | None, RidgeRule], system: NullSpaceSystem, sums: KeySums | None
+) -> SharedSystem:
+    """``system`` and ``sums`` of ``write``, for other writes with the same tensors."""
+    keys, anchors = write.keys, write.anchors
+    own = None if anchors is None else (TensorWeakRef(anchors), anchors._version)
+    moment, moved = (None, None) if sums is None else (sums.moment, sums.moved)
+    return SharedSystem(TensorWeakRef(keys), keys._version, write.retained, ridge, system, moment, own, moved)
 
 
 def _known_of(weight: Tensor, retained: Retained, device: torch.device) -> Known:

@@ -84,7 +84,7 @@ class RefinedNullSpace(Solver):
 
     def _solve(self, write: Write) -> Solved:
         weight, keys, retained, anchors = write.weight, write.keys, write.retained.keys, write.anchors
-        if retained is None or anchors is None:
+        if retained is None or anchors is None or write.anchor_weight is not None:
             raise ValueError(ONLY_SPEED)
         invariants = write.retained.invariants
         erasing = erasing_update(weight, keys, anchors, write.texts)

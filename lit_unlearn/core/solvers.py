@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import LeastSquaresSystem, least_squares_update, second_moment
-from lit_unlearn.core.key_sums import KeySums
+from lit_unlearn.core.key_sums import MANY, KeySums
 from lit_unlearn.core.matrices import SingularSystemError
 from lit_unlearn.core.null_space import EmptyNullSpaceError, NullSpaceBasis
 from lit_unlearn.core.retained_outputs import leak
@@ -93,6 +93,8 @@ class Write:
         retained: What should not change.
         anchors: Keys that have V1 as outputs, row by row with ``keys``, (m, d_in); maps that share them share one
             tensor.
+        anchor_weight: The weight whose outputs of ``anchors`` V1 is, (d_out, d_in), of any float type; None:
+            ``weight``. Further rounds have that of the first one.
         texts: Number of texts that the keys come from, if a text has several keys; None: one key per text.
         seed: Seed of the random numbers that a solver draws for this map.
         concept_keys: Which of ``keys`` may carry the concept, (m,) bool; None: all.
@@ -106,6 +108,7 @@ class Write:
     values: Tensor | None
     retained: Retained
     anchors: Tensor | None = None
+    anchor_weight: Tensor | None = None
     texts: int | None = None
     seed: tuple[object, ...] = ()
     concept_keys: Tensor | None = None
@@ -121,11 +124,37 @@ class Write:
         if given is None:
             raise ValueError(f"{self.name} is written without values: give values, or anchors that have them.")
         given = given if rows is None else given[rows.to(given.device)]
-        return given.to(self.weight) @ self.weight.mT if self.values is None else given
+        if self.values is not None:
+            return given
+        weight = self.weight if self.anchor_weight is None else self.anchor_weight.to(self.weight)
+        return given.to(self.weight) @ weight.mT
 
     def rounded(self, change: Tensor) -> Tensor:
         """The part of ``change`` that remains when the new weight is rounded to ``dtype``, (d_out, d_in), float64."""
         return (self.weight + change).to(self.dtype).double() - self.weight
+
+
+def sums_of(
+    write: Write, weight: Tensor | None = None, moment: Tensor | None = None, moved: Tensor | None = None
+) -> KeySums | None:
+    """Sums over the edited keys of ``write``, or None if there are so few keys that they need less memory.
+
+    Args:
+        write: The write.
+        weight: The weight that the residual is taken from, (d_out, d_in), float64; None: that of ``write``.
+        moment: ``KeySums.moment`` of these keys, if it is known already.
+        moved: ``KeySums.moved`` of these keys and anchors, likewise.
+
+    Raises:
+        ValueError: As in ``KeySums.of``.
+    """
+    if len(write.keys) <= MANY * write.keys.shape[-1]:
+        return None
+    start = write.weight if weight is None else weight
+    if write.values is not None or write.anchors is None:
+        return KeySums.of(start, write.keys, write.wanted(), moment)
+    own = write.weight if write.anchor_weight is None and weight is not None else write.anchor_weight
+    return KeySums.of_anchors(start, write.keys, write.anchors, own, moment, moved)
 
 
 class Solved(NamedTuple):
@@ -248,12 +277,14 @@ class LeastSquares(Solver):
         assert write.retained.moment is not None
         total = dense(write.retained.moment).to(write.weight)
         moment = total if self.moment == "sum" else total / write.retained.count
-        values = write.wanted()
-        sums = KeySums.of_many(write.weight, write.keys, values)
+        sums = sums_of(write)
         edited = second_moment(write.keys.to(write.weight.device)) if sums is None else sums.moment
         system = LeastSquaresSystem(edited, moment, self.ridge, self.retain_weight)
-        settings = moment, self.ridge, self.retain_weight
-        change = least_squares_update(write.weight, write.keys, values, *settings, sums=sums, system=system)
+        if sums is None:
+            settings = moment, self.ridge, self.retain_weight
+            change = least_squares_update(write.weight, write.keys, write.wanted(), *settings, system=system)
+        else:
+            change = system.solve(sums.residual)
         delta, weight = write.rounded(change), write.weight
         report = {
             "leak": leak(delta, weight, total),
@@ -310,7 +341,8 @@ class RidgeMap(Solver):
         moment = None if retained.moment is None else dense(retained.moment)
         settings = moment, self.erase_scale, scale, self.lamb
         condition = map_condition(keys, *settings)  # all maps share one system
-        if writes[0].values is None and anchors is not None:
+        own = all(write.anchor_weight is None for write in writes)
+        if own and writes[0].values is None and anchors is not None:
             mapped = shared_map(keys, anchors, *settings)
             changes = [mapped.change(write.weight) for write in writes]
             report = SharedReport(keys, anchors, moment, retained.keys)

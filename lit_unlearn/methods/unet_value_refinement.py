@@ -14,10 +14,11 @@ blocks before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_unlearn.core.closed_form import second_moment
@@ -100,6 +101,38 @@ class UNetValueRefinement(ValueRefinement):
     # --- set-up
 
     @property
+    def is_direct(self) -> bool:
+        """Whether V1 is what the unedited denoiser gives for the target prompts: then it is never computed."""
+        return self.value_choice == "target"
+
+    def values_shape(self) -> tuple[int, ...]:
+        """As in ``ValueRefinement``; a single number if V1 is not computed."""
+        return () if self.is_direct else super().values_shape()
+
+    def own_state(self) -> list[str]:
+        """V1, if it is computed."""
+        return [] if self.is_direct else super().own_state()
+
+    @property
+    def epochs_per_round(self) -> int:
+        """One if V1 is not computed: nothing that a map reads or gets depends on another map's edit."""
+        return 1 if self.is_direct else super().epochs_per_round
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in ``ValueRefinement``; a checkpoint that holds V1 though it is not computed is of an earlier version.
+
+        Raises:
+            ValueError: Such a fit cannot go on, since its epochs were others.
+        """
+        super().on_load_checkpoint(checkpoint)
+        older = self.is_direct and checkpoint["state_dict"].pop("values", None) is not None
+        if older and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                "The checkpoint is of an earlier version, whose fit had an epoch for each map: begin it again with "
+                "--fresh."
+            )
+
+    @property
     def needs_goal(self) -> bool:
         """Always: V1 is made from the target prompts' states, too."""
         return True
@@ -108,7 +141,9 @@ class UNetValueRefinement(ValueRefinement):
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.edit_condition = self.pipeline.encode_many(self.paired.edit_tokens)
         self.edit_keys = self.inputs(self.edit_condition)
-        self.edited_keys: dict[str, Tensor] = {}  # of each way, one tensor for all maps and rounds
+        # Of each way, one tensor for all maps and rounds.
+        self.edited_keys: dict[str, Tensor] = {}
+        self.edited_anchors: dict[str, Tensor] = {}
         self.state_pairs = StatePairs.of(self.paired.of_states, self.num_positions())
         super().gather()
         self.watched = Watched.of(self, self.watched_prompts)
@@ -148,8 +183,14 @@ class UNetValueRefinement(ValueRefinement):
         mask = self.state_pairs.mask
         if way_of(name) == "pooled":
             mask = torch.ones_like(mask[:, :1])
-        state = LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
-        state.rows = self.edited_keys.setdefault(str(way_of(name)), state.edited(keys))
+        state = LayerState(name, self.layers[name], keys, mask)
+        if (way := str(way_of(name))) not in self.edited_keys:
+            self.edited_keys[way] = state.edited(keys)
+        state.rows = self.edited_keys[way]
+        if self.is_direct:
+            if way not in self.edited_anchors:
+                self.edited_anchors[way] = state.edited(self.target_keys(name))
+            state.anchors, state.anchor_weight = self.edited_anchors[way], self.pretrained.values[name]
         return state
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
@@ -166,6 +207,20 @@ class UNetValueRefinement(ValueRefinement):
         """K1* (n, L, d_in), float32: the target prompts' inputs, states each at the edit position aligned with it."""
         found = self.inputs(self.goal)[str(way_of(name))]
         return found if way_of(name) == "pooled" else self.state_pairs.align(found)
+
+    def on_train_epoch_start(self) -> None:
+        """As in ``ValueRefinement``, if there is a V1 to find."""
+        if self.is_direct:
+            self.progress["prepared"] = self.current_epoch
+        else:
+            super().on_train_epoch_start()
+
+    def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor | None]]:
+        """As in ``ValueRefinement``; all maps, without V1, if it is that of the target prompts."""
+        if self.is_direct:
+            yield from ((self.layer_state(name), None) for name in self.edited_names)
+        else:
+            yield from super().edits(epoch)
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Predictions for the edit prompts with V1, and of the unedited denoiser for the target prompts."""
@@ -296,7 +351,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
         """The layer ``name`` with its inputs at the items, from the denoiser as it is now."""
         keys = self.keys_at(name, self.edit_condition)
         mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        return LayerState(name, self.layers[name], keys, keys @ self.layers[name].weight.float().mT, mask)
+        return LayerState(name, self.layers[name], keys, mask)
 
     def concept_keys(self, state: LayerState) -> Tensor | None:
         """All, since a key is an input that picture and prompt are mixed in."""

@@ -136,7 +136,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """One epoch for each round and layer; the data sets the number of steps."""
         return FitPlan(epochs=self.rounds * self.epochs_per_round, num_pairs=self.num_pairs, seed=self.seed)
 
-    def values_shape(self) -> tuple[int, int, int]:
+    def values_shape(self) -> tuple[int, ...]:
         """(n, L, d_out): all pairs, with the largest numbers of positions and outputs of any edited layer."""
         d_out = max(layer.out_features for layer in self.layers.values())
         return self.num_pairs, self.num_positions(), d_out
@@ -265,8 +265,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             with self.pretrained.restored():
                 self.unmoved = self.retained_outputs()
 
-    def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor]]:
-        """Layers and V1 (n, L, d_out) to write at the end of ``epoch``; each is computed after the write before."""
+    def edits(self, epoch: int) -> Iterator[tuple[LayerState, Tensor | None]]:
+        """Layers and V1 (n, L, d_out) to write at the end of ``epoch``; each is computed after the write before.
+
+        V1 is None where it is the output of ``LayerState.anchors``.
+        """
         state = self.state or self.prepare_layer(epoch)
         yield state, self.values_of(state)
 
@@ -303,8 +306,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     def values_of(self, state: LayerState, items: Tensor | slice = slice(None)) -> Tensor:
         """V1 (n, L, d_out) of the layer of ``state`` for the pairs ``items``, a part of ``values``."""
-        _, length, d_out = state.initial.shape
-        return self.values[items, :length, :d_out]
+        return self.values[items, : state.keys.shape[1], : state.layer.out_features]
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, L, d_out) at the start of a layer; see ``start``."""
@@ -334,11 +336,11 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """
         if self.progress["prepared"] != self.current_epoch:  # resumed between two layers: Lightning skips the hook
             self.on_train_epoch_start()
+        if self.value_choice != "refined":
+            return self.values.flatten()[0] * 0  # V1 does not change
         state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
         pairs = batch % self.num_pairs
         values = self.values_of(state, pairs)
-        if self.value_choice != "refined":
-            return (values * 0).sum()  # V1 does not change
         prediction, goal = self.predictions(state, values, batch, batch_idx)
         error = F.mse_loss(prediction.float(), goal.float())
         distance = per_item((values - state.initial[pairs]).square().mean(-1), state.mask[pairs])

@@ -37,6 +37,17 @@ def test_sums_are_those_over_all_keys() -> None:
     assert sums.moment.dtype == KeySums.of(WEIGHT.float(), KEYS.float(), VALUES.float()).residual.dtype == torch.float64
 
 
+@pytest.mark.parametrize("own", [WEIGHT, normal(D_OUT, D_IN, seed=6), None])
+def test_sums_for_anchors_are_those_for_their_outputs(own: Tensor | None) -> None:
+    anchors = normal(MANY_KEYS, D_IN, seed=8)
+    sums = KeySums.of_anchors(WEIGHT, KEYS, anchors, own)
+    whole = KeySums.of(WEIGHT, KEYS, anchors @ (WEIGHT if own is None else own).mT)
+    assert torch.equal(sums.moment, whole.moment) and sums.num_keys == MANY_KEYS
+    assert_close(sums.residual, whole.residual, rtol=0, atol=1e-12 * float(whole.residual.abs().max()))
+    again = KeySums.of_anchors(WEIGHT, KEYS, anchors, own, sums.moment, sums.moved)
+    assert torch.equal(again.residual, sums.residual) and again.moved is sums.moved
+
+
 def test_few_keys_are_taken_as_they_are() -> None:
     few = MANY * D_IN
     assert KeySums.of_many(WEIGHT, KEYS[:few], VALUES[:few]) is None
@@ -83,11 +94,13 @@ class LargestFloat64(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("solver", [NullSpace(1e-10, "max"), LeastSquares(0.5)])
-def test_a_solver_never_holds_all_keys_in_float64(solver: Solver) -> None:
+def test_a_solver_never_holds_all_keys_in_float64(solver: Solver, values: bool) -> None:
     retained = Retained(MOMENT, 50)
     solver.prepare({"layer": retained}, lambda tasks: [task() for task in tasks], torch.device("cpu"))
-    write = Write("layer", WEIGHT, torch.float32, KEYS.float(), VALUES.float(), retained)
+    given = {"values": VALUES.float()} if values else {"values": None, "anchors": KEYS.flip(0).float()}
+    write = Write("layer", WEIGHT, torch.float32, KEYS.float(), retained=retained, **given)
     with LargestFloat64() as seen:
         (solved,) = solver.solve([write])
     assert seen.most == D_IN * D_IN < KEYS.numel()

@@ -13,10 +13,11 @@ from torch.testing import assert_close
 from helpers import normal
 from lit_unlearn.core import null_space_solver
 from lit_unlearn.core.closed_form import second_moment
+from lit_unlearn.core.key_sums import KeySums
 from lit_unlearn.core.null_space import null_space, soft_null_space
 from lit_unlearn.core.null_space_solver import NullSpace
 from lit_unlearn.core.null_space_system import NullSpaceSystem, system_of
-from lit_unlearn.core.solvers import Retained, Solved, UnsolvableError, Write
+from lit_unlearn.core.solvers import Retained, Solved, UnsolvableError, Write, sums_of
 
 D_IN, D_OUT = 10, 6
 
@@ -67,6 +68,40 @@ def test_solves_with_the_same_tensor_of_keys_share_its_system_bit_for_bit(
     assert len(built) == 4
     assert all(torch.equal(one, other) for one, other in zip(apart, shared, strict=True))
     assert not torch.equal(apart[0], apart[1])
+
+
+def test_rounds_with_the_same_anchors_sum_them_once_and_give_what_their_outputs_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    retained = Retained(second_moment(KEPT), len(KEPT))
+    keys, anchors = normal(50, D_IN, seed=6), normal(50, D_IN, seed=7)
+    known: list[bool] = []
+    summed = KeySums.of_anchors
+
+    def noting(*args: Any) -> KeySums:
+        known.append(args[-1] is not None)
+        return summed(*args)
+
+    monkeypatch.setattr(KeySums, "of_anchors", noting)
+
+    def changes(**given: Any) -> list[Tensor]:
+        solver, weight, found = NullSpace(0.1, ridge=0.1), WEIGHT, []
+        solver.prepare({"a.weight": retained}, lambda calls: [call() for call in calls], torch.device("cpu"))
+        for _ in range(3):
+            one = Write("a.weight", weight, torch.float64, keys, retained=retained, shared=True, **given)
+            (solved,) = solver.solve([one])
+            found.append(solved.change)
+            weight = weight + solved.change
+        anchors.mul_(2)  # noticed
+        solver.solve([one])
+        return found
+
+    expected = changes(values=anchors @ WEIGHT.mT)
+    anchors.div_(2)
+    found = changes(values=None, anchors=anchors, anchor_weight=WEIGHT)
+    assert known == [False, True, True, False]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-12 * expected[0].norm()
 
 
 def prepared(*kept: Tensor) -> tuple[NullSpace, list[Retained]]:
@@ -193,6 +228,17 @@ def test_a_tolerance_takes_the_widest_null_space_that_keeps_it(rule: Any, forget
     assert solve(NullSpace(wider, **settings), KEPT).report["leak"] > tolerance
     loose = solve(NullSpace(2.0, tolerance=2 * widest.report["leak"], **settings), KEPT)
     assert_close(loose.change, widest.change, rtol=1e-9, atol=1e-12)
+
+
+def test_the_search_for_a_tolerance_sums_many_keys_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    retained = Retained(second_moment(KEPT), len(KEPT))
+    one = Write("a", WEIGHT, torch.float64, normal(50, D_IN, seed=6), normal(50, D_OUT, seed=7), retained)
+    calls: list[int] = []
+    monkeypatch.setattr(null_space_solver, "sums_of", lambda *given: calls.append(1) or sums_of(*given))
+    solver = NullSpace(2.0, tolerance=0.01)
+    solver.prepare({"a": retained}, lambda tasks: [task() for task in tasks], torch.device("cpu"))
+    (solved,) = solver.solve([one])
+    assert len(calls) == 1 and 0 < solved.report["leak"] <= 0.01
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:

@@ -156,6 +156,16 @@ def test_anchors_alone_are_solved_as_their_outputs(solver: Solver) -> None:
         replace(one, anchors=None).wanted()
 
 
+@pytest.mark.parametrize("solver", NON_DEFAULT[:3], ids=lambda solver: type(solver).__name__)
+def test_anchors_may_be_those_of_another_weight(solver: Solver) -> None:
+    one = write(values=None, anchor_weight=normal(D_OUT, D_IN, seed=20))
+    given = replace(one, values=one.anchors @ one.anchor_weight.mT, anchors=None, anchor_weight=None)
+    (found,), (expected,) = solved(solver, one), solved(solver, given)
+    assert_close(found.change, expected.change, rtol=0, atol=1e-12)
+    (other,) = solved(solver, replace(one, anchor_weight=None))
+    assert (found.change - other.change).norm() > 1e-2 * found.change.norm()
+
+
 def test_ridge_map_keeps_maps_apart_that_differ_in_keys_or_in_what_is_retained() -> None:
     keys, other = normal(3, D_IN, seed=2), normal(2, D_IN, seed=8)
     writes = [
@@ -290,7 +300,9 @@ def test_a_method_that_retains_nothing(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize(
-    "lacking", [write(Retained(RETAINED.moment, RETAINED.count)), write(anchors=None)], ids=["keys", "anchors"]
+    "lacking",
+    [write(Retained(RETAINED.moment, RETAINED.count)), write(anchors=None), write(anchor_weight=EYE[:D_OUT])],
+    ids=["keys", "anchors", "anchors of the weight itself"],
 )
 def test_refined_null_space_needs_each_retained_key_and_the_anchors(lacking: Write) -> None:
     with pytest.raises(UnsolvableError, match="RefinedNullSpace needs each retained key and the anchors' keys"):

@@ -79,17 +79,23 @@ def test_gradients_reach_v1_alone_and_only_at_its_positions(keys_and_values: Bui
 
 def test_direct_values_are_those_of_the_target_prompt(keys_and_values: Build, fit: Fit) -> None:
     seen: dict[str, Tensor] = {}
+    anchors: list[Tensor] = []
 
     def keep(trainer: L.Trainer, module: Any, *_: Any) -> None:
-        seen[module.state.name] = module.values_of(module.state).detach().clone()
+        for name in KV:
+            write = module.layer_state(name).write(None, module.retained[name], None)
+            seen[name] = write.wanted().unflatten(0, (2, 32)).float()
+            anchors.append(write.anchors)
 
     module = keys_and_values(values="target", rounds=2)
     fit(module, hook("on_train_batch_start", keep), half(), steps=1)
-    assert list(seen) == KV
+    assert len(anchors) == 2 * len(KV)  # an epoch for each round
     aligned = states(module, *TARGETS)[:, ALIGNMENT]
     assert module.pretrained.change_ratio() > 1e-2
     for name in KV:  # of the unedited UNet, in the second round too
         assert_close(seen[name], aligned @ module.pretrained.values[name].mT, rtol=0, atol=1e-5)
+    assert all(found is anchors[0] for found in anchors)
+    assert module.values.shape == () and module.own_state() == []  # V1 is never held
 
 
 def test_an_edit_writes_the_targets_keys_and_values(keys_and_values: Build, fit: Fit) -> None:

@@ -116,6 +116,30 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     assert whole.pretrained.change_ratio() > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_direct_edit_has_an_epoch_for_each_round_and_goes_on_between_two(
+    keys_and_values: Build, fit: Fit, tmp_path: Path
+) -> None:
+    edit = partial(by_null_space, threshold=16, rule="count", ridge=0.1)
+    build = partial(keys_and_values, edited_parameters=r"mid_block.*attn2\.to_[kv]\.weight", rounds=2, values="target")
+    whole, first, resumed, older = build(), build(), build(), build()
+    trainer = fit(whole, edit(), steps=1)
+    assert (trainer.current_epoch, trainer.global_step) == (2, 2)
+    assert [layer["round"] for layer in whole.report["layers"].values()] == [2, 2]
+    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True)
+    with pytest.raises(Interrupted):
+        fit(first, interrupt("on_train_epoch_start", epoch=1), edit(), keep(), steps=1)
+    path = tmp_path / "saved/last.ckpt"
+    fit(resumed, edit(), keep(), steps=1, ckpt_path=path)
+    assert changed(weights(whole), weights(resumed)) == [] and whole.pretrained.change_ratio() > 1e-4
+    checkpoint = torch.load(path, weights_only=True)
+    assert "values" not in checkpoint["state_dict"]
+    checkpoint["state_dict"]["values"] = torch.zeros(2, 32, 64)  # with an epoch for each map
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="of an earlier version, whose fit had an epoch for each map: begin it again"):
+        fit(older, edit(), steps=1, ckpt_path=path)
+
+
 @pytest.mark.parametrize("kind", ["keys_and_values", "feed_forward"])
 def test_velocity_prediction_and_half_precision(
     kind: str, tiny_sd2: Path, fit: Fit, request: pytest.FixtureRequest

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.solvers import Retained, Write
@@ -23,38 +25,48 @@ class LayerState:
         name: Full name of the weight.
         layer: The linear layer, W (d_out, d_in).
         keys: K1, inputs at the edit prompts, (n, L, d_in).
-        initial: W K1, (n, L, d_out), where V1 starts.
         mask: Positions that are edited, (n, L) bool.
         weight: How often each edited position counts.
         rows: Keys at the edited positions (m, d_in), if layers or rounds share them: one tensor, by which a solver
             knows that they are the same.
+        anchors: Keys whose outputs by ``anchor_weight`` are V1, row by row with the edited keys, (m, d_in), if V1 is
+            not found by a descent; one tensor for all layers that share it.
+        anchor_weight: See ``Write.anchor_weight``.
     """
 
     name: str
     layer: nn.Linear
     keys: Tensor
-    initial: Tensor
     mask: Tensor
     weight: int = 1
     rows: Tensor | None = None
+    anchors: Tensor | None = None
+    anchor_weight: Tensor | None = None
+
+    @cached_property
+    def initial(self) -> Tensor:
+        """W K1, (n, L, d_out), float32, where V1 starts; it must be asked for before the layer is written."""
+        with torch.no_grad(), torch.autocast(self.keys.device.type, enabled=False):
+            return self.keys @ self.layer.weight.float().mT
 
     @property
     def edited_keys(self) -> Tensor:
         """K1 at the edited positions, (m, d_in)."""
         return self.edited(self.keys) if self.rows is None else self.rows
 
-    def write(self, values: Tensor, retained: Retained, concept_keys: Tensor | None) -> Write:
+    def write(self, values: Tensor | None, retained: Retained, concept_keys: Tensor | None) -> Write:
         """What to write so that the layer gives ``values`` (n, L, d_out) at the edited positions.
 
         Args:
-            values: V1.
+            values: V1; None: the outputs of ``anchors``.
             retained: Keys whose outputs should not change.
             concept_keys: Which edited keys can have seen the concept, (m,) bool; None: all.
         """
         weight, shared = self.layer.weight.detach(), self.rows is not None
-        keys, wished = self.edited_keys, self.edited(values)
-        old = for_solving(weight).clone()
-        return Write(self.name, old, weight.dtype, keys, wished, retained, concept_keys=concept_keys, shared=shared)
+        wished = None if values is None else self.edited(values)
+        given = self.name, for_solving(weight).clone(), weight.dtype, self.edited_keys, wished, retained
+        anchors = self.anchors, self.anchor_weight
+        return Write(*given, *anchors, concept_keys=concept_keys, shared=shared)
 
     def edited(self, rows: Tensor) -> Tensor:
         """``rows`` (n, L, ...) at the edited positions, (m, ...), without a copy if all positions are edited once."""

@@ -96,8 +96,7 @@ class PairedPrompts:
         """
         pairs = self.of_layer(name)
         keys = self.keys(name, pairs.edit_ids)
-        weight = self.layers[name].weight.float()
-        state = LayerState(name, self.layers[name], keys, keys @ weight.mT, pairs.mask)
+        state = LayerState(name, self.layers[name], keys, pairs.mask)
         if only_end:
             state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
         self.kept.share_rows(state)

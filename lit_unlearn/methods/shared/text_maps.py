@@ -24,6 +24,9 @@ from lit_unlearn.diffusion.text_ways import WAYS, way_of
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.system.devices import for_solving
 
+SORTED_BATCH = 8 * ENCODE_BATCH
+"""Number of retained prompts that are sorted by their length together, if they are read up to their last token."""
+
 
 def select_first_maps(method: DiffusionEditor, names: Sequence[str]) -> list[str]:
     """Weights of the first linear maps on text that the pattern of ``method`` selects among ``names``.
@@ -129,11 +132,16 @@ def text_keys(
     return found
 
 
+def _reads_to_subject(pipeline: Pipeline, ways: Sequence[str], which: SubjectTokens) -> bool:
+    """Whether prompts are read up to their last token only."""
+    return which == "last_subject" and list(ways) == ["tokens"] and all(text.causal for text in pipeline.texts)
+
+
 def _inputs(pipeline: Pipeline, tokens: Tokens, ways: Sequence[str], which: SubjectTokens) -> dict[str, Tensor]:
     """The maps' inputs (u, L, d_in) at u prompts, float32; of ``last_subject`` only the positions up to it."""
     texts, length = pipeline.texts, max(ids.shape[1] for ids in tokens.ids)
     needed = torch.full((len(tokens),), length)
-    if which == "last_subject" and list(ways) == ["tokens"] and all(text.causal for text in texts):
+    if _reads_to_subject(pipeline, ways, which):
         last = [last_subject_token(ids, text.eos, text.begins) for ids, text in zip(tokens.ids, texts, strict=True)]
         needed = torch.stack(last).amax(0) + 1
     order = needed.argsort(stable=True)  # prompts of like length are cut together
@@ -214,9 +222,11 @@ def retained_inputs(
     counts, longest = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
     apart = empty_weight > 1 or (empty_weight == 1 and pipeline.clip_skip is not None)  # as guidance reads it
     once = [*prompts, *([""] if empty_weight and not apart else [])]
-    batches = [(pipeline, once[start : start + ENCODE_BATCH], 1) for start in range(0, len(once), ENCODE_BATCH)]
+    which: SubjectTokens = "last_subject" if last_subject else "all"
+    size = SORTED_BATCH if _reads_to_subject(pipeline, ways, which) else ENCODE_BATCH
+    batches = [(pipeline, once[start : start + size], 1) for start in range(0, len(once), size)]
     for reader, batch, weight in [*batches, *([(pipeline.unskipped, [""], empty_weight)] if apart else [])]:
-        (found,) = text_keys(reader, batch, ways=ways, which="last_subject" if last_subject else "all")
+        (found,) = text_keys(reader, batch, ways=ways, which=which)
         for way in ways:
             if last_subject:
                 keys = found[way].at(*subject_places(pipeline, found[way], [], "last_subject")[:2])

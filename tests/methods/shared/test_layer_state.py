@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from helpers import normal
 from lit_unlearn.core.solvers import Retained
@@ -16,7 +17,7 @@ def state_of(mask: list[list[bool]], **arguments: int) -> LayerState:
     """A layer of 5 inputs and 3 outputs at two prompts of two positions."""
     layer = nn.Linear(5, 3)
     keys = normal(2, 2, 5).float()
-    return LayerState("a.weight", layer, keys, keys @ layer.weight.mT, torch.tensor(mask), **arguments)
+    return LayerState("a.weight", layer, keys, torch.tensor(mask), **arguments)
 
 
 def test_a_write_has_the_edited_positions_as_often_as_they_count() -> None:
@@ -31,6 +32,22 @@ def test_a_write_has_the_edited_positions_as_often_as_they_count() -> None:
     with torch.no_grad():
         state.layer.weight.zero_()
     assert write.weight.abs().min() > 0  # its own copy
+
+
+def test_a_layer_s_output_is_computed_in_float32_and_without_gradients_when_it_is_asked_for() -> None:
+    state = state_of([[True, True]] * 2)
+    assert "initial" not in vars(state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = state.initial
+    assert torch.equal(found, state.keys @ state.layer.weight.mT) and not found.requires_grad
+
+
+def test_without_values_a_write_has_the_anchors_and_their_weight() -> None:
+    state = state_of([[True, True]] * 2)
+    state.anchors, state.anchor_weight = normal(4, 5, seed=2).float(), normal(3, 5, seed=3).float()
+    write = state.write(None, Retained(), None)
+    assert write.values is None and write.anchors is state.anchors
+    assert_close(write.wanted(), state.anchors.double() @ state.anchor_weight.double().mT)
 
 
 def test_rows_of_kept_keys_are_one_tensor_in_all_rounds() -> None:

@@ -65,6 +65,21 @@ def test_prompts_of_like_length_are_cut_together(tiny_sd: Path, monkeypatch: pyt
     assert keys.at(torch.tensor([0]), torch.tensor([4])).isnan().all()  # not encoded, so it cannot be used unnoticed
 
 
+def test_retained_prompts_are_sorted_by_length_over_batches_and_their_keys_keep_their_order(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(str(tiny_sd))
+    prompts = ["cat", "a dog in the rain", "dog", "the cat in the rain"]
+    states, read = whole(pipeline, prompts), shapes(pipeline)
+    monkeypatch.setattr(text_maps, "ENCODE_BATCH", 2)
+    kept = retained_inputs(pipeline, ["tokens"], prompts, last_subject=True)["tokens"]
+    assert read == [(2, 2), (2, 6)]
+    keys = torch.stack([states[row, last] for row, last in enumerate([1, 5, 1, 5])])
+    assert kept.keys is not None
+    assert_close(kept.keys, keys.double(), rtol=0, atol=3e-6)
+    assert_close(kept.moment, kept.keys.mT @ kept.keys)
+
+
 @pytest.mark.parametrize(
     ("family", "ways", "which"),
     [
