@@ -19,7 +19,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate": ["generate", "a dog", "--ckpt_path", "EDIT", "-o", "a.png"],
     "test": ["test", "--config", "RECIPE", "--ckpt_path", "EDIT"],
     "export": ["export", "--ckpt_path", "EDIT", "-o", "out"],
-    "attack": ["attack", "--ckpt_path", "EDIT", "--attacks", "noise_probe"],
+    "attack": ["attack", "--ckpt_path", "EDIT", "--attacks", "noise_probe", "--output", "attacked"],
 }
 
 
@@ -89,5 +89,7 @@ def test_a_family_without_clip_skip(damaged: Callable[..., Path], tiny_pixart: P
 
 
 def test_an_attack_names_the_guidance_of_the_run(damaged: Callable[..., Path], refuses: Callable[..., str]) -> None:
-    said = " ".join(refuses("attack", "--ckpt_path", str(damaged({"guidance_scale": -3.0}))).split())
+    said = " ".join(
+        refuses("attack", "--output", "attacked", "--ckpt_path", str(damaged({"guidance_scale": -3.0}))).split()
+    )
     assert "guidance_scale=-3, that of the run, must be zero or larger" in said
