@@ -54,7 +54,8 @@ class AttackDrawing:
         own = float(hyper_parameters.get("guidance_scale", 4.0))
         chosen = own if guidance_scale is None else float(guidance_scale)
         if not math.isfinite(chosen) or chosen < 0:
-            raise ValueError(f"guidance_scale={guidance_scale} must be zero or larger; 1 means no guidance.")
+            whose = ", that of the run," if guidance_scale is None else ""
+            raise ValueError(f"guidance_scale={chosen:g}{whose} must be zero or larger; 1 means no guidance.")
         if negative_prompt is not None:
             if not negative_prompt.strip():
                 raise ValueError(

@@ -48,4 +48,7 @@ def run(options: argparse.Namespace) -> int:
         f"{options.export}: "
         + (f"{len(wrong)} of {len(findings)} checks failed" if wrong else "as its provenance says")
     )
+    for finding in findings:
+        if finding.note:
+            print(finding.note)
     return 1 if wrong else 0

@@ -25,15 +25,32 @@ Places = Mapping[str, Mapping[str, int]]
 """For each text encoder, the layer after which each way reads it, as ``Pipeline.read_after``."""
 
 
+class ImpossibleClipSkipError(ValueError):
+    """Clip skip that a model does not have.
+
+    Args:
+        why: The beginning of the sentence.
+        remedy: What to give instead, the end of the sentence.
+    """
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(f"{why}{remedy}.")
+        self.why = why.rstrip(":; ")
+        self.remedy = remedy
+
+
+def is_number(clip_skip: object) -> bool:
+    """Whether it is a number of layers, or None for none."""
+    return clip_skip is None or (isinstance(clip_skip, int) and not isinstance(clip_skip, bool) and clip_skip >= 1)
+
+
 def check_number(clip_skip: int | None) -> None:
     """Refuse what is no number of layers.
 
     Raises:
         ValueError: It is not a whole number, or less than 1.
     """
-    if clip_skip is None:
-        return
-    if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or clip_skip < 1:
+    if not is_number(clip_skip):
         raise ValueError(
             f"clip_skip={clip_skip!r} must be a whole number of at least 1, as in diffusers (the Clip skip of web UIs "
             "less one), or be left out."
@@ -50,23 +67,25 @@ def check_clip_skip(clip_skip: int | None, family: type[Pipeline], names: Sequen
         model: The model's name, for the message.
 
     Raises:
-        ValueError: The family reads no text encoder earlier, or one has too few layers.
+        ImpossibleClipSkipError: The family reads no text encoder earlier, or one has too few layers.
     """
     if clip_skip is None:
         return
     if not family.skips:
-        raise ValueError(
+        raise ImpossibleClipSkipError(
             f"clip_skip={clip_skip} has no effect: model={model!r} is of {family.title}, which diffusers draws without "
-            "it; leave it out."
+            "it; ",
+            "leave it out",
         )
     for part in family.skips:
         number = layer_count(part, names)
         most = number + family.read_after[part]["tokens"]
         if clip_skip > most:
             remedy = f"give at most {most}" if most > 0 else "leave it out"
-            raise ValueError(
+            raise ImpossibleClipSkipError(
                 f"clip_skip={clip_skip} leaves {part} of model={model!r}, which has {number} layers, none to read "
-                f"after: {remedy}."
+                "after: ",
+                remedy,
             )
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.clip_skip import ImpossibleClipSkipError
 from lit_unlearn.diffusion.public_name import LOCAL_NAME
 from lit_unlearn.diffusion.source import EMBEDDED
 from lit_unlearn.edits.checkpoint import Edit
@@ -45,7 +46,29 @@ def chosen_base(
     folder = of_edit.get("config_folder")
     if config_folder is None and folder is not None and os.path.isfile(name) and os.path.isdir(folder):
         config_folder = folder
-    base = BaseModel.find(name, revision or of_edit.get("revision"), config_folder, edit.clip_skip)
+    return base_of(edit, name, revision or of_edit.get("revision"), config_folder)
+
+
+def base_of(edit: Edit, model: str, revision: str | None, config_folder: str | None) -> BaseModel:
+    """Find the model that an edit will be applied to, read with its clip skip, and check it.
+
+    Args:
+        edit: The edit.
+        model: As for ``BaseModel.find``, as the others.
+        revision: Branch, tag or commit.
+        config_folder: What a single file does not hold.
+
+    Raises:
+        ValueError: The model does not exist, the edit was not made on it, or it does not have the edit's clip skip.
+    """
+    try:
+        base = BaseModel.find(model, revision, config_folder, edit.clip_skip)
+    except ImpossibleClipSkipError as error:
+        possible = "the model has no clip skip" if error.remedy == "leave it out" else f"possible is {error.remedy[5:]}"
+        raise ValueError(
+            f"{edit.path} stores clip_skip={edit.clip_skip}, which is impossible here ({error.why}; {possible}): the "
+            "file is damaged, or its edit is of another model; get it from its author again, or give its own model."
+        ) from error
     edit.check_base(base)
     return base
 

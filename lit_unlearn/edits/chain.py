@@ -169,7 +169,9 @@ def _checked(
             raise ValueError("its concepts are not those of the edits in its chain")
         return {"chain": chain, "overwritten": dict(overwritten)}
     except ValueError as error:
-        raise ValueError(f"ckpt_path={path} is no valid edit ({error}): get it from its author again.") from error
+        raise ValueError(
+            f"ckpt_path={path} is no valid edit ({error}): the file is damaged; get it from its author again."
+        ) from error
 
 
 def _links(links: object, overwritten: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Link]:

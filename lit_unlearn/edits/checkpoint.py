@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_unlearn.data.concepts import ConceptSet
 from lit_unlearn.diffusion.base_model import BaseModel
-from lit_unlearn.diffusion.clip_skip import check_number
+from lit_unlearn.diffusion.clip_skip import is_number
 from lit_unlearn.diffusion.parameters import PretrainedValues, fingerprint
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.public_name import hub_snapshot
@@ -31,6 +31,7 @@ from lit_unlearn.system.run_file import unfinished
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
 """Fields of a delta's metadata that are required for reading it; each is JSON text."""
+LARGEST_STEPS, LARGEST_GUIDANCE = 1000, 1_000_000
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WEIGHT_NAME = re.compile(rf"({'|'.join(STEMS)})(\.\w+)+", flags=re.ASCII)
 
@@ -77,34 +78,43 @@ class Edit:
     overwritten: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        def refuse(what: str) -> ValueError:
-            return ValueError(f"ckpt_path={self.path} is no valid edit ({what}): get it from its author again.")
+        def refuse(what: str, source: str = "version") -> ValueError:
+            return ValueError(
+                f"ckpt_path={self.path} is no valid edit ({what}): the file is damaged or from another {source}; get "
+                "it from its author again, or run the fit again."
+            )
 
         for name in ("method", "model", "base_fingerprint"):
-            if not isinstance(getattr(self, name), str):
+            if not isinstance(value := getattr(self, name), str) or not value.strip() or not value.isprintable():
                 raise refuse(f"its {name} is not text")
         if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
             raise refuse("its concepts are no list of names")
         for name in ("edit", "recipe", "concept_set"):
             if not isinstance(getattr(self, name), dict | None):
                 raise refuse(f"its {name} is no mapping")
+        if not isinstance((self.recipe or {}).get("model"), dict | None):
+            raise refuse("the model of its recipe is no mapping")
         options = self.hyper_parameters
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
             raise refuse("its config is no mapping")
         if getattr(torch, str(options.get("dtype", "float32")), None) not in DTYPES:
             raise refuse(f"its dtype is {options['dtype']!r:.40}")
-        for name, largest in (("num_inference_steps", 1000), ("guidance_scale", 1e6)):
-            if not isinstance(value := options.get(name, 1), int | float) or not abs(value) <= largest:
-                raise refuse(f"its {name} is {value!r:.40}")
+        steps = options.get("num_inference_steps", 1)
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= LARGEST_STEPS:
+            raise refuse(f"its num_inference_steps is {steps!r:.40}, not a whole number from 1 to {LARGEST_STEPS}")
+        scale = options.get("guidance_scale", 1)
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) <= LARGEST_GUIDANCE:
+            raise refuse(f"its guidance_scale is {scale!r:.40}, not a number of up to {LARGEST_GUIDANCE:,}")
         if not isinstance(self.version, str | None):
             raise refuse("its version is not text")
-        for name in ("revision", "config_folder"):
+        for name in ("revision", "config_folder", "concept_set", "judge"):
             if not isinstance(options.get(name), str | None):
                 raise refuse(f"its {name} is not text")
-        try:
-            check_number(self.clip_skip)
-        except ValueError as error:
-            raise refuse(f"its clip_skip is {self.clip_skip!r:.40}") from error
+        if not isinstance(options.get("judge_options"), dict | None):
+            raise refuse("its judge_options are no mapping")
+        if not is_number(self.clip_skip):
+            what = f"its clip_skip is {self.clip_skip!r:.40}, and possible is a whole number of at least 1, or none"
+            raise refuse(what, "model")
         if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(STEMS):
             raise refuse("its base weights are no mapping of parts")
         for name, value in self.weights.items():
@@ -283,7 +293,7 @@ def read_edit(path: str | Path) -> Edit:
         return Edit(
             path=path,
             method=ours["method"],
-            concepts=list(ours["concepts"]),
+            concepts=ours["concepts"] if isinstance(ours["concepts"], str) else list(ours["concepts"]),
             model=ours["model"],
             base_fingerprint=ours["base_fingerprint"],
             weights=weights,

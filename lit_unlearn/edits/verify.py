@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_unlearn.diffusion.base_model import BaseModel
+from lit_unlearn.diffusion.clip_skip import check_clip_skip, how_to_draw, is_number
 from lit_unlearn.diffusion.kept import ENDINGS, INDEX, PROVENANCE, kept_of
 from lit_unlearn.diffusion.provenance import PROVENANCE as SINGLE
 from lit_unlearn.diffusion.stored import WholeModel
@@ -27,6 +28,8 @@ from lit_unlearn.edits.single_file import SingleFile
 
 MAX_PROVENANCE = 50_000_000
 """Size limit of ``provenance.json``, in bytes."""
+LONGEST_NOTE = 200
+"""Most characters of what a file says about how to draw with it."""
 SHOWN = 5
 """Maximum number of names in a row of the table."""
 
@@ -39,11 +42,13 @@ class Finding:
         what: What was checked.
         wrong: Names of the items that differ, with the reason; empty if the check passed.
         count: Number of items that were checked.
+        note: What a user of the export must know, in a line; empty for nothing.
     """
 
     what: str
     wrong: list[str]
     count: int
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -100,7 +105,7 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no export of lit-unlearn, or corrupt ({error!s:.200}).") from error
     if prefix:
-        return _verify_single(path, facts, base)
+        return [*_verify_single(path, facts, base), *_drawing(facts, base)]
     recorded = _mapping(facts, "weights_sha256", path)
     findings = [_compare("weights", weights_sha256(weights), recorded)]
     if facts.get("kind") == "delta":
@@ -110,7 +115,29 @@ def _verify_file(path: Path, base: BaseModel | None) -> list[Finding]:
         findings.append(Finding("names", [f"unexpected weight {name}" for name in names], len(weights)))
     if base is not None:
         findings.append(_base_hashes(facts, base, path))
-    return findings
+    return [*findings, *_drawing(facts, base)]
+
+
+def _drawing(facts: Mapping[str, Any], base: BaseModel | None) -> list[Finding]:
+    """Check the clip skip of an edit, if it has one, and say how to draw with it; that of the model if it is known."""
+    config = facts.get("config")
+    stored = facts.get("clip_skip", config.get("clip_skip") if isinstance(config, dict) else None)
+    if stored is None:
+        return []
+    said = facts.get("drawing")
+    if not is_number(stored):
+        wrong = f"{stored!r:.40} is not a whole number of at least 1: the file is damaged or from another model"
+        return [Finding("clip_skip", [wrong], 1)]
+    if base is not None:
+        try:
+            check_clip_skip(stored, base.family, base.names, base.name)
+        except ValueError as error:
+            wrong = f"{error} The file is damaged or from another model."
+            return [Finding("clip_skip", [wrong], 1)]
+        said = how_to_draw(base.family, stored, base.names)
+    expected = f"draw with clip_skip={stored} in diffusers"
+    known = isinstance(said, str) and said.startswith(expected) and len(said) <= LONGEST_NOTE
+    return [Finding("clip_skip", [], 1, note=printable(said) if known else expected)]
 
 
 def _verify_single(path: Path, facts: Mapping[str, Any], base: BaseModel | None) -> list[Finding]:
@@ -147,7 +174,7 @@ def _verify_folder(folder: Path, base: BaseModel | None) -> list[Finding]:
         findings += [_base_hashes(facts, base, folder), unedited]  # the pass over the weights has hashed them
         if "kept" in facts:
             findings.append(_kept(folder, facts, base, weights.names()))
-    return findings
+    return [*findings, *_drawing(facts, base)]
 
 
 def _files(folder: Path, listed: dict[str, str], links: list[Path]) -> Finding:

@@ -14,7 +14,7 @@ blocks before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,12 +31,16 @@ from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.methods.shared.layer_state import LayerState
 from lit_unlearn.methods.shared.noised import drawn, edit_latents, noised
+from lit_unlearn.methods.shared.retained_blocks import RetainedBlocks
 from lit_unlearn.methods.shared.text_maps import by_way, flattened, select_first_maps
 from lit_unlearn.methods.shared.unet_layers import (
+    OF_PICTURE,
+    OF_TEXT,
     Query,
     StatePairs,
     Watched,
     check_choices,
+    places_in_block,
     query_batches,
     select_in_blocks,
 )
@@ -45,8 +49,6 @@ from lit_unlearn.system.names import check_numbers
 
 RETAINED_SEED = 20_000_000
 """Added to the seeds of pictures of retained prompts, so that they differ from the edit prompts' seeds."""
-OF_PICTURE, OF_TEXT = "ff.net.2.weight", ("attn.add_k_proj.weight", "attn.add_v_proj.weight")
-"""Ends of the names of layers in blocks, whose inputs are at the picture's positions and at the text's."""
 
 
 class UNetValueRefinement(ValueRefinement):
@@ -179,12 +181,10 @@ class UNetValueRefinement(ValueRefinement):
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts, the text states or the pooled vectors."""
-        keys = self.edit_keys[str(way_of(name))]
-        mask = self.state_pairs.mask
-        if way_of(name) == "pooled":
-            mask = torch.ones_like(mask[:, :1])
-        state = LayerState(name, self.layers[name], keys, mask)
-        if (way := str(way_of(name))) not in self.edited_keys:
+        way = str(way_of(name))
+        keys, mask = self.edit_keys[way], self.state_pairs.mask
+        state = LayerState(name, self.layers[name], keys, torch.ones_like(mask[:, :1]) if way == "pooled" else mask)
+        if way not in self.edited_keys:
             self.edited_keys[way] = state.edited(keys)
         state.rows = self.edited_keys[way]
         if self.is_direct:
@@ -295,7 +295,12 @@ class UNetFeedForwardRefinement(ValueRefinement):
     def num_positions(self) -> int:
         """Largest number of positions of any edited layer."""
         length = self.pipeline.unconditional().states.shape[1]
-        return max(length if name.endswith(OF_TEXT) else self.pipeline.num_places(name) for name in self.edited_names)
+        return max(places_in_block(self.pipeline, name, length) for name in self.edited_names)
+
+    @property
+    def retained_items(self) -> int:
+        """Number of inputs of the denoiser at which layers are retained: forwards of a pass over them."""
+        return len(self.retain_prompts) * self.noises_per_retained_prompt * (1 + self.retain_empty)
 
     @property
     def needs_goal(self) -> bool:
@@ -323,14 +328,12 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
         return self.processes.made_once(len(self.noisy), make)
 
-    def inputs(self, names: Sequence[str], query: Query) -> Mapping[str, Tensor]:
-        """Inputs (B, places, d_in) of the layers ``names`` in a call of the denoiser with ``query``."""
-        with capture_inputs({name: self.layers[name] for name in names}) as captured, torch.no_grad():
-            self.pipeline.predict(*query)
-        return captured
-
     def gather_moments(self) -> None:
-        """Pass pictures of retained prompts through the denoiser; sum up ``K0 K0ᵀ``, float64, and count the keys."""
+        """Pass pictures of retained prompts through the denoiser; sum up ``K0 K0ᵀ``, float64, and count the keys.
+
+        Where the moments of all layers are too much to be held at once, only those of the layers that are written
+        first are gathered, and the others by further passes over the same pictures (``RetainedBlocks``).
+        """
         retained = self.pipeline.encode_many(self.retain_prompts)
         latents = drawn(self, retained, RETAINED_SEED)
         noisy, timesteps = noised(self, latents.repeat(self.noises_per_retained_prompt, 1, 1, 1), "retained")
@@ -338,8 +341,8 @@ class UNetFeedForwardRefinement(ValueRefinement):
         if self.retain_empty:
             conditions.append(self.pipeline.unskipped.encode_many([""]))
         queries = [query for each in conditions for query in query_batches(noisy, timesteps, each)]
-        prompts = len(self.retain_prompts)
-        self.retained = self.retained_keys(queries, lambda query: self.inputs(self.edited_names, query), prompts)
+        self.retained_layers = RetainedBlocks(self, queries, len(self.retain_prompts))
+        self.retained = self.retained_layers.of(self.first_written(self.progress["applied"]))
 
     def retained_outputs(self) -> list[Tensor]:
         """This process's share of what an edit should leave, float32: predictions (B, C, H, W) for watched prompts."""
@@ -359,17 +362,20 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
     def keys_at(self, name: str, condition: Condition) -> Tensor:
         """Inputs (n, places, d_in), float32, of the layer ``name`` at the items with the prompts of ``condition``."""
-        return self.asked(condition, lambda query: self.inputs([name], query)[name].float())
+
+        def read(query: Query) -> Tensor:
+            with capture_inputs({name: self.layers[name]}) as captured, torch.no_grad():
+                self.pipeline.predict(*query)
+            return captured[name].float()
+
+        return self.asked(condition, read)
 
     def start_values(self, state: LayerState) -> Tensor:
         """V1 (n, places, d_out) at the start of a layer; see ``start``."""
         return started(self, state)
 
     def target_keys(self, name: str) -> Tensor:
-        """K1* (n, places, d_in), float32: the inputs at the same x_t and t with the target prompts, unedited.
-
-        Those at positions of the text are each at the edit position aligned with it.
-        """
+        """K1* (n, places, d_in), float32: as ``keys_at``, unedited, for the target prompts; states of texts aligned."""
         with self.pretrained.restored():
             found = self.keys_at(name, self.goal)
         if not name.endswith(OF_TEXT):
@@ -387,10 +393,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
 
 
 def started(method: UNetValueRefinement | UNetFeedForwardRefinement, state: LayerState) -> Tensor:
-    """V1 (n, L, d_out) where ``method`` starts in the layer of ``state``: its output, or that for the target prompts.
-
-    The latter is that of the unedited denoiser, so that further rounds get nearer to the same goal.
-    """
+    """V1 (n, L, d_out) where the descent starts: the layer's output, or the unedited one for the target prompts."""
     if method.start != "target":
         return state.initial
     return method.target_keys(state.name) @ method.pretrained.values[state.name].to(state.keys).mT

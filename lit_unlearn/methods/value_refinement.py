@@ -33,6 +33,7 @@ from lit_unlearn.methods.shared.editor import check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
 from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
+from lit_unlearn.methods.shared.retained_groups import RetainedGroups
 from lit_unlearn.methods.shared.retained_layers import RetainedLayers
 from lit_unlearn.methods.shared.retained_texts import drift, encoder_outputs
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
@@ -113,6 +114,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.errors: list[Tensor] = []  # one for each step of this layer
         self.progress = {"prepared": -1, "applied": 0}  # epoch that V1 belongs to; number of edits written
         self.retained: dict[str, Retained] = {}
+        self.retained_layers: RetainedGroups
         self.unmoved: list[Tensor] = []
 
     def select(self, names: Sequence[str]) -> list[str]:
@@ -216,9 +218,9 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         The same forward passes give the outputs that should not change. Where the moments of all layers are too much
         to be held at once, only those of the layers that are written first are gathered (``RetainedLayers``).
         """
-        self.retained_layers = RetainedLayers(self)
-        self.retained = self.retained_layers.of(self.first_written(self.progress["applied"]))
-        self.unmoved = self.retained_layers.outputs
+        self.retained_layers = layers = RetainedLayers(self)
+        self.retained = layers.of(self.first_written(self.progress["applied"]))
+        self.unmoved = layers.outputs
 
     def first_written(self, epoch: int) -> str:
         """Name of the weight that is written first at the end of ``epoch``."""

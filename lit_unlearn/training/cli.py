@@ -24,8 +24,8 @@ from lit_unlearn.core.null_space import EmptyNullSpaceError
 from lit_unlearn.core.solvers import Solver
 from lit_unlearn.data.concepts import Concept, load_concept_set
 from lit_unlearn.data.prompts import edited_concepts
-from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.load import BrokenWeightsError
+from lit_unlearn.edits.base import base_of
 from lit_unlearn.edits.chain import written_last
 from lit_unlearn.edits.checkpoint import load_checkpoint, read_edit, run_folder, warn_unfinished
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
@@ -204,7 +204,7 @@ class UnlearnCLI(LightningCLI):
                 edit.check_set(concept_set)
             if (made_by := edit.hyper_parameters.get("_class_path")) not in (None, config.model.class_path):
                 raise UserError(f"{edit.path} was made by {made_by}, but the recipe has {config.model.class_path}.")
-            edit.check_base(BaseModel.find(arguments.model, arguments.revision, arguments.config_folder))
+            base_of(edit, arguments.model, arguments.revision, arguments.config_folder)
             if subcommand == "fit":  # arguments come from the command line; Lightning restores the state
                 if self.run_folder is None:
                     self.progress = Progress.of(config.ckpt_path, written_last(edit))

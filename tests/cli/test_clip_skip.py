@@ -261,3 +261,31 @@ def test_python_has_it(recipe: Path, workplace: Path) -> None:
     assert edit.content.clip_skip == 1 and edit.pipeline(device="cpu").clip_skip == 1
     with pytest.raises(UserError, match="clip_skip=0 must be"):
         draw_edit(None, ["a dog"], clip_skip=0)
+
+
+@pytest.mark.parametrize("form", [[], ["--delta"], ["--lora", "auto"]])
+def test_verify_says_how_to_draw(edit: str, tiny_sd: Path, form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run("export", "--ckpt_path", edit, "-o", "out" if not form else "out.safetensors", *form)
+    for base in ([], ["--base", str(tiny_sd)]):
+        capsys.readouterr()
+        run("verify", "out" if not form else "out.safetensors", *base)
+        said = capsys.readouterr().out.splitlines()
+        assert said[-1] == HOW and sum(HOW in line for line in said) == 1
+
+
+def test_verify_finds_a_clip_skip_that_is_impossible(
+    edit: str, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("export", "--ckpt_path", edit, "-o", "out")
+    path = Path("out/provenance.json")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    for value, base, what in ((99, [str(tiny_sd)], "which has 3 layers"), ("\x1b[2J", [], "is not a whole number")):
+        path.write_text(json.dumps({**facts, "clip_skip": value, "drawing": "run this: \x1b[2J"}), encoding="utf-8")
+        capsys.readouterr()
+        assert cli.main(["verify", "out", *(word for name in base for word in ("--base", name))]) == 1
+        said = " ".join(capsys.readouterr().out.split())
+        assert what in said and "damaged or from another model" in said
+        assert "\x1b[2J" not in said and "draw with" not in said
+    path.write_text(json.dumps({**facts, "drawing": "run this: \x1b[2J"}), encoding="utf-8")
+    run("verify", "out")
+    assert capsys.readouterr().out.splitlines()[-1] == "draw with clip_skip=1 in diffusers"

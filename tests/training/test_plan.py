@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from tiny_families import build_sdxl
 
-from helpers import CONFIGS
+from helpers import CONFIGS, by_null_space
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.described import DescribedModel
 from lit_unlearn.diffusion.footprint import encode_bytes, module_bytes
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.shared import moments
 from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training.plan import plan_fit, solve_bytes
 from lit_unlearn.training.plan_table import Plan, Sites
@@ -177,3 +180,35 @@ def test_moments_of_text_layers_that_are_not_held_at_once(
 
 def test_a_solve_with_few_retained_keys_has_no_square_matrices() -> None:
     assert solve_bytes(10, 3, 7, retained=2) == 8 * (80 + 140 + 60 + 21)
+
+
+def test_an_edit_of_blocks_in_groups(
+    tiny_sd: Path,
+    pets: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refinement: Callable[..., Any],
+    fit: Callable[..., Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = [f"--{key}.init_args.concept_set={pets}" for key in ("model", "data")]
+    few = ["--model.init_args.rounds=2", "--model.init_args.num_inference_steps=1"]
+    whole = planned("null_space_unet_ffn", tiny_sd, *sets, *few)
+    label, keys = "moments and null spaces, float64", 2 * 2 * 16
+    assert whole.ram[label] == 4 * 16 * 128**2
+    monkeypatch.setattr(moments, "MOST_HELD_BYTES", 16 * keys * 128)  # fewer keys than inputs; one layer at a time
+    single = planned("null_space_unet_ffn", tiny_sd, *sets, *few)
+    assert single.ram[label] == 16 * keys * 128
+    assert single.counts["passes over the retained prompts"] == "8 (4 groups of layers)"
+    forwards = [int(plan.counts["denoiser: forwards of one picture"].replace(",", "")) for plan in (whole, single)]
+    assert forwards[1] - forwards[0] == 7 * 4
+    assert single.memory["float32"]["retained keys"].offload < single.memory["float32"]["retained keys"].resident
+    module = refinement(UNetFeedForwardRefinement, values="target", rounds=2, noises_per_prompt=4)
+    fit(module, by_null_space(), steps=1, max_epochs=2 * 4)
+    assert module.forwards.count == forwards[1]
+
+
+def test_a_descent_in_the_maps_that_read_text(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned("null_space_unet", tiny_sd)
+    assert "at least" not in plan.counts["denoiser: forwards of one picture"]

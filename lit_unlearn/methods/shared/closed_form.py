@@ -8,8 +8,8 @@ result.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from lit_unlearn.core.solvers import Retained, Write
 from lit_unlearn.data.fit_plan import FitPlan
 from lit_unlearn.methods.shared.editor import DiffusionEditor
-from lit_unlearn.methods.shared.moments import MomentSums
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
-
-Batch = TypeVar("Batch")
 
 
 class ClosedFormMethod(DiffusionEditor):
@@ -74,19 +71,6 @@ class ClosedFormMethod(DiffusionEditor):
         """Also store the solver and its settings."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["edit"] = self.edit
-
-    def retained_keys(
-        self, batches: Sequence[Batch], inputs: Callable[[Batch], Mapping[str, Tensor]], prompts: int
-    ) -> dict[str, Retained]:
-        """Sum up the layers' ``inputs`` (B, L, d_in) at all batches, which come from so many prompts.
-
-        Processes take whole batches, the same ones that a single process has, so only the order of the sums differs.
-        """
-        sums = MomentSums(self.layers)
-        for batch in self.processes.own_share(batches):
-            for name, found in inputs(batch).items():
-                sums.add(name, found.flatten(0, 1))
-        return sums.retained(self.processes, prompts)
 
     @abstractmethod
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:

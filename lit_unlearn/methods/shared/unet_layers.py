@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_unlearn.diffusion.condition import Condition
 from lit_unlearn.diffusion.parameters import call_order
+from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.methods.shared.noised import UNET_BATCH, drawn, noised
 from lit_unlearn.methods.shared.text_layers import TokenPairs, taken
 from lit_unlearn.system.names import check_numbers
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 WATCHED_SEED = 10_000_000
 """Added to the seeds of watched pictures, so that they differ from the edit prompts' seeds."""
+
+OF_PICTURE, OF_TEXT = "ff.net.2.weight", ("attn.add_k_proj.weight", "attn.add_v_proj.weight")
+"""Ends of the names of layers in blocks, whose inputs are at the picture's positions and at the text's."""
 
 Query = tuple[Tensor, Tensor, Condition]
 """Inputs of the denoiser: x_t (B, C, H, W), t (B,) and the condition of B prompts."""
@@ -47,6 +51,17 @@ def select_in_blocks(method: ValueRefinement, names: Sequence[str], suffixes: tu
     why = f": {type(method).__name__} edits only {' and '.join(suffixes)} of the {part}."
     selected = method.select_only(names, lambda name: name.startswith(f"{part}.") and name.endswith(suffixes), why)
     return sorted(selected, key=call_order)
+
+
+def places_in_block(pipeline: Pipeline, name: str, length: int) -> int:
+    """Number of positions of the inputs of the layer ``name`` in a block: of the picture, or those of the text.
+
+    Args:
+        pipeline: The pipeline.
+        name: Full name of the layer's weight.
+        length: Number of positions of the text states that the denoiser is given.
+    """
+    return length if name.endswith(OF_TEXT) else pipeline.num_places(name)
 
 
 @dataclass(frozen=True)
