@@ -16,8 +16,8 @@ from lit_unlearn.judges.load import shipped_judges
 from lit_unlearn.judges.names import short_names
 from lit_unlearn.methods.uce import UCE
 from lit_unlearn.methods.value_refinement import ValueRefinement
-from lit_unlearn.system.errors import options
 from lit_unlearn.system import sources
+from lit_unlearn.system.errors import options
 from lit_unlearn.system.sources import SourceClasses, arguments_of, our_classes, trainer_options
 
 
