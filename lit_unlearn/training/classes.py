@@ -64,8 +64,9 @@ def prepare(args: Sequence[str] | None = None) -> None:
 def import_named(*texts: str) -> None:
     """Import the modules of this package that declare a class whose name occurs in one of ``texts``."""
     known = our_classes()
-    for name in sorted({word for text in texts for word in re.findall(r"\w+", text)} & set(known)):
-        import_module(known[name].module)
+    for name in sorted({word for text in texts for word in re.findall(r"\w+", text)}):
+        if name in known:
+            import_module(known[name].module)
 
 
 def import_all() -> None:

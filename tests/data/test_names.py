@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lit_unlearn.data.names import find_names, longer_names, name_key, read, replace_spans
+from lit_unlearn.data.names import _read_any, find_names, longer_names, name_key, read, replace_spans
 
 FOUND = [
     # what separates words
@@ -108,3 +108,10 @@ def test_longer_names_are_those_of_others() -> None:
 
 def test_names_of_concepts_are_compared_without_spaces() -> None:
     assert name_key("Soccer_Ball") == name_key("soccer\u2011ball") == name_key("SoccerBall") == "soccerball"
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+@example("".join(map(chr, range(128))))
+@example("a hot-dog's  `dog_2 \x1cx ")
+def test_the_quick_way_for_ascii_reads_as_the_general_one(text: str) -> None:
+    assert read(text) == _read_any(text)
