@@ -98,7 +98,10 @@ def read(text: str) -> Reading:
 
 def _read_ascii(text: str) -> Reading:
     """As ``_read_any`` in a tenth of the time: in ASCII every character is a sign, and none is of another script."""
-    letters, places, begins, ends = [], [], [], []
+    letters: list[str] = []
+    places: list[Span] = []
+    begins: list[bool] = []
+    ends: list[bool] = []
     end = 0
     for word in re.finditer(r"[^\s_-]+", text):
         if letters:
