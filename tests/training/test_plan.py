@@ -191,7 +191,7 @@ def test_an_edit_of_blocks_in_groups(
     fit: Callable[..., Any],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sets = [f"--{key}.init_args.concept_set={pets}" for key in ("model", "data")]
+    sets = [f"--model.init_args.concept_set={pets}"]
     few = ["--model.init_args.rounds=2", "--model.init_args.num_inference_steps=1"]
     whole = planned("null_space_unet_ffn", tiny_sd, *sets, *few)
     label, keys = "moments and null spaces, float64", 2 * 2 * 16
