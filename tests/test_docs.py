@@ -25,6 +25,7 @@ from lit_unlearn.training.recipes import find_recipe
 TOP = Path(__file__).parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
 FILES = {"--ckpt_path", "--after", "--base_edit", "--model", "--model.model", "--model.init_args.model", "--concept"}
+FILES |= {"--model.start"}
 """Options whose values on the pages stand for files and names of the reader."""
 
 
