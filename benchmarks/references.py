@@ -196,7 +196,17 @@ def our_speed(
     invariants = torch.cat([empty[:1], k_means(empty[1:], 3, torch.Generator().manual_seed(0))])
     retained = Retained(second_moment(rows), len(rows), rows, invariants, len(rows), largest_norm(rows))
     writes = [
-        Write(str(number), weight.double(), torch.float32, keys, None, retained, anchors, len(edited), (0, number))
+        Write(
+            str(number),
+            weight.double(),
+            torch.float32,
+            keys,
+            None,
+            retained,
+            anchors,
+            texts=len(edited),
+            seed=(0, number),
+        )
         for number, weight in enumerate(weights)
     ]
     solver = RefinedNullSpace(threshold=1e-4, retain_scale=0.05, filter=False)
