@@ -55,7 +55,7 @@ class AttackDrawing:
         chosen = own if guidance_scale is None else float(guidance_scale)
         if not math.isfinite(chosen) or chosen < 0:
             whose = ", that of the run," if guidance_scale is None else ""
-            raise ValueError(f"guidance_scale={chosen:g}{whose} must be zero or larger; 1 means no guidance.")
+            raise ValueError(f"guidance_scale={chosen}{whose} must be zero or larger; 1 means no guidance.")
         if negative_prompt is not None:
             if not negative_prompt.strip():
                 raise ValueError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -49,13 +49,6 @@ TEST_SCORES = (
 """Scores that a test logs before and after the edit."""
 
 
-class Asked(NamedTuple):
-    """A picture to draw."""
-
-    prompt: str
-    seed: int
-
-
 class UneditedPictures(L.Callback):
     """Keeps the pictures of the unedited model on disk, so that they are drawn only once to compare many edits.
 
@@ -83,7 +76,7 @@ class UneditedPictures(L.Callback):
         if isinstance(pl_module, DiffusionEditor):
             pl_module.known_pictures = None
 
-    def unedited_pictures(self, module: ConceptEditor, batch: Sequence[PictureItem | Asked]) -> Tensor:
+    def unedited_pictures(self, module: ConceptEditor, batch: list[PictureItem]) -> Tensor:
         """Pictures (B, 3, H, W), uint8, of ``batch``: read if they exist, else generated and kept."""
         if self._key is None:
             self._key = self._make_key(module)
@@ -112,7 +105,7 @@ class UneditedPictures(L.Callback):
         with module.unedited.restored():
             return Drawing.of(module.pipeline, module.num_inference_steps, module.guidance_scale).key
 
-    def _path(self, module: ConceptEditor, item: PictureItem | Asked) -> Path:
+    def _path(self, module: ConceptEditor, item: PictureItem) -> Path:
         ids = module.pipeline.reader.ids([item.prompt, ""])  # the empty prompt is what guidance leads away from
         name = hashlib.sha256(f"{item.seed} {item.prompt} {ids}".encode()).hexdigest()[:24]
         assert self._key is not None
@@ -299,8 +292,7 @@ def method_name(folder: Path, module: ConceptEditor) -> str:
 class EvaluationGrid(L.Callback):
     """Shows pictures in TensorBoard during a ``fit``: at its start, after every ``every_n_epochs``, and at its end.
 
-    List it after the callback that edits, so that it shows the edited model. With ``UneditedPictures`` in the recipe
-    the pictures of the unedited model are drawn once for all fits that show the same.
+    List it after the callback that edits, so that it shows the edited model.
 
     Args:
         every_n_epochs: Number of epochs between pictures; 0 shows only the start and the end.
@@ -323,7 +315,8 @@ class EvaluationGrid(L.Callback):
             self.prompts = [p for concept in edited for p in (*concept.direct[:2], *concept.indirect[:2])]
             self._edited = len(self.prompts)
             self.prompts += [concept.direct[0] for concept in others[:: max(1, len(others) // 4)][:4]]
-        self._before = self._pictures(pl_module, unedited=True)
+        with pl_module.unedited.restored():
+            self._before = self._pictures(pl_module)
         self._show(trainer, pl_module, self._before)
 
     @override
@@ -334,18 +327,15 @@ class EvaluationGrid(L.Callback):
         if (last or due) and self._before is not None:
             self._show(trainer, pl_module, self._pictures(pl_module))
 
-    def _pictures(self, module: ConceptEditor, unedited: bool = False) -> Tensor:
+    def _pictures(self, module: ConceptEditor) -> Tensor:
         assert self.prompts is not None
-        asked = [Asked(prompt, self.seed + place) for place, prompt in enumerate(self.prompts)]
+        prompts = self.prompts
 
         def make(places: list[int]) -> Tensor:
-            items = [asked[place] for place in places]
-            if unedited:  # which ``UneditedPictures`` may have
-                return module.unedited_pictures(items)
-            return module.generate([item.prompt for item in items], [item.seed for item in items])
+            return module.generate([prompts[place] for place in places], [self.seed + place for place in places])
 
         with _uncounted(module):
-            return module.processes.made_once(len(asked), make).cpu().float() / 255
+            return module.processes.made_once(len(prompts), make).cpu().float() / 255
 
     def _show(self, trainer: L.Trainer, module: ConceptEditor, after: Tensor) -> None:
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):

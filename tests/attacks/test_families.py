@@ -131,7 +131,7 @@ def test_a_token_is_learned_in_every_encoder_that_is_read(untouched_model: Attac
         scaled = pipeline.initial_embeddings(1, "dog", torch.Generator()).split(pipeline.token_widths, dim=1)
         assert torch.allclose(scaled[pipeline.texts.index(text)] * (own / first), raw)
         assert part.shape == (1, text.table.shape[1])
-    found = ConceptInversion(steps=12, batch_size=4, learning_rate=0.1).run(model)
+    found = ConceptInversion(steps=24, batch_size=4, learning_rate=0.1).run(model)
     assert found.embeddings is not None and found.embeddings.shape == start.shape
     moved = (found.embeddings - start).split(pipeline.token_widths, dim=1)
     assert all(part.abs().mean() > 1e-2 for part in moved)

@@ -177,37 +177,6 @@ def test_pictures_of_a_fit_have_headings(
     assert prompts == (own or ["one dog", "the pet that barks", "one cat"])
 
 
-def test_a_second_fit_shows_the_unedited_pictures_that_the_first_has_kept(
-    refinement: Callable[..., ValueRefinement],
-    trainer_with: Callable[..., L.Trainer],
-    sheets: list[Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    drawn: list[str] = []
-    generate = ValueRefinement.generate
-
-    def count(module: ValueRefinement, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        drawn.extend(prompts)
-        return generate(module, prompts, seeds)
-
-    monkeypatch.setattr(ValueRefinement, "generate", count)
-    numbers = []
-    for callbacks in ([], [UneditedPictures(str(tmp_path / "kept"))], [UneditedPictures(str(tmp_path / "kept"))]):
-        drawn.clear()
-        logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
-        trainer = trainer_with(EvaluationGrid(), *callbacks, logger=logger, max_epochs=1, limit_val_batches=0)
-        module = refinement(values="target")
-        trainer.fit(module, ConceptPrompts("dog", module.hparams["concept_set"], steps=2))
-        numbers.append(len(drawn))
-    assert numbers == [6, 6, 3]  # three prompts, before and after
-    assert len(list((tmp_path / "kept").rglob("*.png"))) == 3
-    shown = [[part for section in sections for part in (section.before, section.after)] for *_, sections in sheets]
-    for without, *others in zip(shown[:2], shown[2:4], shown[4:], strict=True):
-        for other in others:
-            assert all(map(torch.equal, without, other))
-
-
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
 def test_scores_do_not_depend_on_batch_size(edited: ValueRefinement, tmp_path: Path) -> None:
     found = []

@@ -92,4 +92,4 @@ def test_an_attack_names_the_guidance_of_the_run(damaged: Callable[..., Path], r
     said = " ".join(
         refuses("attack", "--output", "attacked", "--ckpt_path", str(damaged({"guidance_scale": -3.0}))).split()
     )
-    assert "guidance_scale=-3, that of the run, must be zero or larger" in said
+    assert "guidance_scale=-3.0, that of the run, must be zero or larger" in said
