@@ -274,6 +274,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _listed(value: Any) -> Any:
+    """``value`` as a list; a text, which only a damaged file has, as it is, so that it is refused by its name."""
+    return value if isinstance(value, str) else list(value)
+
+
 def read_edit(path: str | Path) -> Edit:
     """Read the checkpoint of a run, or an exported delta.
 
@@ -293,7 +298,7 @@ def read_edit(path: str | Path) -> Edit:
         return Edit(
             path=path,
             method=ours["method"],
-            concepts=ours["concepts"] if isinstance(ours["concepts"], str) else list(ours["concepts"]),
+            concepts=_listed(ours["concepts"]),
             model=ours["model"],
             base_fingerprint=ours["base_fingerprint"],
             weights=weights,

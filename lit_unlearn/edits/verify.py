@@ -137,7 +137,7 @@ def _drawing(facts: Mapping[str, Any], base: BaseModel | None) -> list[Finding]:
         said = how_to_draw(base.family, stored, base.names)
     expected = f"draw with clip_skip={stored} in diffusers"
     known = isinstance(said, str) and said.startswith(expected) and len(said) <= LONGEST_NOTE
-    return [Finding("clip_skip", [], 1, note=printable(said) if known else expected)]
+    return [Finding("clip_skip", [], 1, note=printable(str(said)) if known else expected)]
 
 
 def _verify_single(path: Path, facts: Mapping[str, Any], base: BaseModel | None) -> list[Finding]:

@@ -300,7 +300,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
     @property
     def retained_items(self) -> int:
         """Number of inputs of the denoiser at which layers are retained: forwards of a pass over them."""
-        return len(self.retain_prompts) * self.noises_per_retained_prompt * (1 + self.retain_empty)
+        return len(self.retain_prompts) * self.noises_per_retained_prompt * (1 + bool(self.retain_empty))
 
     @property
     def needs_goal(self) -> bool:

@@ -93,7 +93,7 @@ class PlannedWork:
         texts = all(TEXT_LAYER.match(name) for name in self.names)
         if not isinstance(self.module, ValueRefinement) or not (texts or self.in_blocks):
             return {}
-        if self.in_blocks:
+        if isinstance(self.module, UNetFeedForwardRefinement):
             return {name: self.module.retained_items * places for name, places in self.places.items()}
         pipeline = self.base.pipeline(torch.float32)
         empty = retains_empty(pipeline) if self.module.retain_empty is None else self.module.retain_empty

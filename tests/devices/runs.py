@@ -98,7 +98,7 @@ def verdicts(folder: Path) -> dict[str, Any]:
 
 
 def assert_same_scores(found: Any, expected: Any) -> None:
-    """Assert that ``verdicts`` of two runs are equal; losses among them to 1 in 1,000, as one that grows amplifies rounding."""
+    """Assert that ``verdicts`` of two runs are equal; losses to 1 in 1,000, since one that grows amplifies rounding."""
     if isinstance(expected, float):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-6, nan_ok=True)
     elif isinstance(expected, (dict, list)):
