@@ -57,11 +57,6 @@ class KeySums(NamedTuple):
         return cls(total, residual, len(keys))
 
     @classmethod
-    def of_many(cls, weight: Tensor, keys: Tensor, values: Tensor, moment: Tensor | None = None) -> KeySums | None:
-        """As ``of``, or None if there are so few keys that they need less memory than their sums."""
-        return cls.of(weight, keys, values, moment) if len(keys) > MANY * keys.shape[-1] else None
-
-    @classmethod
     def of_anchors(
         cls,
         weight: Tensor,

@@ -21,7 +21,7 @@ from lit_unlearn.core.closed_form import (
 )
 from lit_unlearn.core.key_sums import MANY, KeySums
 from lit_unlearn.core.null_space_solver import NullSpace
-from lit_unlearn.core.solvers import LeastSquares, Retained, Solver, Write
+from lit_unlearn.core.solvers import LeastSquares, Retained, Solver, Write, sums_of
 
 D_OUT, D_IN, MANY_KEYS = 6, 20, 500
 WEIGHT = normal(D_OUT, D_IN, seed=1)
@@ -50,8 +50,10 @@ def test_sums_for_anchors_are_those_for_their_outputs(own: Tensor | None) -> Non
 
 def test_few_keys_are_taken_as_they_are() -> None:
     few = MANY * D_IN
-    assert KeySums.of_many(WEIGHT, KEYS[:few], VALUES[:few]) is None
-    assert KeySums.of_many(WEIGHT, KEYS[: few + 1], VALUES[: few + 1]) is not None
+    retained = Retained(MOMENT, 50)
+    for count in (few, few + 1):
+        write = Write("layer", WEIGHT, torch.float32, KEYS[:count], VALUES[:count], retained)
+        assert (sums_of(write) is None) is (count == few)
 
 
 @pytest.mark.parametrize("rule", ["absolute", "mean_diagonal"])

@@ -52,6 +52,8 @@ def each_kind(names: list[str], quick: list[str]) -> list[Any]:
 
 ATTACKED = [name for name in OF_EACH_METHOD if name not in (*UNLEARNINGS, "textual_inversion")]
 """What ``attack`` takes: an edit of weights, for a concept."""
+GROWING = {"neg_grad": 1e-3}
+"""How far losses of two runs may be apart where the method makes a loss grow, which amplifies rounding."""
 
 
 def before(stock: Stock) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def test_fit_and_test(name: str, kind: str, finished: Finished, stock: Stock) ->
     assert_close(weights(on_device), weights(on_processor), before(stock), DESCENDING.get(name, TOLERANCE))
     scores = verdicts(on_device)
     assert len(scores) == 1
-    assert_same_scores(scores, verdicts(on_processor))
+    assert_same_scores(scores, verdicts(on_processor), GROWING.get(name, 1e-4))
     assert_same_pictures(pictures(on_device), pictures(on_processor))
 
 
@@ -95,7 +97,7 @@ def test_what_follows_a_fit(
     assert done == [True, True, *[name != "textual_inversion"] * (len(done) - 2)]
     assert_same_pictures(pictures(tmp_path / kind), pictures(tmp_path / "cpu"))
     assert_close(exported(tmp_path / kind), exported(tmp_path / "cpu"), {}, DESCENDING.get(name, TOLERANCE))
-    assert_same_scores(verdicts(tmp_path / kind), verdicts(tmp_path / "cpu"))
+    assert_same_scores(verdicts(tmp_path / kind), verdicts(tmp_path / "cpu"), GROWING.get(name, 1e-4))
 
 
 def following(name: str, run: Path, stock: Stock) -> list[list[Any]]:

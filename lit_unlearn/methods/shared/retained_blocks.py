@@ -1,6 +1,6 @@
 """The retained keys of layers in the denoiser's blocks, from the model as it was before any edit.
 
-blocks = RetainedBlocks(method, queries)
+blocks = RetainedBlocks(method, queries, prompts)
 blocks.of(name)         # a pass of the denoiser over all queries, see ``RetainedGroups``
 """
 
