@@ -105,8 +105,9 @@ class Edit:
         scale = options.get("guidance_scale", 1)
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) <= LARGEST_GUIDANCE:
             raise refuse(f"its guidance_scale is {scale!r:.40}, not a number of up to {LARGEST_GUIDANCE:,}")
-        if not isinstance(self.version, str | None):
-            raise refuse("its version is not text")
+        for name in ("version", "concept_set_sha256"):
+            if not isinstance(getattr(self, name), str | None):
+                raise refuse(f"its {name} is not text")
         for name in ("revision", "config_folder", "concept_set", "judge"):
             if not isinstance(options.get(name), str | None):
                 raise refuse(f"its {name} is not text")
@@ -343,8 +344,11 @@ def _read_delta(path: Path) -> Edit:
             f"ckpt_path={path} holds LoRA weights, for diffusers and other programs: give the run's checkpoint, or a "
             "file of `lit-unlearn export --delta`."
         )
-    if not isinstance(facts["config"], dict) or not isinstance(optional["edit"], dict | None):
-        raise ValueError(f"ckpt_path={path} is no valid edit (its config is no mapping): get it from its author again.")
+    for name, value, kind in (("config", facts["config"], dict), ("edit", optional["edit"], dict | None)):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"ckpt_path={path} is no valid edit (its {name} is no mapping): get it from its author again."
+            )
     arguments, solver = in_todays_terms(str(facts["method"]), facts["config"], optional["edit"])
     return Edit(
         path,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_unlearn.diffusion.base_model import BaseModel
@@ -16,6 +21,7 @@ from lit_unlearn.diffusion.parameters import fingerprint
 from lit_unlearn.edits.chain import Link, chain_of_delta, joined, links_of, split_weights, without
 from lit_unlearn.edits.checkpoint import Edit, read_edit
 from lit_unlearn.edits.export import export_delta, provenance
+from lit_unlearn.edits.undo import write_without
 from lit_unlearn.edits.verify import verify_export
 
 LAYERS = [f"text_encoder.encoder.layers.{number}.mlp.fc2.weight" for number in (0, 1)]
@@ -164,6 +170,44 @@ def test_hashes_are_those_of_the_values_as_they_are_written(base: BaseModel, thr
     assert [one.sha256 for one in read.chain] != [one.sha256 for one in three.chain]
     assert read.chain[-1].sha256 == fingerprint({LAYERS[1]: three.weights[LAYERS[1]].half()})
     assert read.version is None  # that of the fit, which is not known here
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of each value in nested lists and mappings, without the root's."""
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inner:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def test_a_field_of_the_wrong_kind_anywhere_is_refused_or_takes_out_the_same_edit(
+    base: BaseModel, three: Edit, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "delta.safetensors", tmp_path / "left.safetensors"
+    export_delta(three, provenance(three, base), path, None)
+    with safe_open(path, "pt") as file:
+        stored = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    facts = {name: json.loads(text) for name, text in sorted(stored.items()) if name != "format"}
+    refused, read = set(), set()
+    for place, wrong in zip(places(facts), cycle([None, 5, True, "", [], ["x"], [[1]], {"x": 1}])):
+        damaged = copy.deepcopy(facts)
+        at = damaged
+        for key in place[:-1]:
+            at = at[key]
+        at[place[-1]] = wrong
+        save_file(tensors, path, {"format": "pt"} | {name: json.dumps(value) for name, value in damaged.items()})
+        try:
+            edit = read_edit(path)
+            write_without(edit, 2, output, model=base.name, overwrite=True)
+        except ValueError as error:
+            assert len(str(error)) < 500
+            refused.add(place[0])
+            continue
+        read.add(place[0])
+        assert torch.equal(read_edit(output).weights[LAYERS[1]], three.overwritten[f"2/{LAYERS[1]}"])
+    assert {"method", "concepts", "concept_set_sha256", "base_model", "base_fingerprint", "edit", "chain"} <= refused
+    assert "scores" in read  # what nothing is computed from
 
 
 def broken(change: Callable[[list[dict[str, Any]], dict[str, Tensor]], None], three: Edit) -> None:
