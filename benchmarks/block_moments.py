@@ -33,7 +33,6 @@ def measure(inputs: int, layers: int, prompts: int, bound: float, gather_only: b
     from lit_unlearn.methods.shared import moments
     from lit_unlearn.methods.shared.processes import Processes
     from lit_unlearn.methods.shared.retained_blocks import RetainedBlocks
-    from lit_unlearn.methods.shared.unet_layers import query_batches
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -67,10 +66,10 @@ def measure(inputs: int, layers: int, prompts: int, bound: float, gather_only: b
     )
     noisy = torch.randn(prompts, 4, SIDE, SIDE).bfloat16()
     condition = Condition(torch.randn(prompts, 8, 64).bfloat16())
-    queries = query_batches(noisy, torch.randint(0, 1000, (prompts,)), condition)
+    timesteps = torch.randint(0, 1000, (prompts,))
     before, start = psutil.Process().memory_info().rss, time.process_time()
     solver = NullSpace(threshold=1.0, rule="soft", ridge=100.0)
-    blocks, retained = RetainedBlocks(method, queries, prompts), dict[str, Any]()
+    blocks, retained = RetainedBlocks(method, noisy, timesteps, [condition], prompts), dict[str, Any]()
     with count_forwards(unet) as counter:
         for name, layer in edited.items():
             if name not in retained:

@@ -42,7 +42,7 @@ _OF: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
 
 
 def check_compiler(device: torch.device, field: str) -> None:
-    """Refuse to compile where PyTorch has not what it needs for it.
+    """Refuse to compile where PyTorch lacks what it needs for it.
 
     Args:
         device: Device that pictures are drawn on.
@@ -103,14 +103,25 @@ def compiled_forward(module: nn.Module) -> Iterator[bool]:
 
 
 def _checked_once(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """``compute``, for which PyTorch checks its guards only where arguments are unlike those of the call before."""
+    """``compute``, for which PyTorch checks its guards only where arguments are unlike those of the call before.
+
+    Where PyTorch refuses to go without, such as behind its limit of kernels for one function, or for a module that it
+    compiles in several pieces, they are checked at every call.
+    """
     last: Any = None
+    refused = False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal last
+        nonlocal last, refused
         given = [_kind(value) for value in tree_leaves((args, kwargs))], sorted(kwargs), torch.is_grad_enabled()
-        known, last = given == last, None
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext():
+        known, last = given == last and not refused, None
+        try:
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext():
+                output = compute(*args, **kwargs)
+        except RuntimeError as error:
+            if not known or "skip_guard_eval_unsafe" not in str(error):
+                raise
+            refused = True
             output = compute(*args, **kwargs)
         last = given  # not after an error
         return output

@@ -340,8 +340,7 @@ class UNetFeedForwardRefinement(ValueRefinement):
         conditions = [retained]
         if self.retain_empty:
             conditions.append(self.pipeline.unskipped.encode_many([""]))
-        queries = [query for each in conditions for query in query_batches(noisy, timesteps, each)]
-        self.retained_layers = RetainedBlocks(self, queries, len(self.retain_prompts))
+        self.retained_layers = RetainedBlocks(self, noisy, timesteps, conditions, len(self.retain_prompts))
         self.retained = self.retained_layers.of(self.first_written(self.progress["applied"]))
 
     def retained_outputs(self) -> list[Tensor]:

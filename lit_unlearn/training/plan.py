@@ -153,14 +153,18 @@ class _Planner(PlannedWork):
             ),
         }
         if self.in_blocks:
-            more = predict_bytes(pipeline, min(UNET_BATCH, self.module.retained_items)) + kept + gathering
+            asked = self._asked_bytes(pipeline)
+            more = predict_bytes(pipeline, min(UNET_BATCH, self.module.retained_items)) + kept + asked + gathering
             phases["retained keys"] = Memory(everything + more, denoiser + more)
+            if self.holding is not None and len(self.holding.groups) > 1:  # for the passes of further groups
+                kept += asked
         if self.descends:
             trains = isinstance(self.module, GradientEditor)
             trained = [name for name in self.names if not name.startswith("vae.")]
             through = not all(name.startswith(f"{pipeline.denoiser_part}.") for name in trained)
             computing = self._computing(pipeline)
             more = descent_bytes(computing, self._batch(), trained, through) + self._training_bytes(dtype)
+            more += kept if self.in_blocks else 0
             if trains:  # their gradients are counted twice
                 more -= self._numel() * computing.dtype.itemsize
             held = denoiser + (sum(sizes[part] for part in texts) if through else 0)
@@ -223,6 +227,13 @@ class _Planner(PlannedWork):
             return 4 * kept
         widths = [self.shapes[name][1] for name in self.names if len(self.shapes[name]) == 2]
         return count * max(text.length for text in pipeline.texts) * max(widths, default=0) * 4
+
+    def _asked_bytes(self, pipeline: Pipeline) -> int:
+        """Bytes of what an edit in blocks asks the denoiser of retained prompts: their states, and x_t of each item."""
+        prompts = len(self.module.retain_prompts) + bool(self.module.retain_empty)
+        items = len(self.module.retain_prompts) * self.module.noises_per_retained_prompt
+        states = prompts * self.length * self._state_width(pipeline) * pipeline.dtype.itemsize
+        return states + 4 * items * torch.Size(pipeline.latent_shape).numel()
 
     def _state_width(self, pipeline: Pipeline) -> int:
         """Width of the text states that the denoiser is given."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.diffusion.compiled import check_compiler, compile_drawing, compiled_forward, is_compiled
+from lit_unlearn.diffusion.compiled import (
+    _checked_once,
+    check_compiler,
+    compile_drawing,
+    compiled_forward,
+    is_compiled,
+)
 from lit_unlearn.diffusion.drawing import Drawing
 from lit_unlearn.diffusion.families import StableDiffusion
 from lit_unlearn.diffusion.load import load_pipeline
@@ -91,6 +97,78 @@ def test_guards_are_checked_at_the_first_step_and_for_other_arguments(
         components.predict(x[:1], torch.tensor(20), condition[:1])
         components.predict(x[:1], torch.tensor([20]), condition[:1])
     assert len(skipped) == 1
+
+
+class Layers(nn.Module):
+    """Layers one after the other; PyTorch compiles this ``forward`` anew for each number of them."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Broken(nn.Module):
+    """A layer that PyTorch cannot compile in one piece, and each number anew."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + self.number
+
+
+@pytest.fixture
+def compiled() -> Iterator[Callable[..., Tensor]]:
+    """``Layers.forward``, compiled without a compiler of C++."""
+    torch._dynamo.reset()
+    yield torch.compile(Layers.forward, backend="eager")
+    torch._dynamo.reset()
+
+
+def computes_the_same(compiled: Callable[..., Tensor], module: nn.Module) -> bool:
+    forward, x = _checked_once(partial(compiled, module)), torch.ones(2, 3)
+    with torch.no_grad():
+        return all(torch.equal(forward(x), module(x)) for _ in range(3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_behind_the_limit_of_kernels_guards_are_checked_at_every_call(compiled: Callable[..., Tensor]) -> None:
+    for count in range(1, torch._dynamo.config.recompile_limit + 3):
+        assert computes_the_same(compiled, Layers(*[nn.Linear(3, 3)] * count))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_in_several_pieces(compiled: Callable[..., Tensor]) -> None:
+    assert computes_the_same(compiled, Layers(*map(Broken, range(3))))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_user_who_has_told_pytorch_to_compile_nothing(compiled: Callable[..., Tensor]) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        assert computes_the_same(compiled, Layers(nn.Linear(3, 3)))
+
+
+def test_an_error_of_the_model_is_its_own() -> None:
+    asked: list[Tensor] = []
+
+    def fails_later(x: Tensor) -> Tensor:
+        asked.append(x)
+        if len(asked) == 2:
+            raise RuntimeError("out of memory")
+        return x
+
+    forward = _checked_once(fails_later)
+    forward(torch.ones(1))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        forward(torch.ones(1))
+    assert len(asked) == 2  # it is not tried again
 
 
 def test_a_part_that_something_else_has_hold_of_is_refused(components: StableDiffusion) -> None:

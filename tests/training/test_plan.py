@@ -18,6 +18,7 @@ from helpers import CONFIGS, by_null_space
 from lit_unlearn.diffusion.base_model import BaseModel
 from lit_unlearn.diffusion.described import DescribedModel
 from lit_unlearn.diffusion.footprint import encode_bytes, module_bytes
+from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.shared import moments
 from lit_unlearn.methods.shared.editor import DiffusionEditor
@@ -206,6 +207,21 @@ def test_an_edit_of_blocks_in_groups(
     module = refinement(UNetFeedForwardRefinement, values="target", rounds=2, noises_per_prompt=4)
     fit(module, by_null_space(), steps=1, max_epochs=2 * 4)
     assert module.forwards.count == forwards[1]
+
+
+def test_what_further_passes_over_retained_prompts_ask_is_held_in_the_descent(
+    tiny_sd: Path, pets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [f"--model.init_args.concept_set={pets}", "--model.init_args.values=refined"]
+    descents = []
+    for most in (moments.MOST_HELD_BYTES, 1):
+        monkeypatch.setattr(moments, "MOST_HELD_BYTES", most)
+        plan = planned("null_space_unet_ffn", tiny_sd, *options)
+        descents.append(plan.memory["float32"]["descent"].offload)
+    pipeline = load_pipeline(str(tiny_sd))
+    states, latents = pipeline.unconditional().states[0].numel(), torch.Size(pipeline.latent_shape).numel()
+    assert descents[1] - descents[0] == 4 * ((2 + 1) * states + 2 * latents)  # two prompts and the empty one
 
 
 def test_a_descent_in_the_maps_that_read_text(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

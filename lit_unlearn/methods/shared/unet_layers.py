@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,8 +102,16 @@ class StatePairs:
 
 def query_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Query]:
     """Batches of inputs for the denoiser: x_t and t of the items, with the rows of ``condition`` in turn."""
-    batches = torch.arange(len(noisy)).split(UNET_BATCH)
-    return [(noisy[items], timesteps[items], condition[items % len(condition)]) for items in batches]
+    return [make() for make in later_batches(noisy, timesteps, condition)]
+
+
+def later_batches(noisy: Tensor, timesteps: Tensor, condition: Condition) -> list[Callable[[], Query]]:
+    """As ``query_batches``, each made when it is called: until then no prompt is held more than once."""
+
+    def make(items: Tensor) -> Query:
+        return noisy[items], timesteps[items], condition[items % len(condition)]
+
+    return [partial(make, items) for items in torch.arange(len(noisy)).split(UNET_BATCH)]
 
 
 @dataclass(frozen=True)

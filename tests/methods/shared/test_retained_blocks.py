@@ -99,7 +99,7 @@ def test_moments_are_those_of_all_inputs(edit: Build, fit: Build, monkeypatch: p
     read = RetainedBlocks.read_share
 
     def keep(blocks: RetainedBlocks, *args: Any) -> None:
-        queries.extend(blocks.queries)
+        queries.extend(make() for make in blocks.queries)
         read(blocks, *args)
 
     monkeypatch.setattr(RetainedBlocks, "read_share", keep)
