@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_unlearn.core.matrices import checked_matrix
 
 MANY = 4
-"""Sums replace the keys if there are at least this many keys for each input of a layer."""
+"""Sums replace the keys if there are more than this many keys for each input of a layer."""
 
 
 class KeySums(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_unlearn.data.names import name_key, read
+from lit_unlearn.system.names import is_text
 
 if TYPE_CHECKING:
     from lit_unlearn.data.concepts import Concept, ConceptSet
@@ -25,6 +26,8 @@ def check_concept_set(concepts: ConceptSet) -> None:
     """
     keys: dict[str, str] = {}
     for name in concepts.concepts:
+        if not is_text(name):
+            raise ValueError(f"{concepts.path}: the concept {name!r} is empty or holds a line break; rename it.")
         if (other := keys.setdefault(name_key(name), name)) != name:
             raise ValueError(f"{concepts.path}: the concepts {other!r} and {name!r} have the same name; rename one.")
     for concept in concepts.concepts.values():

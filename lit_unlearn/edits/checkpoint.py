@@ -27,6 +27,7 @@ from lit_unlearn.edits.chain import Link, chain_of_checkpoint, chain_of_delta, s
 from lit_unlearn.edits.older import in_todays_terms
 from lit_unlearn.methods.shared.stack import CHECKPOINT_KEY
 from lit_unlearn.system.errors import warn
+from lit_unlearn.system.names import is_text
 from lit_unlearn.system.run_file import unfinished
 
 DELTA_FIELDS = ("method", "concepts", "base_model", "base_fingerprint", "config")
@@ -85,9 +86,9 @@ class Edit:
             )
 
         for name in ("method", "model", "base_fingerprint"):
-            if not isinstance(value := getattr(self, name), str) or not value.strip() or not value.isprintable():
+            if not is_text(getattr(self, name)):
                 raise refuse(f"its {name} is not text")
-        if not isinstance(self.concepts, list) or not all(isinstance(concept, str) for concept in self.concepts):
+        if not isinstance(self.concepts, list) or not all(map(is_text, self.concepts)):
             raise refuse("its concepts are no list of names")
         for name in ("edit", "recipe", "concept_set"):
             if not isinstance(getattr(self, name), dict | None):
@@ -116,7 +117,8 @@ class Edit:
         if not is_number(self.clip_skip):
             what = f"its clip_skip is {self.clip_skip!r:.40}, and possible is a whole number of at least 1, or none"
             raise refuse(what, "model")
-        if not isinstance(self.base_weights, dict) or not set(self.base_weights) <= set(STEMS):
+        hashes = self.base_weights
+        if not isinstance(hashes, dict) or not set(hashes) <= set(STEMS) or not all(map(is_text, hashes.values())):
             raise refuse("its base weights are no mapping of parts")
         for name, value in self.weights.items():
             if not isinstance(name, str) or not WEIGHT_NAME.fullmatch(name):
@@ -198,7 +200,7 @@ class Edit:
             self._check_parts(base.sha256(self.dtype, loaded), base.name)
 
     def _check_parts(self, found: Mapping[str, str], model: str) -> None:
-        if other := [part for part, sha256 in self.base_weights.items() if found[part] != sha256]:
+        if other := [part for part, sha256 in self.base_weights.items() if found.get(part) != sha256]:
             raise ValueError(
                 f"{self.path} edits {self.model!r} and does not fit model={model!r}, whose {' and '.join(other)} "
                 f"{'differs' if len(other) == 1 else 'differ'}: use the model that it was made on."

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path, PureWindowsPath
+from unicodedata import category
 
 LONGEST_LABEL, LONGEST_PATH = 100, 259
 """Largest number of characters of a name that we make, and of a path on Windows by default."""
@@ -144,3 +145,8 @@ def check_numbers(section: str = "", /, **numbers: int | None) -> None:
     for field, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{f'{section}.' if section else ''}{field}={value} must be at least 1.")
+
+
+def is_text(value: object) -> bool:
+    """Whether ``value`` is text with something in it, and without characters that control a terminal."""
+    return isinstance(value, str) and bool(value.strip()) and not any(category(one) == "Cc" for one in value)

@@ -22,6 +22,7 @@ from lit_unlearn.system.errors import UserError, closest, closest_key, user_erro
 from lit_unlearn.system.run_file import check_checkpoint
 from lit_unlearn.system.sources import ancestors, arguments_of, our_classes, trainer_options
 from lit_unlearn.training.arguments import LIGHTNINGS, OF_THE_TRAINER, OPTIONS, SECTIONS
+from lit_unlearn.training.recipes import read_list
 
 FREE = {"init_args", "class_path", "dict_kwargs", "help"}
 """Keys of a section that are not arguments of its class."""
@@ -90,15 +91,15 @@ class Asked:
     def concept(self) -> Any:
         """The concept or concepts; None if there are none."""
         given = self.options.get("concept", self.content.get("concept"))
-        return yaml.safe_load(given) if isinstance(given, str) and given.startswith("[") else given
+        return read_list("--concept", given) if isinstance(given, str) and given.startswith("[") else given
 
     def listed(self, name: str) -> list[str]:
         """The values of an option of the command that takes one or a list."""
         given = self.options.get(name)
-        if isinstance(given, str) and given.startswith("["):
-            given = yaml.safe_load(given)
-        texts = given if isinstance(given, list) else [given]
-        return [text for text in texts if isinstance(text, str) and text not in ("", "null")]
+        if not isinstance(given, str):
+            return []
+        texts = read_list(f"--{name}", given) if given.startswith("[") else [given]
+        return [text for text in texts if text not in ("", "null")]
 
 
 def check_early(args: Sequence[str]) -> None:
@@ -175,6 +176,8 @@ def _concept_not_named(command: str, asked: Asked) -> str | None:
         raise UserError(f"{command}: name the concept to edit, e.g. --concept dog.")
     if not isinstance(concept, str | list):
         return None
+    if wrong := [name for name in concept if not isinstance(name, str)]:
+        raise UserError(f"concept={concept}: {wrong[0]!r} is not the name of a concept: put a name in quotation marks.")
     concept_set = asked.value("model", "concept_set")
     if concept_set is None:
         default = (arguments_of(kind) or {}).get("concept_set")

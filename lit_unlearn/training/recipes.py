@@ -86,7 +86,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
     ``--config_folder`` for ``--model.config_folder``.
 
     Raises:
-        UserError: A recipe is missing.
+        UserError: A recipe is missing, or a list is none.
     """
     recipes: list[str] = []
     options: list[str] = []
@@ -95,7 +95,9 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
         joined = re.fullmatch(r"(--config|-c)=(.*)", arg, flags=re.DOTALL)
         if joined:
             recipes.append(f"{joined[1]}={find_recipe(joined[2])}")
-        elif arg in ("--config", "-c") and (name := next(left, None)) is not None:
+        elif arg in ("--config", "-c"):
+            if (name := next(left, None)) is None:
+                raise UserError(f"{arg} is the last word: name a recipe behind it, e.g. --config null_space.yaml.")
             recipes += [arg, str(find_recipe(name))]
         else:
             options.append(arg)
@@ -132,24 +134,52 @@ LISTS = ("--concept", "--after", "--base_edit")
 
 
 def _joined_lists(options: Sequence[str], name: str) -> list[str]:
-    """Replace several options ``name`` by one with a list."""
-    import yaml
+    """Replace several options ``name`` by one with a list.
 
+    Raises:
+        UserError: An option has no value, or a list is none.
+    """
     given: list[str] = []
     others: list[str] = []
     left = iter(options)
     for arg in left:
         if arg.startswith(f"{name}="):
             given.append(arg.partition("=")[2])
-        elif arg == name and (value := next(left, None)) is not None:
+        elif arg == name:
+            value = next(left, "--")
+            if value.startswith("--"):
+                raise UserError(f"{name} has no value: write it behind the option, as in {name} VALUE.")
             given.append(value)
         else:
             others.append(arg)
+    lists = [read_list(name, value) if value.startswith("[") else [value] for value in given]
     if len(given) < 2:
         return list(options)
-    lists = [yaml.safe_load(value) if value.startswith("[") else [value] for value in given]
-    values = [str(value) for values in lists for value in values]
+    import yaml
+
+    values = [value for values in lists for value in values]
     return [name, yaml.safe_dump(values, default_flow_style=True, width=10_000, allow_unicode=True).strip(), *others]
+
+
+def read_list(option: str, text: str) -> list[str]:
+    """The entries of a list on the command line, such as ``[dog, cat]``.
+
+    Raises:
+        UserError: It is not a list, or an entry is not text.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise UserError(f"{option}={text} is not a list: close its brackets, as in {option} '[A, B]'.")
+    if wrong := [entry for entry in found if not isinstance(entry, str)]:
+        raise UserError(
+            f'{option}={text}: {wrong[0]!r} is not text: put it in quotation marks, as in {option} \'["A", "B"]\'.'
+        )
+    return found
 
 
 @contextmanager

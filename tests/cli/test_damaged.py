@@ -66,6 +66,7 @@ def test_a_clip_skip_that_the_model_does_not_have(
         ({}, {"model": ""}, "its model is not text"),
         ({}, {"model": "a\0b"}, "its model is not text"),
         ({}, {"concepts": "dog"}, "its concepts are no list of names"),
+        ({}, {"concepts": ["\x1b[31mdog"]}, "its concepts are no list of names"),
         ({}, {"recipe": {"model": 5}}, "the model of its recipe is no mapping"),
     ],
 )

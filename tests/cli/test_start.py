@@ -73,6 +73,13 @@ def test_what_needs_no_model_imports_nothing_heavy(args: list[str], tmp_path: Pa
         (["fit", "--config", "sd14.yaml"], "sd14.yaml names no method: it is an overlay"),
         (["generate", "a dog", "--num", "0", "-o", "a.png"], "num=0 must be at least 1."),
         (["report", "nowhere"], "there is no folder nowhere."),
+        (["fit", "--config", "uce.yaml", "--concept", "[dog"], "--concept=[dog is not a list: close its brackets, as"),
+        (["fit", "--config", "uce.yaml", "--concept", "[dog", "--concept", "cat"], "--concept=[dog is not a list"),
+        (["fit", "--config", "uce.yaml", "--concept=[dog, 1]"], "--concept=[dog, 1]: 1 is not text: put it in quot"),
+        (["fit", "--config", "uce.yaml", "--concept=[dog, [cat]]"], "['cat'] is not text"),
+        (["fit", "--config", "uce.yaml", "--concept"], "--concept has no value: write it behind the option"),
+        (["fit", "--config", "uce.yaml", "--after", "[a.ckpt"], "--after=[a.ckpt is not a list"),
+        (["fit", "--config", "uce.yaml", "--config"], "--config is the last word: name a recipe behind it, e.g."),
     ],
 )
 def test_a_wrong_name_is_told_before_anything_heavy_is_imported(args: list[str], message: str, tmp_path: Path) -> None:

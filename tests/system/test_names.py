@@ -15,6 +15,7 @@ from lit_unlearn.system.names import (
     check_path,
     check_prompts,
     file_name,
+    is_text,
     joint_name,
     why_not,
 )
@@ -163,3 +164,13 @@ def test_a_number_below_one_is_named_with_its_section() -> None:
         check_numbers(batch_size=3, num=0)
     with pytest.raises(ValueError, match=r"^model\.rounds=-1 must be at least 1\.$"):
         check_numbers("model", rounds=-1)
+
+
+@pytest.mark.parametrize("name", ["dog", "モデル\u30001", "a\u00a0b", "\udcc3", "👩\u200d🚀"])
+def test_what_a_folder_may_be_called_is_text(name: str) -> None:
+    assert is_text(name)
+
+
+@pytest.mark.parametrize("value", ["", " ", "a\nb", "\x1b[31mdog", "a\x00b", None, 5, ["dog"]])
+def test_what_moves_the_cursor_and_what_is_empty_is_not_text(value: object) -> None:
+    assert not is_text(value)

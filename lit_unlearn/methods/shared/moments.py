@@ -20,8 +20,8 @@ from lit_unlearn.core.thin import ThinMoment
 from lit_unlearn.methods.shared.processes import Processes
 
 MOST_HELD_BYTES = 4 * 2**30
-"""Moments and null spaces of several layers that are held at once take at most this much memory, in RAM; those of a
-single layer may take more."""
+"""Moments and null spaces of several layers that are held at once take at most this much memory, in the RAM of each
+process; those of a single layer may take more."""
 ROWS_BYTES = 2**28
 """Keys are converted to float64 in parts of at most this size."""
 

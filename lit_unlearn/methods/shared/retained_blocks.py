@@ -1,7 +1,7 @@
 """The retained keys of layers in the denoiser's blocks, from the model as it was before any edit.
 
-    blocks = RetainedBlocks(method, noisy, timesteps, conditions, prompts)
-    blocks.of(name)         # a pass of the denoiser over all of them, see ``RetainedGroups``
+blocks = RetainedBlocks(method, noisy, timesteps, conditions, prompts)
+blocks.of(name)         # a pass of the denoiser over all of them, see ``RetainedGroups``
 """
 
 from __future__ import annotations
