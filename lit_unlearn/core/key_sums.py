@@ -1,7 +1,8 @@
 """Two sums over many edited keys that suffice for a closed form; their size does not depend on the number of keys.
 
 If V1 is the output of other keys K1*, ``V1 = A K1*``, nothing but W and A differs between maps with the same keys:
-``R K1ᵀ = A (K1* − K1) K1ᵀ + (A − W) K1 K1ᵀ``. So the two sums in it are made once for all maps and rounds.
+``R K1ᵀ = A (K1* − K1) K1ᵀ + (A − W) K1 K1ᵀ``. So the two sums in it are made once for all maps and rounds
+(with a tolerance, for which each map has a null space of its own, once for each map).
 """
 
 from __future__ import annotations
