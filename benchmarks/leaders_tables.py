@@ -24,6 +24,7 @@ def tables(results: Results) -> str:
     parts = [many(results, methods), in_sequence(results, methods), alone(results, methods)]
     parts += [
         under_attack(results, methods),
+        side_by_side(results, methods),
         under_attack(results, methods, PROBED, "Probed"),
         by_concept(results, methods),
         limits(results, methods),
@@ -206,6 +207,18 @@ def under_attack(
             if any(cells):
                 rows.append([f"{method}, {group}", *cells])
     return f"## {title}\n\n{table(['', *columns], rows)}" if rows else ""
+
+
+def side_by_side(results: Results, methods: Sequence[str]) -> str:
+    """Attacks on the concepts for which all methods have them, so that methods are compared on the same pictures."""
+    concepts = [name for name in SINGLE if all(f"{method}/attacks/{name}" in results for method in methods)]
+    columns = {label: pick for label, (measure, pick) in COLUMNS.items() if measure == "attacks"}
+    rows = [
+        [method, *(pooled(results, method, "attacks", concepts, pick) for pick in columns.values())]
+        for method in methods
+    ]
+    title = f"## Other attacks on the same {len(concepts)} concepts: {', '.join(concepts)}"
+    return f"{title}\n\n{table(['', *columns], rows)}" if concepts else ""
 
 
 def by_concept(results: Results, methods: Sequence[str]) -> str:
