@@ -27,7 +27,7 @@ def check_concept_set(concepts: ConceptSet) -> None:
     keys: dict[str, str] = {}
     for name in concepts.concepts:
         if not is_text(name):
-            raise ValueError(f"{concepts.path}: the concept {name!r} is empty or holds a line break; rename it.")
+            raise ValueError(f"{concepts.path}: the concept {name!r} is empty or holds control characters; rename it.")
         if (other := keys.setdefault(name_key(name), name)) != name:
             raise ValueError(f"{concepts.path}: the concepts {other!r} and {name!r} have the same name; rename one.")
     for concept in concepts.concepts.values():

@@ -16,6 +16,8 @@ DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9�
 """Names of devices on Windows, with or without an ending after a dot."""
 
 
+TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction in which text is shown."""
 TEXT_SUFFIXES = {".txt", ".csv", ".tsv", ".yaml", ".yml", ".json", ".jsonl", ".md"}
 FILE_SUFFIXES = TEXT_SUFFIXES | {
     ".safetensors",
@@ -148,5 +150,7 @@ def check_numbers(section: str = "", /, **numbers: int | None) -> None:
 
 
 def is_text(value: object) -> bool:
-    """Whether ``value`` is text with something in it, and without characters that control a terminal."""
-    return isinstance(value, str) and bool(value.strip()) and not any(category(one) == "Cc" for one in value)
+    """Whether ``value`` is text with something in it, and nothing that moves the cursor or turns the line around."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any(category(one) in ("Cc", "Zl", "Zp") or one in TURNS for one in value)

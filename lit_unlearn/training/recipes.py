@@ -86,7 +86,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
     ``--config_folder`` for ``--model.config_folder``.
 
     Raises:
-        UserError: A recipe is missing, or a list is none.
+        UserError: A recipe is missing, or a list cannot be read.
     """
     recipes: list[str] = []
     options: list[str] = []
@@ -137,7 +137,7 @@ def _joined_lists(options: Sequence[str], name: str) -> list[str]:
     """Replace several options ``name`` by one with a list.
 
     Raises:
-        UserError: An option has no value, or a list is none.
+        UserError: An option has no value, or a list cannot be read.
     """
     given: list[str] = []
     others: list[str] = []
@@ -148,37 +148,39 @@ def _joined_lists(options: Sequence[str], name: str) -> list[str]:
         elif arg == name:
             value = next(left, "--")
             if value.startswith("--"):
-                raise UserError(f"{name} has no value: write it behind the option, as in {name} VALUE.")
+                raise UserError(f"{name} has no value: write it behind the option, as in {name} VALUE or {name}=VALUE.")
             given.append(value)
         else:
             others.append(arg)
-    lists = [read_list(name, value) if value.startswith("[") else [value] for value in given]
-    if len(given) < 2:
+    is_list = any(value.startswith("[") for value in given)
+    if len(given) < 2 and not is_list:
         return list(options)
     import yaml
 
+    lists = [read_list(name, value) if value.startswith("[") else [value] for value in given]
     values = [value for values in lists for value in values]
     return [name, yaml.safe_dump(values, default_flow_style=True, width=10_000, allow_unicode=True).strip(), *others]
 
 
 def read_list(option: str, text: str) -> list[str]:
-    """The entries of a list on the command line, such as ``[dog, cat]``.
+    """The entries of a list on the command line, such as ``[dog, cat]``; each is text, whatever it looks like.
 
     Raises:
-        UserError: It is not a list, or an entry is not text.
+        UserError: It is not a list of texts.
     """
     import yaml
 
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, Loader=yaml.BaseLoader)  # makes nothing but text, lists and mappings
     except (yaml.YAMLError, RecursionError):
         found = None
     if not isinstance(found, list):
-        raise UserError(f"{option}={text} is not a list: close its brackets, as in {option} '[A, B]'.")
-    if wrong := [entry for entry in found if not isinstance(entry, str)]:
         raise UserError(
-            f'{option}={text}: {wrong[0]!r} is not text: put it in quotation marks, as in {option} \'["A", "B"]\'.'
+            f"{option}={text} cannot be read as a list: close its brackets, and put names with # @ : or \\ in single "
+            f"quotation marks, as in {option} \"['A', 'B']\"."
         )
+    if wrong := [entry for entry in found if not isinstance(entry, str)]:
+        raise UserError(f"{option}={text}: {wrong[0]} is not a name: a list holds names only, as in {option} '[A, B]'.")
     return found
 
 

@@ -264,7 +264,10 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
         (lambda data: data["concepts"].update(dog="a pet"), "concept 'dog' must be a mapping"),
         (lambda data: data["concepts"].update({True: {}}), "name must be text, not True"),
         (lambda data: data["concepts"].update(Cat=data["concepts"]["cat"]), "'cat' and 'Cat' have the same name"),
-        (lambda data: data["concepts"].update({"c\nt": data["concepts"]["cat"]}), "holds a line break; rename it"),
+        (
+            lambda data: data["concepts"].update({"c\nt": data["concepts"]["cat"]}),
+            "holds control characters; rename it",
+        ),
         (lambda data: data.update(concepts={}), "'concepts' must map at least one name"),
         (lambda data: data.pop("concepts"), "the key 'concepts' is missing"),
         (lambda data: data.update(concept={}), "unknown key 'concept'; did you mean 'concepts'"),

@@ -19,7 +19,8 @@ from lit_unlearn.methods.shared.unet_layers import later_batches, places_in_bloc
 class RetainedBlocks(RetainedGroups):
     """Gathers the retained keys of layers whose inputs depend on x_t and t.
 
-    They are held until no pass needs them, on the device: x_t and the states of each condition, once.
+    They are held on the device, x_t and the states of each condition once: until the one pass is done, or, if there are
+    several, until the end of the fit.
 
     Args:
         method: The method, whose pipeline is loaded.
