@@ -86,7 +86,8 @@ class Edit:
             )
 
         for name in ("method", "model", "base_fingerprint"):
-            if not is_text(getattr(self, name)):
+            value = getattr(self, name)
+            if not is_text(value) or (name != "model" and not value.isprintable()):  # a folder may have any name
                 raise refuse(f"its {name} is not text")
         if not isinstance(self.concepts, list) or not all(map(is_text, self.concepts)):
             raise refuse("its concepts are no list of names")

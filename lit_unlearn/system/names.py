@@ -150,7 +150,7 @@ def check_numbers(section: str = "", /, **numbers: int | None) -> None:
 
 
 def is_text(value: object) -> bool:
-    """Whether ``value`` is text with something in it, and nothing that moves the cursor or turns the line around."""
+    """Whether ``value`` is text with something in it, that UTF-8 can hold, and that leaves a terminal's lines alone."""
     if not isinstance(value, str) or not value.strip():
         return False
-    return not any(category(one) in ("Cc", "Zl", "Zp") or one in TURNS for one in value)
+    return not any(category(one) in ("Cc", "Cs", "Zl", "Zp") or one in TURNS for one in value)
