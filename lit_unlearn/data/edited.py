@@ -17,9 +17,8 @@ def edited_concepts(concept: str | list[str], concepts: ConceptSet) -> list[Conc
     try:
         edited = [concepts.get(name) for name in names]
     except ValueError as error:
-        if not (several := [name for text in names for name in re.split(r"[,;\uff0c\u3001]", text) if name.strip()])[
-            1:
-        ]:
+        several = [name for text in names for name in re.split(r"[,;\uff0c\u3001]", text) if name.strip()]
+        if len(several) <= len(names):  # no name looks like several
             raise
         option = f"--concept '[{', '.join(name.strip() for name in several)}]'"
         raise ValueError(f"{str(error).removesuffix('.')}; several concepts are written {option}.") from error

@@ -63,6 +63,7 @@ def test_what_needs_no_model_imports_nothing_heavy(args: list[str], tmp_path: Pa
     [
         (["fit", "--config", "ucee.yaml"], "There is no recipe 'ucee.yaml' (closest:"),
         (["fit", "--config", "uce.yaml", "--concept", "dgo"], "has no concept 'dgo'; closest names: dog."),
+        (["fit", "--config", "uce.yaml", "--concept", "[cat, dgo]"], "has no concept 'dgo'; closest names: dog.\n"),
         (["fit", "--config", "uce.yaml", "--model.judge", "gpt"], "take clip, emoji, emoji_second, llava, nudenet,"),
         (["fit", "--config", "uce.yaml", "--model.toward", "target"], "model: UCE has no option 'toward' (closest:"),
         (["fit", "--config", "uce.yaml", "--edit.lamda", "1"], "edit: RidgeMap has no option 'lamda' (closest: lamb)."),
