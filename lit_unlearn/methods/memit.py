@@ -58,9 +58,14 @@ class MEMIT(ValueRefinement):
         """The first layer of the stretch of ``epoch``."""
         return self.stretches[epoch % len(self.stretches)].names[0]
 
-    def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
-        """The residual stream (n, L, D), float32, after the last edited layer of ``stretch``."""
-        return self.paired.by_part[stretch.part].text.stream(input_ids, layer_index(stretch.names[-1]))
+    @property
+    def reads_stream(self) -> bool:
+        """Always: z is a goal for it."""
+        return True
+
+    def stream_after(self, stretch: Stretch) -> int:
+        """The last edited layer of ``stretch``."""
+        return layer_index(stretch.names[-1])
 
     def on_train_epoch_start(self) -> None:
         """Start the round's z within its bound; if it starts from the beginning, with a fresh optimizer."""
@@ -72,7 +77,8 @@ class MEMIT(ValueRefinement):
         """The last edited layer of the stretch of ``epoch``, and the stream after it, from the model as it is now."""
         stretch = self.stretches[epoch % len(self.stretches)]
         self.state = self.layer_state(stretch.names[-1])
-        self.initial_stream = self.stream(stretch, self.paired.by_part[stretch.part].edit_ids)
+        assert self.state.stream is not None
+        self.initial_stream = self.state.stream
         return self.state
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -109,5 +115,6 @@ class MEMIT(ValueRefinement):
         stretch = self.stretch_of(state.name)
         for place, name in enumerate(stretch.names):
             state = self.layer_state(name)
-            missing = goal - self.stream(stretch, self.paired.by_part[stretch.part].edit_ids)
+            assert state.stream is not None
+            missing = goal - state.stream
             yield state, state.initial + missing / (len(stretch.names) - place)

@@ -227,7 +227,7 @@ class UNetValueRefinement(ValueRefinement):
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
-        goal = self.pretrained_prediction(x_t, timesteps, self.goal[pairs])
+        goal = self.goal_prediction(x_t, timesteps, batch, batch_idx)
         with replace_output(state.layer, values, state.mask[pairs]):
             return self.pipeline.predict(x_t, timesteps, self.edit_condition[pairs]), goal
 

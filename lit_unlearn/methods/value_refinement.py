@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor, pairs_of
 from lit_unlearn.methods.shared.editor import check_timesteps
 from lit_unlearn.methods.shared.layer_state import LayerState, per_item
-from lit_unlearn.methods.shared.noised import edit_latents, noise_of_items
+from lit_unlearn.methods.shared.noised import RoundGoals, edit_latents, noise_of_items
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
 from lit_unlearn.methods.shared.retained_groups import RetainedGroups
 from lit_unlearn.methods.shared.retained_layers import RetainedLayers
@@ -116,6 +116,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.retained: dict[str, Retained] = {}
         self.retained_layers: RetainedGroups
         self.unmoved: list[Tensor] = []
+        self.round_goals = RoundGoals()
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Weights of text layers ``first_layer`` to ``last_layer`` among those that the pattern selects.
@@ -202,9 +203,15 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """Number of epochs to edit every layer once."""
         return len(self.edited_names)
 
+    @property
+    def current_round(self) -> int:
+        """Number of the round, from 0."""
+        return self.current_epoch // self.epochs_per_round
+
     def gather(self) -> None:
         """Compute everything that needs the unedited model; the pretrained weights are restored meanwhile."""
         self.gather_moments()
+        self.round_goals = RoundGoals()
         if self.needs_goal:
             self.goal = self.pipeline.encode_many(self.paired.target_tokens)
         if self.start == "residual":
@@ -253,7 +260,9 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
 
     def layer_state(self, name: str) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts, from the model as it is now."""
-        return self.paired.state(name, only_end=name in self.stretch_of(name).only_end)
+        stretch = self.stretch_of(name)
+        after = self.stream_after(stretch) if self.reads_stream else None
+        return self.paired.state(name, only_end=name in stretch.only_end, stream_after=after)
 
     # --- writes at the end of an epoch
 
@@ -301,6 +310,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         self.progress["applied"] = epoch + 1
         if is_last:  # before the last checkpoint, which holds the report
             self.paired.forget()
+            self.round_goals = RoundGoals()
             self.report["retained_state_drift"] = drift(self.unmoved, self.retained_outputs(), self.processes)
             super().after_writes(epoch, is_last)
 
@@ -316,18 +326,24 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             return self.paired.target_keys(state.name) @ state.layer.weight.float().mT
         if self.start == "residual":
             stretch = self.stretch_of(state.name)
-            missing = self.goal_residuals[stretch] - self.stream(stretch, self.paired.by_part[stretch.part].edit_ids)
+            assert state.stream is not None
+            missing = self.goal_residuals[stretch] - state.stream
             return state.initial + missing / (len(stretch.names) - stretch.names.index(state.name))
         return state.initial
 
-    def stream(self, stretch: Stretch, input_ids: Tensor) -> Tensor:
-        """The residual stream (n, L, D), float32, that ``residual`` compares to the goal: where its encoder is read."""
-        return self.paired.by_part[stretch.part].text.stream(input_ids, stretch.read_after)
+    @property
+    def reads_stream(self) -> bool:
+        """Whether each layer is given the residual stream of the edit prompts, too."""
+        return self.start == "residual"
+
+    def stream_after(self, stretch: Stretch) -> int:
+        """The layer after which the residual stream is compared to its goal: where the encoder is read."""
+        return stretch.read_after
 
     def target_stream(self, stretch: Stretch) -> Tensor:
-        """``stream`` for the target prompts, (n, L, D), at the edit positions that are aligned with them."""
+        """The stream of the target prompts, (n, L, D), float32, at the edit positions that are aligned with them."""
         pairs = self.paired.by_part[stretch.part]
-        return pairs.align(self.stream(stretch, pairs.target_ids))
+        return pairs.align(pairs.text.stream(pairs.target_ids, self.stream_after(stretch)))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Algorithm 1, line 3: error between the predictions for V1 and for the target prompts.
@@ -360,13 +376,17 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
         with replace_output(state.layer, values, state.mask[pairs]):
             condition = self.pipeline.encode(self.paired.tokens_read(state.name)[pairs.cpu()])
-        with torch.no_grad():
-            goal = self.pipeline.predict(x_t, timesteps, self.goal[pairs])
+        goal = self.goal_prediction(x_t, timesteps, batch, batch_idx)
         return self.pipeline.predict(x_t, timesteps, condition), goal
+
+    def goal_prediction(self, x_t: Tensor, timesteps: Tensor, batch: Tensor, batch_idx: int) -> Tensor:
+        """What the model predicted for the target prompts before any edit, (B, C, H, W); once for all of a round."""
+        asked = partial(self.pretrained_prediction, x_t, timesteps, self.goal[batch % self.num_pairs])
+        return self.round_goals.of(self.current_round, batch_idx, batch, asked)
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.
 
-        They depend only on seed, layer, step and item, so the loss is the same with any number of processes.
+        They depend only on seed, round, step and item, so the loss is the same with any number of processes.
         """
         return noise_of_items(self, self.latents, batch, batch_idx)

@@ -164,7 +164,7 @@ class _Planner(PlannedWork):
             through = not all(name.startswith(f"{pipeline.denoiser_part}.") for name in trained)
             computing = self._computing(pipeline)
             more = descent_bytes(computing, self._batch(), trained, through) + self._training_bytes(dtype)
-            more += kept if self.in_blocks else 0
+            more += kept + self._goals_bytes()
             if trains:  # their gradients are counted twice
                 more -= self._numel() * computing.dtype.itemsize
             held = denoiser + (sum(sizes[part] for part in texts) if through else 0)

@@ -18,6 +18,7 @@ from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
 from lit_unlearn.methods.shared.moments import Holding, holding
+from lit_unlearn.methods.shared.noised import RoundGoals
 from lit_unlearn.methods.shared.retained_layers import retains_empty
 from lit_unlearn.methods.shared.text_layers import TEXT_LAYER, part_of
 from lit_unlearn.methods.shared.unet_layers import places_in_block
@@ -143,7 +144,7 @@ class PlannedWork:
                 found["passes over the retained prompts"] = f"{self._passes():,} ({groups} groups of layers)"
             found["solves"] = f"{solves:,} (with {' and '.join(f'{width:,}' for width in inputs)} inputs)"
         if self.descends:
-            steps = epochs * (plan.steps or getattr(self.data, "steps", 1))
+            steps = epochs * self._steps()
             forwards, exact = self._forwards(steps * self._batch())
             found["steps of gradient descent"] = f"{steps:,} of {self._batch()}"
             found["denoiser: forwards of one picture"] = f"{'' if exact else 'at least '}{forwards:,}"
@@ -175,8 +176,30 @@ class PlannedWork:
             return self._forwards_in_blocks(module, self._guided(pipeline, module.guidance_scale)) + uses, True
         if self.descends and type(module) in (ValueRefinement, UNetValueRefinement):
             rows = self._guided(pipeline, module.guidance_scale)
-            return module.latents_per_prompt * self.edited * module.num_inference_steps * rows + 2 * uses, True
+            drawn = module.latents_per_prompt * self.edited * module.num_inference_steps * rows
+            return drawn + uses + self._goals_asked(), True
         return uses, False
+
+    def _steps(self) -> int:
+        """Steps of an epoch."""
+        return int(self.module.fit_plan.steps or getattr(self.data, "steps", 1))
+
+    def _goal_bytes(self) -> int:
+        """Bytes of the predictions for the target prompts in one step of a descent of values."""
+        pipeline = self.base.pipeline(torch.float32)
+        return self._batch() * torch.Size(pipeline.latent_shape).numel() * int(self.module.weights_dtype.itemsize)
+
+    def _goals_bytes(self) -> int:
+        """Bytes of the predictions for target prompts that a descent of values keeps."""
+        if not isinstance(self.module, ValueRefinement) or self.in_blocks:
+            return 0
+        return RoundGoals.kept(self._steps(), self._goal_bytes()) * self._goal_bytes()
+
+    def _goals_asked(self) -> int:
+        """Predictions for target prompts that a descent of values asks for: once a round, as far as they are kept."""
+        kept = RoundGoals.kept(self._steps(), self._goal_bytes())
+        again = (self.module.epochs_per_round - 1) * (self._steps() - kept)
+        return int(self.module.rounds * (self._steps() + again) * self._batch())
 
     def _forwards_in_blocks(self, module: UNetFeedForwardRefinement, rows: int) -> int:
         """Forward passes of an edit in blocks beside its descent.

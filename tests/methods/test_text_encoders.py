@@ -330,9 +330,9 @@ def test_memit_reaches_the_goal_of_each_stretch(family: str, edit: Edit, fit: Fi
         for stretch, goal in goals.items():
             pairs = module.paired.by_part[stretch.part]
             state = module.layer_state(stretch.names[-1])
-            found = module.stream(stretch, pairs.edit_ids)
+            found, after = state.stream, module.stream_after(stretch)
             with module.pretrained.restored():
-                before = module.stream(stretch, pairs.edit_ids)
+                before = pairs.text.stream(pairs.edit_ids, after)
             missing = [(goal - states)[state.mask].norm() for states in (found, before)]
             assert missing[0] < 0.1 * missing[1], stretch
 

@@ -77,8 +77,9 @@ def test_drift_is_that_of_noise_predictions_at_retained_prompts(
 def test_what_is_measured_is_no_cost(keys_and_values: Build, feed_forward: Build, fit: Fit) -> None:
     module = keys_and_values(rounds=2)
     fit(module, half(), steps=3)
-    # Latents of 2 prompts with guidance, one step; then 2 rounds of 8 layers of 3 steps of 2 prompts, goal and present.
-    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 8 * 3) * 2 * 2
+    # Latents of 2 prompts with guidance, one step; then 2 rounds of 8 layers of 3 steps of 2 prompts, and the goals of
+    # each round.
+    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 8 * 3) * 2 + (2 * 3) * 2
     assert module.current_cost()["unet_backwards"] == (2 * 8 * 3) * 2
     direct = keys_and_values(values="target")
     fit(direct, half(), steps=1)

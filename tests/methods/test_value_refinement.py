@@ -311,8 +311,9 @@ def test_keys_carry_the_concept_from_its_first_token_on(refinement: Refinement, 
 def test_the_cost_is_what_the_unet_did(refinement: Refinement, fit: Fit) -> None:
     module = refinement(rounds=2)
     fit(module, null_space_edit(), steps=3)
-    # Latents of 2 prompts with guidance, one step; then 2 rounds of 2 layers of 3 steps of 2 prompts, goal and present.
-    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 2 * 3) * 2 * 2
+    # Latents of 2 prompts with guidance, one step; then 2 rounds of 2 layers of 3 steps of 2 prompts, and the goals of
+    # each round.
+    assert module.current_cost()["unet_forwards"] == 2 * 2 + (2 * 2 * 3) * 2 + (2 * 3) * 2
 
 
 # --- other models

@@ -22,6 +22,7 @@ from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.methods.shared import moments
 from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.noised import RoundGoals
 from lit_unlearn.methods.unet_value_refinement import UNetFeedForwardRefinement
 from lit_unlearn.system.errors import UserError
 from lit_unlearn.training.plan import plan_fit, solve_bytes
@@ -222,6 +223,30 @@ def test_what_further_passes_over_retained_prompts_ask_is_held_in_the_descent(
     pipeline = load_pipeline(str(tiny_sd))
     states, latents = pipeline.unconditional().states[0].numel(), torch.Size(pipeline.latent_shape).numel()
     assert descents[1] - descents[0] == 4 * ((2 + 1) * states + 2 * latents)  # two prompts and the empty one
+
+
+@pytest.mark.parametrize("most", [RoundGoals.MOST_BYTES, 0])
+def test_goals_are_asked_for_once_a_round_and_kept(
+    most: int,
+    tiny_sd: Path,
+    pets: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refinement: Callable[..., Any],
+    fit: Callable[..., Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["rounds=2", "num_inference_steps=1", f"concept_set={pets}"]
+    options = [f"--model.init_args.{setting}" for setting in settings] + ["--data.init_args.steps=3"]
+    with_goals = planned("null_space_refined", tiny_sd, *options)
+    monkeypatch.setattr(RoundGoals, "MOST_BYTES", most)
+    plan = planned("null_space_refined", tiny_sd, *options)
+    module = refinement(rounds=2)
+    fit(module, by_null_space(), steps=3)
+    assert plan.counts["denoiser: forwards of one picture"] == str(module.forwards.count)
+    goals = 3 * 2 * 4 * 4 * 8 * 8 if most else 0  # steps, prompts, float32, latents
+    kept = [one.memory["float32"]["descent"].offload for one in (plan, with_goals)]
+    assert kept[1] - kept[0] == 3 * 2 * 4 * 4 * 8 * 8 - goals
 
 
 def test_a_descent_in_the_maps_that_read_text(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

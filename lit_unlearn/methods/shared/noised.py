@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +60,8 @@ def noise_of_items(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clean latents and noise (B, C, H, W) and timesteps (B,), drawn per item of the global batch.
 
-    They depend only on seed, epoch, step and item, so the loss is the same with any number of processes.
+    They depend only on seed, round, step and item, so the loss is the same with any number of processes, and the goals
+    are the same for all layers of a round (``RoundGoals``).
 
     Args:
         method: The method.
@@ -69,10 +72,45 @@ def noise_of_items(
     latents, noise, timesteps = [], [], []
     for item in batch.tolist():
         pair = item % method.num_pairs
-        generator = seeded(method.seed, method.current_epoch, batch_idx, item)
+        generator = seeded(method.seed, method.current_round, batch_idx, item)
         timesteps.append(method.pipeline.noise.draw_timestep(generator, method.min_timestep, method.max_timestep))
         number = int(torch.randint(len(drawings), (), generator=generator))
         latents.append(drawings[number, pair])
         noise.append(torch.randn(drawings.shape[2:], generator=generator))
     clean = torch.stack(latents)
     return clean, torch.stack(noise).to(clean), torch.stack(timesteps).to(method.device)
+
+
+@dataclass
+class RoundGoals:
+    """Predictions for the target prompts in each step of a round, which depend on its noise alone.
+
+    The first layer of a round asks the denoiser for them; the others find them here. Beyond ``MOST_BYTES`` they are
+    asked for again.
+
+    Attributes:
+        number: Number of the round.
+        found: The predictions (B, C, H, W) by the number of the step and those of its items.
+    """
+
+    MOST_BYTES: ClassVar[int] = 2**28
+
+    number: int = -1
+    found: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def kept(cls, steps: int, size: int) -> int:
+        """Of how many of the ``steps`` of a round the predictions are kept, if those of one take ``size`` bytes."""
+        return min(steps, cls.MOST_BYTES // size)
+
+    def of(self, number: int, step: int, batch: Tensor, predict: Callable[[], Tensor]) -> Tensor:
+        """The predictions for the items ``batch`` (B,) of ``step`` in the round ``number``, by ``predict`` if new."""
+        if number != self.number:
+            self.number, self.found = number, {}
+        place = (step, *batch.tolist())
+        if (known := self.found.get(place)) is not None:
+            return known
+        predicted = predict()
+        if sum(kept.nbytes for kept in self.found.values()) + predicted.nbytes <= self.MOST_BYTES:
+            self.found[place] = predicted
+        return predicted

@@ -7,7 +7,6 @@ are read once and kept for all rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,27 +75,37 @@ class PairedPrompts:
 
     def keys(self, name: str, input_ids: Tensor) -> Tensor:
         """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L)."""
-        compute = partial(inputs_of, self.of_layer(name).text, name, self.layers[name])
-        if self.several_rounds and name in unmoved_layers(list(self.layers)):
-            return self.kept.of(name, input_ids, compute)
-        return compute(input_ids)
+
+        def compute(input_ids: Tensor) -> Tensor:
+            return inputs_of(self.of_layer(name).text, name, self.layers[name], input_ids)[0]
+
+        return self.kept.of(name, input_ids, compute) if self.keeps(name) else compute(input_ids)
+
+    def keeps(self, name: str) -> bool:
+        """Whether the inputs of the layer ``name`` are kept for further rounds, since no edit moves them."""
+        return self.several_rounds and name in unmoved_layers(list(self.layers))
 
     def target_keys(self, name: str) -> Tensor:
         """K1* (n, L, d_in), float32: the target prompts' inputs, each at the edit position aligned with it."""
         pairs = self.of_layer(name)
         return pairs.align(self.keys(name, pairs.target_ids))
 
-    def state(self, name: str, only_end: bool) -> LayerState:
+    def state(self, name: str, only_end: bool, stream_after: int | None = None) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts.
 
         Args:
             name: Full name of its weight.
             only_end: Whether it acts on nothing except at the end of a text. Then only that position is edited, and
                 counts as often as a text has positions.
+            stream_after: Number of the layer after which the residual stream is read, too; None: it is not.
         """
         pairs = self.of_layer(name)
-        keys = self.keys(name, pairs.edit_ids)
-        state = LayerState(name, self.layers[name], keys, pairs.mask)
+        if stream_after is None or self.keeps(name):
+            keys = self.keys(name, pairs.edit_ids)
+            stream = None if stream_after is None else pairs.text.stream(pairs.edit_ids, stream_after)
+        else:
+            keys, stream = inputs_of(pairs.text, name, self.layers[name], pairs.edit_ids, stream_after)
+        state = LayerState(name, self.layers[name], keys, pairs.mask, stream=stream)
         if only_end:
             state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
         self.kept.share_rows(state)

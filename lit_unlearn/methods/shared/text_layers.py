@@ -74,26 +74,34 @@ def unmoved_layers(edited: Sequence[str]) -> set[str]:
     return {own[0] for own in parts if len(own) == 1 or layer_index(own[0]) < layer_index(own[1])}
 
 
-def inputs_of(text: TextEncoder, name: str, layer: nn.Module, input_ids: Tensor) -> Tensor:
-    """Inputs (n, L, d_in), float32, of the ``layer`` of ``text`` that has the weight ``name``.
+def inputs_of(
+    text: TextEncoder, name: str, layer: nn.Module, input_ids: Tensor, stream_after: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Inputs (n, L, d_in), float32, of the ``layer`` of ``text`` that has the weight ``name``; and a residual stream.
 
     Args:
         text: The text encoder.
         name: Full name of the weight.
         layer: The layer.
         input_ids: Tokens, (n, L).
+        stream_after: Number of the layer after which the stream (n, L, D) is taken from the same passes, see
+            ``TextEncoder.stream``; None: it is not, and None is returned for it.
     """
     found: Tensor | None = None
+    streams = []
     for start in range(0, len(input_ids), ENCODE_BATCH):
         part = input_ids[start : start + ENCODE_BATCH]
         with capture_inputs({name: layer}) as captured:
-            text.states(part)
+            if stream_after is None:
+                text.states(part)
+            else:
+                streams.append(text.stream(part, stream_after))
         keys = captured[name]
         if found is None:  # filled part by part, since to join the parts takes twice the memory
             found = keys.new_empty(len(input_ids), *keys.shape[1:], dtype=torch.float32)
         found[start : start + len(part)] = keys
     assert found is not None
-    return found
+    return found, torch.cat(streams) if streams else None
 
 
 def read_inputs(

@@ -8,18 +8,21 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from torch import Tensor
 
 from helpers import PROMPTS, started
 from lit_unlearn.methods.shared import noised
-from lit_unlearn.methods.shared.noised import drawn, noise_of_items
+from lit_unlearn.methods.shared.noised import RoundGoals, drawn, noise_of_items
 from lit_unlearn.methods.value_refinement import ValueRefinement
 
 Refinement = Callable[..., ValueRefinement]
 Fit = Callable[..., L.Trainer]
 
 
-def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: Fit) -> None:
-    module = started(refinement(min_timestep=300, max_timestep=700, latents_per_prompt=3), fit)
+def test_noise_belongs_to_seed_round_step_and_item(
+    refinement: Refinement, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = started(refinement(rounds=2, min_timestep=300, max_timestep=700, latents_per_prompt=3), fit)
     noise_of = partial(noise_of_items, module, module.latents)
     state = torch.get_rng_state()
     batch = torch.arange(8)
@@ -30,6 +33,10 @@ def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: 
     latents, noise, timesteps = together
     assert len({float(x) for x in noise[:, 0, 0, 0]}) == 8
     assert not torch.equal(noise_of(batch, 4)[1], noise)
+    for epoch, same in ((0, True), (1, True), (2, False), (3, False)):  # two layers a round
+        monkeypatch.setattr(ValueRefinement, "current_epoch", epoch)
+        assert torch.equal(noise_of(batch, 3)[1], noise) is same, epoch
+    monkeypatch.undo()
     for item in range(8):
         assert any(torch.equal(latents[item], candidate) for candidate in module.latents[:, item % 2])
     assert timesteps.min() >= 300
@@ -37,6 +44,30 @@ def test_noise_belongs_to_seed_layer_step_and_item(refinement: Refinement, fit: 
     assert len(set(timesteps.tolist())) > 1
     module.seed += 1
     assert not torch.equal(noise_of(batch, 3)[1], noise)
+
+
+def test_goals_are_asked_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    goals, asked = RoundGoals(), list[tuple[int, int]]()
+
+    def of(number: int, step: int) -> Tensor:
+        def predict() -> Tensor:
+            asked.append((number, step))
+            return torch.full((2, 4, 3, 3), 10.0 * number + step)
+
+        return goals.of(number, step, torch.tensor([0, 1]), predict)
+
+    wanted = [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 0), (0, 0)]
+    assert [float(of(*place).mean()) for place in wanted] == [10 * number + step for number, step in wanted]
+    assert asked == [(0, 0), (0, 1), (1, 0), (0, 0)]
+    monkeypatch.setattr(RoundGoals, "MOST_BYTES", 2 * 4 * 9 * 4)  # one step's
+    asked.clear()
+    for _ in range(2):  # two layers
+        for step in range(3):
+            of(2, step)
+    assert asked == [(2, 0), (2, 1), (2, 2), (2, 1), (2, 2)]
+    goals.of(2, 0, torch.tensor([1]), lambda: torch.zeros(1))
+    assert (goals.of(2, 0, torch.tensor([0, 1]), lambda: torch.zeros(1)) == 20).all()  # others of the same step
+    assert RoundGoals.kept(3, 2 * 4 * 9 * 4) == 1 and RoundGoals.kept(1, 1) == 1
 
 
 def test_a_picture_is_that_of_its_own_seed_in_any_batch(

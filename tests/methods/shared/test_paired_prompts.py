@@ -58,6 +58,25 @@ def test_where_only_the_end_acts_it_counts_as_a_whole_text(pipeline: Pipeline) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("several_rounds", [True, False])  # with several, the first layer's keys are kept
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_stream_is_read_in_the_pass_of_the_keys(
+    name: str, several_rounds: bool, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_unlearn.methods.shared.text_layers.ENCODE_BATCH", 1)
+    pairs = paired(pipeline, several_rounds=several_rounds)
+    text, passes = pairs.first.text, [0]
+    expected = text.stream(pairs.first.edit_ids, 1)
+    text.model.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    state = pairs.state(name, only_end=False, stream_after=1)
+    assert passes == [3 if pairs.keeps(name) else 2]  # prompts one by one; the stream beside kept keys, together
+    assert state.stream is not None
+    torch.testing.assert_close(state.stream, expected, rtol=0, atol=1e-5)  # float32, in batches of another size
+    assert torch.equal(state.keys, pairs.keys(name, pairs.first.edit_ids))
+    assert pairs.state(name, only_end=False).stream is None
+
+
+@torch.no_grad()
 def test_only_what_no_edit_moves_is_kept_and_only_for_further_rounds(pipeline: Pipeline) -> None:
     pairs = paired(pipeline)
     once = paired(pipeline, several_rounds=False)
