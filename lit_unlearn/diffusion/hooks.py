@@ -31,6 +31,26 @@ def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], No
 
 
 @contextmanager
+def begin_at(stack: nn.Module, number: int, states: Tensor) -> Iterator[None]:
+    """Leave out the layers of a CLIP before one of them.
+
+    Args:
+        stack: What calls the modules in its list ``layers`` one after the other, with the states as the first argument.
+        number: Number of the first layer that runs.
+        states: What it reads, (B, L, D).
+    """
+    layers = stack.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    handle = layers[number].register_forward_pre_hook(lambda module, args: (states, *args[1:]))
+    stack.layers = layers[number:]
+    try:
+        yield
+    finally:
+        stack.layers = layers
+        handle.remove()
+
+
+@contextmanager
 def replace_output(layer: nn.Linear, values: Tensor, mask: Tensor) -> Iterator[None]:
     """Replace the layer's output by ``values`` plus its bias where ``mask`` is true.
 

@@ -7,6 +7,7 @@ text.stream(input_ids, layer)            # the residual stream after a layer
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,6 +162,14 @@ class TextEncoder:
         if layer is None:
             layer = -1 if self.layer is None else self.layer
         return residual_stream(self.model, input_ids, layer, self._attention_mask(input_ids))
+
+    def block_of(self, name: str) -> tuple[nn.Module, int] | None:
+        """What runs a CLIP's layers, and the number of the one that has the weight with the full name ``name``.
+
+        None for a T5, whose layers also hand on the biases of positions.
+        """
+        match = re.match(r"[^.]+\.(.*)\.layers\.(\d+)\.", name)
+        return None if match is None else (self.model.get_submodule(match[1]), int(match[2]))
 
     @contextmanager
     def learned(self, embeddings: Tensor, slots: Tensor) -> Iterator[None]:

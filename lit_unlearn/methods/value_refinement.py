@@ -262,7 +262,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """The layer ``name`` with its inputs at the edit prompts, from the model as it is now."""
         stretch = self.stretch_of(name)
         after = self.stream_after(stretch) if self.reads_stream else None
-        return self.paired.state(name, only_end=name in stretch.only_end, stream_after=after)
+        descends = self.value_choice == "refined"
+        return self.paired.state(name, name in stretch.only_end, stream_after=after, with_before=descends)
 
     # --- writes at the end of an epoch
 
@@ -374,7 +375,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
-        with replace_output(state.layer, values, state.mask[pairs]):
+        with replace_output(state.layer, values, state.mask[pairs]), self.paired.begun(state, pairs):
             condition = self.pipeline.encode(self.paired.tokens_read(state.name)[pairs.cpu()])
         goal = self.goal_prediction(x_t, timesteps, batch, batch_idx)
         return self.pipeline.predict(x_t, timesteps, condition), goal

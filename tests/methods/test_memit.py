@@ -168,7 +168,7 @@ def test_after_the_last_layer_the_stream_is_z(memit: Refinement, fit: Fit) -> No
 def test_the_stream_is_that_behind_the_last_edited_layer(memit: Refinement, fit: Fit) -> None:
     module = memit(first_layer=0, last_layer=1)
     fit(module, Keep(), steps=1)
-    found = module.layer_state(LAYERS[-1]).stream
+    found = module.layer_state(module.edited_names[-1]).stream
     assert torch.equal(found, stream(module, 1)) and not torch.equal(found, stream(module, 2))
 
 

@@ -32,6 +32,7 @@ class LayerState:
         anchors: Keys whose outputs by ``anchor_weight`` are V1, row by row with the edited keys, (m, d_in), if V1 is
             not found by a descent; one tensor for all layers that share it.
         anchor_weight: See ``Write.anchor_weight``.
+        before: The states that the layer's block of a CLIP reads at the edit prompts, (n, L, D), if they are known.
         stream: The residual stream of the edit prompts where V1 is compared to its goal, (n, L, D), float32, if the
             method reads it.
     """
@@ -44,6 +45,7 @@ class LayerState:
     rows: Tensor | None = None
     anchors: Tensor | None = None
     anchor_weight: Tensor | None = None
+    before: Tensor | None = None
     stream: Tensor | None = None
 
     @cached_property

@@ -6,16 +6,18 @@ are read once and kept for all rounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.core.alignment import Positions
+from lit_unlearn.diffusion.hooks import begin_at
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.text import Tokens
 from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerState
-from lit_unlearn.methods.shared.text_layers import TokenPairs, ends, inputs_of, part_of, unmoved_layers
+from lit_unlearn.methods.shared.text_layers import LayerInputs, TokenPairs, ends, inputs_of, part_of, unmoved_layers
 
 
 class PairedPrompts:
@@ -77,7 +79,7 @@ class PairedPrompts:
         """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L)."""
 
         def compute(input_ids: Tensor) -> Tensor:
-            return inputs_of(self.of_layer(name).text, name, self.layers[name], input_ids)[0]
+            return inputs_of(self.of_layer(name).text, name, self.layers[name], input_ids).keys
 
         return self.kept.of(name, input_ids, compute) if self.keeps(name) else compute(input_ids)
 
@@ -90,7 +92,9 @@ class PairedPrompts:
         pairs = self.of_layer(name)
         return pairs.align(self.keys(name, pairs.target_ids))
 
-    def state(self, name: str, only_end: bool, stream_after: int | None = None) -> LayerState:
+    def state(
+        self, name: str, only_end: bool, stream_after: int | None = None, with_before: bool = False
+    ) -> LayerState:
         """The layer ``name`` with its inputs at the edit prompts.
 
         Args:
@@ -98,18 +102,33 @@ class PairedPrompts:
             only_end: Whether it acts on nothing except at the end of a text. Then only that position is edited, and
                 counts as often as a text has positions.
             stream_after: Number of the layer after which the residual stream is read, too; None: it is not.
+            with_before: Whether the states that the layer's block reads are kept, so that a descent begins there.
         """
         pairs = self.of_layer(name)
-        if stream_after is None or self.keeps(name):
+        if self.keeps(name):
             keys = self.keys(name, pairs.edit_ids)
             stream = None if stream_after is None else pairs.text.stream(pairs.edit_ids, stream_after)
+            read = LayerInputs(keys, stream=stream)
         else:
-            keys, stream = inputs_of(pairs.text, name, self.layers[name], pairs.edit_ids, stream_after)
-        state = LayerState(name, self.layers[name], keys, pairs.mask, stream=stream)
+            read = inputs_of(pairs.text, name, self.layers[name], pairs.edit_ids, stream_after, with_before)
+        state = LayerState(name, self.layers[name], read.keys, pairs.mask, before=read.before, stream=read.stream)
         if only_end:
-            state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(keys.device), pairs.text.length
+            state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(state.keys.device), pairs.text.length
         self.kept.share_rows(state)
         return state
+
+    @contextmanager
+    def begun(self, state: LayerState, pairs: Tensor) -> Iterator[None]:
+        """Within it, the encoder of ``state`` begins at that layer, with the edit prompts numbered ``pairs`` (B,).
+
+        It begins with its first layer where the states that the layer's block reads are not known.
+        """
+        block = self.of_layer(state.name).text.block_of(state.name)
+        if state.before is None or block is None:
+            yield
+            return
+        with begin_at(*block, state.before[pairs]):
+            yield
 
     def tokens_read(self, name: str) -> Tokens:
         """What the text encoders read while V1 of the layer ``name`` is found.

@@ -74,34 +74,57 @@ def unmoved_layers(edited: Sequence[str]) -> set[str]:
     return {own[0] for own in parts if len(own) == 1 or layer_index(own[0]) < layer_index(own[1])}
 
 
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What prompts show of a layer of a text encoder.
+
+    Attributes:
+        keys: Inputs of the layer, (n, L, d_in), float32.
+        before: The states that its block of the encoder reads, (n, L, D), if they were asked for; never of a T5.
+        stream: The residual stream, (n, L, D), float32, if it was asked for.
+    """
+
+    keys: Tensor
+    before: Tensor | None = None
+    stream: Tensor | None = None
+
+
 def inputs_of(
-    text: TextEncoder, name: str, layer: nn.Module, input_ids: Tensor, stream_after: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Inputs (n, L, d_in), float32, of the ``layer`` of ``text`` that has the weight ``name``; and a residual stream.
+    text: TextEncoder,
+    name: str,
+    layer: nn.Module,
+    input_ids: Tensor,
+    stream_after: int | None = None,
+    with_before: bool = False,
+) -> LayerInputs:
+    """What prompts show of the ``layer`` of ``text`` that has the weight ``name``, from one pass of each.
 
     Args:
         text: The text encoder.
         name: Full name of the weight.
         layer: The layer.
         input_ids: Tokens, (n, L).
-        stream_after: Number of the layer after which the stream (n, L, D) is taken from the same passes, see
-            ``TextEncoder.stream``; None: it is not, and None is returned for it.
+        stream_after: Number of the layer after which the stream is read, see ``TextEncoder.stream``; None: it is not.
+        with_before: Whether ``before`` is read.
     """
     found: Tensor | None = None
-    streams = []
+    before, streams = [], []
+    block = text.block_of(name) if with_before else None
+    watched = {name: layer} if block is None else {name: layer, "block": block[0].get_submodule(f"layers.{block[1]}")}
     for start in range(0, len(input_ids), ENCODE_BATCH):
         part = input_ids[start : start + ENCODE_BATCH]
-        with capture_inputs({name: layer}) as captured:
+        with capture_inputs(watched) as captured:
             if stream_after is None:
                 text.states(part)
             else:
                 streams.append(text.stream(part, stream_after))
+        before += [captured["block"]] if block else []
         keys = captured[name]
         if found is None:  # filled part by part, since to join the parts takes twice the memory
             found = keys.new_empty(len(input_ids), *keys.shape[1:], dtype=torch.float32)
         found[start : start + len(part)] = keys
     assert found is not None
-    return found, torch.cat(streams) if streams else None
+    return LayerInputs(found, *(torch.cat(parts) if parts else None for parts in (before, streams)))
 
 
 def read_inputs(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helpers import LAYERS, PROMPTS, TARGETS
 from lit_unlearn.diffusion.load import load_pipeline
+from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import tokenize
 from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
@@ -74,6 +75,47 @@ def test_the_stream_is_read_in_the_pass_of_the_keys(
     torch.testing.assert_close(state.stream, expected, rtol=0, atol=1e-5)  # float32, in batches of another size
     assert torch.equal(state.keys, pairs.keys(name, pairs.first.edit_ids))
     assert pairs.state(name, only_end=False).stream is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_descent_begins_at_its_layer(name: str, pipeline: Pipeline) -> None:
+    pairs = paired(pipeline, several_rounds=False)
+    state, text = pairs.state(name, only_end=False, with_before=True), pairs.first.text
+    layers = list(text.model.get_submodule("encoder.layers"))
+    ran = list[int]()
+    handles = [layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(layers)]
+    chosen = torch.tensor([1, 0, 1])
+    expected = text.read(pairs.first.edit_ids[chosen])
+    ran.clear()
+    with pairs.begun(state, chosen):
+        found = text.read(pairs.first.edit_ids[chosen])
+    assert ran == list(range(layer_index(name), 3))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # float32, in a batch of another size
+    for handle in handles:
+        handle.remove()
+    assert list(text.model.get_submodule("encoder.layers")) == layers
+    assert torch.equal(text.read(pairs.first.edit_ids[chosen])[0], expected[0])
+    with pairs.begun(pairs.state(name, only_end=False), chosen):  # its states are not known
+        assert torch.equal(text.read(pairs.first.edit_ids[chosen])[0], expected[0])
+
+
+@torch.no_grad()
+def test_a_t5_runs_from_its_first_layer(tiny_sd3: Path) -> None:
+    pipeline = load_pipeline(str(tiny_sd3))
+    name = [
+        n
+        for n in pipeline.named_parameters()
+        if n.startswith("text_encoder_3.") and n.endswith("DenseReluDense.wo.weight")
+    ][-1]
+    pairs = paired(pipeline, [name])
+    state = pairs.state(name, only_end=False, with_before=True)
+    assert state.before is None
+    ids = pairs.of_layer(name).edit_ids
+    expected = pairs.of_layer(name).text.states(ids)
+    with pairs.begun(state, torch.arange(2)):
+        assert torch.equal(pairs.of_layer(name).text.states(ids), expected)
 
 
 @torch.no_grad()
