@@ -7,7 +7,8 @@ long run spends its time there. Each process is bound to its own core, as job sc
 one process divided by the number of processes times their time. The speed of machines changes from minute to minute,
 and cores share caches and memory. So three cases run in turn and are only compared to each other: one process, several
 processes, and the same number of independent copies of the single process side by side. The slowest copy shows how much
-the machine itself slows down. Passes through the UNet, which do not depend on the speed, are counted too.
+the machine itself slows down. Passes through the UNet, which do not depend on the speed, are counted too. A second
+table says where the time of a fit goes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -35,11 +37,15 @@ STEPS = {
 """Recipe -> options that make a fit short."""
 CASES = [
     ("null_space_refined", "fit", 64),
-    ("null_space_refined", "fit", 16),
+    ("null_space_refined", "fit", 15),
     ("esd", "fit", 32),
     ("null_space", "test", 15),
 ]
 """Recipe, command and global batch of a fit (a test has its own batches of pictures)."""
+
+
+PHASES = ("before the first step", "steps", "between layers", "after the last step")
+"""Parts of a fit: reading prompts and drawing; the descent; K1, solve, checkpoint; the figure and what else ends it."""
 
 
 class Clock(L.Callback):
@@ -52,6 +58,7 @@ class Clock(L.Callback):
 
     def __init__(self, path: str, core: int = 0) -> None:
         self.path, self.core = Path(path), core
+        self.phases = dict.fromkeys(PHASES, 0.0)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         cores = sorted(os.sched_getaffinity(0))
@@ -59,7 +66,23 @@ class Clock(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier()
-        self.started = time.perf_counter()
+        self.started = self.marked = time.perf_counter()
+        self.phase = PHASES[0]
+
+    def enter(self, phase: str) -> None:
+        """Count the time since the last call to the phase that ends now."""
+        now = time.perf_counter()
+        self.phases[self.phase] += now - self.marked
+        self.phase, self.marked = phase, now
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self.enter(PHASES[1])
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.enter(PHASES[2])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.enter(PHASES[3])
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)
@@ -68,7 +91,8 @@ class Clock(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         busiest = trainer.strategy.reduce(torch.tensor(float(pl_module.forwards.count)), reduce_op="max")
         if trainer.is_global_zero:
-            found = {"seconds": time.perf_counter() - self.started, "forwards": int(busiest)}
+            self.enter("")
+            found = {"seconds": self.marked - self.started, "forwards": int(busiest), "phases": self.phases}
             self.path.write_text(json.dumps(found), encoding="utf-8")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,7 +120,7 @@ def start(
         return subprocess.Popen(command_line, cwd=folder, stdout=file, stderr=file, env=environment)
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, float]:
+def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
     """Wait for a run and return the numbers of its clock.
 
     Raises:
@@ -131,6 +155,7 @@ def main() -> None:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
+    where = []
     for recipe, command, batch_size in (case for case in CASES if case[0] in (arguments.only or STEPS)):
         turns = []
         for _ in range(arguments.repeats):
@@ -157,6 +182,20 @@ def main() -> None:
         ]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
+        if command == "fit":
+            for phase in PHASES:
+                seconds = [statistics.median(turn[place]["phases"][phase] for turn in turns) for place in (0, 1)]
+                share = f"{seconds[0] / (several * seconds[1]):.2f}" if seconds[1] >= 0.05 else ""
+                where.append(
+                    f"| {recipe}.yaml | {batch_size} | {phase} | {seconds[0]:.1f} | {seconds[1]:.1f} | {share} |"
+                )
+    lines += [
+        "",
+        f"| recipe | global batch | part of the fit | one process, s | {several} processes, s | efficiency |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+        *where,
+    ]
+    print("\n".join(lines[-3 - len(where) :]), flush=True)
     if arguments.output:
         Path(arguments.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
