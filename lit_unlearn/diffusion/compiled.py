@@ -88,6 +88,9 @@ def compiled_forward(module: nn.Module) -> Iterator[bool]:
     """Within the block, ``module`` computes with its compiled kernels; yields whether it has some.
 
     Neither a weight nor anything else of the module may change within the block.
+
+    Raises:
+        UserError: PyTorch cannot compile it, for instance since a run that was interrupted has damaged its cache.
     """
     if (compiled := _OF.get(module)) is None:
         yield False
@@ -98,6 +101,19 @@ def compiled_forward(module: nn.Module) -> Iterator[bool]:
             # Of functions that the compiler leaves to Python, which are many and change nothing.
             warnings.filterwarnings("ignore", module="torch._dynamo|torch._inductor")
             yield True
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # its import takes seconds, unless something was compiled
+        from torch._inductor.codecache import cache_dir
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        reason = getattr(error, "inner_exception", error)
+        first_line = str(reason).partition("\n")[0]
+        raise UserError(
+            f"PyTorch cannot compile the {type(module).__name__} ({type(reason).__name__}: {first_line}). If a run "
+            f"was interrupted while it compiled, delete PyTorch's cache {cache_dir()} and draw again; else omit "
+            "torch_compile."
+        ) from error
     finally:
         del module.forward
 

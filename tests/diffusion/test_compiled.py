@@ -155,6 +155,24 @@ def test_a_user_who_has_told_pytorch_to_compile_nothing(compiled: Callable[..., 
         assert computes_the_same(compiled, Layers(nn.Linear(3, 3)))
 
 
+def test_what_pytorch_cannot_compile_is_told_in_a_sentence(
+    components: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any) -> Any:
+        raise ImportError("/cache/27/kernel.so: file too short\nand more")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=damaged))
+    compile_drawing(components)
+    with pytest.raises(UserError) as caught:
+        components.draw(["a dog"], [0], 1, 1.0)
+    assert str(caught.value) == (
+        "PyTorch cannot compile the UNet2DConditionModel (ImportError: /cache/27/kernel.so: file too short). If a run "
+        "was interrupted while it compiled, delete PyTorch's cache /cache and draw again; else omit torch_compile."
+    )
+    assert "forward" not in vars(components.denoiser)
+
+
 def test_an_error_of_the_model_is_its_own() -> None:
     asked: list[Tensor] = []
 
