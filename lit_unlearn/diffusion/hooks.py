@@ -32,22 +32,23 @@ def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], No
 
 @contextmanager
 def begin_at(stack: nn.Module, number: int, states: Tensor) -> Iterator[None]:
-    """Leave out the layers of a CLIP before one of them.
+    """Let the layers of a CLIP before one of them compute nothing: each of them returns what that one reads.
+
+    So of the states between layers, those before the one that it reads are not the model's.
 
     Args:
-        stack: What calls the modules in its list ``layers`` one after the other, with the states as the first argument.
-        number: Number of the first layer that runs.
+        stack: What calls the modules in its list ``layers`` one after the other.
+        number: Number of the first layer that computes.
         states: What it reads, (B, L, D).
     """
     layers = stack.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
-    handle = layers[number].register_forward_pre_hook(lambda module, args: (states, *args[1:]))
-    stack.layers = layers[number:]
-    try:
+    with ExitStack() as undo:
+        for layer in layers[:number]:
+            undo.callback(vars(layer).update, {"forward": layer.forward} if "forward" in vars(layer) else {})
+            undo.callback(vars(layer).pop, "forward")
+            layer.forward = lambda *_args, **_others: states
         yield
-    finally:
-        stack.layers = layers
-        handle.remove()
 
 
 @contextmanager

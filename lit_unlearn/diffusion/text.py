@@ -164,12 +164,18 @@ class TextEncoder:
         return residual_stream(self.model, input_ids, layer, self._attention_mask(input_ids))
 
     def block_of(self, name: str) -> tuple[nn.Module, int] | None:
-        """What runs a CLIP's layers, and the number of the one that has the weight with the full name ``name``.
+        """What runs a CLIP's layers, and the number of the layer from which on it has to run for another output of one.
 
+        That is the layer with the weight ``name`` (its full name), or an earlier one whose input the denoiser reads.
         None for a T5, whose layers also hand on the biases of positions.
         """
         match = re.match(r"[^.]+\.(.*)\.layers\.(\d+)\.", name)
-        return None if match is None else (self.model.get_submodule(match[1]), int(match[2]))
+        if match is None:
+            return None
+        stack, number = self.model.get_submodule(match[1]), int(match[2])
+        layers = stack.get_submodule("layers")
+        assert isinstance(layers, nn.ModuleList)
+        return stack, number if self.layer is None else min(number, len(layers) + 1 + self.layer)
 
     @contextmanager
     def learned(self, embeddings: Tensor, slots: Tensor) -> Iterator[None]:

@@ -112,9 +112,11 @@ class MEMIT(ValueRefinement):
         """Each layer with its V1 (n, L, d_out): its share of z minus the stream, after the layer before is written."""
         state = self.state or self.prepare_layer(epoch)
         goal = self.initial_stream + self.values_of(state) - state.initial  # z: the layer adds its output to the stream
+        state.before = None
         stretch = self.stretch_of(state.name)
         for place, name in enumerate(stretch.names):
             state = self.layer_state(name)
+            state.before = None
             assert state.stream is not None
             missing = goal - state.stream
             yield state, state.initial + missing / (len(stretch.names) - place)

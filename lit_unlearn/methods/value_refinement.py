@@ -171,6 +171,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def on_fit_start(self) -> None:
         """Compute everything that needs the frozen model."""
         super().on_fit_start()
+        self.state = None  # an interrupted fit of this module may have left one
         self.paired = PairedPrompts(
             self.pipeline,
             self.edit_prompts,
@@ -187,7 +188,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """The edited layers by the places where their text encoders are read."""
-        return stretches(self.edited_names, list(self.pipeline.named_parameters()), self.base.read_after)
+        names = self.base.names or list(self.pipeline.named_parameters())
+        return stretches(self.edited_names, names, self.base.read_after)
 
     def stretch_of(self, name: str) -> Stretch:
         """The stretch of the layer ``name``."""
@@ -247,6 +249,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             start = self.start_values(state)
             self.values.zero_()
             self.values_of(state).copy_(start)
+        state.stream = None
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.progress["prepared"] = self.current_epoch
@@ -262,8 +265,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         """The layer ``name`` with its inputs at the edit prompts, from the model as it is now."""
         stretch = self.stretch_of(name)
         after = self.stream_after(stretch) if self.reads_stream else None
-        descends = self.value_choice == "refined"
-        return self.paired.state(name, name in stretch.only_end, stream_after=after, with_before=descends)
+        return self.paired.state(name, name in stretch.only_end, after, with_before=self.value_choice == "refined")
 
     # --- writes at the end of an epoch
 
@@ -283,6 +285,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         V1 is None where it is the output of ``LayerState.anchors``.
         """
         state = self.state or self.prepare_layer(epoch)
+        state.before = None
         yield state, self.values_of(state)
 
     def writes(self, epoch: int) -> Iterator[Sequence[Write]]:
@@ -353,11 +356,15 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
             batch: Numbers of prompt pairs, as in ``ConceptPrompts``, (B,).
             batch_idx: Number of the step within the layer.
         """
-        if self.progress["prepared"] != self.current_epoch:  # resumed between two layers: Lightning skips the hook
-            self.on_train_epoch_start()
+        with torch.autocast(self.device.type, enabled=False):  # a resumed fit: as where Lightning begins an epoch
+            if self.progress["prepared"] != self.current_epoch:  # between two layers it skips the hook
+                self.on_train_epoch_start()
+            elif self.state is None:  # in the middle of a layer
+                self.prepare_layer(self.current_epoch)
         if self.value_choice != "refined":
             return self.values.flatten()[0] * 0  # V1 does not change
-        state = self.state or self.prepare_layer(self.current_epoch)  # resumed in the middle of a layer
+        state = self.state
+        assert state is not None
         pairs = batch % self.num_pairs
         values = self.values_of(state, pairs)
         prediction, goal = self.predictions(state, values, batch, batch_idx)
@@ -368,10 +375,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return error + self.pull * distance
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Predictions for the edit prompts with V1 in place, and for the target prompts, (B, C, H, W) each.
-
-        See ``PairedPrompts.tokens_read`` for the prompts if several text encoders are edited.
-        """
+        """Predictions for the edit prompts (see ``tokens_read``) with V1, and for their targets, (B, C, H, W) each."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)
@@ -383,6 +387,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
     def goal_prediction(self, x_t: Tensor, timesteps: Tensor, batch: Tensor, batch_idx: int) -> Tensor:
         """What the model predicted for the target prompts before any edit, (B, C, H, W); once for all of a round."""
         asked = partial(self.pretrained_prediction, x_t, timesteps, self.goal[batch % self.num_pairs])
+        if self.epochs_per_round == 1:
+            return asked()
         return self.round_goals.of(self.current_round, batch_idx, batch, asked)
 
     def noise(self, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:

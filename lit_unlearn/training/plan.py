@@ -164,7 +164,7 @@ class _Planner(PlannedWork):
             through = not all(name.startswith(f"{pipeline.denoiser_part}.") for name in trained)
             computing = self._computing(pipeline)
             more = descent_bytes(computing, self._batch(), trained, through) + self._training_bytes(dtype)
-            more += kept + self._goals_bytes()
+            more += kept + self._goals_bytes(computing.dtype)
             if trains:  # their gradients are counted twice
                 more -= self._numel() * computing.dtype.itemsize
             held = denoiser + (sum(sizes[part] for part in texts) if through else 0)
@@ -183,12 +183,6 @@ class _Planner(PlannedWork):
             everything + max(drawing - denoiser, decoding - decoder), max(drawing, decoding, reading_now)
         )
         return phases
-
-    def _computing(self, pipeline: Pipeline) -> Pipeline:
-        """The pipeline in the type that a mixed precision computes in."""
-        precision = str(self.trainer.precision)
-        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-        return pipeline if half is None or pipeline.dtype == half else self.base.pipeline(half)
 
     def _numel(self) -> int:
         return sum(torch.Size(self.shapes[name]).numel() for name in self.names)

@@ -14,6 +14,7 @@ from lit_unlearn.diffusion.text_ways import way_of
 from lit_unlearn.edits.chain import title_of
 from lit_unlearn.methods.concept_ablation import ConceptAblation
 from lit_unlearn.methods.esd import ESD
+from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.shared.closed_form import ClosedFormMethod
 from lit_unlearn.methods.shared.concept_editor import ConceptEditor
 from lit_unlearn.methods.shared.gradient import GradientEditor
@@ -174,7 +175,7 @@ class PlannedWork:
             return drawn * rows + uses * (2 if module.objective == "model" else 1), module.prior_weight == 0
         if isinstance(module, UNetFeedForwardRefinement):
             return self._forwards_in_blocks(module, self._guided(pipeline, module.guidance_scale)) + uses, True
-        if self.descends and type(module) in (ValueRefinement, UNetValueRefinement):
+        if self.descends and type(module) in (ValueRefinement, UNetValueRefinement, MEMIT):
             rows = self._guided(pipeline, module.guidance_scale)
             drawn = module.latents_per_prompt * self.edited * module.num_inference_steps * rows
             return drawn + uses + self._goals_asked(), True
@@ -184,20 +185,29 @@ class PlannedWork:
         """Steps of an epoch."""
         return int(self.module.fit_plan.steps or getattr(self.data, "steps", 1))
 
-    def _goal_bytes(self) -> int:
+    def _computing(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline in the type that a mixed precision computes in."""
+        precision = str(self.trainer.precision)
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        return pipeline if half is None or pipeline.dtype == half else self.base.pipeline(half)
+
+    def _goal_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the predictions for the target prompts in one step of a descent of values."""
         pipeline = self.base.pipeline(torch.float32)
-        return self._batch() * torch.Size(pipeline.latent_shape).numel() * int(self.module.weights_dtype.itemsize)
+        return self._batch() * torch.Size(pipeline.latent_shape).numel() * dtype.itemsize
 
-    def _goals_bytes(self) -> int:
+    def _goals_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the predictions for target prompts that a descent of values keeps."""
         if not isinstance(self.module, ValueRefinement) or self.in_blocks:
             return 0
-        return RoundGoals.kept(self._steps(), self._goal_bytes()) * self._goal_bytes()
+        if (self.module.fit_plan.epochs or 1) <= self.module.rounds:  # an epoch is a round: nothing is asked again
+            return 0
+        return RoundGoals.kept(self._steps(), self._goal_bytes(dtype)) * self._goal_bytes(dtype)
 
     def _goals_asked(self) -> int:
         """Predictions for target prompts that a descent of values asks for: once a round, as far as they are kept."""
-        kept = RoundGoals.kept(self._steps(), self._goal_bytes())
+        computing = self._computing(self.base.pipeline(self.module.weights_dtype))
+        kept = RoundGoals.kept(self._steps(), self._goal_bytes(computing.dtype))
         again = (self.module.epochs_per_round - 1) * (self._steps() - kept)
         return int(self.module.rounds * (self._steps() + again) * self._batch())
 

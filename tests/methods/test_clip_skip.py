@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from helpers import PROMPTS, by_null_space, by_ridge_map
+from helpers import PROMPTS, by_null_space, by_ridge_map, started
 from lit_unlearn.diffusion.parameters import _LEFT_OUT
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.methods.context_edit import ContextEdit
 from lit_unlearn.methods.esd import ESD
 from lit_unlearn.methods.robust_erasure import RobustErasure
 from lit_unlearn.methods.shared.editor import DiffusionEditor
+from lit_unlearn.methods.shared.paired_prompts import PairedPrompts
+from lit_unlearn.methods.shared.text_layers import part_of
 from lit_unlearn.methods.shared.text_maps import retained_inputs
 from lit_unlearn.methods.speed import SPEED
 from lit_unlearn.methods.uce import UCE
@@ -98,6 +101,44 @@ def test_text_layers_end_where_prompts_are_read(model: str, build: Callable[...,
         expected = {"text_encoder": [(-3, 1, 0)], "text_encoder_2": [(-3, 2, 0), (-1, 2, 1)]}
     assert ends == expected
     assert not [n for n in module.edited_names if torch.equal(module.pretrained.values[n], parameter(module, n))]
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+@pytest.mark.parametrize("model", [*FAMILIES, "tiny_sd3"])
+def test_a_step_of_a_descent_begins_at_its_layer_and_gives_the_same(
+    model: str, clip_skip: int | None, build: Callable[..., Any], fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = started(text_edit(build, model, values="refined", clip_skip=clip_skip), fit)
+    ran = list[str]()
+    for name in module.edited_names:
+        layer = module.pipeline.linear(name)
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    batch = torch.arange(module.num_pairs)
+
+    def step(name: str) -> tuple[list[str], list[Tensor]]:
+        state = module.layer_state(name)
+        values = (state.initial + 0.1).requires_grad_()
+        ran.clear()
+        prediction, _ = module.predictions(state, values[batch], batch, 0)
+        (gradient,) = torch.autograd.grad(prediction.square().sum(), values)
+        return list(ran), [prediction.detach(), gradient]
+
+    begun = {name: step(name) for name in module.edited_names}
+    monkeypatch.setattr(PairedPrompts, "begun", lambda *_: nullcontext())
+    for name, (run, found) in begun.items():
+        whole, expected = step(name)
+        own = [other for other in whole if part_of(other) == part_of(name)]
+        left_out = [other for other in whole if other not in run]
+        assert left_out == own[: len(left_out)], name
+        assert torch.count_nonzero(expected[1]) > 0
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+        if ".layers." in name and clip_skip is None:  # those that are read are not before the edited one
+            assert len(left_out) == own.index(name), name
+        if (
+            model == "tiny_sdxl" and name.startswith("text_encoder_2.") and clip_skip
+        ):  # four layers, read after the second
+            assert len(left_out) == min(own.index(name), 2), name
 
 
 def parameter(module: Any, name: str) -> Tensor:

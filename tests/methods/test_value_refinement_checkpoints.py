@@ -92,6 +92,36 @@ def test_a_checkpoint_of_another_edit_is_refused(
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_module_that_was_interrupted_is_fitted_again_from_an_earlier_layer(
+    refinement: Refinement, fit: Fit, tmp_path: Path
+) -> None:
+    whole, again = refinement(), refinement()
+    fit(whole, null_space_edit(), steps=3)
+    keep = partial(ModelCheckpoint, tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(Interrupted):
+        fit(again, null_space_edit(), keep(), interrupt("on_train_batch_end", epoch=1, step=5), steps=3)
+    fit(again, null_space_edit(), keep(), steps=3, ckpt_path=tmp_path / "saved/step=2.ckpt")
+    assert changed(weights(whole), weights(again)) == []
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("stop", [interrupt("on_train_batch_end", epoch=1, step=5)])
+def test_mixed_precision_does_not_depend_on_an_interruption(
+    stop: L.Callback, refinement: Refinement, fit: Fit, tmp_path: Path
+) -> None:
+    whole, first, resumed = refinement(), refinement(), refinement()
+    run = partial(fit, steps=3, precision="bf16-mixed")
+    run(whole, null_space_edit())
+    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=1)
+    with pytest.raises(Interrupted):
+        run(first, null_space_edit(), stop, keep())
+    run(resumed, null_space_edit(), keep(), ckpt_path=tmp_path / "saved/last.ckpt")
+    assert changed(weights(whole), weights(resumed)) == []
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize(
     ("every_n_train_steps", "stop", "steps_in_checkpoint"),
     [

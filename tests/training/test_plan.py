@@ -20,6 +20,7 @@ from lit_unlearn.diffusion.described import DescribedModel
 from lit_unlearn.diffusion.footprint import encode_bytes, module_bytes
 from lit_unlearn.diffusion.load import load_pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
+from lit_unlearn.methods.memit import MEMIT
 from lit_unlearn.methods.shared import moments
 from lit_unlearn.methods.shared.editor import DiffusionEditor
 from lit_unlearn.methods.shared.noised import RoundGoals
@@ -225,7 +226,11 @@ def test_what_further_passes_over_retained_prompts_ask_is_held_in_the_descent(
     assert descents[1] - descents[0] == 4 * ((2 + 1) * states + 2 * latents)  # two prompts and the empty one
 
 
-@pytest.mark.parametrize("most", [RoundGoals.MOST_BYTES, 0])
+GOALS_OF_A_STEP = 2 * 4 * 4 * 8 * 8
+"""Bytes: prompts, float32, latents."""
+
+
+@pytest.mark.parametrize("most", [RoundGoals.MOST_BYTES, GOALS_OF_A_STEP, 0])
 def test_goals_are_asked_for_once_a_round_and_kept(
     most: int,
     tiny_sd: Path,
@@ -244,9 +249,23 @@ def test_goals_are_asked_for_once_a_round_and_kept(
     module = refinement(rounds=2)
     fit(module, by_null_space(), steps=3)
     assert plan.counts["denoiser: forwards of one picture"] == str(module.forwards.count)
-    goals = 3 * 2 * 4 * 4 * 8 * 8 if most else 0  # steps, prompts, float32, latents
     kept = [one.memory["float32"]["descent"].offload for one in (plan, with_goals)]
-    assert kept[1] - kept[0] == 3 * 2 * 4 * 4 * 8 * 8 - goals
+    assert kept[1] - kept[0] == 3 * GOALS_OF_A_STEP - min(most, 3 * GOALS_OF_A_STEP)
+
+
+def test_memit_asks_for_goals_in_each_round_and_keeps_none(
+    tiny_sd: Path, pets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: Callable[..., Any], refinement: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["rounds=2", "num_inference_steps=1", f"concept_set={pets}"]
+    options = [f"--model.init_args.{setting}" for setting in settings] + ["--data.init_args.steps=3"]
+    plan = planned("memit_descent", tiny_sd, *options)
+    module = refinement(MEMIT, rounds=2)
+    fit(module, by_null_space(), steps=3)
+    assert plan.counts["denoiser: forwards of one picture"] == str(module.forwards.count)
+    monkeypatch.setattr(RoundGoals, "MOST_BYTES", 0)
+    without = planned("memit_descent", tiny_sd, *options)
+    assert plan.memory["float32"]["descent"] == without.memory["float32"]["descent"]
 
 
 def test_a_descent_in_the_maps_that_read_text(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

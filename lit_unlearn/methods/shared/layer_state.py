@@ -32,7 +32,8 @@ class LayerState:
         anchors: Keys whose outputs by ``anchor_weight`` are V1, row by row with the edited keys, (m, d_in), if V1 is
             not found by a descent; one tensor for all layers that share it.
         anchor_weight: See ``Write.anchor_weight``.
-        before: The states that the layer's block of a CLIP reads at the edit prompts, (n, L, D), if they are known.
+        before: The states at the edit prompts with which a step of a descent begins, (n, L, D), if they are known; see
+            ``TextEncoder.block_of``.
         stream: The residual stream of the edit prompts where V1 is compared to its goal, (n, L, D), float32, if the
             method reads it.
     """
@@ -94,10 +95,12 @@ class KeptKeys:
     Attributes:
         found: Keys (n, L, d_in) by the name of their layer, with the ``input_ids`` (n, L) that they belong to.
         rows: The same as rows (n L, d_in), where all are edited, by the name of the layer.
+        before: See ``LayerState.before``, by the name of the layer.
     """
 
     found: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, name: str, input_ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys (n, L, d_in) of the layer ``name`` for the very tensor ``input_ids`` (n, L), by ``compute`` if new."""

@@ -112,5 +112,5 @@ class RoundGoals:
             return known
         predicted = predict()
         if sum(kept.nbytes for kept in self.found.values()) + predicted.nbytes <= self.MOST_BYTES:
-            self.found[place] = predicted
+            self.found[place] = predicted.clone()  # it may be a part of something larger
         return predicted

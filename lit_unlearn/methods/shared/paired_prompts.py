@@ -105,13 +105,20 @@ class PairedPrompts:
             with_before: Whether the states that the layer's block reads are kept, so that a descent begins there.
         """
         pairs = self.of_layer(name)
-        if self.keeps(name):
-            keys = self.keys(name, pairs.edit_ids)
+        read: LayerInputs | None = None
+
+        def compute(input_ids: Tensor) -> Tensor:
+            nonlocal read
+            read = inputs_of(pairs.text, name, self.layers[name], input_ids, stream_after, with_before)
+            return read.keys
+
+        keys = self.kept.of(name, pairs.edit_ids, compute) if self.keeps(name) else compute(pairs.edit_ids)
+        if read is None:
             stream = None if stream_after is None else pairs.text.stream(pairs.edit_ids, stream_after)
-            read = LayerInputs(keys, stream=stream)
-        else:
-            read = inputs_of(pairs.text, name, self.layers[name], pairs.edit_ids, stream_after, with_before)
-        state = LayerState(name, self.layers[name], read.keys, pairs.mask, before=read.before, stream=read.stream)
+            read = LayerInputs(keys, self.kept.before.get(name), stream)
+        elif read.before is not None and self.keeps(name):
+            self.kept.before[name] = read.before
+        state = LayerState(name, self.layers[name], keys, pairs.mask, before=read.before, stream=read.stream)
         if only_end:
             state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(state.keys.device), pairs.text.length
         self.kept.share_rows(state)
@@ -119,9 +126,9 @@ class PairedPrompts:
 
     @contextmanager
     def begun(self, state: LayerState, pairs: Tensor) -> Iterator[None]:
-        """Within it, the encoder of ``state`` begins at that layer, with the edit prompts numbered ``pairs`` (B,).
+        """Within it, the encoder of ``state`` reads the edit prompts numbered ``pairs`` (B,) from ``state.before`` on.
 
-        It begins with its first layer where the states that the layer's block reads are not known.
+        Where that is not known, it reads them from the beginning.
         """
         block = self.of_layer(state.name).text.block_of(state.name)
         if state.before is None or block is None:

@@ -80,7 +80,8 @@ class LayerInputs:
 
     Attributes:
         keys: Inputs of the layer, (n, L, d_in), float32.
-        before: The states that its block of the encoder reads, (n, L, D), if they were asked for; never of a T5.
+        before: The states that its block of the encoder reads (see ``TextEncoder.block_of``), (n, L, D), if they were
+            asked for; never of a T5.
         stream: The residual stream, (n, L, D), float32, if it was asked for.
     """
 

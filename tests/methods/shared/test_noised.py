@@ -67,7 +67,21 @@ def test_goals_are_asked_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(2, 0), (2, 1), (2, 2), (2, 1), (2, 2)]
     goals.of(2, 0, torch.tensor([1]), lambda: torch.zeros(1))
     assert (goals.of(2, 0, torch.tensor([0, 1]), lambda: torch.zeros(1)) == 20).all()  # others of the same step
+    monkeypatch.undo()
+    part = goals.of(3, 0, torch.tensor([0]), lambda: torch.zeros(1, 8, 3, 3)[:, :4])
+    assert goals.of(3, 0, torch.tensor([0]), lambda: part).untyped_storage().nbytes() == part.nbytes
+    monkeypatch.setattr(RoundGoals, "MOST_BYTES", 2 * 4 * 9 * 4)
     assert RoundGoals.kept(3, 2 * 4 * 9 * 4) == 1 and RoundGoals.kept(1, 1) == 1
+
+
+@pytest.mark.parametrize(("first_layer", "kept"), [(1, 1), (-1, 0)])  # two layers, and one, which asks once anyway
+def test_goals_are_kept_where_another_layer_asks_for_them(
+    first_layer: int, kept: int, refinement: Refinement, fit: Fit
+) -> None:
+    module = started(refinement(first_layer=first_layer), fit)
+    for _ in range(2):
+        module.training_step(torch.tensor([0, 1]), 0)
+        assert len(module.round_goals.found) == kept
 
 
 def test_a_picture_is_that_of_its_own_seed_in_any_batch(

@@ -70,9 +70,12 @@ def test_the_stream_is_read_in_the_pass_of_the_keys(
     expected = text.stream(pairs.first.edit_ids, 1)
     text.model.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     state = pairs.state(name, only_end=False, stream_after=1)
-    assert passes == [3 if pairs.keeps(name) else 2]  # prompts one by one; the stream beside kept keys, together
-    assert state.stream is not None
-    torch.testing.assert_close(state.stream, expected, rtol=0, atol=1e-5)  # float32, in batches of another size
+    assert passes == [2]  # prompts one by one
+    again = pairs.state(name, only_end=False, stream_after=1)
+    assert passes == [3 if pairs.keeps(name) else 4]  # beside kept keys, the stream alone, of both at once
+    for found in (state.stream, again.stream):
+        assert found is not None
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # float32, in batches of another size
     assert torch.equal(state.keys, pairs.keys(name, pairs.first.edit_ids))
     assert pairs.state(name, only_end=False).stream is None
 
@@ -84,7 +87,7 @@ def test_a_descent_begins_at_its_layer(name: str, pipeline: Pipeline) -> None:
     state, text = pairs.state(name, only_end=False, with_before=True), pairs.first.text
     layers = list(text.model.get_submodule("encoder.layers"))
     ran = list[int]()
-    handles = [layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(layers)]
+    handles = [layer.mlp.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(layers)]
     chosen = torch.tensor([1, 0, 1])
     expected = text.read(pairs.first.edit_ids[chosen])
     ran.clear()
@@ -99,6 +102,10 @@ def test_a_descent_begins_at_its_layer(name: str, pipeline: Pipeline) -> None:
     assert torch.equal(text.read(pairs.first.edit_ids[chosen])[0], expected[0])
     with pairs.begun(pairs.state(name, only_end=False), chosen):  # its states are not known
         assert torch.equal(text.read(pairs.first.edit_ids[chosen])[0], expected[0])
+    pairs = paired(pipeline, several_rounds=True)
+    first, second = (pairs.state(name, only_end=False, with_before=True).before for _ in range(2))
+    assert first is not None and second is not None and torch.equal(first, second)
+    assert (first is second) is pairs.keeps(name)
 
 
 @torch.no_grad()
