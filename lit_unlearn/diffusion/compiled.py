@@ -90,7 +90,7 @@ def compiled_forward(module: nn.Module) -> Iterator[bool]:
     Neither a weight nor anything else of the module may change within the block.
 
     Raises:
-        UserError: PyTorch cannot compile it, for instance since a run that was interrupted has damaged its cache.
+        UserError: PyTorch cannot compile it, for instance because an interrupted run damaged its cache.
     """
     if (compiled := _OF.get(module)) is None:
         yield False
@@ -111,7 +111,7 @@ def compiled_forward(module: nn.Module) -> Iterator[bool]:
         first_line = str(reason).partition("\n")[0]
         raise UserError(
             f"PyTorch cannot compile the {type(module).__name__} ({type(reason).__name__}: {first_line}). If a run "
-            f"was interrupted while it compiled, delete PyTorch's cache {cache_dir()} and draw again; else omit "
+            f"was interrupted while it compiled, delete PyTorch's cache {cache_dir()} and run again; else omit "
             "torch_compile."
         ) from error
     finally:

@@ -32,9 +32,9 @@ def each_input(layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], No
 
 @contextmanager
 def begin_at(stack: nn.Module, number: int, states: Tensor) -> Iterator[None]:
-    """Let the layers of a CLIP before one of them compute nothing: each of them returns what that one reads.
+    """Let the layers of a CLIP before the layer ``number`` compute nothing: each of them returns ``states``.
 
-    So of the states between layers, those before the one that it reads are not the model's.
+    The hidden states of earlier layers are therefore wrong within the block.
 
     Args:
         stack: What calls the modules in its list ``layers`` one after the other.
@@ -46,7 +46,7 @@ def begin_at(stack: nn.Module, number: int, states: Tensor) -> Iterator[None]:
     with ExitStack() as undo:
         for layer in layers[:number]:
             undo.callback(vars(layer).update, {"forward": layer.forward} if "forward" in vars(layer) else {})
-            undo.callback(vars(layer).pop, "forward")
+            undo.callback(vars(layer).pop, "forward", None)
             layer.forward = lambda *_args, **_others: states
         yield
 

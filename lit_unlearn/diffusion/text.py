@@ -164,10 +164,10 @@ class TextEncoder:
         return residual_stream(self.model, input_ids, layer, self._attention_mask(input_ids))
 
     def block_of(self, name: str) -> tuple[nn.Module, int] | None:
-        """What runs a CLIP's layers, and the number of the layer from which on it has to run for another output of one.
+        """What runs a CLIP's layers, and the number of the first that must run again when a layer's output changes.
 
-        That is the layer with the weight ``name`` (its full name), or an earlier one whose input the denoiser reads.
-        None for a T5, whose layers also hand on the biases of positions.
+        That is the layer with the weight ``name`` (its full name); or, with clip skip, the one whose input the denoiser
+        reads, if it comes before. None for a T5, whose layers also hand on the biases of positions.
         """
         match = re.match(r"[^.]+\.(.*)\.layers\.(\d+)\.", name)
         if match is None:

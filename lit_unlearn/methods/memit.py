@@ -115,8 +115,7 @@ class MEMIT(ValueRefinement):
         state.before = None
         stretch = self.stretch_of(state.name)
         for place, name in enumerate(stretch.names):
-            state = self.layer_state(name)
-            state.before = None
+            state = self.paired.state(name, name in stretch.only_end, self.stream_after(stretch))
             assert state.stream is not None
             missing = goal - state.stream
             yield state, state.initial + missing / (len(stretch.names) - place)

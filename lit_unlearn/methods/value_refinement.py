@@ -6,10 +6,11 @@ tokenizer cuts them, from the model in its current state, and sets ``values`` (V
 plus the layer's share of what is missing where the encoder is read (``values``, ``start``). During the epoch V1
 replaces the layer's output while the rest of the encoder and the denoiser run. It is trained by gradient descent to
 reduce the error between the denoiser's prediction, of noise or of a velocity, and its prediction for the target prompts
-with the pretrained text encoders. The other encoders that are edited read the target prompts meanwhile, as if their
-edit was done, so that no encoder makes up for another; those that are not edited read the edit prompts. At the end of
-the epoch the recipe's ``edit`` writes V1 into the weight. The second moments of the retained prompts' inputs (K0) of
-all layers are gathered once, before the first edit, or in groups of layers where they do not fit (``RetainedLayers``).
+with the pretrained text encoders, which is asked for once a round (``RoundGoals``). The other encoders that are edited
+read the target prompts meanwhile, as if their edit was done, so that no encoder makes up for another; those that are
+not edited read the edit prompts. At the end of the epoch the recipe's ``edit`` writes V1 into the weight. The second
+moments of the retained prompts' inputs (K0) of all layers are gathered once, before the first edit, or in groups of
+layers where they do not fit (``RetainedLayers``).
 """
 
 from __future__ import annotations
@@ -359,8 +360,8 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         with torch.autocast(self.device.type, enabled=False):  # a resumed fit: as where Lightning begins an epoch
             if self.progress["prepared"] != self.current_epoch:  # between two layers it skips the hook
                 self.on_train_epoch_start()
-            elif self.state is None:  # in the middle of a layer
-                self.prepare_layer(self.current_epoch)
+            elif self.state is None and self.value_choice == "refined":  # in the middle of a layer
+                self.prepare_layer(self.current_epoch).stream = None
         if self.value_choice != "refined":
             return self.values.flatten()[0] * 0  # V1 does not change
         state = self.state
@@ -375,7 +376,7 @@ class ValueRefinement(ClosedFormMethod, ConceptEditor):
         return error + self.pull * distance
 
     def predictions(self, state: LayerState, values: Tensor, batch: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Predictions for the edit prompts (see ``tokens_read``) with V1, and for their targets, (B, C, H, W) each."""
+        """Predictions for the edit prompts with V1 and for their targets, (B, C, H, W); see ``PairedPrompts.begun``."""
         pairs = batch % self.num_pairs
         latents, noise, timesteps = self.noise(batch, batch_idx)
         x_t = self.pipeline.noise.add(latents, noise, timesteps)

@@ -168,7 +168,7 @@ def test_what_pytorch_cannot_compile_is_told_in_a_sentence(
         components.draw(["a dog"], [0], 1, 1.0)
     assert str(caught.value) == (
         "PyTorch cannot compile the UNet2DConditionModel (ImportError: /cache/27/kernel.so: file too short). If a run "
-        "was interrupted while it compiled, delete PyTorch's cache /cache and draw again; else omit torch_compile."
+        "was interrupted while it compiled, delete PyTorch's cache /cache and run again; else omit torch_compile."
     )
     assert "forward" not in vars(components.denoiser)
 

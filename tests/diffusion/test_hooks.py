@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lit_unlearn.diffusion.families import StableDiffusion
-from lit_unlearn.diffusion.hooks import capture_inputs, replace_output
+from lit_unlearn.diffusion.hooks import begin_at, capture_inputs, replace_output
 from lit_unlearn.diffusion.prompts import encode, tokenize
 
 PROMPTS = ["a dog", "an owl at sunset"]
@@ -32,6 +32,17 @@ def test_captured_keys_are_what_the_layer_reads(components: StableDiffusion) -> 
         assert_close(keys[name], manual, rtol=0, atol=1e-3)
         assert keys[name].shape == (2, 32, 128)
     assert torch.equal(states, encode(text_encoder, ids))
+
+
+def test_layers_that_are_left_out_are_as_before_also_after_an_error(components: StableDiffusion) -> None:
+    stack = components.text_encoder.encoder
+    first, second, last = stack.layers
+    own = first.forward = lambda *_, **__: torch.zeros(1)  # as a hook of accelerate
+    with pytest.raises(KeyError), begin_at(stack, 2, torch.ones(1)):
+        assert first(None, None) == second(None, None) == 1
+        assert "forward" not in vars(last)
+        raise KeyError
+    assert first.forward is own and "forward" not in vars(second)
 
 
 def test_captured_keys_are_detached_and_the_latest() -> None:

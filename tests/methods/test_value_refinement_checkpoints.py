@@ -106,14 +106,20 @@ def test_a_module_that_was_interrupted_is_fitted_again_from_an_earlier_layer(
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("stop", [interrupt("on_train_batch_end", epoch=1, step=5)])
+@pytest.mark.parametrize(
+    ("every_n_train_steps", "stop"),
+    [
+        pytest.param(1, interrupt("on_train_batch_end", epoch=1, step=5), id="within a layer"),
+        pytest.param(None, interrupt("on_train_epoch_start", epoch=1), id="between two layers"),
+    ],
+)
 def test_mixed_precision_does_not_depend_on_an_interruption(
-    stop: L.Callback, refinement: Refinement, fit: Fit, tmp_path: Path
+    every_n_train_steps: int | None, stop: L.Callback, refinement: Refinement, fit: Fit, tmp_path: Path
 ) -> None:
     whole, first, resumed = refinement(), refinement(), refinement()
     run = partial(fit, steps=3, precision="bf16-mixed")
     run(whole, null_space_edit())
-    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=1)
+    keep = partial(ModelCheckpoint, tmp_path / "saved", save_last=True, every_n_train_steps=every_n_train_steps)
     with pytest.raises(Interrupted):
         run(first, null_space_edit(), stop, keep())
     run(resumed, null_space_edit(), keep(), ckpt_path=tmp_path / "saved/last.ckpt")

@@ -253,6 +253,11 @@ def test_goals_are_asked_for_once_a_round_and_kept(
     assert kept[1] - kept[0] == 3 * GOALS_OF_A_STEP - min(most, 3 * GOALS_OF_A_STEP)
 
 
+def test_memit_without_a_descent(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert planned("memit", tiny_sd).counts["denoiser: forwards of one picture"] == "0"
+
+
 def test_memit_asks_for_goals_in_each_round_and_keeps_none(
     tiny_sd: Path, pets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: Callable[..., Any], refinement: Any
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,27 @@ from lit_unlearn.system.devices import for_solving
 
 MOST_KEPT_BYTES = 2**30
 """Keys that are kept between rounds take at most this much memory; the rest is computed anew."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What prompts show of a layer of a text encoder.
+
+    Attributes:
+        keys: Inputs of the layer, (n, L, d_in), float32.
+        before: What the first layer reads that runs again when this one's output changes (``TextEncoder.block_of``),
+            (n, L, D), if it was asked for; never of a T5.
+        stream: The residual stream, (n, L, D), float32, if it was asked for.
+    """
+
+    keys: Tensor
+    before: Tensor | None = None
+    stream: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(part.nbytes for part in (self.keys, self.before, self.stream) if part is not None)
 
 
 @dataclass
@@ -32,10 +53,9 @@ class LayerState:
         anchors: Keys whose outputs by ``anchor_weight`` are V1, row by row with the edited keys, (m, d_in), if V1 is
             not found by a descent; one tensor for all layers that share it.
         anchor_weight: See ``Write.anchor_weight``.
-        before: The states at the edit prompts with which a step of a descent begins, (n, L, D), if they are known; see
-            ``TextEncoder.block_of``.
+        before: What the first layer that a step of a descent runs reads at the edit prompts, (n, L, D), if known.
         stream: The residual stream of the edit prompts where V1 is compared to its goal, (n, L, D), float32, if the
-            method reads it.
+            method reads it; None again when V1 has its start.
     """
 
     name: str
@@ -90,33 +110,33 @@ def per_item(rows: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class KeptKeys:
-    """Inputs of layers that are the same in every round, each computed once.
+    """Inputs of layers that are the same in every round, each computed once as far as ``MOST_KEPT_BYTES`` allow.
 
     Attributes:
-        found: Keys (n, L, d_in) by the name of their layer, with the ``input_ids`` (n, L) that they belong to.
-        rows: The same as rows (n L, d_in), where all are edited, by the name of the layer.
-        before: See ``LayerState.before``, by the name of the layer.
+        found: What is kept of each layer, by its name, with the ``input_ids`` (n, L) that it belongs to; no streams,
+            which edits move.
+        rows: The keys as rows (n L, d_in), where all are edited, by the name of the layer.
     """
 
-    found: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    found: dict[str, list[tuple[Tensor, LayerInputs]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
-    before: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, name: str, input_ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Keys (n, L, d_in) of the layer ``name`` for the very tensor ``input_ids`` (n, L), by ``compute`` if new."""
+    def of(self, name: str, input_ids: Tensor, compute: Callable[[Tensor], LayerInputs]) -> LayerInputs:
+        """What the very tensor ``input_ids`` (n, L) shows of the layer ``name``, by ``compute`` if new."""
         own = self.found.setdefault(name, [])
-        for ids, keys in own:
+        for ids, known in own:
             if ids is input_ids:
-                return keys
-        keys = compute(input_ids)
+                return known
+        read = compute(input_ids)
+        lasting = replace(read, stream=None)
         held = sum(kept.nbytes for pairs in self.found.values() for _, kept in pairs)
-        if held + keys.nbytes <= MOST_KEPT_BYTES:
-            own.append((input_ids, keys))
-        return keys
+        if held + lasting.nbytes <= MOST_KEPT_BYTES:
+            own.append((input_ids, lasting))
+        return read
 
     def share_rows(self, state: LayerState) -> None:
         """Give ``state`` the rows of an earlier round, if its keys are kept and all of them are edited once."""
-        kept = any(keys is state.keys for _, keys in self.found.get(state.name, []))
+        kept = any(known.keys is state.keys for _, known in self.found.get(state.name, []))
         if kept and state.weight == 1 and state.mask.all():
             state.rows = self.rows.setdefault(state.name, state.edited(state.keys))
 

@@ -83,10 +83,10 @@ def noise_of_items(
 
 @dataclass
 class RoundGoals:
-    """Predictions for the target prompts in each step of a round, which depend on its noise alone.
+    """Predictions for the target prompts in each step of a round, which are the same for every layer.
 
     The first layer of a round asks the denoiser for them; the others find them here. Beyond ``MOST_BYTES`` they are
-    asked for again.
+    asked for again, and the next round drops them.
 
     Attributes:
         number: Number of the round.

@@ -16,8 +16,8 @@ from lit_unlearn.core.alignment import Positions
 from lit_unlearn.diffusion.hooks import begin_at
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.text import Tokens
-from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerState
-from lit_unlearn.methods.shared.text_layers import LayerInputs, TokenPairs, ends, inputs_of, part_of, unmoved_layers
+from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerInputs, LayerState
+from lit_unlearn.methods.shared.text_layers import TokenPairs, ends, inputs_of, part_of, unmoved_layers
 
 
 class PairedPrompts:
@@ -77,9 +77,16 @@ class PairedPrompts:
 
     def keys(self, name: str, input_ids: Tensor) -> Tensor:
         """Inputs (n, L, d_in), float32, of the layer ``name`` for its encoder's ``input_ids`` (n, L)."""
+        return self._read(name, input_ids).keys
 
-        def compute(input_ids: Tensor) -> Tensor:
-            return inputs_of(self.of_layer(name).text, name, self.layers[name], input_ids).keys
+    def _read(
+        self, name: str, input_ids: Tensor, stream_after: int | None = None, with_before: bool = False
+    ) -> LayerInputs:
+        """As ``inputs_of``; what is kept has no stream."""
+
+        def compute(input_ids: Tensor) -> LayerInputs:
+            text = self.of_layer(name).text
+            return inputs_of(text, name, self.layers[name], input_ids, stream_after, with_before)
 
         return self.kept.of(name, input_ids, compute) if self.keeps(name) else compute(input_ids)
 
@@ -102,23 +109,14 @@ class PairedPrompts:
             only_end: Whether it acts on nothing except at the end of a text. Then only that position is edited, and
                 counts as often as a text has positions.
             stream_after: Number of the layer after which the residual stream is read, too; None: it is not.
-            with_before: Whether the states that the layer's block reads are kept, so that a descent begins there.
+            with_before: Whether a descent follows, whose steps begin at the layer (``begun``).
         """
         pairs = self.of_layer(name)
-        read: LayerInputs | None = None
-
-        def compute(input_ids: Tensor) -> Tensor:
-            nonlocal read
-            read = inputs_of(pairs.text, name, self.layers[name], input_ids, stream_after, with_before)
-            return read.keys
-
-        keys = self.kept.of(name, pairs.edit_ids, compute) if self.keeps(name) else compute(pairs.edit_ids)
-        if read is None:
-            stream = None if stream_after is None else pairs.text.stream(pairs.edit_ids, stream_after)
-            read = LayerInputs(keys, self.kept.before.get(name), stream)
-        elif read.before is not None and self.keeps(name):
-            self.kept.before[name] = read.before
-        state = LayerState(name, self.layers[name], keys, pairs.mask, before=read.before, stream=read.stream)
+        read = self._read(name, pairs.edit_ids, stream_after, with_before)
+        stream = read.stream
+        if stream is None and stream_after is not None:
+            stream = pairs.text.stream(pairs.edit_ids, stream_after)
+        state = LayerState(name, self.layers[name], read.keys, pairs.mask, before=read.before, stream=stream)
         if only_end:
             state.mask, state.weight = ends(pairs.edit_ids, pairs.text).to(state.keys.device), pairs.text.length
         self.kept.share_rows(state)
@@ -128,7 +126,8 @@ class PairedPrompts:
     def begun(self, state: LayerState, pairs: Tensor) -> Iterator[None]:
         """Within it, the encoder of ``state`` reads the edit prompts numbered ``pairs`` (B,) from ``state.before`` on.
 
-        Where that is not known, it reads them from the beginning.
+        Where that is not known, it reads them from the beginning. In a mixed precision the layers before have computed
+        in the type of the weights, as for the keys.
         """
         block = self.of_layer(state.name).text.block_of(state.name)
         if state.before is None or block is None:

@@ -28,6 +28,7 @@ from lit_unlearn.diffusion.parameters import layer_index
 from lit_unlearn.diffusion.pipeline import Pipeline
 from lit_unlearn.diffusion.prompts import ENCODE_BATCH
 from lit_unlearn.diffusion.text import TextEncoder, Tokens
+from lit_unlearn.methods.shared.layer_state import LayerInputs
 
 if TYPE_CHECKING:
     from lit_unlearn.methods.value_refinement import ValueRefinement
@@ -72,22 +73,6 @@ def unmoved_layers(edited: Sequence[str]) -> set[str]:
     """Weights among ``edited`` whose inputs none of the edits moves: the first of an encoder, if alone in its layer."""
     parts = by_part(edited).values()
     return {own[0] for own in parts if len(own) == 1 or layer_index(own[0]) < layer_index(own[1])}
-
-
-@dataclass(frozen=True, eq=False)
-class LayerInputs:
-    """What prompts show of a layer of a text encoder.
-
-    Attributes:
-        keys: Inputs of the layer, (n, L, d_in), float32.
-        before: The states that its block of the encoder reads (see ``TextEncoder.block_of``), (n, L, D), if they were
-            asked for; never of a T5.
-        stream: The residual stream, (n, L, D), float32, if it was asked for.
-    """
-
-    keys: Tensor
-    before: Tensor | None = None
-    stream: Tensor | None = None
 
 
 def inputs_of(

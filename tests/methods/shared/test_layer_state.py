@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from helpers import normal
 from lit_unlearn.core.solvers import Retained
 from lit_unlearn.methods.shared import layer_state
-from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerState
+from lit_unlearn.methods.shared.layer_state import KeptKeys, LayerInputs, LayerState
 
 
 def state_of(mask: list[list[bool]], **arguments: int) -> LayerState:
@@ -55,7 +55,7 @@ def test_rows_of_kept_keys_are_one_tensor_in_all_rounds() -> None:
     everywhere, somewhere = [[True, True]] * 2, [[True, False]] * 2
     states = [state_of(everywhere), state_of(everywhere), state_of(somewhere), state_of(everywhere, weight=2)]
     for state in states:
-        state.keys = kept.of("a.weight", ids, lambda _, own=state: own.keys)
+        state.keys = kept.of("a.weight", ids, lambda _, own=state: LayerInputs(own.keys)).keys
         kept.share_rows(state)
     assert states[0].rows is not None and states[0].rows is states[1].rows
     assert states[0].write(states[0].initial, Retained(), None).shared
@@ -68,9 +68,9 @@ def test_rows_of_kept_keys_are_one_tensor_in_all_rounds() -> None:
 def test_keys_beyond_the_bound_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def compute(ids: Tensor) -> Tensor:
+    def compute(ids: Tensor) -> LayerInputs:
         made.append(len(ids))
-        return ids.float()
+        return LayerInputs(ids.float(), stream=ids.float())
 
     kept, ids, other = KeptKeys(), torch.ones(2, 4), torch.ones(3, 4)
     monkeypatch.setattr(layer_state, "MOST_KEPT_BYTES", ids.float().nbytes)

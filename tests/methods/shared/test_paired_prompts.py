@@ -103,9 +103,13 @@ def test_a_descent_begins_at_its_layer(name: str, pipeline: Pipeline) -> None:
     with pairs.begun(pairs.state(name, only_end=False), chosen):  # its states are not known
         assert torch.equal(text.read(pairs.first.edit_ids[chosen])[0], expected[0])
     pairs = paired(pipeline, several_rounds=True)
-    first, second = (pairs.state(name, only_end=False, with_before=True).before for _ in range(2))
-    assert first is not None and second is not None and torch.equal(first, second)
-    assert (first is second) is pairs.keeps(name)
+    first = pairs.state(name, only_end=False, with_before=True).before
+    for edited in LAYERS:
+        pairs.layers[edited].weight.mul_(1.5)
+    second = pairs.state(name, only_end=False, with_before=True).before
+    fresh = paired(pipeline, several_rounds=False).state(name, only_end=False, with_before=True).before
+    assert first is not None and second is not None and fresh is not None and torch.equal(second, fresh)
+    assert (first is second) is pairs.keeps(name) is torch.equal(first, second)
 
 
 @torch.no_grad()
@@ -123,6 +127,17 @@ def test_a_t5_runs_from_its_first_layer(tiny_sd3: Path) -> None:
     expected = pairs.of_layer(name).text.states(ids)
     with pairs.begun(state, torch.arange(2)):
         assert torch.equal(pairs.of_layer(name).text.states(ids), expected)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_not_kept(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = 2 * 32 * (128 + 32) * 4  # of two texts, keys and what the layer's block reads
+    for most, kept in ((both, 1), (both - 1, 0)):
+        monkeypatch.setattr("lit_unlearn.methods.shared.layer_state.MOST_KEPT_BYTES", most)
+        pairs = paired(pipeline)
+        pairs.state(LAYERS[0], only_end=False, stream_after=1, with_before=True)
+        assert [len(own) for own in pairs.kept.found.values()] == [kept]
+        assert all(known.stream is None for own in pairs.kept.found.values() for _, known in own)
 
 
 @torch.no_grad()
