@@ -44,8 +44,8 @@ CASES = [
 """Recipe, command and global batch of a fit (a test has its own batches of pictures)."""
 
 
-PHASES = ("before the first step", "steps", "between layers", "after the last step")
-"""Parts of a fit: reading prompts and drawing; the descent; K1, solve, checkpoint; the figure and what else ends it."""
+PHASES = ("before the first step", "steps", "between steps, and after the last")
+"""Parts of a fit: reading prompts and drawing; the descent; K1, solves, checkpoints, and a figure at the end."""
 
 
 class Clock(L.Callback):
@@ -78,11 +78,8 @@ class Clock(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         self.enter(PHASES[1])
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         self.enter(PHASES[2])
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.enter(PHASES[3])
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)
