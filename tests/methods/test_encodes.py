@@ -34,14 +34,14 @@ def encodes(module: ValueRefinement) -> Iterator[list[int]]:
     handle.remove()
 
 
-@pytest.mark.parametrize(("values", "of_pairs"), [("target", 2), ("residual", 1 + 1 + 3)])
+@pytest.mark.parametrize(("values", "of_pairs"), [("target", 2), ("residual", 1 + 1 + 2)])
 def test_the_only_edited_layer_reads_its_prompts_once_for_all_rounds(
     values: str, of_pairs: int, refinement: Refinement, fit: Fit
 ) -> None:
     module = refinement(values=values, first_layer=-1, rounds=3)
     with encodes(module) as found:
         fit(module, by_null_space(), steps=1)
-    # Edit prompts and target prompts; the stream of residual before each round. Retained prompts before and after.
+    # Edit prompts and target prompts; the stream of residual in two further rounds. Retained prompts before and after.
     assert sum(found) == of_pairs * module.num_pairs + 2 * len(module.retain_prompts)
     assert not hasattr(module, "goal")
 
