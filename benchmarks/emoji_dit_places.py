@@ -90,7 +90,7 @@ def make(cell: Cell, root: Path) -> dict[str, Any]:
     if cell.measure == "attacks":
         return attacked(edited(edit.recipe, [cell.concept], root, options, name), ATTACKS, NUM_PICTURES)
     together = edit.recipe.startswith("null_space")
-    return sequence(edit.recipe, root, CONCEPTS, MODEL, edit.options, f"{name}_sequence", together)
+    return sequence(edit.recipe, root, CONCEPTS, MODEL, lambda names: edit.options, f"{name}_sequence", together)
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -25,8 +25,9 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,18 @@ def prompts_of_others(kept: bool) -> list[str]:
     return found
 
 
-def retained(method: str) -> list[str]:
-    """Options that let ``method`` retain the model's other subjects when the set has nothing left to retain."""
+def retained(method: str, names: Sequence[str]) -> list[str]:
+    """Options that let ``method`` retain the model's other subjects beside the set's concepts except ``names``.
+
+    What UCE is given to preserve takes the place of those concepts, so their prompts are given to it, too.
+    """
     option = {"uce": "--model.preserve", "esd": None, "concept_ablation": None}.get(method, "--model.retain")
-    return [] if option is None else [option, json.dumps(prompts_of_others(kept=True))]
+    if option is None:
+        return []
+    from lit_unlearn.data.concepts import load_concept_set
+
+    of_set = load_concept_set("emoji20").retain_prompts(list(names)) if method == "uce" else []
+    return [option, json.dumps(of_set + prompts_of_others(kept=True))]
 
 
 def edited(recipe: str, concepts: Sequence[str], root: Path, options: Sequence[str] = (), name: str = "") -> Path:
@@ -239,7 +248,7 @@ def sequence(
     root: Path,
     concepts: Sequence[str] = SEQUENCE,
     first: Sequence[str] = (),
-    options: Sequence[str] = (),
+    options: Callable[[Sequence[str]], Sequence[str]] = lambda names: (),
     label: str = "sequence",
     together: bool = False,
 ) -> dict[str, Any]:
@@ -250,7 +259,7 @@ def sequence(
         root: Folder of the bench.
         concepts: What is edited, in this order.
         first: Option that gives the model of the first edit; empty for the recipe's.
-        options: Further options of each fit.
+        options: Gives further options of each fit, from the names that it edits.
         label: Beginning of the names of the edits' folders.
         together: Whether each edit writes all concepts so far, from the first model; else each edits the model before.
     """
@@ -260,14 +269,15 @@ def sequence(
     folder: Path | None = None
     seconds = 0.0
     for number, concept in enumerate(concepts, 1):
-        given, name = [*first, *options], f"{label}_{number:02}"
+        name = f"{label}_{number:02}"
         started = time.perf_counter()
         if together:
             names = list(concepts[:number])
+            given = [*first, *options(names)]
             given += ["--model.earlier", json.dumps(names[:-1])] if number > 1 else []
         else:
             names = [concept]
-            given = [*options, *(first if folder is None else ("--model.model", str(folder)))]
+            given = [*options(names), *(first if folder is None else ("--model.model", str(folder)))]
         checkpoint = edited(recipe, names, root, given, name)
         seconds += time.perf_counter() - started
         before, folder = folder, root / "edits" / name / recipe / "model"
@@ -324,9 +334,9 @@ def scored(checkpoint: Path, folder: Path | None, concepts: Sequence[str]) -> di
 def make(cell: Cell, root: Path) -> dict[str, Any]:
     """Make a result."""
     if cell.measure == "sequence":
-        return sequence(cell.method, root, options=retained(cell.method), together=cell.method in OURS)
+        return sequence(cell.method, root, options=partial(retained, cell.method), together=cell.method in OURS)
     if cell.measure in ("ten", "twenty"):
-        concepts, options = (TEN[0], []) if cell.measure == "ten" else (TWENTY, retained(cell.method))
+        concepts, options = (TEN[0], []) if cell.measure == "ten" else (TWENTY, retained(cell.method, TWENTY))
         found = tested(cell.method, concepts, root, options)
         pipeline, _, edit = load(edited(cell.method, concepts, root, options))
         return {**found, **held(pipeline, edit)}
