@@ -198,9 +198,7 @@ class PlannedWork:
 
     def _goals_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the predictions for target prompts that a descent of values keeps."""
-        if not isinstance(self.module, ValueRefinement) or self.in_blocks:
-            return 0
-        if (self.module.fit_plan.epochs or 1) <= self.module.rounds:  # an epoch is a round: nothing is asked again
+        if not isinstance(self.module, ValueRefinement) or self.in_blocks or self.module.epochs_per_round == 1:
             return 0
         return RoundGoals.kept(self._steps(), self._goal_bytes(dtype)) * self._goal_bytes(dtype)
 
